@@ -1,0 +1,75 @@
+"""Everything a plugin author needs. Names are imported when first used, so that the command line starts at once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artifacts import (
+        Artifact,
+        CalibrationSet,
+        Decision,
+        Evaluation,
+        Export,
+        ExportedFile,
+        LayerScores,
+        ModelForecast,
+        ScoresForecast,
+        TensorFile,
+    )
+    from .data import DatasetSource
+    from .errors import OptionError, QualityError, StageError
+    from .hookspecs import hookimpl
+    from .model.graph import ModelGraph
+    from .stage import Context, Stage
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "artifacts": (
+        "Artifact",
+        "CalibrationSet",
+        "Decision",
+        "Evaluation",
+        "Export",
+        "ExportedFile",
+        "LayerScores",
+        "ModelForecast",
+        "ScoresForecast",
+        "TensorFile",
+    ),
+    "data": ("DatasetSource",),
+    "errors": ("OptionError", "QualityError", "StageError"),
+    "hookspecs": ("hookimpl",),
+    "model.graph": ("ModelGraph",),
+    "stage": ("Context", "Stage"),
+}
+
+__all__ = [
+    "Artifact",
+    "CalibrationSet",
+    "Context",
+    "DatasetSource",
+    "Decision",
+    "Evaluation",
+    "Export",
+    "ExportedFile",
+    "LayerScores",
+    "ModelForecast",
+    "ModelGraph",
+    "OptionError",
+    "QualityError",
+    "ScoresForecast",
+    "Stage",
+    "StageError",
+    "TensorFile",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""Typed values that travel between stages: small data inline, tensors in safetensors files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+)
+
+from .digests import sha256_of, sha256_of_value
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _relative_to_store(path: Path, info: SerializationInfo) -> str:
+    root = (info.context or {}).get("store")
+    return str(path.relative_to(root) if root and path.is_relative_to(root) else path)
+
+
+def _resolved_in_store(value: object, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Path:
+    path: Path = validate(value)
+    root = (info.context or {}).get("store")
+    return root / path if root and not path.is_absolute() else path
+
+
+StoredPath = Annotated[Path, PlainSerializer(_relative_to_store), WrapValidator(_resolved_in_store)]
+"""A path saved relative to the store, so that a store can be moved."""
+
+
+class Artifact(BaseModel):
+    """Base of everything a stage takes or returns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def content(self) -> Any:
+        """JSON of what this artifact holds, without the places where it lies: equal content, equal value."""
+        return self.model_dump(mode="json", context={"content_only": True})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content, in hexadecimal."""
+        return sha256_of_value(self.content())
+
+    def is_present(self) -> bool:
+        """Whether files that a step wrote outside the store are still there."""
+        return True
+
+
+class TensorFile(BaseModel):
+    """A safetensors file and the digest of its bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: StoredPath
+    sha256: str
+
+    @model_serializer(mode="wrap")
+    def _leave_out_path(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        return {"sha256": self.sha256} if (info.context or {}).get("content_only") else serialize(self)
+
+    @classmethod
+    def save(cls, tensors: dict[str, torch.Tensor], path: Path) -> TensorFile:
+        """Write tensors and remember the digest of the file."""
+        from safetensors.torch import save_file
+
+        save_file(tensors, path)
+        return cls(path=path, sha256=sha256_of(path))
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """Read all tensors, memory-mapped."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path)
+
+
+class CalibrationSet(Artifact):
+    """Token ids on which layers are scored and corrections are fitted."""
+
+    tensors: TensorFile
+    """`input_ids` int32 (samples, length); `attention_mask` uint8 (samples, length), 0 where padded."""
+    samples: int
+    sequence_length: int
+    tokens: int
+    """Tokens that are not padding."""
+    tokenizer: str
+    """Digest of the tokenizer that made the ids."""
+    source: str
+    """The text they come from, for people."""
+
+    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return input_ids int64 and attention_mask int64, both (samples, length)."""
+        tensors = self.tensors.load()
+        return tensors["input_ids"].long(), tensors["attention_mask"].long()
+
+
+class Decision(BaseModel):
+    """One pruning decision: the scores of the layers that were left, and the one chosen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    removed: int
+    """Base layer chosen by this decision."""
+    scores: dict[int, float]
+    """Importance by base layer, for every layer still there. Higher means keep."""
+    unguarded: int
+    """Base layer that the ranking alone, without protected layers, would have chosen."""
+
+
+class LayerScores(Artifact):
+    """Pruning decisions in order; removing n layers takes the first n."""
+
+    model: str
+    """Digest of the model that was scored."""
+    method: str
+    """How the scores were made, for people and reports."""
+    decisions: tuple[Decision, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Base layers, least important first."""
+        return tuple(decision.removed for decision in self.decisions)
+
+
+class Evaluation(Artifact):
+    """How well a model predicts a text."""
+
+    model: str
+    """Digest of the model."""
+    label: str
+    """What was done to the model last: dense, pruned, compensated."""
+    dataset: str
+    perplexity: float
+    loss: float
+    """Mean next-token cross-entropy in nats."""
+    tokens: int
+    """Tokens predicted."""
+    tokens_per_second: float
+    """Prefill rate of the scoring itself, in the batches it ran."""
+    layers: int
+    parameters: int
+    bytes: int
+    base_perplexity: float | None = None
+    """Perplexity of the unpruned model on the same text, where a limit asked for it."""
+
+
+class ExportedFile(BaseModel):
+    """One file of an export."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class Export(Artifact):
+    """A folder that other programs load."""
+
+    folder: Path
+    format: str
+    files: dict[str, ExportedFile]
+    max_logit_difference: float
+    """Largest absolute difference between the logits of the reloaded folder and of the model."""
+
+    def is_present(self) -> bool:
+        """Compare names and sizes with the folder."""
+        return all((path := self.folder / name).is_file() and path.stat().st_size == file.size for name, file in self.files.items())
+
+
+class ModelForecast(BaseModel):
+    """What a plan knows of a model before anything runs. None: not known yet."""
+
+    layers: int | None = None
+    positions: int | None = None
+    """Longest sequence the model is made for, in tokens."""
+
+
+class ScoresForecast(BaseModel):
+    """What a plan knows of layer scores before anything runs. None: not known yet."""
+
+    decisions: int | None = None

@@ -1,0 +1,53 @@
+"""Text that every Python has: the standard library's sources and language topics, split by module."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["calibration", "heldout"]
+
+HELDOUT_SHARE = 0.1
+"""Share of the modules that training and calibration never see."""
+
+_LEFT_OUT = {"encodings", "idlelib", "lib2to3", "test", "turtledemo"}
+"""Tables, demos and tests: packages that some distributions leave out, or that hold data rather than text."""
+
+
+def load_documents(split: Split) -> list[str]:
+    """Read the documents of one split, in an order that depends on their names alone.
+
+    A document is one source file or one language topic of `pydoc_data`. A package goes to one split
+    as a whole, so no held-out file has a sibling in the calibration text.
+    """
+    wanted = split == "heldout"
+    named = [(name, text) for unit, name, text in _find_documents() if (_unit_interval(unit) < HELDOUT_SHARE) == wanted]
+    return [text for name, text in sorted(named, key=lambda document: _unit_interval(document[0]))]
+
+
+def _find_documents() -> Iterator[tuple[str, str, str]]:
+    """Yield (unit of the split, name, text)."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for module in sorted(sys.stdlib_module_names - _LEFT_OUT - {"pydoc_data"}):
+        package = library / module
+        files = sorted(package.rglob("*.py")) if package.is_dir() else [library / f"{module}.py"]
+        for file in files:
+            parts = file.relative_to(library).parts
+            if not file.is_file() or "__pycache__" in parts or "test" in parts or "tests" in parts:
+                continue
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield module, "/".join(parts), text
+    from pydoc_data.topics import topics
+
+    for topic, text in topics.items():
+        yield f"topic {topic}", f"topic {topic}", text
+
+
+def _unit_interval(name: str) -> float:
+    """Map a name to [0, 1), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

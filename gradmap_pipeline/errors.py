@@ -1,0 +1,76 @@
+"""Every error a user can meet. The command line prints their message, without a traceback, and exits with their code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class GradmapError(Exception):
+    """Base of all errors caused by a recipe, a plugin, a model or a machine; never by a bug here."""
+
+    exit_code = 4
+    where: str | None = None
+    """Place the message speaks of: `file:line:column`, a step, a folder."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe."""
+
+    where: str
+    """`file:line:column`, or the command-line option that brought it in."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class RecipeError(GradmapError):
+    """The recipe cannot be planned. Carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        self.where = problems[0].where
+        super().__init__("\n".join(map(str, problems)))
+
+
+class OptionError(GradmapError):
+    """A stage cannot work with the value of one of its options. The plan adds the place in the recipe."""
+
+    exit_code = 2
+
+    def __init__(self, option: str, message: str) -> None:
+        self.option = option
+        super().__init__(message)
+
+
+class PluginError(GradmapError):
+    """A plugin breaks the stage contract."""
+
+    exit_code = 2
+
+
+class ModelError(GradmapError):
+    """A model cannot be had, or is not one that can be pruned."""
+
+    exit_code = 2
+
+
+class CapacityError(GradmapError):
+    """The machine has too little memory or disk for the plan."""
+
+    exit_code = 3
+
+
+class StageError(GradmapError):
+    """A stage failed while running."""
+
+    exit_code = 4
+
+
+class QualityError(GradmapError):
+    """A limit that the recipe sets on quality is not met."""
+
+    exit_code = 5

@@ -1,0 +1,1 @@
+"""Models as layers kept and tensors patched over a base checkpoint."""

@@ -1,0 +1,195 @@
+"""Safetensors checkpoints: read headers, bring in tensors, write shards without holding them in memory.
+
+Format: https://github.com/huggingface/safetensors#format (8 bytes of header length, JSON header, data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ..artifacts import ExportedFile
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
+_CHUNK = 8 << 20  # bytes copied at a time; a multiple of every item size
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies on disk."""
+
+    file: Path
+    name: str
+    dtype: str
+    """As safetensors writes it: `BF16`."""
+    shape: tuple[int, ...]
+    start: int
+    """Byte in the file."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.elements * ITEM_BYTES[self.dtype]
+
+    @property
+    def torch_dtype(self) -> str:
+        """The floating-point type by torch's name."""
+        return _TORCH_NAMES[self.dtype]
+
+    def dtype_as(self, torch_dtype: str | None) -> str:
+        """The stored type after a cast of floating-point tensors to `torch_dtype` (None: no cast)."""
+        return _FLOATS[torch_dtype] if torch_dtype is not None and self.dtype in _TORCH_NAMES else self.dtype
+
+    def size_as(self, torch_dtype: str | None) -> int:
+        """Bytes after that cast."""
+        return self.elements * ITEM_BYTES[self.dtype_as(torch_dtype)]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Tensors of one safetensors file, without reading them."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= file.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(file)!r} is not a complete safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    tensors = {
+        name: StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    unknown = sorted({tensor.dtype for tensor in tensors.values()} - ITEM_BYTES.keys())
+    if unknown:
+        raise ModelError(f"{str(file)!r} holds tensors of type {unknown[0]}; prune a checkpoint that is not quantised")
+    end = max((tensor.start + tensor.size for tensor in tensors.values()), default=0)
+    if end > file.stat().st_size:
+        raise ModelError(f"{str(file)!r} is cut short: it has {file.stat().st_size} of {end} bytes; download it again")
+    return tensors
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Tensors of a checkpoint folder by name, from the headers of its shards."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    elif index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ModelError(f"{str(folder)!r} has {len(files)} safetensors files but no {index.name}")
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise ModelError(f"{str(folder)!r} lacks the shard {missing.name!r} that its index names; download it again")
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+
+
+def load_tensors(stored: Iterable[tuple[str, StoredTensor]]) -> dict[str, torch.Tensor]:
+    """Memory-map tensors; a page becomes resident when it is first used."""
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
+    for name, tensor in stored:
+        by_file.setdefault(tensor.file, []).append((name, tensor))
+    loaded: dict[str, torch.Tensor] = {}
+    for file, tensors in by_file.items():
+        with safe_open(file, framework="pt") as checkpoint:
+            loaded |= {name: checkpoint.get_tensor(tensor.name) for name, tensor in tensors}
+    return loaded
+
+
+def split_shards(tensors: dict[str, StoredTensor], dtype: str | None, shard_bytes: int) -> list[dict[str, StoredTensor]]:
+    """Cut an ordered checkpoint into shards of at most `shard_bytes` (a larger tensor has a shard of its own)."""
+    shards: list[dict[str, StoredTensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.size_as(dtype)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    return shards
+
+
+def write_folder(
+    tensors: dict[str, StoredTensor], folder: Path, dtype: str | None = None, shard_bytes: int = MAX_SHARD_BYTES
+) -> Iterator[tuple[str, ExportedFile]]:
+    """Write a checkpoint under the names given, one shard at a time; yield each file with its size and digest.
+
+    Peak memory is one copy chunk, whatever the size of the model.
+    """
+    shards = split_shards(tensors, dtype, shard_bytes)
+    single = len(shards) == 1
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, name)
+        yield name, _write_shard(shard, folder / name, dtype)
+    if not single:
+        index = {
+            "metadata": {"total_size": sum(tensor.size_as(dtype) for tensor in tensors.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _write_shard(tensors: dict[str, StoredTensor], file: Path, dtype: str | None) -> ExportedFile:
+    # Wide types first: every tensor then starts at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: -ITEM_BYTES[item[1].dtype_as(dtype)])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.size_as(dtype)
+        header[name] = {"dtype": tensor.dtype_as(dtype), "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb") as target:
+        for chunk in (len(encoded).to_bytes(8, "little"), encoded):
+            target.write(chunk)
+            digest.update(chunk)
+        for _, tensor in ordered:
+            with tensor.file.open("rb") as source:
+                for chunk in _read_as(source, tensor, tensor.dtype_as(dtype)):
+                    target.write(chunk)
+                    digest.update(chunk)
+    return ExportedFile(size=8 + len(encoded) + offset, sha256=digest.hexdigest())
+
+
+def _read_as(source: IO[bytes], tensor: StoredTensor, dtype: str) -> Iterator[bytes]:
+    source.seek(tensor.start)
+    left = tensor.size
+    while left:
+        chunk = source.read(min(_CHUNK, left))
+        if not chunk:
+            raise ModelError(f"{str(tensor.file)!r} ended inside the tensor {tensor.name!r}; download it again")
+        left -= len(chunk)
+        yield chunk if dtype == tensor.dtype else _cast(chunk, tensor.dtype, dtype)
+
+
+def _cast(chunk: bytes, source: str, target: str) -> bytes:
+    import torch
+
+    values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _TORCH_NAMES[source]))
+    return values.to(getattr(torch, _TORCH_NAMES[target])).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,138 @@
+"""Where a recipe's model comes from, and its folder on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..artifacts import ModelForecast
+from ..errors import ModelError
+
+BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
+
+_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.md"]
+
+
+class ModelSource(BaseModel):
+    """The model a recipe starts from: exactly one of `path`, `id` and `builtin`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path | None = Field(None, description="Folder in the Hugging Face format: config.json and safetensors files.")
+    id: str | None = Field(None, description="Model on the Hugging Face hub, `owner/name`.", min_length=1)
+    builtin: Literal["docs-llama"] | None = Field(None, description="The small Llama that comes with gradmap-pipeline.")
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub model; a commit makes the recipe repeatable.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Floating-point type of exported weights. Default: the checkpoint's own."
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelSource:
+        given = [name for name in ("path", "id", "builtin") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of 'path', 'id' and 'builtin'; found {' and '.join(map(repr, given)) or 'none'}")
+        if self.revision is not None and self.id is None:
+            raise ValueError("'revision' belongs to a hub model, given by 'id'")
+        return self
+
+    @property
+    def name(self) -> str:
+        """As the recipe names it."""
+        return self.id or str(self.path or self.builtin)
+
+    def find_folder(self) -> Path | None:
+        """Folder of the model if it is on this machine, without a network. Raises `ModelError` when a path is no model."""
+        if self.id is not None:
+            return _find_in_hub_cache(self.id, self.revision)
+        folder = BUILTIN_FOLDER if self.builtin else self.path
+        assert folder is not None
+        check_model_folder(folder)
+        return folder
+
+    def fetch_folder(self) -> Path:
+        """Folder of the model, downloaded from the hub where needed."""
+        folder = self.find_folder()
+        if folder is not None:
+            return folder
+        assert self.id is not None
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(self.id, revision=self.revision, allow_patterns=_HUB_FILES))
+        except Exception as error:  # the hub client raises a dozen unrelated types for the same user-facing fact
+            raise ModelError(
+                f"cannot get model {self.id!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}); "
+                "check the name and the network, or download it elsewhere and use `model: {path: FOLDER}`"
+            ) from error
+        check_model_folder(folder)
+        return folder
+
+    def forecast(self) -> ModelForecast:
+        """What config.json says, if it is on this machine."""
+        folder = self.find_folder()
+        if folder is None:
+            return ModelForecast()
+        config = load_config(folder)
+        return ModelForecast(layers=count_layers(config), positions=count_positions(config))
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise `ModelError` unless this is a folder that holds a causal LM in safetensors."""
+    if not folder.exists():
+        raise ModelError(f"no folder {str(folder)!r}; relative paths start at the current folder, {str(Path.cwd())!r}")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{str(folder)!r} is not a model folder: it has no config.json")
+    config = load_config(folder)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise ModelError(f"{str(folder)!r} is already quantised ({method}); prune the original model first, then quantise")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        found = f"only {others[0]!r}, which is a pickle and is never opened" if others else "no weights"
+        raise ModelError(f"{str(folder)!r} has {found}; weights must be in *.safetensors files (save_pretrained writes them)")
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Read config.json as it stands."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{str(folder / 'config.json')!r} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{str(folder / 'config.json')!r} must hold a JSON object, found {type(config).__name__}")
+    return config
+
+
+def layer_count_key(config: dict[str, Any]) -> str | None:
+    """The name under which this architecture keeps its number of layers."""
+    return next((key for key in _LAYER_COUNT_KEYS if isinstance(config.get(key), int)), None)
+
+
+def count_layers(config: dict[str, Any]) -> int | None:
+    """Number of decoder layers, or None where only the architecture's class knows it."""
+    text = config.get("text_config", config)
+    key = layer_count_key(text)
+    return None if key is None else int(text[key])
+
+
+def count_positions(config: dict[str, Any]) -> int | None:
+    """Longest sequence the model is made for, in tokens, where its config says so."""
+    text = config.get("text_config", config)
+    return next((int(text[key]) for key in _POSITION_KEYS if isinstance(text.get(key), int)), None)
+
+
+def _find_in_hub_cache(model_id: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

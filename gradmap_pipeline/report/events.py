@@ -1,0 +1,63 @@
+"""What happens during a run, as values; and who listens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .summary import Summary
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    recipe: str
+    steps: list[str]
+
+
+@dataclass(frozen=True)
+class StepStarted:
+    step: str
+    stage: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    step: str
+    description: str
+    done: int
+    total: int
+    unit: str
+    rate: float | None
+    """Units a second, None before the first unit."""
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class StepFinished:
+    step: str
+    stage: str
+    cached: bool
+    """Taken from the store."""
+    seconds: float
+    outputs: dict[str, Any]
+    """Each artifact's JSON."""
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    seconds: float
+    summary: Summary
+
+
+class Reporter(Protocol):
+    """Tells somebody, in some form."""
+
+    def run_started(self, event: RunStarted) -> None: ...
+    def step_started(self, event: StepStarted) -> None: ...
+    def progress(self, event: Progress) -> None: ...
+    def progress_ended(self, step: str, description: str) -> None: ...
+    def note(self, step: str, text: str) -> None: ...
+    def step_finished(self, event: StepFinished) -> None: ...
+    def run_finished(self, event: RunFinished) -> None: ...
+    def error(self, exit_code: int, message: str, where: str | None) -> None: ...

@@ -1,0 +1,204 @@
+"""Reports for a terminal, for a log, for a program, and for nobody."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any
+
+from .events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
+from .summary import Summary
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_EVENTS = 0.5
+_SECONDS_BEFORE_BAR = 1.0
+
+
+def make_reporter(*, json: bool = False, quiet: bool = False) -> Reporter:
+    """The reporter that fits the options and what standard output is."""
+    if json:
+        return JsonReporter(sys.stdout)
+    if quiet:
+        return QuietReporter()
+    return TerminalReporter() if sys.stdout.isatty() else LineReporter()
+
+
+class QuietReporter:
+    """Says nothing but errors."""
+
+    def run_started(self, event: RunStarted) -> None: ...
+    def step_started(self, event: StepStarted) -> None: ...
+    def progress(self, event: Progress) -> None: ...
+    def progress_ended(self, step: str, description: str) -> None: ...
+    def note(self, step: str, text: str) -> None: ...
+    def step_finished(self, event: StepFinished) -> None: ...
+    def run_finished(self, event: RunFinished) -> None: ...
+
+    def error(self, exit_code: int, message: str, where: str | None) -> None:
+        place = f"{where}: " if where and not message.startswith(where) else ""
+        for line in message.splitlines():
+            print(f"error: {place}{line}", file=sys.stderr)
+
+
+class JsonReporter(QuietReporter):
+    """One JSON object a line."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._last_progress = 0.0
+
+    def run_started(self, event: RunStarted) -> None:
+        self._write("run_started", event)
+
+    def step_started(self, event: StepStarted) -> None:
+        self._write("step_started", event)
+
+    def progress(self, event: Progress) -> None:
+        now = time.monotonic()
+        if now - self._last_progress >= _SECONDS_BETWEEN_EVENTS:
+            self._last_progress = now
+            self._write("progress", event)
+
+    def step_finished(self, event: StepFinished) -> None:
+        self._write("step_finished", event)
+
+    def run_finished(self, event: RunFinished) -> None:
+        self._write("run_finished", event)
+
+    def error(self, exit_code: int, message: str, where: str | None) -> None:
+        self._print({"event": "error", "exit_code": exit_code, "message": message, "where": where})
+
+    def _write(self, name: str, event: Any) -> None:
+        self._print({"event": name, **dataclasses.asdict(event)})
+
+    def _print(self, value: dict[str, Any]) -> None:
+        print(json.dumps(value), file=self._stream, flush=True)
+
+
+class LineReporter(QuietReporter):
+    """Plain lines, for logs."""
+
+    def __init__(self) -> None:
+        self.console = _make_console(terminal=False)
+        self._last_line = 0.0
+
+    def step_started(self, event: StepStarted) -> None:
+        self._last_line = time.monotonic()
+
+    def progress(self, event: Progress) -> None:
+        now = time.monotonic()
+        if event.rate is not None and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = f", {format_seconds(event.seconds_left)} left" if event.seconds_left is not None else ""
+            self._say(f"{event.step}: {event.description} {event.done}/{event.total}, {event.rate:.2g} {event.unit}/s{left}")
+
+    def note(self, step: str, text: str) -> None:
+        self._say(f"  {text}")
+
+    def step_finished(self, event: StepFinished) -> None:
+        how = "from the store" if event.cached else format_seconds(event.seconds)
+        self._say(f"{event.step}: done ({how})")
+
+    def run_finished(self, event: RunFinished) -> None:
+        print_summary(self.console, event.summary, event.seconds)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class TerminalReporter(LineReporter):
+    """Lines, with a bar for whatever takes longer than a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = _make_console(terminal=True)
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+        self._since: float | None = None
+
+    def progress(self, event: Progress) -> None:
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if self._bars is None and now - self._since >= _SECONDS_BEFORE_BAR:
+            self._start_bar(event)
+        if self._bars is not None and self._task is not None:
+            rate = f"{event.rate:.3g} {event.unit}/s" if event.rate else ""
+            self._bars.update(self._task, completed=event.done, rate=rate)
+
+    def progress_ended(self, step: str, description: str) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = self._task = self._since = None
+
+    def error(self, exit_code: int, message: str, where: str | None) -> None:
+        self.progress_ended("", "")
+        super().error(exit_code, message, where)
+
+    def _start_bar(self, event: Progress) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self._bars = Bars(*columns, console=self.console, transient=True)
+        self._task = self._bars.add_task(f"{event.step}: {event.description}", total=event.total, rate="")
+        self._bars.start()
+
+
+def print_summary(console: Console, summary: Summary, seconds: float) -> None:
+    """Two tables, and how much of the damage a correction repaired."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    models = Table(box=SIMPLE, pad_edge=False)
+    models.add_column("model")
+    for name in ("layers", "parameters", "bytes", *(f"perplexity on {dataset}" for dataset in summary.datasets), "tokens/s"):
+        models.add_column(name, justify="right")
+    for row in summary.models:
+        perplexities = [f"{row.perplexity[name]:.3f}" if name in row.perplexity else "" for name in summary.datasets]
+        rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        models.add_row(row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *perplexities, rate)
+    steps = Table(box=SIMPLE, pad_edge=False)
+    for name in ("step", "stage", "time"):
+        steps.add_column(name, justify="right" if name == "time" else "left")
+    for step in summary.steps:
+        steps.add_row(step.step, step.stage, "from the store" if step.cached else format_seconds(step.seconds))
+    steps.add_section()
+    steps.add_row("all", "", format_seconds(seconds))
+    console.print(models)
+    for dataset, model, share in summary.closed_gaps():
+        text = f"{model.step} closes {share:.1%} of the gap in log-perplexity that pruning opened on {dataset}."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(steps)
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Short text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    if seconds is None:
+        return "?"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _make_console(*, terminal: bool) -> Console:
+    from rich.console import Console
+
+    return Console() if terminal else Console(width=200, force_terminal=False)

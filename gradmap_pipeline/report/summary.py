@@ -1,0 +1,87 @@
+"""The result of a run in two tables: what each model is worth, and what each step cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..artifacts import Artifact, Evaluation
+from ..model.graph import ModelGraph
+from .events import StepFinished
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model of the run."""
+
+    label: str
+    step: str
+    """The step that made it."""
+    layers: int
+    parameters: int
+    bytes: int
+    perplexity: dict[str, float]
+    """By data set."""
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One step of the run."""
+
+    step: str
+    stage: str
+    seconds: float
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run comes to."""
+
+    models: list[ModelRow]
+    steps: list[StepRow]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of all data sets some model was evaluated on."""
+        return list(dict.fromkeys(name for row in self.models for name in row.perplexity))
+
+    def closed_gaps(self) -> list[tuple[str, ModelRow, float]]:
+        """By data set: a model corrected after pruning, and the share of the log-perplexity gap its correction closed."""
+        closed = []
+        for name in self.datasets:
+            rows = [row for row in self.models if name in row.perplexity]
+            for dense, pruned, corrected in zip(rows[:1] * len(rows), rows[1:], rows[2:], strict=False):
+                gap = math.log(pruned.perplexity[name] / dense.perplexity[name])
+                if pruned.layers == corrected.layers < dense.layers and gap > 0:
+                    closed.append((name, corrected, math.log(pruned.perplexity[name] / corrected.perplexity[name]) / gap))
+        return closed
+
+
+def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[StepFinished]) -> Summary:
+    """Collect the models and evaluations of a run, in the order in which they came to be."""
+    models: dict[str, tuple[str, ModelGraph]] = {}
+    evaluations: list[Evaluation] = []
+    for step, artifacts in outputs.items():
+        for artifact in artifacts.values():
+            if isinstance(artifact, ModelGraph):
+                models.setdefault(artifact.digest, (step, artifact))
+            elif isinstance(artifact, Evaluation):
+                evaluations.append(artifact)
+    rows = []
+    for digest, (step, model) in models.items():
+        found = [evaluation for evaluation in evaluations if evaluation.model == digest]
+        rows.append(
+            ModelRow(
+                label=model.label,
+                step=step,
+                layers=len(model.layers),
+                parameters=model.count_parameters(),
+                bytes=model.count_bytes(),
+                perplexity={evaluation.dataset: evaluation.perplexity for evaluation in found},
+                tokens_per_second=found[-1].tokens_per_second if found else None,
+            )
+        )
+    return Summary(rows, [StepRow(step.step, step.stage, step.seconds, step.cached) for step in finished])

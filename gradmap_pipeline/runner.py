@@ -1,0 +1,206 @@
+"""Run a plan: take each step from the store, or run it and put it there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from .artifacts import Artifact
+from .digests import sha256_of_value
+from .errors import GradmapError, StageError
+from .model.graph import open_model
+from .plan import Plan, PlannedStep
+from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
+from .report.summary import summarise
+from .stage import Advance, Context, FinishedStep
+from .store import Store
+
+_FORMAT = 1  # raised when results of older versions must not be reused
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the command line says about this machine; no part of the recipe."""
+
+    device: str = "auto"
+    dtype: str = "float32"
+    """Floating-point type to compute in; it changes results, so it is part of every key."""
+    threads: int | None = None
+
+
+@dataclass
+class Ran:
+    """Where a run stands."""
+
+    outputs: dict[str, dict[str, Artifact]] = field(default_factory=dict)
+    """By step id, then output name."""
+    lineage: dict[str, tuple[FinishedStep, ...]] = field(default_factory=dict)
+    """By step id: the steps that led to it, itself last."""
+    finished: list[StepFinished] = field(default_factory=list)
+
+
+def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter) -> Ran:
+    """Run every step in order; what the store holds is not run again."""
+    started = time.monotonic()
+    store.prepare()
+    reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
+    ran = Ran(outputs={"model": {"model": open_model(plan.model, store.digest_of)}}, lineage={"model": ()})
+    for step in plan.steps:
+        _run_step(step, plan, store, machine, reporter, ran)
+    tables = summarise(ran.outputs, ran.finished)
+    reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
+    return ran
+
+
+def make_key(step: PlannedStep, inputs: dict[str, Artifact], seed: int, dtype: str, store: Store) -> str:
+    """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content."""
+    options: dict[str, Any] = step.stage.model_dump(mode="json")
+    for name in type(step.stage).model_fields:
+        value = getattr(step.stage, name)
+        if hasattr(value, "fingerprint"):
+            options[name] = value.fingerprint(store.digest_of)
+    return sha256_of_value(
+        {
+            "format": _FORMAT,
+            "stage": step.stage.name,
+            "code": step.code,
+            "options": options,
+            "inputs": {name: artifact.content() for name, artifact in inputs.items()},
+            "seed": seed,
+            "dtype": dtype,
+            "versions": {library: _version(library) for library in step.stage.libraries},
+        }
+    )
+
+
+def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran) -> None:
+    name, started = step.stage.name, time.monotonic()
+    reporter.step_started(StepStarted(step=step.id, stage=name))
+    inputs = {field: ran.outputs[source][output] for field, (source, output) in step.inputs.items()}
+    key = make_key(step, inputs, plan.seed, machine.dtype, store)
+    lineage = _join(ran.lineage[source] for source, _ in step.inputs.values())
+    result = store.load(name, key, step.stage.Outputs)
+    cached = result is not None
+    if result is None:
+        with store.step(name, key) as folder:
+            context = Context(
+                folder=folder.path,
+                seed=plan.seed,
+                device=_prepare_torch(machine),
+                dtype=machine.dtype,
+                progress=_progress_of(step.id, reporter),
+                note=lambda text: reporter.note(step.id, text),
+                remember=_memory_of(step, machine.dtype, store),
+                lineage=lineage,
+            )
+            result = _call(step, step.stage.Inputs.model_validate(inputs), context)
+            record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
+            result = store.finish(folder, key, record, result)
+    outputs = {output: getattr(result, output) for output in type(result).model_fields}
+    ran.outputs[step.id] = outputs
+    options = step.stage.model_dump(mode="json")
+    this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
+    ran.lineage[step.id] = (*lineage, this)
+    finished = StepFinished(
+        step=step.id,
+        stage=name,
+        cached=cached,
+        seconds=time.monotonic() - started,
+        outputs={output: artifact.model_dump(mode="json") for output, artifact in outputs.items()},
+    )
+    ran.finished.append(finished)
+    reporter.step_finished(finished)
+
+
+def _call(step: PlannedStep, inputs: BaseModel, context: Context) -> BaseModel:
+    """Run the stage; turn whatever goes wrong into an error that names the step."""
+    where = f"step {step.id!r}"
+    try:
+        result = step.stage.run(inputs, context)
+    except GradmapError as error:
+        error.where = error.where or where
+        raise
+    except Exception as error:
+        failure = StageError(f"stage {step.stage.name!r} failed: {type(error).__name__}: {error}")
+        failure.where = where
+        raise failure from error
+    if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):
+        failure = StageError(f"stage {step.stage.name!r} must return its Outputs, got {type(result).__name__}")
+        failure.where = where
+        raise failure
+    return result
+
+
+def _memory_of(step: PlannedStep, dtype: str, store: Store) -> Callable[[Any, Callable[[], Any]], Any]:
+    """Units of a stage's work, kept under what the stage names as key and the code that made them."""
+    versions = {library: _version(library) for library in step.stage.libraries}
+
+    def remember(key: Any, compute: Callable[[], Any]) -> Any:
+        whole = sha256_of_value([_FORMAT, step.code, dtype, versions, key])
+        found = store.load_unit(step.stage.name, whole)
+        if found is None:
+            found = compute()
+            store.save_unit(step.stage.name, whole, found)
+        return found
+
+    return remember
+
+
+def _progress_of(step: str, reporter: Reporter) -> Any:
+    @contextmanager
+    def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
+        started, done = time.monotonic(), 0
+
+        def report() -> None:
+            seconds = time.monotonic() - started
+            rate = done / seconds if done and seconds > 0 else None
+            left = (total - done) / rate if rate else None
+            reporter.progress(Progress(step, description, done, total, unit, rate, left))
+
+        def advance(units: int = 1, /) -> None:
+            nonlocal done
+            done = min(total, done + units)
+            report()
+
+        report()
+        yield advance
+        reporter.progress_ended(step, description)
+
+    return progress
+
+
+def _prepare_torch(machine: Machine) -> str:
+    """Apply the machine's settings to torch, and return the device by torch's name."""
+    import torch
+
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    if machine.device != "auto":
+        return machine.device
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, ...]:
+    seen: dict[str, FinishedStep] = {}
+    for lineage in lineages:
+        seen |= {step.id: step for step in lineage}
+    return tuple(seen.values())
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def run_recipe(plan: Plan, *, store: Path, device: str, dtype: str, threads: int | None, reporter: Reporter) -> Ran:
+    """What `gradmap run` does once the plan is made."""
+    return run_plan(plan, Store(store), Machine(device, "float32" if dtype == "auto" else dtype, threads), reporter)

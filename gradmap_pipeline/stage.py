@@ -1,0 +1,116 @@
+"""What a plugin author writes: a Stage; and what a running stage may use: its Context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from .artifacts import Artifact
+from .errors import PluginError
+
+
+class Advance(Protocol):
+    """Count finished units of work."""
+
+    def __call__(self, units: int = 1, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step that led to the inputs of another."""
+
+    id: str
+    stage: str
+    options: dict[str, Any]
+    outputs: dict[str, Any]
+    """Each artifact's JSON."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage may use besides its inputs and options."""
+
+    folder: Path
+    """This step's own folder, empty at the start. Write tensors here."""
+    seed: int
+    device: str
+    """As torch names it: `cpu`, `cuda:0`."""
+    dtype: str
+    """Floating-point type to compute in: `float32`, `bfloat16`, `float16`."""
+    progress: Callable[[str, int, str], AbstractContextManager[Advance]]
+    """`with context.progress(description, total, unit) as advance:` reports work that takes longer than a second."""
+    note: Callable[[str], None]
+    """Tell the user one finding, in one line."""
+    remember: Callable[[Any, Callable[[], Any]], Any]
+    """`context.remember(key, compute)`: the JSON value kept under this key by any earlier run of the stage, else `compute()`.
+
+    The key must name all that the value depends on, except the stage's code, the compute dtype and library versions.
+    """
+    lineage: tuple[FinishedStep, ...] = field(default=())
+    """The steps that led here, in order."""
+
+
+class Stage(BaseModel):
+    """One operation on a model. Fields are the options a recipe may set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    """How recipes refer to this stage: `verb_noun`."""
+    Inputs: ClassVar[type[BaseModel]]
+    Outputs: ClassVar[type[BaseModel]]
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    """Distributions whose version changes the result; part of the key under which results are kept."""
+
+    def run(self, inputs: Any, context: Context) -> BaseModel:
+        """Do the work and return `Outputs`."""
+        raise NotImplementedError
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Say what the plan can know of the outputs; raise `OptionError` when the options cannot work.
+
+        `inputs` has the forecast of each input, `None` where nothing is known. Reads no weights, imports nothing heavy.
+        """
+        return {}
+
+    @classmethod
+    def input_fields(cls) -> dict[str, tuple[type[Artifact], bool]]:
+        """Input name to (artifact type, required)."""
+        return {name: (_artifact_type(info.annotation), info.is_required()) for name, info in cls.Inputs.model_fields.items()}
+
+    @classmethod
+    def output_fields(cls) -> dict[str, type[Artifact]]:
+        """Output name to artifact type."""
+        return {name: _artifact_type(info.annotation) for name, info in cls.Outputs.model_fields.items()}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for required in ("name", "Inputs", "Outputs"):
+            if not hasattr(cls, required):
+                raise PluginError(f"stage {cls.__name__} in {cls.__module__} must define {required!r}")
+        if not cls.__doc__:
+            raise PluginError(f"stage {cls.name!r} needs a docstring: its first line is shown by `gradmap stages`")
+        for option, info in cls.model_fields.items():
+            if not info.description:
+                raise PluginError(f"stage {cls.name!r}: option {option!r} needs a Field(description=...)")
+        for port in ("Inputs", "Outputs"):
+            for name, info in getattr(cls, port).model_fields.items():
+                try:
+                    _artifact_type(info.annotation)
+                except TypeError:
+                    raise PluginError(
+                        f"stage {cls.name!r}: {port}.{name} must be an Artifact subclass, got {info.annotation!r}"
+                    ) from None
+
+
+def _artifact_type(annotation: Any) -> type[Artifact]:
+    """The artifact class in `X` or `X | None`."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Artifact):
+            return candidate
+    raise TypeError(annotation)

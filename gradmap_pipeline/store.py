@@ -1,0 +1,126 @@
+"""Results on disk: finished steps by key, and finished units of long steps. A folder that exists is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .digests import sha256_of, sha256_of_value
+
+_OUTPUTS = "outputs.json"
+_SHORT = 16  # hexadecimal digits of a key in a folder's name
+
+
+class StepFolder:
+    """A step's folder while the step runs; it gets its final name when the step has finished."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.path = final.with_name(f"{final.name}.partial-{os.getpid()}")
+
+
+class Store:
+    """A folder of results, shared by all recipes that use it.
+
+    steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests by size and time)
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._digests: dict[str, list[Any]] | None = None
+
+    def prepare(self) -> None:
+        """Make the folder, keep it out of git, and clear away what killed runs left."""
+        for name in ("steps", "units"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        (self.root / ".gitignore").write_text("*\n")
+        for partial in (self.root / "steps").glob("*.partial-*"):
+            if not _is_running(int(partial.name.rpartition("-")[2])):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
+        """Outputs of a finished step, or None when there is none, or when files it wrote elsewhere are gone."""
+        file = self._step(stage, key) / _OUTPUTS
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            found = outputs.model_validate(saved["outputs"], context={"store": self.root})
+        except (OSError, ValidationError):
+            return None
+        present = all(getattr(found, name).is_present() for name in type(found).model_fields)
+        return found if saved["key"] == key and present else None
+
+    @contextmanager
+    def step(self, stage: str, key: str) -> Iterator[StepFolder]:
+        """A new, empty folder for a step; it vanishes unless `finish` is called."""
+        folder = StepFolder(self._step(stage, key))
+        shutil.rmtree(folder.path, ignore_errors=True)
+        folder.path.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder.path, ignore_errors=True)
+
+    def finish(self, folder: StepFolder, key: str, record: dict[str, Any], outputs: BaseModel) -> BaseModel:
+        """Write the outputs and move the folder into place, as the last thing. Returns the outputs as stored."""
+        dumped = json.dumps(outputs.model_dump(mode="json", context={"store": self.root}), indent=2)
+        inside, final = (path.relative_to(self.root).as_posix() for path in (folder.path, folder.final))
+        text = json.dumps({"key": key, **record, "outputs": json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))}, indent=2)
+        (folder.path / _OUTPUTS).write_text(text + "\n", encoding="utf-8")
+        shutil.rmtree(folder.final, ignore_errors=True)
+        folder.path.rename(folder.final)
+        saved = json.loads((folder.final / _OUTPUTS).read_text(encoding="utf-8"))
+        return type(outputs).model_validate(saved["outputs"], context={"store": self.root})
+
+    def load_unit(self, stage: str, key: str) -> Any | None:
+        """JSON value of a finished unit of work, or None."""
+        file = self._unit(stage, key)
+        return json.loads(file.read_text(encoding="utf-8"))["value"] if file.is_file() else None
+
+    def save_unit(self, stage: str, key: str, value: Any) -> None:
+        """Keep a unit of work, even if its step does not finish."""
+        _write_whole(self._unit(stage, key), json.dumps({"value": value}))
+
+    def digest_of(self, file: Path) -> str:
+        """SHA-256 of a file, remembered as long as its size and time of change stay the same."""
+        resolved = file.resolve()
+        if len(resolved.name) == 64 and resolved.parent.name == "blobs":
+            return resolved.name  # the hub's cache names large files by their SHA-256
+        if self._digests is None:
+            known = self.root / "files.json"
+            self._digests = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        status = resolved.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        remembered = self._digests.get(str(resolved))
+        if remembered is None or remembered[:2] != state:
+            self._digests[str(resolved)] = remembered = [*state, sha256_of(resolved)]
+            _write_whole(self.root / "files.json", json.dumps(self._digests))
+        return str(remembered[2])
+
+    def _step(self, stage: str, key: str) -> Path:
+        return self.root / "steps" / f"{stage}-{key[:_SHORT]}"
+
+    def _unit(self, stage: str, key: str) -> Path:
+        return self.root / "units" / f"{stage}-{sha256_of_value([stage, key])[: 2 * _SHORT]}.json"
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

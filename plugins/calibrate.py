@@ -1,0 +1,70 @@
+"""Draw a calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from gradmap_pipeline import CalibrationSet, Context, DatasetSource, ModelGraph, OptionError, Stage, TensorFile, hookimpl
+
+
+class Calibrate(Stage):
+    """Draw the token ids on which layers are scored and corrections are fitted."""
+
+    name = "calibrate"
+    libraries = ("transformers", "tokenizers", "datasets")
+
+    dataset: DatasetSource = Field(description="Text to draw from.")
+    samples: int = Field(128, ge=1, description="Number of sequences.")
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence. Default: as long as the model is made for, at most 2048."
+    )
+    packing: Literal["documents", "none"] = Field(
+        "documents", description="`documents`: texts end to end in full sequences. `none`: one text a sequence, cut or padded."
+    )
+    shuffle: bool = Field(True, description="Draw sequences at random (by the recipe's seed) instead of taking the first.")
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+
+    class Outputs(BaseModel):
+        calibration: CalibrationSet
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        model = inputs.get("model")
+        if model and model.positions and self.sequence_length and self.sequence_length > model.positions:
+            found = f"found {self.sequence_length}, but the model is made for {model.positions} tokens"
+            raise OptionError("sequence_length", f"{found}; accepted: 2 to {model.positions}")
+        return {}
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        import torch
+
+        from gradmap_pipeline.data import load_tokenizer, make_sequences
+
+        base = inputs.model.base
+        seed = context.seed if self.shuffle else None
+        length = self.sequence_length or base.default_sequence_length
+        with context.progress("read and tokenise", 1, "data set") as advance:
+            input_ids, mask = make_sequences(
+                load_tokenizer(base), self.dataset.documents(seed), length, self.samples, self.packing, seed
+            )
+            advance()
+        tensors = {"input_ids": input_ids.to(torch.int32), "attention_mask": mask.to(torch.uint8)}
+        return self.Outputs(
+            calibration=CalibrationSet(
+                tensors=TensorFile.save(tensors, context.folder / "tokens.safetensors"),
+                samples=input_ids.shape[0],
+                sequence_length=input_ids.shape[1],
+                tokens=int(mask.sum()),
+                tokenizer=base.tokenizer_sha256,
+                source=self.dataset.name,
+            )
+        )
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [Calibrate]

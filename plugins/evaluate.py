@@ -1,0 +1,124 @@
+"""Measure perplexity on a text, and hold the model to limits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from gradmap_pipeline import Context, DatasetSource, Evaluation, ModelGraph, OptionError, QualityError, Stage, hookimpl
+from gradmap_pipeline.digests import sha256_of_value
+
+if TYPE_CHECKING:
+    from gradmap_pipeline.model.sweep import Batch
+
+
+class Evaluate(Stage):
+    """Measure the perplexity of the model on a text, and stop the run when a limit is not met."""
+
+    name = "evaluate"
+
+    dataset: DatasetSource = Field(description="Text to predict.")
+    samples: int | Literal["all"] = Field(128, description="Number of sequences, the first of the data set; or `all`.")
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence. Default: as long as the model is made for, at most 2048."
+    )
+    packing: Literal["documents", "none"] = Field(
+        "documents", description="`documents`: texts end to end in full sequences. `none`: one text a sequence, cut or padded."
+    )
+    max_perplexity: float | None = Field(None, gt=1, description="Largest perplexity that passes.")
+    max_perplexity_ratio: float | None = Field(
+        None, gt=0, description="Largest perplexity that passes, relative to the unpruned model on the same text."
+    )
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+
+    class Outputs(BaseModel):
+        evaluation: Evaluation
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(self.samples, int) and self.samples < 1:
+            raise OptionError("samples", f"found {self.samples}; accepted: a whole number from 1, or all")
+        model = inputs.get("model")
+        if model and model.positions and self.sequence_length and self.sequence_length > model.positions:
+            found = f"found {self.sequence_length}, but the model is made for {model.positions} tokens"
+            raise OptionError("sequence_length", f"{found}; accepted: 2 to {model.positions}")
+        return {}
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.data import load_tokenizer, make_sequences
+        from gradmap_pipeline.model.sweep import make_batches
+
+        model, base = inputs.model, inputs.model.base
+        length = self.sequence_length or base.default_sequence_length
+        samples = None if self.samples == "all" else self.samples
+        ids, mask = make_sequences(load_tokenizer(base), self.dataset.documents(), length, samples, self.packing)
+        text = sha256_of_value([ids.tolist(), mask.tolist()])
+        batches = make_batches(ids, mask)
+
+        def measure(graph: ModelGraph) -> dict[str, Any]:
+            key = {"model": graph.model_copy(update={"label": ""}).content(), "text": text}
+            found: dict[str, Any] = context.remember(key, lambda: score_text(graph, batches, context))
+            return found
+
+        found = measure(model)
+        perplexity = math.exp(found["loss"])
+        base_perplexity = None if self.max_perplexity_ratio is None else math.exp(measure(model.dense)["loss"])
+        self._check_limits(perplexity, base_perplexity)
+        return self.Outputs(
+            evaluation=Evaluation(
+                model=model.digest,
+                label=model.label,
+                dataset=self.dataset.name,
+                perplexity=perplexity,
+                layers=len(model.layers),
+                parameters=model.count_parameters(),
+                bytes=model.count_bytes(),
+                base_perplexity=base_perplexity,
+                **found,
+            )
+        )
+
+    def _check_limits(self, perplexity: float, base_perplexity: float | None) -> None:
+        missed = []
+        if self.max_perplexity is not None and not perplexity <= self.max_perplexity:
+            missed.append(f"perplexity {perplexity:.4g} on {self.dataset.name!r} is over max_perplexity {self.max_perplexity:g}")
+        if self.max_perplexity_ratio is not None and base_perplexity is not None:
+            ratio = perplexity / base_perplexity
+            if not ratio <= self.max_perplexity_ratio:
+                missed.append(
+                    f"perplexity {perplexity:.4g} on {self.dataset.name!r} is {ratio:.3f} times that of the unpruned model "
+                    f"({base_perplexity:.4g}), over max_perplexity_ratio {self.max_perplexity_ratio:g}"
+                )
+        if missed:
+            raise QualityError("; ".join(missed) + "; remove fewer layers, calibrate on more text, or raise the limit")
+
+
+def score_text(model: ModelGraph, batches: list[Batch], context: Context) -> dict[str, Any]:
+    """Mean next-token loss in nats over all tokens that are predicted, each once, with the rate of scoring."""
+    from gradmap_pipeline.model.layerwise import LayerwiseModel
+    from gradmap_pipeline.model.sweep import Sweep, predicted_tokens
+
+    layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype)
+    # Weights that stay in memory cost nothing to use again, so activations of one batch at a time are enough.
+    groups = [[batch] for batch in batches] if layerwise.resident else [batches]
+    loss, started = 0.0, 0.0
+    units = len(batches) * (len(model.layers) + 1)
+    with context.progress(f"score text with the {model.label} model", units, "layer batch") as advance:
+        if layerwise.resident:
+            list(Sweep(layerwise, batches[:1]).losses())  # reads the weights, so that the rate is that of scoring
+        started = time.perf_counter()
+        for group in groups:
+            sweep = Sweep(layerwise, group, keep_boundaries=False, advance=advance)
+            loss += sum(float(losses.double().sum()) for losses in sweep.losses())
+    tokens = sum(int(predicted_tokens(batch).sum()) for batch in batches)
+    return {"loss": loss / tokens, "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - started)}
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [Evaluate]

@@ -1,0 +1,170 @@
+"""Compensation against independent fp64 least squares, and its effect where the answer is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gradmap_plugins.calibrate import Calibrate
+from gradmap_plugins.project_compensate import ProjectCompensate, solve_ridge
+from pydantic import ValidationError
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+from gradmap_pipeline import CalibrationSet, ModelGraph, StageError
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.model.layerwise import LayerwiseModel
+from gradmap_pipeline.model.projection import find_down_projection
+from gradmap_pipeline.model.sweep import Sweep, make_batches
+from gradmap_pipeline.testing import run_stage
+
+DOWN = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "gpt2": "mlp.c_proj"}
+
+
+def make_inputs(folder: Path, architecture: str, text: Path, packing: str = "documents") -> tuple[ModelGraph, CalibrationSet]:
+    model = open_folder(make_model(folder / "model", architecture))
+    options = {"dataset": {"path": text}, "samples": 12, "sequence_length": 48}
+    if packing == "none":
+        lines = folder / "lines.csv"
+        lines.write_text("text\n" + "\n".join(text.read_text()[i * 60 : i * 60 + 20 + 2 * i] for i in range(12)))
+        options = {"dataset": {"path": lines}, "samples": 12, "sequence_length": 48, "packing": "none"}
+    return model, run_stage(Calibrate.model_validate(options), folder / "calibration", model=model).calibration
+
+
+def test_solve_ridge_is_augmented_least_squares() -> None:
+    """min ‖AX - R‖² + λ‖X‖² is least squares on A with √λ·I below it."""
+    generator = torch.Generator().manual_seed(0)
+    a, r = torch.randn(50, 8, generator=generator).double(), torch.randn(50, 3, generator=generator).double()
+    penalty = 0.1 * (a.T @ a).diagonal().mean()
+    augmented = torch.cat([a, penalty.sqrt() * torch.eye(8).double()])
+    expected = torch.linalg.lstsq(augmented, torch.cat([r, torch.zeros(8, 3).double()])).solution
+    torch.testing.assert_close(solve_ridge(a.T @ a, a.T @ r, 0.1), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_singular_gram_is_refused() -> None:
+    with pytest.raises(StageError, match=r"singular Gram matrix\); raise 'ridge'"):
+        solve_ridge(torch.zeros(3, 3).double(), torch.zeros(3, 2).double(), 0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("space", ["input", "output"])
+@pytest.mark.parametrize("packing", ["documents", "none"])
+def test_patch_is_the_ridge_optimum(architecture: str, space: str, packing: str, text: Path, tmp_path: Path) -> None:
+    """One site, from two whole models in fp64, by an independent solver, with padding left out."""
+    model, calibration = make_inputs(tmp_path, architecture, text, packing)
+    pruned = model.without_layers([2])
+    stage = ProjectCompensate.model_validate({"site": "before_cuts", "space": space, "ridge": 0.05})
+    result = run_stage(stage, tmp_path / "out", model=pruned, calibration=calibration)
+    (site,) = result.compensation.sites
+    assert (site.layer, site.parameter) == (1, f"{DOWN[architecture]}.weight")
+
+    whole = AutoModelForCausalLM.from_pretrained(model.base.folder, dtype=torch.float64).eval()
+    layers = whole.get_submodule(f"{'transformer.h' if architecture == 'gpt2' else 'model.layers'}")
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, pick: Any) -> Any:
+        return lambda _module, inputs, output: seen.update({name: pick(inputs, output)})
+
+    down = layers[1].get_submodule(DOWN[architecture])
+    down.register_forward_hook(keep("a", lambda inputs, _: inputs[0]))
+    down.register_forward_hook(keep("y", lambda _, output: output))
+    layers[1].register_forward_hook(keep("h", lambda _, output: output[0] if isinstance(output, tuple) else output))
+    layers[2].register_forward_hook(keep("target", lambda _, output: output[0] if isinstance(output, tuple) else output))
+    ids, mask = calibration.load()
+    assert bool((mask == 0).any()) == (packing == "none")
+    with torch.no_grad():
+        whole(input_ids=ids, attention_mask=mask)
+    real = mask.bool()
+    a = seen["a" if space == "input" else "y"][real]
+    missing = (seen["target"] - seen["h"])[real]
+    penalty = (0.05 * a.square().sum() / a.shape[1]).sqrt()
+    augmented = torch.cat([a, penalty * torch.eye(a.shape[1]).double()])
+    zeros = torch.zeros(a.shape[1], missing.shape[1]).double()
+    x = torch.linalg.lstsq(augmented, torch.cat([missing, zeros])).solution
+    weight = down.weight.detach().T if architecture == "gpt2" else down.weight.detach()
+    expected = weight + x.T if space == "input" else weight + x.T @ weight
+    name = next(name for name in result.model.patches if name.endswith(f"{DOWN[architecture]}.weight"))
+    patched = result.model.patches[name].load()[name].double()
+    patched = patched.T if architecture == "gpt2" else patched
+    assert (patched - expected).norm() <= 1e-5 * (expected - weight).norm()
+    left = (missing - a @ x).square().sum() / missing.square().sum()
+    assert site.missing_left == pytest.approx(float(left), rel=1e-4)
+    shift = (seen["h"] - seen["target"])[real].mean(0).norm()
+    assert site.shift == pytest.approx(float(shift), rel=1e-4)
+    if architecture == "gpt2" and space == "output":
+        bias = name.replace("weight", "bias")
+        moved = down.bias.detach() + x.T @ down.bias.detach()
+        torch.testing.assert_close(result.model.patches[bias].load()[bias].double(), moved, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("space", ["input", "output"])
+def test_correction_brings_the_stream_closer(space: str, text: Path, tmp_path: Path) -> None:
+    """And changes no count of parameters, in every place it can be put."""
+    model, calibration = make_inputs(tmp_path, "llama", text)
+    pruned = model.without_layers([1])
+    batches = make_batches(*calibration.load())
+    target = Sweep(LayerwiseModel(model), batches)
+    target.run_forward()
+
+    def distance(graph: ModelGraph) -> float:
+        sweep = Sweep(LayerwiseModel(graph), batches)
+        sweep.run_forward()
+        return float((sweep.boundary(len(graph.layers))[0] - target.boundary(4)[0]).square().sum())
+
+    for site in ("largest_shift", "largest_relative_shift", "before_cuts", "every_layer"):
+        stage = ProjectCompensate.model_validate({"site": site, "space": space, "ridge": 0.01})
+        result = run_stage(stage, tmp_path / site, model=pruned, calibration=calibration)
+        assert distance(result.model) < distance(pruned), site
+        assert result.model.count_parameters() == pruned.count_parameters()
+        assert result.model.label == "compensated"
+
+
+def test_sites_follow_the_options(text: Path, tmp_path: Path) -> None:
+    model, calibration = make_inputs(tmp_path, "llama", text)
+    pruned = model.without_layers([1])
+
+    def sites(**options: Any) -> list[int]:
+        stage = ProjectCompensate.model_validate(options)
+        found = run_stage(stage, tmp_path / "out", model=pruned, calibration=calibration).compensation
+        assert found.shifts.keys() == {0, 2, 3}
+        if options["site"] == "largest_shift":
+            assert found.sites[0].layer == max(found.shifts, key=found.shifts.__getitem__)
+        return [site.layer for site in found.sites]
+
+    assert sites(site="every_layer") == [0, 2, 3]
+    assert sites(site="before_cuts") == [0]
+    assert len(sites(site="largest_shift")) == 1
+    assert len(set(sites(site="largest_relative_shift", sites=2))) == 2
+    with pytest.raises(StageError, match="'sites' is 4, but the model has only 3 layers that drift"):
+        sites(site="largest_shift", sites=4)
+
+
+def test_nothing_removed_is_refused(text: Path, tmp_path: Path) -> None:
+    model, calibration = make_inputs(tmp_path, "llama", text)
+    with pytest.raises(StageError, match="the model has all its layers, so there is nothing to correct"):
+        run_stage(ProjectCompensate(), tmp_path / "out", model=model, calibration=calibration)
+
+
+def test_before_cuts_needs_a_layer_below(text: Path, tmp_path: Path) -> None:
+    model, calibration = make_inputs(tmp_path, "llama", text)
+    with pytest.raises(StageError, match="needs a kept layer below a removed one, and none is; use 'every_layer'"):
+        run_stage(ProjectCompensate(site="before_cuts"), tmp_path, model=model.without_layers([0]), calibration=calibration)
+
+
+def test_sites_only_with_largest() -> None:
+    with pytest.raises(ValidationError, match="'sites' counts the layers of largest shift; site 'every_layer' names"):
+        ProjectCompensate(sites=2)
+
+
+def test_projection_behind_a_norm_is_refused(text: Path, tmp_path: Path) -> None:
+    """Olmo2 puts a norm after each part of a layer: nothing can be folded in exactly."""
+    from tiny import CONFIGS, SMALL
+
+    CONFIGS["olmo2"] = SMALL
+    model = open_folder(make_model(tmp_path / "model", "olmo2"))
+    layerwise = LayerwiseModel(model)
+    sweep = Sweep(layerwise, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
+    with layerwise.layer(0), pytest.raises(StageError, match=r"layer 0 of Olmo2ForCausalLM has no linear map that writes"):
+        find_down_projection(layerwise, 0, sweep.boundary(0)[0], sweep.arguments(0, 0))

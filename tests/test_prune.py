@@ -1,0 +1,81 @@
+"""Pruning: which layers go, and what the plan refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gradmap_plugins.prune import Prune
+from pydantic import ValidationError
+
+from gradmap_pipeline import Decision, LayerScores, ModelForecast, OptionError, ScoresForecast, StageError
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.removal import count_removed
+from gradmap_pipeline.testing import run_stage
+
+
+def make_scores(model: str, order: list[int]) -> LayerScores:
+    return LayerScores(
+        model=model, method="by hand", decisions=tuple(Decision(removed=n, scores={n: 0.0}, unguarded=n) for n in order)
+    )
+
+
+@pytest.mark.parametrize(("options", "kept"), [({}, (0, 1, 3)), ({"layers": 2}, (1, 3)), ({"ratio": 0.6}, (1, 3))])
+def test_takes_the_first_decisions(llama: Path, tmp_path: Path, options: dict[str, Any], kept: tuple[int, ...]) -> None:
+    model = open_folder(llama)
+    result = run_stage(Prune.model_validate(options), tmp_path, model=model, scores=make_scores(model.digest, [2, 0]))
+    assert result.model.layers == kept
+    assert result.model.label == "pruned"
+
+
+def test_a_list_needs_no_scores(llama: Path, tmp_path: Path) -> None:
+    assert run_stage(Prune(layers=[3, 0]), tmp_path, model=open_folder(llama)).model.layers == (1, 2)
+
+
+def test_scores_of_another_model(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="the scores were made on another model"):
+        run_stage(Prune(layers=1), tmp_path, model=open_folder(llama), scores=make_scores("0" * 64, [1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 0.2, "layers": 2}, "give 'ratio' or 'layers', not both"),
+        ({"layers": 0}, "'layers' must be at least 1, found 0"),
+        ({"layers": [1, 1]}, "must list different layers"),
+        ({"layers": []}, "must list different layers"),
+        ({"layers": [-1]}, "must list different layers, counted from 0"),
+        ({"ratio": 1.0}, "less than 1"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Prune.model_validate(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "option", "message"),
+    [
+        ({"ratio": 0.33}, {"scores": ScoresForecast(decisions=3)}, "ratio", "removes 4 of 12 layers, but only 3 removals are"),
+        ({"layers": 5}, {"scores": ScoresForecast(decisions=3)}, "layers", "removes 5 of 12 layers, but only 3 removals are"),
+        ({"layers": [12]}, {}, "layers", "there is no layer 12: the model has layers 0 to 11"),
+        ({"layers": 2}, {}, "layers", "nothing says which layers to remove; put gradmap_score before this step"),
+        ({"layers": 12}, {"scores": None}, "layers", "removing 12 of 12 layers leaves none"),
+    ],
+)
+def test_the_plan_refuses(options: dict[str, Any], inputs: dict[str, Any], option: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        Prune.model_validate(options).forecast({"model": ModelForecast(layers=12), **inputs})
+    assert caught.value.option == option
+
+
+def test_the_plan_knows_how_many_layers_are_left() -> None:
+    inputs = {"model": ModelForecast(layers=12, positions=512), "scores": ScoresForecast(decisions=3)}
+    assert Prune().forecast(inputs) == {"model": ModelForecast(layers=9, positions=512)}
+    assert Prune().forecast({"model": None, "scores": None}) == {"model": ModelForecast()}
+
+
+@pytest.mark.parametrize(("depth", "ratio", "count"), [(12, 0.1, 1), (12, 0.25, 3), (12, 0.33, 4), (32, 0.25, 8), (4, 0.05, 1)])
+def test_share_of_layers(depth: int, ratio: float, count: int) -> None:
+    assert count_removed(depth, ratio) == count

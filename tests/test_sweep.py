@@ -1,0 +1,187 @@
+"""The layer-by-layer sweep computes what the model computes: the same losses, logits and gradients."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+from gradmap_pipeline.errors import ModelError
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.model.layerwise import LayerwiseModel
+from gradmap_pipeline.model.sweep import Sweep, make_batches, next_token_losses, predicted_tokens
+
+
+def make_samples(padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 300, (5, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(5):
+            mask[row, 20 - 3 * row :] = 0
+    return ids, mask
+
+
+def watch(gradients: list[torch.Tensor], _module: Any, _inputs: Any, output: Any) -> None:
+    """Collect the gradient at a layer's output."""
+    (output[0] if isinstance(output, tuple) else output).register_hook(gradients.append)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("resident_bytes", [0, 1 << 30])
+def test_gradients_equal_plain_backward(tmp_path: Path, architecture: str, tied: bool, padded: bool, resident_bytes: int) -> None:
+    folder = make_model(tmp_path, architecture, tied=tied)
+    batches = make_batches(*make_samples(padded), batch_tokens=40)
+    sweep = Sweep(LayerwiseModel(open_folder(folder), resident_bytes=resident_bytes), batches)
+    assert len(batches) > 1
+    ours: dict[str, torch.Tensor] = {}
+    outputs: dict[int, list[torch.Tensor]] = {}
+    for step in sweep.backward(weight_gradients=True):
+        outputs[step.layer] = [visit.gradient for visit in step]
+        ours |= {f"{sweep.model.layers_path}.{step.layer}.{name}": value for name, value in step.weight_gradients.items()}
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    layers = model.get_submodule(sweep.model.layers_path)
+    seen: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(layers))}
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(partial(watch, seen[index]))
+    total = sum(int(predicted_tokens(batch).sum()) for batch in batches)
+    for batch in batches:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        (next_token_losses(logits, batch).sum() / total).backward()
+    parameters = {name: value for name, value in model.named_parameters() if name.startswith(sweep.model.layers_path)}
+    assert ours.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        assert (ours[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
+    for index, gradients in seen.items():
+        for mine, plain in zip(outputs[index], gradients, strict=True):
+            assert (mine - plain).norm() <= 1e-6 * plain.norm()
+
+
+def test_loss_is_transformers_loss(llama: Path) -> None:
+    """Against the model's own loss, which leaves out labels of -100."""
+    batches = make_batches(*make_samples(padded=True))
+    sweep = Sweep(LayerwiseModel(open_folder(llama)), batches)
+    (batch,), (losses,) = batches, list(sweep.losses())
+    labels = batch.input_ids.masked_fill(~batch.mask, -100)
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    with torch.no_grad():
+        plain = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), labels=labels).loss
+    assert float(losses.sum() / predicted_tokens(batch).sum()) == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_padding_changes_nothing(llama: Path) -> None:
+    ids, _ = make_samples(padded=False)
+    short = Sweep(LayerwiseModel(open_folder(llama)), make_batches(ids[:1, :12], torch.ones(1, 12)))
+    mask = torch.zeros_like(ids[:2])
+    mask[0, :12] = 1
+    mask[1] = 1
+    long = Sweep(LayerwiseModel(open_folder(llama)), make_batches(ids[:2], mask))
+    torch.testing.assert_close(next(iter(long.losses()))[0, :11], next(iter(short.losses()))[0], rtol=1e-5, atol=1e-6)
+    assert float(next(iter(long.losses()))[0, 11:].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_removed_layers_are_skipped(tmp_path: Path, architecture: str) -> None:
+    """Removing in the sweep, or in the graph, gives the logits of the model with those layers as identities."""
+    folder = make_model(tmp_path, architecture)
+    batches = make_batches(*make_samples(padded=False))
+    sweep = Sweep(LayerwiseModel(open_folder(folder)), batches)
+    sweep.run_forward()
+    sweep.remove(2)
+    sweep.remove(0)
+    from_graph = Sweep(LayerwiseModel(open_folder(folder).without_layers([0, 2])), batches)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    layers = model.get_submodule(sweep.model.layers_path)
+    for index in (0, 2):
+        layers[index].forward = lambda hidden_states, *_, **__: hidden_states
+    with torch.no_grad():
+        plain = model(input_ids=batches[0].input_ids, use_cache=False).logits
+    assert torch.equal(next(iter(sweep.logits())), plain)
+    assert torch.equal(next(iter(from_graph.logits())), plain)
+
+
+def test_removal_keeps_what_lies_below(llama: Path) -> None:
+    sweep = Sweep(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
+    sweep.run_forward()
+    assert sweep.layer_forwards == 4
+    sweep.remove(2)
+    assert [step.layer for step in sweep.forward()] == [3]
+    assert sweep.layer_forwards == 5
+
+
+def test_lowest_layer_is_not_recomputed(llama: Path) -> None:
+    sweep = Sweep(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
+    assert [step.layer for step in sweep.backward()] == [3, 2, 1, 0]
+    assert (sweep.layer_forwards, sweep.layer_backwards) == (4 + 3, 3)
+
+
+def test_one_layer_in_memory_at_a_time(llama: Path) -> None:
+    model = LayerwiseModel(open_folder(llama), resident_bytes=0)
+    sweep = Sweep(model, make_batches(*make_samples(padded=False)))
+
+    def layers_in_memory() -> list[int]:
+        layers = model.module.get_submodule(model.layers_path)
+        return [index for index, layer in enumerate(layers) if not next(layer.parameters()).is_meta]
+
+    for step in sweep.forward():
+        assert layers_in_memory() == [step.layer]
+    for step in sweep.backward():
+        assert layers_in_memory() == [step.layer]
+    assert layers_in_memory() == []
+
+
+def test_override_survives_dropping_the_layer(llama: Path) -> None:
+    batches = make_batches(*make_samples(padded=False))
+    changed = []
+    for resident_bytes in (0, 1 << 30):
+        model = LayerwiseModel(open_folder(llama), resident_bytes=resident_bytes)
+        sweep = Sweep(model, batches)
+        before = next(iter(sweep.logits()))
+        model.override(1, "mlp.down_proj.weight", torch.zeros(32, 64))
+        sweep.invalidate_from(1)
+        changed.append(next(iter(sweep.logits())))
+        assert not torch.equal(before, changed[-1])
+    assert torch.equal(*changed)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks the weights of 'model.layers.1.mlp.up_proj.weight'"):
+        Sweep(LayerwiseModel(open_folder(folder)), make_batches(*make_samples(padded=False))).run_forward()
+
+
+def test_missing_embeddings_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks the weights of 'model.norm.weight'"):
+        LayerwiseModel(open_folder(folder))
+
+
+def test_wrong_shapes_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"up_proj.weight' has shape \(3, 32\) in the checkpoint, but its config asks for \(64, 32\)"
+    ):
+        Sweep(LayerwiseModel(open_folder(folder)), make_batches(*make_samples(padded=False))).run_forward()
