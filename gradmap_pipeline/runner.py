@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -199,8 +198,3 @@ def _version(library: str) -> str:
         return version(library)
     except PackageNotFoundError:
         return "missing"
-
-
-def run_recipe(plan: Plan, *, store: Path, device: str, dtype: str, threads: int | None, reporter: Reporter) -> Ran:
-    """What `gradmap run` does once the plan is made."""
-    return run_plan(plan, Store(store), Machine(device, "float32" if dtype == "auto" else dtype, threads), reporter)

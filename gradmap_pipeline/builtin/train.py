@@ -133,7 +133,7 @@ def main() -> None:
     model = make_model(arguments.layers)
     train(model, train_tokens, arguments.steps)
     print(f"held-out perplexity {measure_perplexity(model.eval(), heldout_tokens):.2f}")
-    model.to(dtype=torch.bfloat16).save_pretrained(arguments.to)
+    model.bfloat16().save_pretrained(arguments.to)
     tokenizer.save_pretrained(arguments.to)
 
 

@@ -86,7 +86,7 @@ class LineReporter(QuietReporter):
     """Plain lines, for logs."""
 
     def __init__(self) -> None:
-        self.console = _make_console(terminal=False)
+        self.console = make_console()
         self._last_line = 0.0
 
     def step_started(self, event: StepStarted) -> None:
@@ -118,7 +118,6 @@ class TerminalReporter(LineReporter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.console = _make_console(terminal=True)
         self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._since: float | None = None
@@ -198,7 +197,8 @@ def format_seconds(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _make_console(*, terminal: bool) -> Console:
+def make_console() -> Console:
+    """A console as wide as the terminal, or wide enough that a log loses nothing."""
     from rich.console import Console
 
-    return Console() if terminal else Console(width=200, force_terminal=False)
+    return Console() if sys.stdout.isatty() else Console(width=200, force_terminal=False)

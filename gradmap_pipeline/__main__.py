@@ -1,0 +1,5 @@
+"""`python -m gradmap_pipeline` is `gradmap`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,110 @@
+"""Find plugins and list the stages they provide."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+import pluggy
+
+from . import hookspecs
+from .digests import sha256_of
+from .errors import GradmapError, PluginError
+from .stage import Stage
+from .validation import suggest
+
+GROUP = "gradmap"
+
+
+class Catalog:
+    """All stages that recipes can use, by name."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, type[Stage]] = {}
+        self.plugin_of: dict[str, str] = {}
+        self.code_of: dict[str, str] = {}
+        """By stage: SHA-256 of the source file that defines it, so that editing a stage runs it again."""
+        self.broken: dict[str, str] = {}
+        """By plugin: why it is left out."""
+
+    def add(self, plugin: str, module: ModuleType) -> None:
+        """Take in the stages of a plugin. Raises `PluginError` and changes nothing when it breaks the contract."""
+        found = _stages_of(plugin, module)
+        for stage in found:
+            if stage.name in self.stages:
+                raise PluginError(
+                    f"stage {stage.name!r} is provided by both {self.plugin_of[stage.name]!r} and {plugin!r}; "
+                    "rename one or uninstall its plugin"
+                )
+        for stage in found:
+            self.stages[stage.name] = stage
+            self.plugin_of[stage.name] = plugin
+            self.code_of[stage.name] = sha256_of(Path(inspect.getfile(stage)))
+
+    def explain_unknown(self, name: str) -> str:
+        """What to say about a stage that is not there."""
+        broken = "".join(f"; plugin {plugin!r} is left out: {reason}" for plugin, reason in self.broken.items())
+        return f"no stage named {name!r}; {suggest(name, self.stages)}{broken}"
+
+    def producers(self, output: str, wanted: type) -> list[str]:
+        """Names of stages with an output that could fill an input."""
+        return sorted(name for name, stage in self.stages.items() if issubclass(stage.output_fields().get(output, object), wanted))
+
+
+def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
+    """Collect the stages of installed plugins and of single files.
+
+    An installed plugin that fails is noted in `broken` and left out; a file that fails raises `PluginError`.
+    """
+    catalog = Catalog()
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.value.split(".")[0] != "gradmap_plugins", entry.name)):
+        try:
+            catalog.add(entry.value, entry.load())
+        except Exception as error:  # whatever a stranger's module does, only recipes that use it stop
+            catalog.broken[entry.value] = _describe(error)
+    for file in plugin_files:
+        catalog.add(str(file), _import_file(file))
+    return catalog
+
+
+def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
+    manager = pluggy.PluginManager("gradmap")
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.register(module, plugin)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"plugin {plugin!r}: {' '.join(str(error).split())}; the only hook is gradmap_stages()") from error
+    if not manager.get_hookcallers(module):
+        raise PluginError(f"plugin {plugin!r} has no function gradmap_stages() marked with @hookimpl")
+    (found,) = manager.hook.gradmap_stages()
+    if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
+        raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {found!r}")
+    return found
+
+
+def _import_file(file: Path) -> ModuleType:
+    if not file.is_file() or file.suffix != ".py":
+        raise PluginError(f"--plugin {str(file)!r} is not a Python file")
+    name = f"gradmap_plugin_file_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except GradmapError:
+        raise
+    except Exception as error:
+        raise PluginError(f"plugin {str(file)!r} cannot be imported: {_describe(error)}") from error
+    return module
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, GradmapError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,150 @@
+"""The command line. Imports typer alone until a command runs, so that `gradmap --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .catalog import Catalog
+    from .plan import Plan
+    from .report.events import Reporter
+
+app = typer.Typer(
+    name="gradmap",
+    help="Turn a Hugging Face causal LM into a smaller one that still loads everywhere.",
+    epilog="Exit codes: 0 done, 2 recipe or command invalid, 3 does not fit this machine, 4 a stage failed, "
+    "5 a quality limit is not met, 130 interrupted (run the same command to go on).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Replace one option of the recipe. Repeatable.")
+]
+PluginFiles = Annotated[list[Path], typer.Option("--plugin", metavar="FILE", help="Python file with stages to use. Repeatable.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gradmap-pipeline {version('gradmap-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default
+    store: Annotated[Path, typer.Option(help="Folder for results, shared by all recipes.")] = Path(".gradmap"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type to compute in: float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.", show_default=False)] = None,
+    plugins: PluginFiles = [],  # noqa: B006
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line on standard output, and nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Run a recipe. Steps whose results are in the store are not run again."""
+    from .report.reporters import make_reporter
+
+    reporter = make_reporter(json=json, quiet=quiet)
+    with _errors(reporter):
+        plan = _plan(recipe, overrides, plugins)
+        from .runner import Machine, run_plan
+        from .store import Store
+
+        run_plan(plan, Store(store), Machine(device, dtype, threads), reporter)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = [], plugins: PluginFiles = []) -> None:  # noqa: B006
+    """Check a recipe without running it: options, wiring, files. Prints every problem with its place."""
+    with _errors():
+        plan = _plan(recipe, overrides, plugins)
+        typer.echo(f"{recipe}: no problems in {len(plan.steps)} steps")
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = [], plugins: PluginFiles = []) -> None:  # noqa: B006
+    """Show what a recipe will do: steps, options, where inputs come from, layers left."""
+    with _errors():
+        from .report.plan_table import print_plan
+
+        print_plan(_plan(recipe, overrides, plugins))
+
+
+@app.command()
+def stages(
+    name: Annotated[str | None, typer.Argument(help="Stage to describe.", show_default=False)] = None,
+    plugins: PluginFiles = [],  # noqa: B006
+) -> None:
+    """List the stages that recipes can use, or describe one."""
+    with _errors():
+        from .report.stage_help import describe_stage, list_stages
+
+        catalog = _catalog(plugins)
+        typer.echo(list_stages(catalog) if name is None else describe_stage(catalog, name))
+
+
+@app.command()
+def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
+    """Print the JSON Schema of recipes, for editors."""
+    with _errors():
+        import json
+
+        from .schema import make_schema
+
+        typer.echo(json.dumps(make_schema(_catalog(plugins)), indent=2))
+
+
+def main() -> None:
+    """Entry point of the `gradmap` command."""
+    app()
+
+
+def _catalog(plugins: list[Path]) -> Catalog:
+    from .catalog import load_catalog
+
+    return load_catalog(plugins)
+
+
+def _plan(recipe: Path, overrides: list[str], plugins: list[Path]) -> Plan:
+    from .plan import make_plan
+    from .recipe import load_recipe
+
+    return make_plan(load_recipe(recipe, overrides), _catalog(plugins))
+
+
+@contextmanager
+def _errors(reporter: Reporter | None = None) -> Iterator[None]:
+    """Print what went wrong, and exit with its code."""
+    from .errors import GradmapError
+    from .report.reporters import LineReporter
+
+    told = reporter or LineReporter()
+    try:
+        yield
+    except GradmapError as error:
+        told.error(error.exit_code, str(error), error.where)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        told.error(130, "interrupted; what is finished is kept: run the same command to go on", None)
+        sys.exit(130)

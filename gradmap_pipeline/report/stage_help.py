@@ -1,0 +1,89 @@
+"""Describe stages from their classes: for the terminal, and for the reference in the docs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from ..catalog import Catalog
+from ..errors import PluginError
+from ..stage import Stage
+
+
+def list_stages(catalog: Catalog) -> str:
+    """One line a stage, then the plugins that are left out, and why."""
+    width = max((len(name) for name in catalog.stages), default=0)
+    lines = [f"{name:<{width}}  {_first_line(stage)}" for name, stage in catalog.stages.items()]
+    foreign = {plugin for plugin in catalog.plugin_of.values() if not plugin.startswith("gradmap_plugins.")}
+    for plugin in sorted(foreign):
+        names = ", ".join(name for name, owner in catalog.plugin_of.items() if owner == plugin)
+        lines.append(f"{names}: from plugin {plugin}")
+    lines += [f"left out: plugin {plugin}: {reason}" for plugin, reason in catalog.broken.items()]
+    return "\n".join(lines)
+
+
+def describe_stage(catalog: Catalog, name: str) -> str:
+    """Everything a recipe's author needs to know of a stage."""
+    if name not in catalog.stages:
+        raise PluginError(catalog.explain_unknown(name))
+    stage = catalog.stages[name]
+    lines = [f"{name} ({catalog.plugin_of[name]})", "", inspect.cleandoc(stage.__doc__ or "")]
+    lines += [
+        "",
+        "takes:   " + _describe_ports(stage.input_fields()),
+        "gives:   " + ", ".join(f"{port} ({kind.__name__})" for port, kind in stage.output_fields().items()),
+    ]
+    rows = list_options(stage)
+    if rows:
+        lines += ["", "options:"]
+        for option, kind, default, description in rows:
+            lines += [f"  {option}: {kind}{f' = {default}' if default else ''}", f"      {description}"]
+    return "\n".join(lines)
+
+
+def list_options(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """(option, accepted values, default, description) of every option, those of nested groups after their group."""
+    rows = []
+    for name, info in model.model_fields.items():
+        default = "" if info.default in (PydanticUndefined, None) else _literal(info.default)
+        required = " (required)" if info.is_required() else ""
+        limits = _describe_limits(info.metadata)
+        rows.append((prefix + name, _describe_type(info.annotation) + limits + required, default, info.description or ""))
+        for member in (info.annotation, *get_args(info.annotation)):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                rows += list_options(member, f"{prefix}{name}.")
+    return rows
+
+
+def _first_line(stage: type[Stage]) -> str:
+    return (stage.__doc__ or "").strip().splitlines()[0]
+
+
+def _describe_ports(ports: dict[str, tuple[Any, bool]]) -> str:
+    return ", ".join(f"{port} ({kind.__name__}{'' if required else ', optional'})" for port, (kind, required) in ports.items())
+
+
+def _describe_type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(_literal, get_args(annotation)))
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {_describe_type(get_args(annotation)[0])}"
+    if members := [member for member in get_args(annotation) if member is not type(None)]:
+        return " | ".join(map(_describe_type, members))
+    names = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "Path": "path"}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    return names.get(getattr(annotation, "__name__", ""), str(annotation))
+
+
+def _describe_limits(metadata: list[Any]) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
+    return f" {', '.join(found)}" if found else ""
+
+
+def _literal(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,27 @@
+"""JSON Schema of recipes, for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .catalog import Catalog
+from .recipe import RecipeFile, RecipeStep
+
+
+def make_schema(catalog: Catalog) -> dict[str, Any]:
+    """A recipe's schema (draft 2020-12), with the options of every stage in the catalog."""
+    schema = RecipeFile.model_json_schema(by_alias=True)
+    definitions = schema.setdefault("$defs", {})
+    definitions.pop("RecipeStep", None)
+    step = RecipeStep.model_json_schema(by_alias=True)
+    choices = []
+    for name, stage in sorted(catalog.stages.items()):
+        options = stage.model_json_schema(ref_template="#/$defs/{model}")
+        definitions |= options.pop("$defs", {})
+        options["description"] = (stage.__doc__ or "").strip()
+        definitions[f"options of {name}"] = options
+        properties = {**step["properties"], "use": {"const": name}, "with": {"$ref": f"#/$defs/options of {name}"}}
+        required = ["use", "with"] if options.get("required") else ["use"]
+        choices.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
+    schema["properties"]["steps"]["items"] = {"oneOf": choices}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "gradmap recipe", **schema, "$defs": definitions}

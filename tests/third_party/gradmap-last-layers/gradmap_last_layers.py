@@ -1,0 +1,36 @@
+"""Score layers by depth: the last go first. A stage as a stranger would publish it."""
+
+from pydantic import BaseModel, Field
+
+from gradmap_pipeline import Context, Decision, LayerScores, ModelGraph, ScoresForecast, Stage, hookimpl
+
+
+class LastLayersScore(Stage):
+    """Remove layers from the top, whatever they do."""
+
+    name = "last_layers_score"
+    keep_last: int = Field(1, ge=0, description="Layers at the very top that stay.")
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+
+    class Outputs(BaseModel):
+        scores: LayerScores
+
+    def forecast(self, inputs):
+        return {"scores": ScoresForecast()}
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        left = list(inputs.model.layers)
+        decisions = []
+        while len(left) > self.keep_last + 1:
+            scores = {layer: float(-position) for position, layer in enumerate(left)}
+            chosen = left.pop(-1 - self.keep_last)
+            decisions.append(Decision(removed=chosen, scores=scores, unguarded=left[-1]))
+        scores = LayerScores(model=inputs.model.digest, method="depth", decisions=tuple(decisions))
+        return self.Outputs(scores=scores)
+
+
+@hookimpl
+def gradmap_stages():
+    return [LastLayersScore]
