@@ -62,9 +62,10 @@ class Recipe:
 
     def where(self, location: Location) -> str:
         """`file:line:column` of a value, or the command-line option that set it."""
-        for end in range(len(location), 0, -1):
-            if location[:end] in self.overrides:
-                return f"--set {self.overrides[location[:end]]}"
+        for place, override in self.overrides.items():
+            shorter = min(len(place), len(location))
+            if place[:shorter] == location[:shorter]:
+                return f"--set {override}"
         return self.document.where(location)
 
 
@@ -80,8 +81,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         content = validate(RecipeFile, document.data)
     except Invalid as invalid:
-        raise RecipeError([Problem(recipe.where(location), message) for location, message in invalid.complaints]) from None
+        problems = [Problem(recipe.where(at), _name_key(at, message)) for at, message in invalid.complaints]
+        raise RecipeError(problems) from None
     return Recipe(path, content, document, applied)
+
+
+def _name_key(location: Location, message: str) -> str:
+    """Say which key a complaint about a value is about."""
+    key = ".".join(str(part) for part in location if isinstance(part, str))
+    return f"{key}: {message}" if message.startswith("found ") else message
 
 
 def _read_text(path: Path) -> str:

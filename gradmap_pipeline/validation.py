@@ -72,7 +72,7 @@ def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location,
         accepted = [word.strip().strip("'") for word in context["expected"].replace(" or ", ", ").split(",")]
         near = get_close_matches(found, accepted, n=1) if isinstance(found, str) else []
         hint = f"; did you mean {near[0]!r}?" if near and len(accepted) > 1 else ""
-        return f"found {found!r}, accepted: {', '.join(accepted)}{hint}"
+        return f"found {_show(found)}, accepted: {', '.join(accepted)}{hint}"
     if kind == "value_error":
         return str(context["error"])
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
@@ -83,16 +83,16 @@ def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location,
             "less_than": "less than",
             "less_than_equal": "at most",
         }
-        return f"found {found!r}, accepted: {words[kind]} {limit}"
+        return f"found {_show(found)}, accepted: {words[kind]} {limit}"
     if kind == "string_pattern_mismatch":
-        return f"found {found!r}, accepted: letters, digits, '-' and '_', starting with a letter"
+        return f"found {_show(found)}, accepted: letters, digits, '-' and '_', starting with a letter"
     if kind == "too_short":
         return "found an empty list; give at least one entry"
     wanted = next((words for prefix, words in _KINDS.items() if kind.startswith(prefix)), None)
     if wanted is None:
-        return f"found {found!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+        return f"found {_show(found)}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
     quotes = "; put quotes around it" if wanted in ("text", "a path") and isinstance(found, int | float) and not is_branch else ""
-    return f"found {_shorten(found)}, accepted: {wanted}{quotes}"
+    return f"found {_show(found)}, accepted: {wanted}{quotes}"
 
 
 def _without_branches(raw: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Location, bool]:
@@ -139,6 +139,7 @@ def _join(sentences: list[str]) -> str:
     return "; ".join(sentences)
 
 
-def _shorten(value: Any) -> str:
-    text = repr(value)
+def _show(value: Any) -> str:
+    """A value as YAML writes it, cut short."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

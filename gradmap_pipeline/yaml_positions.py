@@ -33,6 +33,9 @@ class Document:
         return f"{self.source}:{line}:{column}"
 
 
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 core schema: only true and false are booleans, 1e-3 is a number, dates are text."""
 
@@ -88,6 +91,8 @@ class _Reader:
         self.values += 1
         if self.values > MAX_VALUES:
             raise self._error(node, f"aliases expand this file to more than {MAX_VALUES} values")
+        if node.tag not in _TAGS:
+            raise self._error(node, f"tag {node.tag!r} is not allowed; a recipe holds plain values only")
         if id(node) in self.open:
             raise self._error(node, "an alias here stands for something that contains it")
         self.open.add(id(node))
@@ -110,15 +115,16 @@ class _Reader:
             if key in mapping:
                 raise self._error(key_node, f"key {key!r} is already given on line {lines[key]}; keep one of the two")
             lines[key] = key_node.start_mark.line + 1
-            self.document.positions[(*location, key)] = _position(key_node)
-            mapping[key] = self.read(value_node, (*location, key))
+            inside = (*location, key)
+            self.document.positions[inside] = _position(key_node)
+            mapping[key] = self.read(value_node, inside)
         return mapping
 
     def _read_scalar(self, node: yaml.Node) -> Any:
         try:
             return self.constructor.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
-            raise self._error(node, f"cannot read {node.value!r} as {node.tag.rpartition(':')[2]}; plain values only") from error
+            raise self._error(node, f"cannot read {node.value!r} as {node.tag.rpartition(':')[2]}") from error
 
     def _error(self, node: yaml.Node, message: str) -> RecipeError:
         return _error(self.document.source, *_position(node), message)

@@ -1,0 +1,231 @@
+"""Whole runs through the command line: results, reuse, resume, machine-readable output, failures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from gradmap_pipeline.cli import app
+
+RECIPE = """\
+version: 1
+model: {path: MODEL}
+steps:
+  - use: evaluate
+    id: evaluate_dense
+    with: {dataset: {path: TEXT}, samples: 8, sequence_length: 32}
+  - use: calibrate
+    with: {dataset: {path: TEXT}, samples: 8, sequence_length: 32}
+  - use: gradmap_score
+    with: {layers: 2}
+  - use: prune
+    with: {layers: 2}
+  - use: evaluate
+    id: evaluate_pruned
+    with: {dataset: {path: TEXT}, samples: 8, sequence_length: 32}
+  - use: project_compensate
+  - use: evaluate
+    with: {dataset: {path: TEXT}, samples: 8, sequence_length: 32}
+  - use: export
+    with: {to: out}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path, text: Path) -> Path:
+    """A folder with a recipe, to work in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)))
+    return tmp_path
+
+
+def gradmap(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def events(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def cached(result: Result) -> dict[str, bool]:
+    return {event["step"]: event["cached"] for event in events(result) if event["event"] == "step_finished"}
+
+
+def test_from_recipe_to_folder(folder: Path) -> None:
+    result = gradmap("run", "r.yaml")
+    assert result.exit_code == 0, result.stderr
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").config.num_hidden_layers == 2
+    for row in ("dense", "pruned", "compensated"):
+        assert any(line.split()[:1] == [row] for line in result.stdout.splitlines()), result.stdout
+    assert "of the gap in log-perplexity" in result.stdout
+    assert sorted(file.name for file in folder.iterdir()) == [".gradmap", "out", "r.yaml"]
+
+
+def test_json_events(folder: Path) -> None:
+    found = events(gradmap("run", "r.yaml", "--json"))
+    assert [event["event"] for event in found if event["event"] != "progress"] == [
+        "run_started",
+        *["step_started", "step_finished"] * 8,
+        "run_finished",
+    ]
+    finished = {event["step"]: event for event in found if event["event"] == "step_finished"}
+    assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "seconds", "outputs"}
+    decisions = finished["gradmap_score"]["outputs"]["scores"]["decisions"]
+    assert [len(decision["scores"]) for decision in decisions] == [4, 3]
+    assert finished["evaluate"]["outputs"]["evaluation"]["perplexity"] > 1
+    assert [row["label"] for row in found[-1]["summary"]["models"]] == ["dense", "pruned", "compensated"]
+
+
+def test_second_run_computes_nothing(folder: Path) -> None:
+    """In a new process, which does not even import torch."""
+    first = gradmap("run", "r.yaml", "--json")
+    assert not any(cached(first).values())
+    code = "import sys; from gradmap_pipeline.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, "run", "r.yaml", "--json"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 30
+    assert done.stderr.strip() == "False"
+    second = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(event["cached"] for event in second if event["event"] == "step_finished")
+    outputs = [[event["outputs"] for event in found if event["event"] == "step_finished"] for found in (events(first), second)]
+    assert outputs[0] == outputs[1]
+
+
+def test_changed_ratio_reuses_scores(folder: Path) -> None:
+    gradmap("run", "r.yaml", "--quiet")
+    result = cached(gradmap("run", "r.yaml", "--json", "--set", "prune.layers=1"))
+    assert {step for step, reused in result.items() if reused} == {"evaluate_dense", "calibrate", "gradmap_score"}
+    said = gradmap("run", "r.yaml", "--set", "prune.layers=1").stdout
+    assert "gradmap_score: done (from the store)" in said
+
+
+def test_what_a_step_depends_on_runs_it_again(folder: Path, text: Path, tmp_path: Path) -> None:
+    gradmap("run", "r.yaml", "--quiet")
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(text.read_bytes())
+    assert all(cached(gradmap("run", "r.yaml", "--json", "--set", f"calibrate.dataset.path={moved}")).values())
+    moved.write_text("changed " + text.read_text())
+    assert not cached(gradmap("run", "r.yaml", "--json", "--set", f"calibrate.dataset.path={moved}"))["calibrate"]
+    assert not cached(gradmap("run", "r.yaml", "--json", "--set", "seed=1"))["calibrate"]
+    assert not cached(gradmap("run", "r.yaml", "--json", "--dtype", "bfloat16"))["evaluate_dense"]
+
+
+def test_deleted_export_is_written_again(folder: Path) -> None:
+    gradmap("run", "r.yaml", "--quiet")
+    (folder / "out" / "config.json").unlink()
+    result = cached(gradmap("run", "r.yaml", "--json"))
+    assert [step for step, reused in result.items() if not reused] == ["export"]
+    assert (folder / "out" / "config.json").is_file()
+
+
+def test_interruption_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted during the second decision, a run goes on with the second decision."""
+    from gradmap_plugins.gradmap_score import GradmapScore
+
+    score_layers, calls = GradmapScore.score_layers, []
+
+    def interrupt_second(self: GradmapScore, sweep: Any) -> Any:
+        calls.append(len(sweep.layers))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score_layers(self, sweep)
+
+    monkeypatch.setattr(GradmapScore, "score_layers", interrupt_second)
+    result = gradmap("run", "r.yaml")
+    assert result.exit_code == 130
+    assert "error: interrupted; what is finished is kept: run the same command to go on" in result.stderr
+    assert not list((folder / ".gradmap" / "steps").glob("*partial*"))
+    result = gradmap("run", "r.yaml", "--json")
+    assert result.exit_code == 0
+    assert calls == [4, 3, 3]
+    assert cached(result)["calibrate"]
+
+
+def test_quality_limit(folder: Path) -> None:
+    result = gradmap("run", "r.yaml", "--set", "evaluate.max_perplexity=2")
+    assert result.exit_code == 5
+    assert "error: step 'evaluate': perplexity" in result.stderr
+    assert "is over max_perplexity 2; remove fewer layers" in result.stderr
+    assert not (folder / "out").exists()
+    again = gradmap("run", "r.yaml", "--json", "--set", "evaluate.max_perplexity=1e9")
+    assert again.exit_code == 0
+    assert cached(again)["project_compensate"]
+
+
+def test_error_as_json(folder: Path) -> None:
+    result = gradmap("run", "r.yaml", "--json", "--set", "evaluate.max_perplexity=2")
+    error = events(result)[-1]
+    assert (error["event"], error["exit_code"], error["where"]) == ("error", 5, "step 'evaluate'")
+    assert result.stderr == ""
+    result = gradmap("run", "r.yaml", "--json", "--set", "prune.layers=9")
+    (error,) = events(result)
+    assert (error["exit_code"], error["where"]) == (2, "--set prune.layers=9")
+
+
+def test_quiet_says_nothing(folder: Path) -> None:
+    result = gradmap("run", "r.yaml", "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_failing_stage(folder: Path, llama: Path) -> None:
+    (folder / "fails.py").write_text(FAILING)
+    (folder / "f.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: fail\n")
+    result = gradmap("run", "f.yaml", "--plugin", "fails.py")
+    assert result.exit_code == 4
+    assert result.stderr == "error: step 'fail': stage 'fail' failed: ZeroDivisionError: division by zero\n"
+    result = gradmap("run", "f.yaml", "--plugin", "fails.py", "--set", "fail.how=type")
+    assert result.stderr == "error: step 'fail': stage 'fail' must return its Outputs, got int\n"
+    assert not list((folder / ".gradmap" / "steps").iterdir())
+
+
+FAILING = '''
+from pydantic import BaseModel, Field
+from gradmap_pipeline import ModelGraph, Stage, hookimpl
+
+class Fail(Stage):
+    """Fail."""
+    name = "fail"
+    how: str = Field("raise", description="In which way.")
+    class Inputs(BaseModel):
+        model: ModelGraph
+    class Outputs(BaseModel):
+        model: ModelGraph
+    def run(self, inputs, context):
+        return 1 / 0 if self.how == "raise" else 1
+
+@hookimpl
+def gradmap_stages():
+    return [Fail]
+'''
+
+
+def test_killed_run_leaves_no_finished_step(folder: Path) -> None:
+    """kill -9 in the middle of a step: nothing looks finished, and the next run cleans up and goes on."""
+    plugin = FAILING.replace("return 1 / 0", "__import__('os').kill(__import__('os').getpid(), 9); return 1")
+    (folder / "kills.py").write_text(plugin)
+    text = (folder / "r.yaml").read_text()
+    (folder / "k.yaml").write_text(text.replace("  - use: project_compensate", "  - use: fail\n  - use: project_compensate"))
+    command = [sys.executable, "-m", "gradmap_pipeline", "run", "k.yaml", "--plugin", "kills.py", "--quiet"]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert len(list((folder / ".gradmap" / "steps").glob("fail-*.partial-*"))) == 1
+    result = gradmap("run", "r.yaml", "--json")
+    assert result.exit_code == 0
+    assert cached(result)["evaluate_pruned"]
+    assert not list((folder / ".gradmap" / "steps").glob("*.partial-*"))
+
+
+def test_plan_and_check(folder: Path) -> None:
+    assert gradmap("check", "r.yaml").stdout == "r.yaml: no problems in 8 steps\n"
+    shown = gradmap("plan", "r.yaml").stdout
+    assert "4 layers" in shown
+    assert "2 decisions" in shown
+    assert "2 layers" in shown
+    assert not (folder / ".gradmap").exists()
