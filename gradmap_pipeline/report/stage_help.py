@@ -51,10 +51,12 @@ def list_options(model: type[BaseModel], prefix: str = "") -> list[tuple[str, st
         default = "" if info.default in (PydanticUndefined, None) else _literal(info.default)
         required = " (required)" if info.is_required() else ""
         limits = _describe_limits(info.metadata)
-        rows.append((prefix + name, _describe_type(info.annotation) + limits + required, default, info.description or ""))
+        rows.append(
+            (prefix + (info.alias or name), _describe_type(info.annotation) + limits + required, default, info.description or "")
+        )
         for member in (info.annotation, *get_args(info.annotation)):
             if isinstance(member, type) and issubclass(member, BaseModel):
-                rows += list_options(member, f"{prefix}{name}.")
+                rows += list_options(member, f"{prefix}{info.alias or name}.")
     return rows
 
 
@@ -71,6 +73,8 @@ def _describe_type(annotation: Any) -> str:
         return " | ".join(map(_literal, get_args(annotation)))
     if get_origin(annotation) in (list, tuple):
         return f"list of {_describe_type(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping"
     if members := [member for member in get_args(annotation) if member is not type(None)]:
         return " | ".join(map(_describe_type, members))
     names = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false", "Path": "path"}

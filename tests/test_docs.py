@@ -1,0 +1,82 @@
+"""What the docs show works: commands run, recipes plan, plugins load; generated pages are current."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradmap_pipeline.catalog import load_catalog
+from gradmap_pipeline.plan import make_plan
+from gradmap_pipeline.recipe import load_recipe
+from gradmap_pipeline.report.reference import make_pages
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TESTED = {"console", "yaml", "python", "toml", "json"}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader has it after cloning; all pages share its results."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("recipes", "Makefile"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks(page: Path, workplace: Path) -> None:
+    """In order, each in one of these forms: `$ command` with output, a file that begins with its name, a whole recipe."""
+    for language, text in BLOCK.findall(page.read_text()):
+        assert language in TESTED | {"text"}, f"{page.name}: a block must say its language"
+        named = re.match(r"# ([\w./-]+\.(?:py|yaml|toml))\n", text)
+        if named:
+            file = workplace / named[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        if language == "console":
+            run_console(text, workplace)
+        elif language == "yaml" and text.lstrip("# \n").startswith("version") and not named:
+            (workplace / "shown.yaml").write_text(text)
+            make_plan(load_recipe(workplace / "shown.yaml"), load_catalog())
+        elif language == "python" and not named:
+            command = [sys.executable, "-c", text]
+            done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+
+def run_console(text: str, folder: Path) -> None:
+    """Run each `$ ` line; the lines after it must occur in what it prints (`...` stands for anything)."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        command, _, comment = command.partition("  # exit code ")
+        if command.startswith("make "):
+            targets = (ROOT / "Makefile").read_text()
+            assert all(f"\n{target}:" in targets for target in command.split()[1:]), command
+            continue
+        if command.startswith(("git clone", "cd ", "pip install")):
+            continue
+        done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == int(comment or 0), f"{command}\n{done.stdout}{done.stderr}"
+        printed = " ".join((done.stdout + done.stderr).split())
+        for line in filter(None, (line.strip() for line in shown.splitlines())):
+            for piece in filter(None, (piece.strip() for piece in line.split("..."))):
+                assert " ".join(piece.split()) in printed, f"{command}\nshould print {piece!r}:\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("name", ["recipe.md", "stages.md", "command-line.md"])
+def test_reference_is_current(name: str) -> None:
+    assert (ROOT / "docs" / "reference" / name).read_text() == make_pages()[name], "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,62 @@
+"""The recipes that ship: each says what it does, can be planned without a network, and names stages that exist."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gradmap_pipeline.catalog import load_catalog
+from gradmap_pipeline.cli import app
+from gradmap_pipeline.plan import make_plan
+from gradmap_pipeline.recipe import load_recipe
+from gradmap_pipeline.schema import make_schema
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipe_is_planned_offline(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = make_plan(load_recipe(file), load_catalog())
+    assert [step.stage.name for step in plan.steps][-1] == "export"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipe_starts_with_what_needs_and_command(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert all(line.startswith("# ") for line in lines[:3])
+    assert lines[1].startswith("# Needs ")
+    assert lines[2].startswith(f"# gradmap run recipes/{file.name}")
+    assert lines[3] == "version: 1"
+
+
+def test_there_is_one_for_each_promised_model() -> None:
+    assert {file.stem for file in RECIPES} >= {"quickstart", "llama-2-7b", "llama-3.1-8b", "qwen3-8b", "mistral-7b"}
+
+
+def test_hub_model_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    result = CliRunner().invoke(app, ["run", str(ROOT / "recipes/qwen3-8b.yaml"), "--store", str(tmp_path / "store")])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "cannot get model 'Qwen/Qwen3-8B' from the Hugging Face hub" in line
+    assert "download it elsewhere and use `model: {path: FOLDER}`" in line
+
+
+def test_schema_knows_every_stage_and_option() -> None:
+    catalog = load_catalog()
+    result = CliRunner().invoke(app, ["schema"])
+    schema = json.loads(result.stdout)
+    assert schema == make_schema(catalog)
+    choices = {choice["properties"]["use"]["const"]: choice for choice in schema["properties"]["steps"]["items"]["oneOf"]}
+    assert choices.keys() == catalog.stages.keys()
+    for name, stage in catalog.stages.items():
+        options = schema["$defs"][f"options of {name}"]
+        assert options["properties"].keys() == stage.model_fields.keys()
+        assert options["additionalProperties"] is False
+    for reference in json.dumps(schema).split('"$ref": "#/$defs/')[1:]:
+        assert reference.split('"')[0] in schema["$defs"]

@@ -1,0 +1,106 @@
+"""The rules the code is laid out by: who may import whom, and what may not be imported early."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gradmap_pipeline"
+PLUGINS = ROOT / "plugins"
+HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich"}
+ORDER = [
+    "errors", "digests", "artifacts", "yaml_positions", "validation", "stage", "hookspecs", "removal", "builtin", "model",
+    "data", "catalog", "recipe", "plan", "store", "schema", "report", "runner", "testing", "cli", "__main__",
+]  # fmt: skip
+"""Lowest first: a module imports, at module level, only from those before it, and from its own package."""
+
+
+def imports_of(file: Path, *, early: bool) -> set[str]:
+    """Absolute names of imported modules; `early`: only those that run when the module is imported."""
+    tree = ast.parse(file.read_text())
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                found.add(resolve(file, child))
+            elif not (early and runs_later(child)):
+                visit(child)
+
+    visit(tree)
+    return found
+
+
+def runs_later(node: ast.AST) -> bool:
+    """The body of a function, or what only a type checker reads."""
+    return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+
+
+def resolve(file: Path, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = file.relative_to(ROOT).with_suffix("").parts[: -node.level]
+    return ".".join([*parts, *filter(None, [node.module])])
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", modules(PACKAGE) + modules(PLUGINS), ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_heavy_is_imported_early(file: Path) -> None:
+    early = {name.split(".")[0] for name in imports_of(file, early=True)}
+    assert not early & HEAVY
+
+
+@pytest.mark.parametrize("file", modules(PACKAGE), ids=lambda file: str(file.relative_to(ROOT)))
+def test_modules_import_only_from_below(file: Path) -> None:
+    if file == PACKAGE / "__init__.py":
+        return
+    place = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    below = set(ORDER[: ORDER.index(place) + 1])
+    for name in imports_of(file, early=True):
+        parts = name.split(".")
+        if parts[0] == "gradmap_pipeline" and len(parts) > 1:
+            assert parts[1] in below, f"{place} imports {name}"
+
+
+@pytest.mark.parametrize("file", modules(PLUGINS), ids=lambda file: file.name)
+def test_plugins_do_not_know_each_other(file: Path) -> None:
+    for name in imports_of(file, early=False):
+        assert not name.startswith(("gradmap_plugins", "plugins")), name
+
+
+def test_package_does_not_know_the_plugins() -> None:
+    for file in modules(PACKAGE):
+        assert not any("gradmap_plugins" in name for name in imports_of(file, early=False)), file
+
+
+def test_public_names_are_listed_once_and_exist() -> None:
+    import gradmap_pipeline
+
+    listed = sorted(name for names in gradmap_pipeline._HOME.values() for name in names)
+    assert listed == sorted(gradmap_pipeline.__all__)
+    assert all(getattr(gradmap_pipeline, name) is not None for name in gradmap_pipeline.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Stag'"):
+        _ = gradmap_pipeline.Stag
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "recipes/quickstart.yaml"], ["plan", "recipes/quickstart.yaml"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = "import sys; from gradmap_pipeline.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "transformers", "datasets", "numpy"}
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    for file in modules(PACKAGE) + modules(PLUGINS) + modules(ROOT / "tests"):
+        assert ast.get_docstring(ast.parse(file.read_text())) or file.stat().st_size == 0, file
