@@ -25,7 +25,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 docs: .venv/installed
-	$(BIN)/python -m gradmap_pipeline.report.reference docs
+	$(BIN)/python -m gradmap_pipeline.reference docs
 
 clean:
 	rm -rf .venv .gradmap out build *.egg-info

@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: `python -m gradmap_pipeline.report.reference docs`."""
+"""Write the reference pages from the code: `python -m gradmap_pipeline.reference docs`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
-from ..catalog import Catalog, load_catalog
-from ..cli import app
-from ..recipe import RecipeFile
-from .stage_help import list_options
+from .catalog import Catalog, load_catalog
+from .cli import app
+from .recipe import RecipeFile
+from .report.stage_help import list_options
 
 _NOTE = "<!-- Written by `make docs` from the code; do not edit. -->"
 
