@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -41,6 +42,12 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _check_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise typer.BadParameter(f"found {device!r}, accepted: auto, cpu, cuda, cuda:1")
+    return device
+
+
 @app.callback()
 def start(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
@@ -53,8 +60,10 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
     store: Annotated[Path, typer.Option(help="Folder for results, shared by all recipes.")] = Path(".gradmap"),
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Type to compute in: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        str, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.", show_default=False)] = None,
     plugins: PluginFiles = [],  # noqa: B006
     json: Annotated[
@@ -145,6 +154,9 @@ def _errors(reporter: Reporter | None = None) -> Iterator[None]:
     except GradmapError as error:
         told.error(error.exit_code, str(error), error.where)
         sys.exit(error.exit_code)
+    except OSError as error:
+        told.error(4, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", None)
+        sys.exit(4)
     except KeyboardInterrupt:
         told.error(130, "interrupted; what is finished is kept: run the same command to go on", None)
         sys.exit(130)

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from .artifacts import Artifact
 from .digests import sha256_of_value
-from .errors import GradmapError, StageError
-from .model.graph import open_model
+from .errors import CapacityError, GradmapError, StageError
+from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .report.summary import summarise
@@ -102,7 +102,8 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
             result = _call(step, step.stage.Inputs.model_validate(inputs), context)
             record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
             result = store.finish(folder, key, record, result)
-    outputs = {output: getattr(result, output) for output in type(result).model_fields}
+    base = ran.outputs["model"]["model"]
+    outputs = {output: _at_base(getattr(result, output), base) for output in type(result).model_fields}
     ran.outputs[step.id] = outputs
     options = step.stage.model_dump(mode="json")
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
@@ -116,6 +117,14 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
     )
     ran.finished.append(finished)
     reporter.step_finished(finished)
+
+
+def _at_base(artifact: Artifact, model: Artifact) -> Artifact:
+    """A stored graph over the recipe's model, wherever that lies now."""
+    assert isinstance(model, ModelGraph)
+    if isinstance(artifact, ModelGraph) and artifact.base.sha256 == model.base.sha256:
+        return artifact.model_copy(update={"base": model.base})
+    return artifact
 
 
 def _call(step: PlannedStep, inputs: BaseModel, context: Context) -> BaseModel:
@@ -181,9 +190,13 @@ def _prepare_torch(machine: Machine) -> str:
 
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    if machine.device != "auto":
-        return machine.device
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    found = torch.cuda.device_count()
+    if machine.device == "auto":
+        return "cuda:0" if found else "cpu"
+    kind, _, number = machine.device.partition(":")
+    if kind == "cuda" and int(number or 0) >= found:
+        raise CapacityError(f"--device {machine.device}: torch sees {found} CUDA devices here; use --device cpu, or auto")
+    return machine.device
 
 
 def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, ...]:

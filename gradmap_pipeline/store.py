@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from .digests import sha256_of, sha256_of_value
 
@@ -51,7 +51,7 @@ class Store:
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             found = outputs.model_validate(saved["outputs"], context={"store": self.root})
-        except (OSError, ValidationError):
+        except (OSError, ValueError, KeyError, TypeError):  # absent, or not written by us
             return None
         present = all(getattr(found, name).is_present() for name in type(found).model_fields)
         return found if saved["key"] == key and present else None

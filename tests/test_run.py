@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -67,6 +69,39 @@ def test_from_recipe_to_folder(folder: Path) -> None:
         assert any(line.split()[:1] == [row] for line in result.stdout.splitlines()), result.stdout
     assert "of the gap in log-perplexity" in result.stdout
     assert sorted(file.name for file in folder.iterdir()) == [".gradmap", "out", "r.yaml"]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_same_recipe_on_other_architectures(folder: Path, tmp_path: Path, architecture: str) -> None:
+    make_model(tmp_path / "model", architecture, tied=True)
+    result = gradmap("run", "r.yaml", "--json", "--set", "model={path: model}")
+    assert result.exit_code == 0, result.stdout
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").config.model_type == architecture
+
+
+def test_moved_model_is_the_same_model(folder: Path, llama: Path, tmp_path: Path) -> None:
+    """Results over a model serve wherever it lies, even when it is gone from where it was."""
+    shutil.copytree(llama, tmp_path / "first")
+    gradmap("run", "r.yaml", "--quiet", "--set", "model.path=first")
+    (tmp_path / "first").rename(tmp_path / "second")
+    result = gradmap("run", "r.yaml", "--json", "--set", "model.path=second", "--set", "export.to=again")
+    assert result.exit_code == 0, result.stdout
+    assert [step for step, reused in cached(result).items() if not reused] == ["export"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--device", "gpu"], 2, "found 'gpu', accepted: auto, cpu, cuda, cuda:1"),
+        (["--device", "cuda:99"], 3, "--device cuda:99: torch sees"),
+        (["--dtype", "int8"], 2, "'int8' is not one of"),
+        (["--threads", "0"], 2, "greater than or equal to 1"),
+    ],
+)
+def test_impossible_machine(folder: Path, arguments: list[str], code: int, message: str) -> None:
+    result = gradmap("run", "r.yaml", *arguments)
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_json_events(folder: Path) -> None:
