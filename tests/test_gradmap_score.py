@@ -87,8 +87,8 @@ def plain_scores(folder: Path, calibration: CalibrationSet, metric: str, kept: l
     gradients = {index: outputs[index].grad for index in kept}
     updates = {index: outputs[index] - inputs[index] for index in kept}
     if metric == "gate_gradient":
-        return {index: float((gradients[index] * updates[index]).sum(-1).abs().sum()) for index in kept}
-    return {index: float((gradients[index].norm(dim=-1) * updates[index].norm(dim=-1)).sum()) for index in kept}
+        return {index: float((gradients[index] * updates[index].detach()).sum(-1).abs().sum()) for index in kept}
+    return {index: float((gradients[index].norm(dim=-1) * updates[index].detach().norm(dim=-1)).sum()) for index in kept}
 
 
 @pytest.mark.parametrize("metric", ["gate_gradient", "update_gradient", "weight_gradient"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,9 @@ HELDOUT_SHARE = 0.1
 _LEFT_OUT = {"encodings", "idlelib", "lib2to3", "test", "turtledemo"}
 """Tables, demos and tests: packages that some distributions leave out, or that hold data rather than text."""
 
+Document = tuple[str, str, str]
+"""(unit that goes to one split as a whole, name, text)"""
+
 
 def load_documents(split: Split) -> list[str]:
     """Read the documents of one split, in an order that depends on their names alone.
@@ -24,13 +27,30 @@ def load_documents(split: Split) -> list[str]:
     A document is one source file or one language topic of `pydoc_data`. A package goes to one split
     as a whole, so no held-out file has a sibling in the calibration text.
     """
+    return _choose(split, _find_library())
+
+
+def load_training_documents() -> list[str]:
+    """Read the calibration documents and, where it is installed, the library's test suite but for the held-out modules' tests."""
+    return _choose("calibration", [*_find_library(), *_find_tests()])
+
+
+def _choose(split: Split, documents: Iterable[Document]) -> list[str]:
     wanted = split == "heldout"
-    named = [(name, text) for unit, name, text in _find_documents() if (_unit_interval(unit) < HELDOUT_SHARE) == wanted]
+    named = [(name, text) for unit, name, text in documents if (_unit_interval(unit) < HELDOUT_SHARE) == wanted]
     return [text for name, text in sorted(named, key=lambda document: _unit_interval(document[0]))]
 
 
-def _find_documents() -> Iterator[tuple[str, str, str]]:
-    """Yield (unit of the split, name, text)."""
+def _find_tests() -> Iterator[Document]:
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted((library / "test").rglob("*.py")):
+        parts = file.relative_to(library).parts
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield Path(parts[1]).stem.removeprefix("test_"), "/".join(parts), text
+
+
+def _find_library() -> Iterator[Document]:
     library = Path(sysconfig.get_path("stdlib"))
     for module in sorted(sys.stdlib_module_names - _LEFT_OUT - {"pydoc_data"}):
         package = library / module

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .text import load_documents
+from .text import load_documents, load_training_documents
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,7 @@ def make_model(layers: int, width: int = 128, ffn: int = 384) -> LlamaForCausalL
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=0,
+            attn_implementation="eager",
         )
     )
 
@@ -95,7 +96,8 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, matrix_rate
     for step in range(steps):
         starts = torch.randint(len(tokens) - SEQUENCE_LENGTH, (BATCH,), generator=generator)
         batch = torch.stack([tokens[s : s + SEQUENCE_LENGTH] for s in starts]).to(device)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         for optimizer, rate in zip(optimizers, rates, strict=True):
             for group in optimizer.param_groups:
@@ -120,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--steps", type=int, default=2500)
     arguments = parser.parse_args()
 
@@ -128,9 +131,10 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = make_tokenizer(load_documents("calibration"))
-    train_tokens, heldout_tokens = (make_tokens(tokenizer, load_documents(split)) for split in ("calibration", "heldout"))
+    train_tokens = make_tokens(tokenizer, load_training_documents())
+    heldout_tokens = make_tokens(tokenizer, load_documents("heldout"))
     print(f"{len(train_tokens)} training tokens, {len(heldout_tokens)} held-out tokens")
-    model = make_model(arguments.layers)
+    model = make_model(arguments.layers, arguments.width, 3 * arguments.width)
     train(model, train_tokens, arguments.steps)
     print(f"held-out perplexity {measure_perplexity(model.eval(), heldout_tokens):.2f}")
     model.bfloat16().save_pretrained(arguments.to)
