@@ -34,7 +34,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
-        self._digests: dict[str, list[Any]] | None = None
+        self._digests: dict[str, Any] | None = None
 
     def prepare(self) -> None:
         """Make the folder, keep it out of git, and clear away what killed runs left."""
@@ -47,14 +47,14 @@ class Store:
 
     def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
         """Outputs of a finished step, or None when there is none, or when files it wrote elsewhere are gone."""
-        file = self._step(stage, key) / _OUTPUTS
-        try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            found = outputs.model_validate(saved["outputs"], context={"store": self.root})
-        except (OSError, ValueError, KeyError, TypeError):  # absent, or not written by us
+        saved = _read_object(self._step(stage, key) / _OUTPUTS)
+        if saved.get("key") != key:
             return None
-        present = all(getattr(found, name).is_present() for name in type(found).model_fields)
-        return found if saved["key"] == key and present else None
+        try:
+            found = outputs.model_validate(saved.get("outputs"), context={"store": self.root})
+        except ValueError:
+            return None
+        return found if all(getattr(found, name).is_present() for name in type(found).model_fields) else None
 
     @contextmanager
     def step(self, stage: str, key: str) -> Iterator[StepFolder]:
@@ -80,8 +80,7 @@ class Store:
 
     def load_unit(self, stage: str, key: str) -> Any | None:
         """JSON value of a finished unit of work, or None."""
-        file = self._unit(stage, key)
-        return json.loads(file.read_text(encoding="utf-8"))["value"] if file.is_file() else None
+        return _read_object(self._unit(stage, key)).get("value")
 
     def save_unit(self, stage: str, key: str, value: Any) -> None:
         """Keep a unit of work, even if its step does not finish."""
@@ -93,12 +92,11 @@ class Store:
         if len(resolved.name) == 64 and resolved.parent.name == "blobs":
             return resolved.name  # the hub's cache names large files by their SHA-256
         if self._digests is None:
-            known = self.root / "files.json"
-            self._digests = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+            self._digests = _read_object(self.root / "files.json")
         status = resolved.stat()
         state = [status.st_size, status.st_mtime_ns]
         remembered = self._digests.get(str(resolved))
-        if remembered is None or remembered[:2] != state:
+        if not isinstance(remembered, list) or remembered[:2] != state:
             self._digests[str(resolved)] = remembered = [*state, sha256_of(resolved)]
             _write_whole(self.root / "files.json", json.dumps(self._digests))
         return str(remembered[2])
@@ -108,6 +106,15 @@ class Store:
 
     def _unit(self, stage: str, key: str) -> Path:
         return self.root / "units" / f"{stage}-{sha256_of_value([stage, key])[: 2 * _SHORT]}.json"
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty when there is none, so that whatever it held is made again."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _write_whole(file: Path, text: str) -> None:

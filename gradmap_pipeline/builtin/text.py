@@ -64,7 +64,10 @@ def _find_library() -> Iterator[Document]:
                 yield module, "/".join(parts), text
     from pydoc_data.topics import topics
 
+    named: dict[str, str] = {}
     for topic, text in topics.items():
+        named.setdefault(text, topic)  # one text may stand under two topics
+    for text, topic in named.items():
         yield f"topic {topic}", f"topic {topic}", text
 
 

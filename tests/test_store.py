@@ -1,0 +1,170 @@
+"""The store: what is there is complete, survives a move, and is shared by runs at the same time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from gradmap_pipeline import Artifact, Export, ExportedFile, TensorFile
+from gradmap_pipeline.digests import sha256_of
+from gradmap_pipeline.store import Store
+
+KEY = "a" * 64
+
+
+class Thing(Artifact):
+    value: int
+    tensors: TensorFile
+
+
+class Outputs(BaseModel):
+    thing: Thing
+
+
+class Exports(BaseModel):
+    exported: Export
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    return store
+
+
+def save(store: Store, value: int = 1, key: str = KEY) -> Outputs:
+    with store.step("make", key) as folder:
+        file = TensorFile.save({"x": torch.full((3,), float(value))}, folder.path / "x.safetensors")
+        finished = store.finish(folder, key, {"step": "make"}, Outputs(thing=Thing(value=value, tensors=file)))
+    assert isinstance(finished, Outputs)
+    return finished
+
+
+def test_what_is_stored_is_found_again(store: Store) -> None:
+    saved = save(store)
+    found = store.load("make", KEY, Outputs)
+    assert found == saved
+    assert saved.thing.tensors.load()["x"].tolist() == [1.0, 1.0, 1.0]
+    assert store.load("make", "b" * 64, Outputs) is None
+    assert store.load("other", KEY, Outputs) is None
+
+
+def test_store_can_be_moved(store: Store, tmp_path: Path) -> None:
+    save(store)
+    shutil.move(store.root, tmp_path / "moved")
+    found = Store(tmp_path / "moved").load("make", KEY, Outputs)
+    assert isinstance(found, Outputs)
+    assert found.thing.tensors.path.is_relative_to(tmp_path / "moved")
+    assert found.thing.tensors.load()["x"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_step_that_fails_leaves_nothing(store: Store) -> None:
+    with pytest.raises(RuntimeError), store.step("make", KEY) as folder:
+        (folder.path / "half").write_text("written")
+        raise RuntimeError
+    assert list((store.root / "steps").iterdir()) == []
+    assert store.load("make", KEY, Outputs) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "other", "outputs": {}}', '{"outputs": {"thing": 1}}'])
+def test_damaged_results_are_made_again(store: Store, content: str) -> None:
+    save(store)
+    (file,) = (store.root / "steps").glob("*/outputs.json")
+    file.write_text(content)
+    assert store.load("make", KEY, Outputs) is None
+    assert save(store, 2).thing.value == 2
+
+
+def test_keys_that_share_a_folder_name_are_told_apart(store: Store) -> None:
+    save(store, 1, KEY)
+    twin = KEY[:16] + "b" * 48
+    assert store.load("make", twin, Outputs) is None
+    save(store, 2, twin)
+    assert store.load("make", KEY, Outputs) is None
+
+
+def test_export_that_is_gone_is_not_served(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "file").write_text("12345")
+    files = {"file": ExportedFile(size=5, sha256=sha256_of(folder / "file"))}
+    with store.step("export", KEY) as step:
+        exported = Export(folder=folder, format="x", files=files, max_logit_difference=0.0)
+        store.finish(step, KEY, {}, Exports(exported=exported))
+    assert store.load("export", KEY, Exports) is not None
+    (folder / "file").write_text("1234")
+    assert store.load("export", KEY, Exports) is None
+    (folder / "file").unlink()
+    assert store.load("export", KEY, Exports) is None
+
+
+def test_only_dead_runs_are_cleared_away(store: Store) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    steps = store.root / "steps"
+    for process in (dead.pid, os.getpid(), 1):
+        (steps / f"make-0123.partial-{process}").mkdir()
+    store.prepare()
+    assert sorted(path.name for path in steps.iterdir()) == sorted(f"make-0123.partial-{pid}" for pid in (1, os.getpid()))
+    assert (store.root / ".gitignore").read_text() == "*\n"
+
+
+def test_units_are_kept_one_by_one(store: Store) -> None:
+    assert store.load_unit("score", "key") is None
+    store.save_unit("score", "key", {"loss": 1.5})
+    assert Store(store.root).load_unit("score", "key") == {"loss": 1.5}
+    assert store.load_unit("other", "key") is None
+    assert not list(store.root.rglob("*.partial-*"))
+
+
+def test_digest_is_read_again_only_when_the_file_changes(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr("gradmap_pipeline.store.sha256_of", counted)
+    file = tmp_path / "file"
+    file.write_text("one")
+    first = store.digest_of(file)
+    assert first == sha256_of(file)
+    assert Store(store.root).digest_of(file) == first
+    assert len(read) == 1
+    file.write_text("two")
+    os.utime(file, ns=(time.time_ns(), time.time_ns() + 10**9))
+    assert store.digest_of(file) == sha256_of(file) != first
+    assert len(read) == 2
+
+
+def test_hub_blobs_are_named_by_their_digest(store: Store, tmp_path: Path) -> None:
+    digest = "0123456789abcdef" * 4
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / digest).write_text("large")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / digest)
+    assert store.digest_of(tmp_path / "model.safetensors") == digest
+
+
+@pytest.mark.parametrize("content", ["", "[", "[]", '{"x": 1}'])
+def test_damaged_list_of_digests_is_made_again(store: Store, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("one")
+    (store.root / "files.json").write_text(content)
+    assert store.digest_of(file) == sha256_of(file)
+    assert str(file.resolve()) in json.loads((store.root / "files.json").read_text())
+
+
+def test_damaged_unit_is_made_again(store: Store) -> None:
+    store.save_unit("score", "key", 1)
+    (unit,) = (store.root / "units").iterdir()
+    unit.write_text("{")
+    assert store.load_unit("score", "key") is None
