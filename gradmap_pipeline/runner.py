@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 remember=_memory_of(step, machine.dtype, store),
                 lineage=lineage,
             )
-            result = _call(step, step.stage.Inputs.model_validate(inputs), context)
+            result = _call(step, step.stage.Inputs.model_validate(inputs), context, store)
             record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
             result = store.finish(folder, key, record, result)
     base = ran.outputs["model"]["model"]
@@ -127,7 +128,7 @@ def _at_base(artifact: Artifact, model: Artifact) -> Artifact:
     return artifact
 
 
-def _call(step: PlannedStep, inputs: BaseModel, context: Context) -> BaseModel:
+def _call(step: PlannedStep, inputs: BaseModel, context: Context, store: Store) -> BaseModel:
     """Run the stage; turn whatever goes wrong into an error that names the step."""
     where = f"step {step.id!r}"
     try:
@@ -136,7 +137,8 @@ def _call(step: PlannedStep, inputs: BaseModel, context: Context) -> BaseModel:
         error.where = error.where or where
         raise
     except Exception as error:
-        failure = StageError(f"stage {step.stage.name!r} failed: {type(error).__name__}: {error}")
+        kept = store.save_traceback(traceback.format_exc())
+        failure = StageError(f"stage {step.stage.name!r} failed: {type(error).__name__}: {error}; traceback in {kept}")
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):

@@ -30,6 +30,7 @@ class Store:
     """A folder of results, shared by all recipes that use it.
 
     steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests by size and time)
+    traceback.txt (of the latest stage that failed unexpectedly)
     """
 
     def __init__(self, root: Path) -> None:
@@ -85,6 +86,12 @@ class Store:
     def save_unit(self, stage: str, key: str, value: Any) -> None:
         """Keep a unit of work, even if its step does not finish."""
         _write_whole(self._unit(stage, key), json.dumps({"value": value}))
+
+    def save_traceback(self, text: str) -> Path:
+        """Keep the traceback of the latest failure for whoever wrote the stage."""
+        file = self.root / "traceback.txt"
+        _write_whole(file, text)
+        return file
 
     def digest_of(self, file: Path) -> str:
         """SHA-256 of a file, remembered as long as its size and time of change stay the same."""

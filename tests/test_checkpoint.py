@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_a_shard_is_full_before_the_next_is_opened(file: Path) -> None:
     header = read_header(file)
     sizes = [[entry.size for entry in shard.values()] for shard in split_shards(header, None, 62)]
     assert all(sum(shard) <= 62 or len(shard) == 1 for shard in sizes)
-    assert all(sum(shard) + following[0] > 62 for shard, following in zip(sizes, sizes[1:], strict=False))
+    assert all(sum(shard) + following[0] > 62 for shard, following in pairwise(sizes))
 
 
 def test_file_that_is_cut_short(file: Path) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from gradmap_plugins.calibrate import Calibrate
 from pydantic import ValidationError
+from tiny import make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gradmap_pipeline import CalibrationSet, DatasetSource, StageError
@@ -19,8 +21,6 @@ from gradmap_pipeline.data import check_tokenizer, load_tokenizer, make_sequence
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import run_stage
-from gradmap_plugins.calibrate import Calibrate
-from tiny import make_model
 
 TEXTS = ["first text", "second, with a\nnew line", "third"]
 BOS, EOS = 1, 2
@@ -180,7 +180,7 @@ def test_calibration_remembers_its_tokenizer(llama: Path, text: Path, tmp_path: 
     make_model(tmp_path / "other")
     config = tmp_path / "other" / "tokenizer_config.json"
     config.write_text(config.read_text().replace("</s>", "<s>"))
-    with pytest.raises(StageError, match="was made with another tokenizer than that of .*; calibrate on it"):
+    with pytest.raises(StageError, match=r"was made with another tokenizer than that of .*; calibrate on it"):
         check_tokenizer(calibration, open_folder(tmp_path / "other"))
 
 

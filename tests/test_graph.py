@@ -11,12 +11,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from tiny import make_model
 
 from gradmap_pipeline import ModelGraph, TensorFile
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.model.graph import open_folder, open_model
 from gradmap_pipeline.model.source import ModelSource, count_layers, count_positions
-from tiny import make_model
 
 Q0, Q3 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 3))
 
@@ -55,7 +55,7 @@ def test_patches_replace_follow_their_layer_and_go_with_it(graph: ModelGraph, pa
     assert patched.stored_tensor(Q3).file == patch.path
     assert patched.without_layers([1]).export_tensors()[Q3.replace(".3.", ".2.")].file == patch.path
     assert patched.without_layers([3]).patches == {}
-    with pytest.raises(ModelError, match="'lm_head.bias' cannot be patched: the base checkpoint has no tensor of that name"):
+    with pytest.raises(ModelError, match=r"'lm_head.bias' cannot be patched: the base checkpoint has no tensor of that name"):
         graph.with_patches({"lm_head.bias": patch}, "compensated")
 
 
@@ -164,7 +164,7 @@ def test_depth_must_be_said_and_true(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
-    with pytest.raises(ModelError, match=r"no single list of 5 layers, as its config says; numbered tensors: model.layers.\* \(4\)"):
+    with pytest.raises(ModelError, match=r"no single list of 5 layers, .* numbered tensors: model.layers.\* \(4\)"):
         open_folder(folder).without_layers([1]).export_tensors()
     del config["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -178,4 +178,5 @@ def test_depth_is_found_under_every_name(config: dict[str, Any]) -> None:
 
 
 def test_positions_are_found_under_every_name() -> None:
-    assert [count_positions({key: 8}) for key in ("max_position_embeddings", "n_positions", "max_seq_len", "other")] == [8, 8, 8, None]
+    keys = ("max_position_embeddings", "n_positions", "max_seq_len", "other")
+    assert [count_positions({key: 8}) for key in keys] == [8, 8, 8, None]

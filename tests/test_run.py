@@ -215,7 +215,10 @@ def test_failing_stage(folder: Path, llama: Path) -> None:
     (folder / "f.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: fail\n")
     result = gradmap("run", "f.yaml", "--plugin", "fails.py")
     assert result.exit_code == 4
-    assert result.stderr == "error: step 'fail': stage 'fail' failed: ZeroDivisionError: division by zero\n"
+    traceback = folder / ".gradmap" / "traceback.txt"
+    message = f"stage 'fail' failed: ZeroDivisionError: division by zero; traceback in {traceback}"
+    assert result.stderr == f"error: step 'fail': {message}\n"
+    assert 'fails.py", line 14, in run' in traceback.read_text()
     result = gradmap("run", "f.yaml", "--plugin", "fails.py", "--set", "fail.how=type")
     assert result.stderr == "error: step 'fail': stage 'fail' must return its Outputs, got int\n"
     assert not list((folder / ".gradmap" / "steps").iterdir())

@@ -68,9 +68,13 @@ def test_store_can_be_moved(store: Store, tmp_path: Path) -> None:
 
 
 def test_step_that_fails_leaves_nothing(store: Store) -> None:
-    with pytest.raises(RuntimeError), store.step("make", KEY) as folder:
-        (folder.path / "half").write_text("written")
-        raise RuntimeError
+    def fail() -> None:
+        with store.step("make", KEY) as folder:
+            (folder.path / "half").write_text("written")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list((store.root / "steps").iterdir()) == []
     assert store.load("make", KEY, Outputs) is None
 

@@ -1,0 +1,223 @@
+"""What people and programs are told: tables, lines, bars, JSON, and the card of an exported model."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradmap_pipeline import Evaluation, ModelGraph, TensorFile
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.report import reporters
+from gradmap_pipeline.report.events import Progress, RunFinished, RunStarted, StepFinished
+from gradmap_pipeline.report.model_card import make_model_card
+from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_seconds, print_summary
+from gradmap_pipeline.report.summary import Summary, summarise
+
+
+@pytest.fixture
+def dense(llama: Path) -> ModelGraph:
+    return open_folder(llama)
+
+
+def evaluate(model: ModelGraph, perplexity: float, dataset: str = "text") -> Evaluation:
+    return Evaluation(
+        model=model.digest,
+        label=model.label,
+        dataset=dataset,
+        perplexity=perplexity,
+        loss=math.log(perplexity),
+        tokens=100,
+        tokens_per_second=1234.5,
+        layers=len(model.layers),
+        parameters=model.count_parameters(),
+        bytes=model.count_bytes(),
+    )
+
+
+@pytest.fixture
+def summary(dense: ModelGraph, tmp_path: Path) -> Summary:
+    """Dense 10, pruned 40, compensated 20 on one text; two of the three on another."""
+    pruned = dense.without_layers([1])
+    name = "model.layers.0.mlp.down_proj.weight"
+    patch = TensorFile.save({name: torch.zeros(32, 64)}, tmp_path / "patch.safetensors")
+    corrected = pruned.with_patches({name: patch}, "compensated")
+    outputs = {
+        "model": {"model": dense},
+        "evaluate_dense": {"evaluation": evaluate(dense, 10.0)},
+        "again": {"evaluation": evaluate(dense, 12.0, "other")},
+        "prune": {"model": pruned},
+        "evaluate_pruned": {"evaluation": evaluate(pruned, 40.0)},
+        "project_compensate": {"model": corrected},
+        "evaluate": {"evaluation": evaluate(corrected, 20.0)},
+        "last": {"evaluation": evaluate(corrected, 24.0, "other")},
+    }
+    return summarise(
+        outputs, [StepFinished("prune", "prune", False, 0.25, {}), StepFinished("evaluate", "evaluate", True, 0.0, {})]
+    )
+
+
+def test_summary_has_one_row_a_model(summary: Summary, dense: ModelGraph) -> None:
+    assert [(row.label, row.step, row.layers) for row in summary.models] == [
+        ("dense", "model", 4),
+        ("pruned", "prune", 3),
+        ("compensated", "project_compensate", 3),
+    ]
+    assert [row.perplexity for row in summary.models] == [{"text": 10, "other": 12}, {"text": 40}, {"text": 20, "other": 24}]
+    assert summary.datasets == ["text", "other"]
+    assert summary.models[0].parameters == dense.count_parameters()
+
+
+def test_closed_gap_is_a_share_of_log_perplexity(summary: Summary) -> None:
+    ((dataset, row, share),) = summary.closed_gaps()
+    assert (dataset, row.step) == ("text", "project_compensate")
+    assert share == pytest.approx(0.5)  # log(40/20) of log(40/10)
+
+
+def test_summary_as_people_read_it(summary: Summary) -> None:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    print_summary(Console(file=stream, width=160), summary, 75.4)
+    lines = [re.sub(r"\s+", " ", line).strip() for line in stream.getvalue().splitlines()]
+    assert "model layers parameters bytes perplexity on text perplexity on other tokens/s" in lines
+    assert any(line.startswith("pruned 3 ") and line.endswith(" 40.000 1,234") for line in lines)
+    assert "project_compensate closes 50.0% of the gap in log-perplexity that pruning opened on text." in lines
+    assert "prune prune 0.2 s" in lines
+    assert "evaluate evaluate from the store" in lines
+    assert "all 1 min 15 s" in lines
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "?"),
+        (0.04, "0.0 s"),
+        (9.96, "10.0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (3599.6, "1 h 00 min"),
+        (7800, "2 h 10 min"),
+    ],
+)
+def test_seconds(seconds: float | None, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_json_is_one_object_a_line_and_progress_is_thinned(summary: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(reporters.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    reporter = JsonReporter(stream)
+    reporter.run_started(RunStarted("r.yaml", ["prune"]))
+    for done in range(10):
+        reporter.progress(Progress("prune", "work", done, 10, "layer", None, None))
+        clock[0] += 0.1
+    reporter.note("prune", "said to people only")
+    reporter.run_finished(RunFinished(1.0, summary))
+    reporter.error(4, "broken", "step 'prune'")
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["run_started", "progress", "progress", "run_finished", "error"]
+    assert events[3]["summary"]["models"][1]["perplexity"] == {"text": 40.0}
+    assert events[4] == {"event": "error", "exit_code": 4, "message": "broken", "where": "step 'prune'"}
+
+
+def test_lines_of_long_work_are_far_between(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(reporters.time, "monotonic", lambda: clock[0])
+    reporter = LineReporter()
+    for done in range(1, 26):
+        clock[0] += 1.0
+        reporter.progress(Progress("score", "score layers", done, 100, "layer", 1.0, 100.0 - done))
+    reporter.note("score", "found it")
+    reporter.step_finished(StepFinished("score", "gradmap_score", False, 25.0, {}))
+    assert capsys.readouterr().out.splitlines() == [
+        "score: score layers 1/100, 1 layer/s, 1 min 39 s left",
+        "score: score layers 11/100, 1 layer/s, 1 min 29 s left",
+        "score: score layers 21/100, 1 layer/s, 1 min 19 s left",
+        "  found it",
+        "score: done (25 s)",
+    ]
+
+
+def test_error_says_the_place_once(capsys: pytest.CaptureFixture[str]) -> None:
+    QuietReporter().error(2, "r.yaml:1:1: wrong\nr.yaml:2:1: wrong too", "r.yaml:1:1")
+    QuietReporter().error(4, "broken", "step 'prune'")
+    assert capsys.readouterr().err.splitlines() == [
+        "error: r.yaml:1:1: wrong",
+        "error: r.yaml:2:1: wrong too",
+        "error: step 'prune': broken",
+    ]
+
+
+def test_card_says_what_was_done(dense: ModelGraph) -> None:
+    pruned = dense.without_layers([1, 2])
+    card = make_model_card(pruned, evaluate(pruned, 40.0))
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "base_model" not in card
+    assert f"# {dense.base.folder.name}, 2 of 4 layers" in card
+    assert "Layers removed, counted from 0: 1, 2." in card
+    assert f"{pruned.count_parameters():,} parameters" in card
+    assert "| text | 100 | 40.000 |" in card
+    assert str(dense.base.folder.parent) not in card
+    hub = pruned.model_copy(update={"base": dense.base.model_copy(update={"from_hub": True, "name": "owner/name"})})
+    assert "base_model: owner/name\nbase_model_relation: finetune\n---" in make_model_card(hub, None)
+    assert "| text |" not in make_model_card(hub, None)
+
+
+SLOW_STAGE = '''
+import time
+from pydantic import BaseModel
+from gradmap_pipeline import ModelGraph, Stage, hookimpl
+
+class Wait(Stage):
+    """Take two seconds."""
+    name = "wait"
+    class Inputs(BaseModel):
+        model: ModelGraph
+    class Outputs(BaseModel):
+        model: ModelGraph
+    def run(self, inputs, context):
+        with context.progress("sleep well", 20, "nap") as advance:
+            for _ in range(20):
+                time.sleep(0.1)
+                advance()
+        context.note("slept")
+        return self.Outputs(model=inputs.model)
+
+@hookimpl
+def gradmap_stages():
+    return [Wait]
+'''
+
+
+def test_terminal_shows_a_bar_with_rate_and_time_left(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "wait.py").write_text(SLOW_STAGE)
+    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: wait\n")
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "wait.py"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    shown = ""
+    while select.select([master], [], [], 30)[0]:
+        try:
+            shown += os.read(master, 4096).decode()
+        except OSError:
+            break
+    assert process.wait() == 0
+    os.close(master)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert re.search(r"wait: sleep well .*\d+/20 +[\d.]+ nap/s +0:00:0\d", plain)
+    assert "slept" in plain
+    assert re.search(r"wait: done \(\d+(\.\d)? s\)", plain)
