@@ -96,7 +96,7 @@ def _plan_step(
         stage = validate(stage_class, step.options)
     except Invalid as invalid:
         for location, message in invalid.complaints:
-            problems.append(Problem(recipe.where((*at, "with", *location)), _name_option(step, location, message)))
+            problems.append(recipe.problem((*at, "with", *location), _name_option(step, location, message)))
     inputs = _wire(step, stage_class, at, recipe, catalog, board, problems)
     forecasts: Mapping[str, Any] = {}
     if stage is not None and len(problems) == before:

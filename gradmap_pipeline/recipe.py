@@ -68,6 +68,14 @@ class Recipe:
                 return f"--set {override}"
         return self.document.where(location)
 
+    def problem(self, location: Location, message: str) -> Problem:
+        """What is wrong with a value; with advice where a `--set` option clashes with what the file says beside it."""
+        inside = [override for place, override in self.overrides.items() if place[: len(location)] == location != place]
+        if inside:
+            group = inside[0].partition("=")[0].rpartition(".")[0]
+            message += f"; an option of the file is unset by --set {group}.OPTION=null"
+        return Problem(self.where(location), message)
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `--set` options. Raises `RecipeError` with every problem."""
@@ -81,7 +89,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         content = validate(RecipeFile, document.data)
     except Invalid as invalid:
-        problems = [Problem(recipe.where(at), _name_key(at, message)) for at, message in invalid.complaints]
+        problems = [recipe.problem(at, _name_key(at, message)) for at, message in invalid.complaints]
         raise RecipeError(problems) from None
     return Recipe(path, content, document, applied)
 

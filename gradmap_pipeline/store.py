@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from .digests import sha256_of, sha256_of_value
+from .partial import clear_partial_folders, partial_folder, replace_folder
 
 _OUTPUTS = "outputs.json"
 _SHORT = 16  # hexadecimal digits of a key in a folder's name
 
 
+@dataclass(frozen=True)
 class StepFolder:
-    """A step's folder while the step runs; it gets its final name when the step has finished."""
+    """A step's folder while the step runs, and the place it gets when the step has finished."""
 
-    def __init__(self, final: Path) -> None:
-        self.final = final
-        self.path = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    path: Path
+    final: Path
 
 
 class Store:
@@ -42,9 +43,7 @@ class Store:
         for name in ("steps", "units"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         (self.root / ".gitignore").write_text("*\n")
-        for partial in (self.root / "steps").glob("*.partial-*"):
-            if not _is_running(int(partial.name.rpartition("-")[2])):
-                shutil.rmtree(partial, ignore_errors=True)
+        clear_partial_folders(self.root / "steps")
 
     def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
         """Outputs of a finished step, or None when there is none, or when files it wrote elsewhere are gone."""
@@ -60,13 +59,9 @@ class Store:
     @contextmanager
     def step(self, stage: str, key: str) -> Iterator[StepFolder]:
         """A new, empty folder for a step; it vanishes unless `finish` is called."""
-        folder = StepFolder(self._step(stage, key))
-        shutil.rmtree(folder.path, ignore_errors=True)
-        folder.path.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder.path, ignore_errors=True)
+        final = self._step(stage, key)
+        with partial_folder(final) as path:
+            yield StepFolder(path, final)
 
     def finish(self, folder: StepFolder, key: str, record: dict[str, Any], outputs: BaseModel) -> BaseModel:
         """Write the outputs and move the folder into place, as the last thing. Returns the outputs as stored."""
@@ -74,10 +69,8 @@ class Store:
         inside, final = (path.relative_to(self.root).as_posix() for path in (folder.path, folder.final))
         text = json.dumps({"key": key, **record, "outputs": json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))}, indent=2)
         (folder.path / _OUTPUTS).write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(folder.final, ignore_errors=True)
-        folder.path.rename(folder.final)
-        saved = json.loads((folder.final / _OUTPUTS).read_text(encoding="utf-8"))
-        return type(outputs).model_validate(saved["outputs"], context={"store": self.root})
+        replace_folder(folder.path, folder.final)
+        return type(outputs).model_validate(json.loads(text)["outputs"], context={"store": self.root})
 
     def load_unit(self, stage: str, key: str) -> Any | None:
         """JSON value of a finished unit of work, or None."""
@@ -128,13 +121,3 @@ def _write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from gradmap_pipeline import Context, Evaluation, Export, ExportedFile, ModelGraph, OptionError, Stage, StageError, hookimpl
 from gradmap_pipeline.digests import sha256_of
+from gradmap_pipeline.partial import partial_folder, replace_folder
 from gradmap_pipeline.report.model_card import make_model_card
 
 LINEAGE = "gradmap.json"
@@ -39,6 +41,9 @@ class ExportModel(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.to.is_file():
             raise OptionError("to", f"{str(self.to)!r} is a file; name a folder")
+        above = next(folder for folder in self.to.resolve().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise OptionError("to", f"{str(self.to)!r} cannot be made: {str(above)!r} is not a folder that can be written to")
         if self.to.is_dir() and any(self.to.iterdir()) and not (self.to / LINEAGE).is_file() and not self.overwrite:
             found = f"folder {str(self.to)!r} holds something else than an export"
             raise OptionError("to", f"{found}; choose another, or set overwrite: true")
@@ -48,11 +53,7 @@ class ExportModel(Stage):
         model, target = inputs.model, self.to.resolve()
         if target == model.base.folder or target in model.base.folder.parents:
             raise StageError(f"{str(self.to)!r} holds the model that is being read; export to another folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        with partial_folder(target) as partial:
             evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
             files = self._write(model, evaluation, partial, context)
             difference = check_export(model, partial, context.seed)
@@ -60,8 +61,6 @@ class ExportModel(Stage):
             (partial / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
             files[LINEAGE] = _describe(partial / LINEAGE)
             replace_folder(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         context.note(f"wrote {self.to}: {sum(file.size for file in files.values()) / 1e6:.1f} MB, loaded back, logits equal")
         return self.Outputs(exported=Export(folder=target, format=self.format, files=files, max_logit_difference=difference))
 
@@ -129,6 +128,7 @@ def check_loading(folder: Path) -> None:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         _, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     finally:
@@ -154,16 +154,6 @@ def make_lineage(
         "max_logit_difference": difference,
         "files": {name: file.model_dump() for name, file in sorted(files.items())},
     }
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Move a finished folder into place; the old one is gone only after the new one stands."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _describe(file: Path) -> ExportedFile:

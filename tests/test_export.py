@@ -182,6 +182,12 @@ def test_interrupted_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_place_that_cannot_hold_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match=r"cannot be made: '.*/file' is not a folder that can be written to"):
+        ExportModel(to=tmp_path / "file" / "out").forecast({})
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -114,11 +115,15 @@ def test_export_that_is_gone_is_not_served(store: Store, tmp_path: Path) -> None
 def test_only_dead_runs_are_cleared_away(store: Store) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    steps = store.root / "steps"
+    steps, host = store.root / "steps", platform.node()
     for process in (dead.pid, os.getpid(), 1):
-        (steps / f"make-0123.partial-{process}").mkdir()
+        (steps / f".make-0123.partial-{host}-{process}").mkdir()
+    (steps / f".make-0123.partial-elsewhere-{dead.pid}").mkdir()
     store.prepare()
-    assert sorted(path.name for path in steps.iterdir()) == sorted(f"make-0123.partial-{pid}" for pid in (1, os.getpid()))
+    assert {path.name for path in steps.iterdir()} == {
+        f".make-0123.partial-{host}-1",
+        f".make-0123.partial-elsewhere-{dead.pid}",
+    }
     assert (store.root / ".gitignore").read_text() == "*\n"
 
 

@@ -167,13 +167,21 @@ def test_mistake(case: str, command: str, folder: Path, llama: Path) -> None:
         ("ratio", "--set ratio: must look like STEP.OPTION=VALUE, for example prune.ratio=0.3"),
         ("prune.ratio=[", "--set prune.ratio=[:1:2: this is not valid YAML"),
         ("model.path=nowhere", "--set model.path=nowhere: no folder 'nowhere'"),
+        (
+            "model.builtin=docs-llama",
+            "found 'path' and 'builtin'; an option of the file is unset by --set model.OPTION=null",
+        ),
+        (
+            "prune.ratio=0.5",
+            "step 'prune': give 'ratio' or 'layers', not both; an option of the file is unset by --set prune.OPTION=null",
+        ),
         ("seed=x", "--set seed=x: seed: found 'x', accepted: a whole number"),
     ],
 )
 def test_mistake_in_set(override: str, message: str, folder: Path, llama: Path) -> None:
     (folder / "r.yaml").write_text(HEAD.replace("MODEL", str(llama)) + "steps:\n  - use: prune\n    with: {layers: [1]}\n")
     changed = ["--set", override]
-    if override.startswith("prune.ratio="):
+    if override.startswith("prune.ratio=") and override != "prune.ratio=0.5":
         changed += ["--set", "prune.layers=null"]
     result = CliRunner().invoke(app, ["check", "r.yaml", *changed])
     assert result.exit_code == 2
