@@ -13,7 +13,7 @@ from gradmap_pipeline import Context, DatasetSource, Evaluation, ModelGraph, Opt
 from gradmap_pipeline.digests import sha256_of_value
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.sweep import Batch
+    from gradmap_pipeline.model.batches import Batch
 
 
 class Evaluate(Stage):
@@ -51,7 +51,7 @@ class Evaluate(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import load_tokenizer, make_sequences
-        from gradmap_pipeline.model.sweep import make_batches
+        from gradmap_pipeline.model.batches import make_batches
 
         model, base = inputs.model, inputs.model.base
         length = self.sequence_length or base.default_sequence_length
@@ -100,8 +100,9 @@ class Evaluate(Stage):
 
 def score_text(model: ModelGraph, batches: list[Batch], context: Context) -> dict[str, Any]:
     """Mean next-token loss in nats over all tokens that are predicted, each once, with the rate of scoring."""
+    from gradmap_pipeline.model.batches import predicted_tokens
     from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep, predicted_tokens
+    from gradmap_pipeline.model.sweep import Sweep
 
     layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype)
     # Weights that stay in memory cost nothing to use again, so activations of one batch at a time are enough.

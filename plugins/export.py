@@ -95,9 +95,10 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
     """
     import torch
 
+    from gradmap_pipeline.model.batches import make_batches
     from gradmap_pipeline.model.graph import open_folder
     from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep, make_batches
+    from gradmap_pipeline.model.sweep import Sweep
 
     check_loading(folder)
     reloaded = open_folder(folder, digest_of=lambda _: "")

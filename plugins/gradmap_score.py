@@ -101,8 +101,9 @@ class GradmapScore(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
+        from gradmap_pipeline.model.batches import make_batches
         from gradmap_pipeline.model.layerwise import LayerwiseModel
-        from gradmap_pipeline.model.sweep import Sweep, make_batches
+        from gradmap_pipeline.model.sweep import Sweep
 
         check_tokenizer(inputs.calibration, inputs.model)
         count = self._count_decisions(len(inputs.model.layers))
@@ -120,7 +121,11 @@ class GradmapScore(Stage):
                         nonlocal sweep
                         if sweep is None:
                             graph = inputs.model.without_layers(set(inputs.model.layers) - set(kept)) if decisions else inputs.model
-                            sweep = Sweep(LayerwiseModel(graph, device=context.device, dtype=context.dtype), batches)
+                            sweep = Sweep(
+                                LayerwiseModel(graph, device=context.device, dtype=context.dtype),
+                                batches,
+                                weight_gradients=self.metric == "weight_gradient",
+                            )
                         return {str(layer): score for layer, score in self.score_layers(sweep).items()}
 
                     found = context.remember(self._key(inputs, kept), compute)
@@ -146,7 +151,7 @@ class GradmapScore(Stage):
 
     def _score_weights(self, sweep: Sweep) -> dict[int, float]:
         scores = {}
-        for step in sweep.backward(weight_gradients=True):
+        for step in sweep.backward():
             for _ in step:
                 pass
             matrices = [name for name, gradient in step.weight_gradients.items() if gradient.ndim >= 2]

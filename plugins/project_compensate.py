@@ -149,8 +149,9 @@ class ProjectCompensate(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
+        from gradmap_pipeline.model.batches import make_batches
         from gradmap_pipeline.model.layerwise import LayerwiseModel
-        from gradmap_pipeline.model.sweep import Sweep, make_batches
+        from gradmap_pipeline.model.sweep import Sweep
 
         check_tokenizer(inputs.calibration, inputs.model)
         graph = inputs.model
@@ -214,10 +215,10 @@ class Streams:
     pruned: Sweep
     graph: ModelGraph
 
-    def targets(self, position: int) -> list[torch.Tensor]:
+    def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
         kept = self.graph.layers
-        return self.original.boundary(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers)
+        return self.original.boundary(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
 
     def measure_drift(self) -> dict[int, Drift]:
         """Drift at the output of every kept layer from the first removal up."""
@@ -226,9 +227,8 @@ class Streams:
         for position, layer in enumerate(self.graph.layers):
             if layer + 1 >= self.graph.removed[0]:
                 found[layer] = Drift()
-                for batch, drifted, target in zip(
-                    self.pruned.batches, self.pruned.boundary(position + 1), self.targets(position), strict=True
-                ):
+                for index, batch in enumerate(self.pruned.batches):
+                    drifted, target = self.pruned.boundary(position + 1, index), self.target(position, index)
                     mask = batch.mask.to(target.device)
                     found[layer].add(drifted[mask].double(), target[mask].double())
         return found
@@ -277,8 +277,7 @@ class Streams:
         for step in self.pruned.forward():
             if step.layer != layer:
                 continue
-            targets = self.targets(position)
-            hidden = self.pruned.boundary(position)[0]
+            hidden = self.pruned.boundary(position, 0)
             projection = find_down_projection(self.pruned.model, layer, hidden, self.pruned.arguments(0, layer))
             size, width = (projection.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
             zeros = {"dtype": torch.float64, "device": hidden.device}
@@ -286,7 +285,7 @@ class Streams:
             drift = Drift()
             with capture(self.pruned.model, layer, projection, space) as captured:
                 for visit in step:
-                    drifted, target = visit.output[visit.mask].double(), targets[visit.batch][visit.mask].double()
+                    drifted, target = visit.output[visit.mask].double(), self.target(position, visit.batch)[visit.mask].double()
                     moments.add(captured.pop()[visit.mask].double(), target - drifted)
                     drift.add(drifted, target)
             return projection, moments, drift

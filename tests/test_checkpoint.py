@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gradmap_pipeline.digests import sha256_of
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.model import checkpoint
-from gradmap_pipeline.model.checkpoint import load_tensors, read_folder, read_header, split_shards, write_folder
+from gradmap_pipeline.model.checkpoint import load_tensor, read_folder, read_header, split_shards, write_folder
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_header_and_values(file: Path, tensors: dict[str, torch.Tensor]) -> None
     header = read_header(file)
     assert {name: entry.shape for name, entry in header.items()} == {name: tuple(t.shape) for name, t in tensors.items()}
     assert {name: entry.size for name, entry in header.items()} == {name: t.nbytes for name, t in tensors.items()}
-    loaded = load_tensors(header.items())
+    loaded = {name: load_tensor(entry) for name, entry in header.items()}
     assert all(torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in tensors.items())
 
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradmap_pipeline import Evaluation, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
 from gradmap_pipeline.digests import sha256_of
+from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.sweep import Sweep, make_batches
+from gradmap_pipeline.model.sweep import Sweep
 from gradmap_pipeline.testing import run_stage
 
 

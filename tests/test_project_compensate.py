@@ -14,10 +14,11 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from gradmap_pipeline import CalibrationSet, ModelGraph, StageError
+from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
 from gradmap_pipeline.model.projection import find_down_projection
-from gradmap_pipeline.model.sweep import Sweep, make_batches
+from gradmap_pipeline.model.sweep import Sweep
 from gradmap_pipeline.testing import run_stage
 
 DOWN = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "gpt2": "mlp.c_proj"}
@@ -111,7 +112,7 @@ def test_correction_brings_the_stream_closer(space: str, text: Path, tmp_path: P
     def distance(graph: ModelGraph) -> float:
         sweep = Sweep(LayerwiseModel(graph), batches)
         sweep.run_forward()
-        return float((sweep.boundary(len(graph.layers))[0] - target.boundary(4)[0]).square().sum())
+        return float((sweep.boundary(len(graph.layers), 0) - target.boundary(4, 0)).square().sum())
 
     for site in ("largest_shift", "largest_relative_shift", "before_cuts", "every_layer"):
         stage = ProjectCompensate.model_validate({"site": site, "space": space, "ridge": 0.01})
@@ -167,4 +168,4 @@ def test_projection_behind_a_norm_is_refused(text: Path, tmp_path: Path) -> None
     layerwise = LayerwiseModel(model)
     sweep = Sweep(layerwise, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
     with layerwise.layer(0), pytest.raises(StageError, match=r"layer 0 of Olmo2ForCausalLM has no linear map that writes"):
-        find_down_projection(layerwise, 0, sweep.boundary(0)[0], sweep.arguments(0, 0))
+        find_down_projection(layerwise, 0, sweep.boundary(0, 0), sweep.arguments(0, 0))

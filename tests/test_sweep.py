@@ -12,9 +12,12 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from gradmap_pipeline.errors import ModelError
+from gradmap_pipeline.model import layerwise
+from gradmap_pipeline.model.batches import make_batches, next_token_losses, predicted_tokens
+from gradmap_pipeline.model.boundaries import Boundaries
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.sweep import Sweep, make_batches, next_token_losses, predicted_tokens
+from gradmap_pipeline.model.sweep import Sweep
 
 
 def make_samples(padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,11 +41,11 @@ def watch(gradients: list[torch.Tensor], _module: Any, _inputs: Any, output: Any
 def test_gradients_equal_plain_backward(tmp_path: Path, architecture: str, tied: bool, padded: bool, resident_bytes: int) -> None:
     folder = make_model(tmp_path, architecture, tied=tied)
     batches = make_batches(*make_samples(padded), batch_tokens=40)
-    sweep = Sweep(LayerwiseModel(open_folder(folder), resident_bytes=resident_bytes), batches)
+    sweep = Sweep(LayerwiseModel(open_folder(folder), resident_bytes=resident_bytes), batches, weight_gradients=True)
     assert len(batches) > 1
     ours: dict[str, torch.Tensor] = {}
     outputs: dict[int, list[torch.Tensor]] = {}
-    for step in sweep.backward(weight_gradients=True):
+    for step in sweep.backward():
         outputs[step.layer] = [visit.gradient for visit in step]
         ours |= {f"{sweep.model.layers_path}.{step.layer}.{name}": value for name, value in step.weight_gradients.items()}
 
@@ -63,6 +66,54 @@ def test_gradients_equal_plain_backward(tmp_path: Path, architecture: str, tied:
     for index, gradients in seen.items():
         for mine, plain in zip(outputs[index], gradients, strict=True):
             assert (mine - plain).norm() <= 1e-6 * plain.norm()
+
+
+@pytest.mark.parametrize("weight_gradients", [False, True])
+@pytest.mark.parametrize("way", ["graphs", "spilled", "sliced head"])
+def test_ways_to_save_change_nothing(
+    llama: Path, tmp_path: Path, way: str, weight_gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over three removals: gradients with kept graphs, and with boundaries in a file, are those of recomputation, bit for bit."""
+
+    def run(**options: Any) -> tuple[list[torch.Tensor], Sweep]:
+        batches = make_batches(*make_samples(padded=True), batch_tokens=40)
+        sweep = Sweep(LayerwiseModel(open_folder(llama)), batches, weight_gradients=weight_gradients, **options)
+        found = []
+        for removed in (None, 2, 1):
+            if removed is not None:
+                sweep.remove(removed)
+            for step in sweep.backward():
+                found += [visit.gradient for visit in step]
+                found += step.weight_gradients.values()
+        return found, sweep
+
+    plain, sweep = run()
+    assert (sweep.layer_forwards, sweep.layer_backwards) == ((6 + 9, 9) if weight_gradients else (6 + 6, 6))
+    if way == "graphs":
+        saved, sweep = run(keep_graphs=True)
+        assert (sweep.layer_forwards, sweep.layer_backwards) == (4 + 1 + 1, 9 if weight_gradients else 6)
+    elif way == "spilled":
+        boundaries = Boundaries(3000, tmp_path)
+        saved, sweep = run(boundaries=boundaries)
+        assert boundaries.bytes_written > 0
+        assert boundaries.bytes_read > 0
+    else:
+        monkeypatch.setattr(layerwise, "LOGITS_AT_ONCE", 2 * 300 * 7)
+        saved, sweep = run()
+    assert len(plain) == len(saved)
+    for one, other in zip(plain, saved, strict=True):
+        assert torch.equal(one, other) if way != "sliced head" else torch.allclose(one, other, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_head_in_slices(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path, architecture)
+    batches = make_batches(*make_samples(padded=True))
+    whole = next(iter(Sweep(LayerwiseModel(open_folder(folder)), batches).losses()))
+    monkeypatch.setattr(layerwise, "LOGITS_AT_ONCE", 5 * 300 * 6)
+    model = LayerwiseModel(open_folder(folder))
+    assert [(part.start, part.stop) for part in model.head_slices(batches[0])] == [(0, 6), (6, 12), (12, 18), (18, 19)]
+    assert torch.allclose(next(iter(Sweep(model, batches).losses())), whole, atol=1e-6)
 
 
 def test_loss_is_transformers_loss(llama: Path) -> None:

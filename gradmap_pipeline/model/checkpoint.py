@@ -8,20 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..artifacts import ExportedFile
 from ..errors import ModelError
+from .raw import read_into
 
 if TYPE_CHECKING:
     import torch
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_FLOATS = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
+_FLOAT_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TORCH_NAMES = {**_FLOAT_NAMES, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+_FLOATS = {torch_name: name for name, torch_name in _FLOAT_NAMES.items()}
 _CHUNK = 8 << 20  # bytes copied at a time; a multiple of every item size
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -50,11 +52,11 @@ class StoredTensor:
     @property
     def torch_dtype(self) -> str:
         """The floating-point type by torch's name."""
-        return _TORCH_NAMES[self.dtype]
+        return _FLOAT_NAMES[self.dtype]
 
     def dtype_as(self, torch_dtype: str | None) -> str:
         """The stored type after a cast of floating-point tensors to `torch_dtype` (None: no cast)."""
-        return _FLOATS[torch_dtype] if torch_dtype is not None and self.dtype in _TORCH_NAMES else self.dtype
+        return _FLOATS[torch_dtype] if torch_dtype is not None and self.dtype in _FLOAT_NAMES else self.dtype
 
     def size_as(self, torch_dtype: str | None) -> int:
         """Bytes after that cast."""
@@ -102,18 +104,29 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 
-def load_tensors(stored: Iterable[tuple[str, StoredTensor]]) -> dict[str, torch.Tensor]:
-    """Memory-map tensors; a page becomes resident when it is first used."""
-    from safetensors import safe_open
+def load_tensor(stored: StoredTensor, torch_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Read one tensor, casting floating-point values to `torch_dtype` a chunk at a time."""
+    import torch
 
-    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
-    for name, tensor in stored:
-        by_file.setdefault(tensor.file, []).append((name, tensor))
-    loaded: dict[str, torch.Tensor] = {}
-    for file, tensors in by_file.items():
-        with safe_open(file, framework="pt") as checkpoint:
-            loaded |= {name: checkpoint.get_tensor(tensor.name) for name, tensor in tensors}
-    return loaded
+    source: torch.dtype = getattr(torch, _TORCH_NAMES[stored.dtype])
+    target = torch_dtype if torch_dtype is not None and source.is_floating_point else source
+    values = torch.empty(stored.elements, dtype=target)
+    step = stored.elements if target == source else _CHUNK // source.itemsize
+    buffer = values if target == source else torch.empty(min(step, stored.elements), dtype=source)
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            for start in range(0, stored.elements, max(step, 1)):
+                part = buffer[: min(step, stored.elements - start)]
+                read_into(file, stored.start + start * source.itemsize, part)
+                if target != source:
+                    values[start : start + len(part)] = part
+    except EOFError:
+        raise _cut_short(stored) from None
+    return values.view(stored.shape)
+
+
+def _cut_short(stored: StoredTensor) -> ModelError:
+    return ModelError(f"{str(stored.file)!r} ended inside the tensor {stored.name!r}; download it again")
 
 
 def split_shards(tensors: dict[str, StoredTensor], dtype: str | None, shard_bytes: int) -> list[dict[str, StoredTensor]]:
@@ -183,7 +196,7 @@ def _read_as(source: IO[bytes], tensor: StoredTensor, dtype: str) -> Iterator[by
     while left:
         chunk = source.read(min(_CHUNK, left))
         if not chunk:
-            raise ModelError(f"{str(tensor.file)!r} ended inside the tensor {tensor.name!r}; download it again")
+            raise _cut_short(tensor)
         left -= len(chunk)
         yield chunk if dtype == tensor.dtype else _cast(chunk, tensor.dtype, dtype)
 
@@ -191,5 +204,5 @@ def _read_as(source: IO[bytes], tensor: StoredTensor, dtype: str) -> Iterator[by
 def _cast(chunk: bytes, source: str, target: str) -> bytes:
     import torch
 
-    values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _TORCH_NAMES[source]))
-    return values.to(getattr(torch, _TORCH_NAMES[target])).view(torch.uint8).numpy().tobytes()
+    values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _FLOAT_NAMES[source]))
+    return values.to(getattr(torch, _FLOAT_NAMES[target])).view(torch.uint8).numpy().tobytes()

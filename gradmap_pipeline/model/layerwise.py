@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .checkpoint import StoredTensor, load_tensors
+from .batches import Batch
+from .checkpoint import StoredTensor, load_tensor
 from .graph import ModelGraph
 
 if TYPE_CHECKING:
@@ -19,19 +22,8 @@ if TYPE_CHECKING:
 RESIDENT_BYTES = 1 << 30
 """Layers stay in memory after their first use while all of them together take no more than this."""
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids that go through the model together."""
-
-    input_ids: torch.Tensor
-    """int64 (batch, tokens)."""
-    mask: torch.Tensor
-    """bool (batch, tokens), False where padded."""
-
-    @property
-    def padded(self) -> bool:
-        return not bool(self.mask.all())
+LOGITS_AT_ONCE = 1 << 24
+"""Elements; a loss and its gradient take about 16 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +124,25 @@ class LayerwiseModel:
                 return self.record(batch)
         return first[0], {index: recorded[index] for index in kept}
 
-    def head(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, tokens, vocabulary) for the output of the last layer."""
-        last = len(self._layers) - 1
-        output = self._run_model(batch, lambda index, passing, _: hidden if index == last else passing)
+    def head(self, batch: Batch, hidden: torch.Tensor, positions: slice | None = None) -> torch.Tensor:
+        """Logits (batch, tokens, vocabulary) for the output of the last layer, at all positions or at one of `head_slices`."""
+        import torch
+
+        last, extra = len(self._layers) - 1, {}
+        if positions is not None and positions != slice(0, hidden.shape[1]):
+            extra["logits_to_keep"] = torch.arange(positions.start, positions.stop, device=self.device)
+        output = self._run_model(batch, lambda index, passing, _: hidden if index == last else passing, extra)
         logits: torch.Tensor = output.logits
         return logits
+
+    def head_slices(self, batch: Batch) -> list[slice]:
+        """Runs of positions, in order, whose logits are small enough to hold at once."""
+        rows, tokens = batch.input_ids.shape
+        words = int(self.module.config.get_text_config().vocab_size)
+        step = max(1, LOGITS_AT_ONCE // (rows * words))
+        if step >= tokens or "logits_to_keep" not in inspect.signature(self.module.forward).parameters:
+            return [slice(0, tokens)]
+        return [slice(start, min(start + step, tokens - 1)) for start in range(0, tokens - 1, step)]
 
     def disk_name(self, index: int, parameter: str) -> str:
         """Name in the base checkpoint of a parameter of base layer `index`."""
@@ -146,7 +151,12 @@ class LayerwiseModel:
             raise ModelError(f"layer {index} has a parameter {parameter!r}, which the checkpoint stores in another form")
         return name
 
-    def _run_model(self, batch: Batch, passing: Callable[[int, torch.Tensor, LayerArguments], torch.Tensor]) -> Any:
+    def _run_model(
+        self,
+        batch: Batch,
+        passing: Callable[[int, torch.Tensor, LayerArguments], torch.Tensor],
+        extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> Any:
         """Run the model with `passing(index, hidden, arguments)` in place of every layer."""
 
         def make(index: int) -> Callable[..., Any]:
@@ -165,6 +175,7 @@ class LayerwiseModel:
                 input_ids=batch.input_ids.to(self.device),
                 attention_mask=batch.mask.long().to(self.device) if batch.padded else None,
                 use_cache=False,
+                **extra,
             )
         except _Recorded:
             return None
@@ -196,13 +207,15 @@ class LayerwiseModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
+        kept_wide = self.module._get_dtype_plan(self.dtype)
+        cast = None if kept_wide else self.dtype
         loading, _ = convert_and_load_state_dict_in_model(
             self.module,
-            load_tensors(tensors.items()),
+            {name: load_tensor(tensor, cast) for name, tensor in tensors.items()},
             LoadStateDictConfig(
                 dtype=self.dtype,
                 device_map={"": str(self.device)},
-                dtype_plan=self.module._get_dtype_plan(self.dtype),
+                dtype_plan=kept_wide,
                 weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]
             ),
         )

@@ -6,43 +6,19 @@ Sizes: B sequences a batch, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .layerwise import Batch, LayerArguments, LayerwiseModel
+from .batches import Batch, next_token_losses, predicted_tokens
+from .boundaries import Boundaries
+from .layerwise import LayerArguments, LayerwiseModel
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from ..stage import Advance
-
-BATCH_TOKENS = 4096
-
-
-def make_batches(input_ids: torch.Tensor, attention_mask: torch.Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Cut samples (samples, T) into batches of about `batch_tokens` tokens, without columns that are all padding."""
-    size = max(1, batch_tokens // input_ids.shape[1])
-    batches = []
-    for ids, mask in zip(input_ids.split(size), attention_mask.bool().split(size), strict=True):
-        used = mask.any(dim=0)
-        batches.append(Batch(ids[:, used], mask[:, used]))
-    return batches
-
-
-def next_token_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Cross-entropy in fp32 of each token given those before it, (B, T-1); 0 where either is padding."""
-    import torch.nn.functional as F  # noqa: N812 - the name everybody knows it by
-
-    targets = batch.input_ids[:, 1:].to(logits.device)
-    counted = predicted_tokens(batch).to(logits.device)
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-    return losses * counted
-
-
-def predicted_tokens(batch: Batch) -> torch.Tensor:
-    """Which tokens are predicted from a token before them, bool (B, T-1)."""
-    return batch.mask[:, 1:] & batch.mask[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -106,26 +82,41 @@ class Sweep:
         model: LayerwiseModel,
         batches: Sequence[Batch],
         *,
+        boundaries: Boundaries | None = None,
         keep_boundaries: bool = True,
+        keep_graphs: bool = False,
+        weight_gradients: bool = False,
         advance: Advance = lambda units=1, /: None,
     ) -> None:
+        """`keep_boundaries` False: for one forward pass, holding one boundary at a time.
+
+        `keep_graphs`: keep what autograd needs from the forward pass, so that going down recomputes nothing; for
+        models whose layers stay in memory. `weight_gradients`: go down with gradients of the layers' parameters.
+        """
         self.model = model
         self.batches = list(batches)
         self.layers = list(model.graph.layers)
         self.keep_boundaries = keep_boundaries
+        self.keep_graphs = keep_graphs and model.resident
+        self.weight_gradients = weight_gradients
         self.advance = advance
         self.layer_forwards = 0
         """Passes of all batches through one layer, recomputation included."""
         self.layer_backwards = 0
-        recorded = [model.record(batch) for batch in self.batches]
-        self._arguments: list[dict[int, LayerArguments]] = [arguments for _, arguments in recorded]
-        self._boundaries: list[list[torch.Tensor]] = [[hidden for hidden, _ in recorded]]
+        self._boundaries = Boundaries() if boundaries is None else boundaries
+        self._arguments: list[dict[int, LayerArguments]] = []
+        for index, batch in enumerate(self.batches):
+            hidden, arguments = model.record(batch)
+            self._boundaries.put(0, index, hidden)
+            self._arguments.append(arguments)
+        self._graphs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        """By position and batch: a layer's input and output, joined by autograd."""
         self._done = 0  # layers whose output boundary is valid
         self._predicted = sum(int(predicted_tokens(batch).sum()) for batch in self.batches)
 
-    def boundary(self, position: int) -> list[torch.Tensor]:
-        """Hidden states (B, T, D) of each batch before the kept layer at `position`; the last is what enters the final norm."""
-        return self._boundaries[position]
+    def boundary(self, position: int, batch: int) -> torch.Tensor:
+        """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm."""
+        return self._boundaries.get(position, batch)
 
     def arguments(self, batch: int, layer: int) -> LayerArguments:
         """What the model calls base layer `layer` with for a batch, besides the hidden states."""
@@ -145,15 +136,13 @@ class Sweep:
         """Go up from the first layer whose output is not known. A layer that is not iterated is run all the same."""
         for position in range(self._done, len(self.layers)):
             layer = self.layers[position]
-            with self.model.layer(layer) as module:
-                outputs: list[torch.Tensor] = []
-                visits = self._forward_visits(position, outputs)
+            with self.model.layer(layer) as module, self._parameters(module, position):
+                visits = self._forward_visits(position)
                 yield ForwardLayer(layer, module, visits)
                 for _ in visits:
                     pass
             if not self.keep_boundaries:
-                self._boundaries[position] = []
-            self._boundaries.append(outputs)
+                self._boundaries.drop(position)
             self._done = position + 1
             self.layer_forwards += 1
 
@@ -168,8 +157,13 @@ class Sweep:
 
         self.run_forward()
         with torch.no_grad():
-            for batch, hidden in zip(self.batches, self._boundaries[-1], strict=True):
-                yield next_token_losses(self.model.head(batch, hidden), batch)
+            for index, batch in enumerate(self.batches):
+                hidden = self._boundaries.get(len(self.layers), index)
+                parts = [
+                    next_token_losses(self.model.head(batch, hidden, positions), batch, positions.start)
+                    for positions in self.model.head_slices(batch)
+                ]
+                yield torch.cat(parts, dim=1)
                 self.advance()
 
     def logits(self) -> Iterator[torch.Tensor]:
@@ -178,93 +172,127 @@ class Sweep:
 
         self.run_forward()
         with torch.no_grad():
-            for batch, hidden in zip(self.batches, self._boundaries[-1], strict=True):
-                yield self.model.head(batch, hidden)
+            for index, batch in enumerate(self.batches):
+                yield self.model.head(batch, self._boundaries.get(len(self.layers), index))
 
-    def backward(self, *, weight_gradients: bool = False) -> Iterator[BackwardLayer]:
+    def backward(self) -> Iterator[BackwardLayer]:
         """Go down from the mean next-token loss over all batches.
 
-        Each layer is recomputed from its stored input. At the lowest layer nothing is computed unless its
-        weight gradients are wanted.
+        A layer whose graph was not kept is recomputed from its stored input. At the lowest layer nothing is
+        computed unless its weight gradients are wanted.
         """
         self.run_forward()
         gradients = self._head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
-            with self.model.layer(layer) as module:
+            with self.model.layer(layer) as module, self._parameters(module, position) as parameters:
                 step = BackwardLayer(layer, module, iter(()))
                 below: list[torch.Tensor] = []
-                step.visits = self._backward_visits(position, gradients, below, step.weight_gradients if weight_gradients else None)
+                step.visits = self._backward_visits(position, gradients, below, parameters, step.weight_gradients)
                 yield step
                 for _ in step.visits:
                     pass
-            if position or weight_gradients:
+            if self._needs_gradient(position):
                 self.layer_backwards += 1
-                self.layer_forwards += 1
             gradients = below
+
+    def _needs_gradient(self, position: int) -> bool:
+        return position > 0 or self.weight_gradients
 
     def _invalidate(self, position: int) -> None:
         self._done = min(self._done, position)
-        del self._boundaries[self._done + 1 :]
+        self._boundaries.drop_from(self._done + 1)
+        self._graphs = {place: graph for place, graph in self._graphs.items() if place[0] < self._done}
 
-    def _forward_visits(self, position: int, outputs: list[torch.Tensor]) -> Iterator[ForwardVisit]:
-        import torch
-
-        layer = self.layers[position]
-        for index, hidden in enumerate(self._boundaries[position]):
-            with torch.no_grad():
-                output = self.model.run_layer(layer, hidden, self._arguments[index][layer])
-            outputs.append(output)
-            yield ForwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index)
-            self.advance()
-
-    def _head_gradients(self) -> list[torch.Tensor]:
-        import torch
-
-        gradients = []
-        for batch, hidden in zip(self.batches, self._boundaries[-1], strict=True):
-            leaf = hidden.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = next_token_losses(self.model.head(batch, leaf), batch).sum() / self._predicted
-            gradients.append(torch.autograd.grad(loss, leaf)[0])
-            self.advance()
-        return gradients
-
-    def _backward_visits(
-        self, position: int, gradients: list[torch.Tensor], below: list[torch.Tensor], weights: dict[str, torch.Tensor] | None
-    ) -> Iterator[BackwardVisit]:
-        import torch
-
-        layer = self.layers[position]
-        module = self.model.module.get_submodule(f"{self.model.layers_path}.{layer}")
-        parameters = dict(module.named_parameters()) if weights is not None else {}
+    @contextmanager
+    def _parameters(self, module: nn.Module, position: int) -> Iterator[dict[str, nn.Parameter]]:
+        """The parameters of a layer whose gradients are wanted, open to autograd while the sweep stands at it."""
+        parameters = dict(module.named_parameters()) if self.weight_gradients else {}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         try:
-            for index, gradient in enumerate(gradients):
-                hidden, output = self._boundaries[position][index], self._boundaries[position + 1][index]
-                yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, gradient)
-                if position or parameters:
-                    leaf = hidden.detach().requires_grad_()
-                    with torch.enable_grad():
-                        again = self.model.run_layer(layer, leaf, self._arguments[index][layer])
-                    found = torch.autograd.grad(again, [leaf, *parameters.values()], gradient, allow_unused=True)
-                    below.append(found[0])
-                    _accumulate(weights, parameters, found[1:])
-                self.advance()
+            yield parameters
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
 
+    def _forward_visits(self, position: int) -> Iterator[ForwardVisit]:
+        import torch
+
+        for index, batch in enumerate(self.batches):
+            hidden = self._boundaries.get(position, index)
+            if self.keep_graphs and self._needs_gradient(position):
+                output = self._run_with_graph(position, index, hidden).detach()
+            else:
+                with torch.no_grad():
+                    layer = self.layers[position]
+                    output = self.model.run_layer(layer, hidden, self._arguments[index][layer])
+            self._boundaries.put(position + 1, index, output)
+            yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
+            self.advance()
+
+    def _run_with_graph(self, position: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        layer = self.layers[position]
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            output = self.model.run_layer(layer, leaf, self._arguments[index][layer])
+        self._graphs[position, index] = leaf, output
+        return output
+
+    def _head_gradients(self) -> list[torch.Tensor]:
+        """Gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
+        import torch
+
+        gradients = []
+        for index, batch in enumerate(self.batches):
+            leaf = self._boundaries.get(len(self.layers), index).detach().requires_grad_()
+            gradient: torch.Tensor | None = None
+            for positions in self.model.head_slices(batch):
+                with torch.enable_grad():
+                    logits = self.model.head(batch, leaf, positions)
+                    loss = next_token_losses(logits, batch, positions.start).sum() / self._predicted
+                part = torch.autograd.grad(loss, leaf)[0]
+                gradient = part if gradient is None else gradient.add_(part)
+            assert gradient is not None
+            gradients.append(gradient)
+            self.advance()
+        return gradients
+
+    def _backward_visits(
+        self,
+        position: int,
+        gradients: list[torch.Tensor],
+        below: list[torch.Tensor],
+        parameters: dict[str, nn.Parameter],
+        weight_gradients: dict[str, torch.Tensor],
+    ) -> Iterator[BackwardVisit]:
+        import torch
+
+        recomputed = False
+        for index, gradient in enumerate(gradients):
+            hidden, output = self._boundaries.get(position, index), self._boundaries.get(position + 1, index)
+            yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, gradient)
+            if self._needs_gradient(position):
+                if (position, index) not in self._graphs:
+                    self._run_with_graph(position, index, hidden)
+                    recomputed = True
+                leaf, again = self._graphs[position, index] if self.keep_graphs else self._graphs.pop((position, index))
+                wanted = [leaf, *parameters.values()]
+                found = torch.autograd.grad(again, wanted, gradient, retain_graph=self.keep_graphs, allow_unused=True)
+                below.append(found[0])
+                _accumulate(weight_gradients, parameters, found[1:])
+            self.advance()
+        self.layer_forwards += recomputed
+
 
 def _accumulate(
-    sums: dict[str, torch.Tensor] | None, parameters: dict[str, nn.Parameter], gradients: Sequence[torch.Tensor | None]
+    sums: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter], gradients: Sequence[torch.Tensor | None]
 ) -> None:
     """Add gradients in fp32; a parameter that a batch does not use (an expert nobody chose) adds nothing."""
     import torch
 
-    if sums is None:
-        return
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         if name not in sums:
             sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
