@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         TensorFile,
     )
     from .data import DatasetSource
-    from .errors import OptionError, QualityError, StageError
+    from .errors import CapacityError, OptionError, QualityError, StageError
     from .hookspecs import hookimpl
     from .model.graph import ModelGraph
     from .stage import Context, Stage
@@ -40,7 +40,7 @@ _HOME = {
         "TensorFile",
     ),
     "data": ("DatasetSource",),
-    "errors": ("OptionError", "QualityError", "StageError"),
+    "errors": ("CapacityError", "OptionError", "QualityError", "StageError"),
     "hookspecs": ("hookimpl",),
     "model.graph": ("ModelGraph",),
     "stage": ("Context", "Stage"),
@@ -49,6 +49,7 @@ _HOME = {
 __all__ = [
     "Artifact",
     "CalibrationSet",
+    "CapacityError",
     "Context",
     "DatasetSource",
     "Decision",

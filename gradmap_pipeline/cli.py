@@ -48,6 +48,15 @@ def _check_device(device: str) -> str:
     return device
 
 
+def _check_size(size: str | None) -> str | None:
+    from .memory import parse_size
+
+    try:
+        return size if size is None or parse_size(size) else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @app.callback()
 def start(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
@@ -64,6 +73,15 @@ def run(
         str, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
     ] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            callback=_check_size,
+            help="Memory this process may use, as 3GiB. Default: 80 % of what is free.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.", show_default=False)] = None,
     plugins: PluginFiles = [],  # noqa: B006
     json: Annotated[
@@ -77,10 +95,11 @@ def run(
     reporter = make_reporter(json=json, quiet=quiet)
     with _errors(reporter):
         plan = _plan(recipe, overrides, plugins)
+        from .memory import parse_size
         from .runner import Machine, run_plan
         from .store import Store
 
-        run_plan(plan, Store(store), Machine(device, dtype, threads), reporter)
+        run_plan(plan, Store(store), Machine(device, dtype, threads, None if memory is None else parse_size(memory)), reporter)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from .artifacts import Artifact
 from .digests import sha256_of_value
 from .errors import CapacityError, GradmapError, StageError
+from .memory import default_budget
 from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
@@ -33,6 +34,8 @@ class Machine:
     dtype: str = "float32"
     """Floating-point type to compute in; it changes results, so it is part of every key."""
     threads: int | None = None
+    memory: int | None = None
+    """Bytes this process may have resident; None: 80 % of what is free."""
 
 
 @dataclass
@@ -95,6 +98,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 seed=plan.seed,
                 device=_prepare_torch(machine),
                 dtype=machine.dtype,
+                memory=default_budget() if machine.memory is None else machine.memory,
                 progress=_progress_of(step.id, reporter),
                 note=lambda text: reporter.note(step.id, text),
                 remember=_memory_of(step, machine.dtype, store),

@@ -42,6 +42,8 @@ class Context:
     """As torch names it: `cpu`, `cuda:0`."""
     dtype: str
     """Floating-point type to compute in: `float32`, `bfloat16`, `float16`."""
+    memory: int
+    """Bytes this process may have resident, all included."""
     progress: Callable[[str, int, str], AbstractContextManager[Advance]]
     """`with context.progress(description, total, unit) as advance:` reports work that takes longer than a second."""
     note: Callable[[str], None]

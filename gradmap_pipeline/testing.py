@@ -11,14 +11,21 @@ from pydantic import BaseModel
 
 from .artifacts import Artifact
 from .errors import PluginError
+from .memory import default_budget
 from .stage import Advance, Context, Stage
 
 
-def make_context(folder: Path, *, seed: int = 0, dtype: str = "float32", notes: list[str] | None = None) -> Context:
-    """A context on the CPU that keeps nothing and appends what the stage tells the user to `notes`."""
+def make_context(
+    folder: Path, *, seed: int = 0, dtype: str = "float32", memory: int | None = None, notes: list[str] | None = None
+) -> Context:
+    """A context on the CPU that keeps nothing and appends what the stage tells the user to `notes`.
+
+    `memory`: bytes the process may have resident; None: 80 % of what is free.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found: list[str] = [] if notes is None else notes
-    return Context(folder, seed, "cpu", dtype, _silent_progress, found.append, _remember_nothing)
+    memory = default_budget() if memory is None else memory
+    return Context(folder, seed, "cpu", dtype, memory, _silent_progress, found.append, _remember_nothing)
 
 
 def run_stage(stage: Stage, folder: Path, *, seed: int = 0, dtype: str = "float32", **inputs: Artifact) -> Any:

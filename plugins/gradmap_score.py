@@ -7,12 +7,14 @@ the loss is the mean next-token cross-entropy over the calibration set.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gradmap_pipeline import (
+    Artifact,
     CalibrationSet,
     Context,
     Decision,
@@ -28,6 +30,7 @@ from gradmap_pipeline.removal import count_removed
 if TYPE_CHECKING:
     import torch
 
+    from gradmap_pipeline.model.parts import PartedSweep
     from gradmap_pipeline.model.sweep import Sweep
 
 
@@ -53,6 +56,27 @@ def weight_importance(gradients: list[torch.Tensor], weights: list[torch.Tensor]
     if norm == "l1":
         return float(sum(value.abs().sum() for value in values))
     return float(sum(value.square().sum() for value in values)) ** 0.5
+
+
+class DecisionWork(BaseModel):
+    """What one backward pass took. One layer forward or backward is a pass of all samples through one layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer_forwards: int
+    """Recomputation included."""
+    layer_backwards: int
+    seconds: float
+    reused_layers: int
+    """Layers whose outputs were known from the decision before, and were not computed again."""
+    saved: float
+    """Share of the time without reuse that reuse saves, at the mean time of a layer forward."""
+
+
+class ScoringWork(Artifact):
+    """What the decisions took, in order."""
+
+    decisions: tuple[DecisionWork, ...]
 
 
 class GradmapScore(Stage):
@@ -83,6 +107,7 @@ class GradmapScore(Stage):
 
     class Outputs(BaseModel):
         scores: LayerScores
+        work: ScoringWork
 
     @model_validator(mode="after")
     def _check_combinations(self) -> GradmapScore:
@@ -101,42 +126,29 @@ class GradmapScore(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.model.batches import make_batches
-        from gradmap_pipeline.model.layerwise import LayerwiseModel
-        from gradmap_pipeline.model.sweep import Sweep
 
         check_tokenizer(inputs.calibration, inputs.model)
         count = self._count_decisions(len(inputs.model.layers))
         rounds = count if self.schedule == "iterative" else 1
-        batches = make_batches(*inputs.calibration.load())
         kept = list(inputs.model.layers)
         decisions: list[Decision] = []
+        work: list[DecisionWork] = []
         scores: dict[int, float] = {}
-        sweep: Sweep | None = None
+        scorer = Scorer(self, inputs, context)
         with context.progress("score layers", rounds, "backward pass") as advance:
             for number in range(count):
                 if number < rounds:
-
-                    def compute() -> dict[str, float]:
-                        nonlocal sweep
-                        if sweep is None:
-                            graph = inputs.model.without_layers(set(inputs.model.layers) - set(kept)) if decisions else inputs.model
-                            sweep = Sweep(
-                                LayerwiseModel(graph, device=context.device, dtype=context.dtype),
-                                batches,
-                                weight_gradients=self.metric == "weight_gradient",
-                            )
-                        return {str(layer): score for layer, score in self.score_layers(sweep).items()}
-
-                    found = context.remember(self._key(inputs, kept), compute)
-                    scores = {int(layer): score for layer, score in found.items()}
+                    found = context.remember(self._key(inputs, kept), lambda: scorer.score(set(kept)))
+                    scores = {int(layer): score for layer, score in found["scores"].items()}
+                    work.append(DecisionWork.model_validate(found["work"]))
                     advance()
                 decisions.append(self._decide(kept, scores, inputs.model.layers))
                 kept.remove(decisions[-1].removed)
-                if sweep is not None and number + 1 < rounds:
-                    sweep.remove(decisions[-1].removed)
         context.note("least important layers, in order: " + ", ".join(str(decision.removed) for decision in decisions))
-        return self.Outputs(scores=LayerScores(model=inputs.model.digest, method=self._method(), decisions=tuple(decisions)))
+        return self.Outputs(
+            scores=LayerScores(model=inputs.model.digest, method=self._method(), decisions=tuple(decisions)),
+            work=ScoringWork(decisions=tuple(work)),
+        )
 
     def score_layers(self, sweep: Sweep) -> dict[int, float]:
         """Importance of every layer the sweep still has, from one backward pass."""
@@ -189,6 +201,61 @@ class GradmapScore(Stage):
     def _method(self) -> str:
         details = [self.norm or "l2", self.weighting or "none"] if self.metric == "weight_gradient" else []
         return " ".join([self.metric, *details, self.schedule])
+
+
+class Scorer:
+    """Scores the layers that are left, one decision after another; the next starts from what the last leaves valid."""
+
+    def __init__(self, stage: GradmapScore, inputs: GradmapScore.Inputs, context: Context) -> None:
+        self.stage, self.inputs, self.context = stage, inputs, context
+        self._sweeps: PartedSweep | None = None
+        self._left: set[int] = set()
+
+    def score(self, kept: set[int]) -> dict[str, Any]:
+        """Importance by layer, and the work it took, as JSON."""
+        started = time.perf_counter()
+        sweeps = self._sweeps_of(kept)
+        before = sweeps.layer_forwards, sweeps.layer_backwards
+        scores: dict[int, float] = dict.fromkeys(kept, 0.0)
+        reused, forward_seconds = 0, 0.0
+        for sweep in sweeps:
+            reused = sweep.done
+            since = time.perf_counter()
+            sweep.run_forward()
+            forward_seconds += time.perf_counter() - since
+            for layer, score in self.stage.score_layers(sweep).items():
+                scores[layer] += score
+        seconds = time.perf_counter() - started
+        saved = forward_seconds / max(1, len(kept) - reused) * reused
+        work = DecisionWork(
+            layer_forwards=sweeps.layer_forwards - before[0],
+            layer_backwards=sweeps.layer_backwards - before[1],
+            seconds=seconds,
+            reused_layers=reused,
+            saved=saved / (seconds + saved),
+        )
+        return {"scores": scores, "work": work.model_dump()}
+
+    def _sweeps_of(self, kept: set[int]) -> PartedSweep:
+        from gradmap_pipeline.model.parts import PartedSweep
+
+        if self._sweeps is None:
+            model = self.inputs.model
+            self._sweeps = PartedSweep(
+                model.without_layers(set(model.layers) - kept) if kept < set(model.layers) else model,
+                *self.inputs.calibration.load(),
+                device=self.context.device,
+                dtype=self.context.dtype,
+                memory=self.context.memory,
+                folder=self.context.folder,
+                weight_gradients=self.stage.metric == "weight_gradient",
+                divisible=self.stage.metric != "weight_gradient",
+            )
+            self._left = set(kept)
+        for layer in self._left - kept:
+            self._sweeps.remove(layer)
+        self._left = set(kept)
+        return self._sweeps
 
 
 @hookimpl

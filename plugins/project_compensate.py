@@ -13,29 +13,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from gradmap_pipeline import Artifact, CalibrationSet, Context, ModelGraph, Stage, StageError, TensorFile, hookimpl
+from gradmap_pipeline import Artifact, CalibrationSet, CapacityError, Context, ModelGraph, Stage, StageError, TensorFile, hookimpl
 
 if TYPE_CHECKING:
     import torch
 
+    from gradmap_pipeline.model.boundaries import Boundaries
     from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.projection import Projection
     from gradmap_pipeline.model.sweep import Sweep
 
 
-def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64.
+def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
+    """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64; and λ.
 
-    λ is `ridge` times the mean of the diagonal of AᵀA.
+    λ is `ridge` times the mean of the diagonal of AᵀA. `gram` is overwritten, so that one (F, F) matrix is all there is.
     """
     import torch
 
-    penalty = ridge * gram.diagonal().mean()
-    regularised = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(regularised)
+    penalty = ridge * float(gram.diagonal().mean())
+    gram.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(gram.mT, out=(gram.mT, torch.empty((), dtype=torch.int32, device=gram.device)))
     if int(failed):
         raise StageError("the calibration tokens do not determine the correction (singular Gram matrix); raise 'ridge'")
-    return torch.cholesky_solve(cross, factor)
+    below = torch.linalg.solve_triangular(factor, cross, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, below, upper=True), penalty
 
 
 @dataclass
@@ -83,9 +85,10 @@ class Moments:
         self.missing += float(r.square().sum())
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
-        """The correction X (F, D), and the share of ‖R‖² that is left after it."""
-        x = solve_ridge(self.gram, self.cross, ridge)
-        left = self.missing - 2 * float((x * self.cross).sum()) + float((x * (self.gram @ x)).sum())
+        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites `gram`."""
+        x, penalty = solve_ridge(self.gram, self.cross, ridge)
+        # ‖R - A X‖² = ‖R‖² - 2⟨X, C⟩ + ⟨X, G X⟩, and (G + λ) X = C.
+        left = self.missing - float((x * self.cross).sum()) - penalty * float(x.square().sum())
         return x, left / max(self.missing, 1e-300)
 
 
@@ -149,22 +152,13 @@ class ProjectCompensate(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.model.batches import make_batches
-        from gradmap_pipeline.model.layerwise import LayerwiseModel
-        from gradmap_pipeline.model.sweep import Sweep
 
         check_tokenizer(inputs.calibration, inputs.model)
         graph = inputs.model
         if not graph.removed:
             raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
-        batches = make_batches(*inputs.calibration.load())
-        layers = graph.base.layers + len(graph.layers)
-        with context.progress("run both models", layers * len(batches), "layer batch") as advance:
-            original = Sweep(LayerwiseModel(graph.dense, device=context.device, dtype=context.dtype), batches, advance=advance)
-            original.run_forward()
-            pruned = Sweep(LayerwiseModel(graph, device=context.device, dtype=context.dtype), batches, advance=advance)
-            streams = Streams(original, pruned, graph)
-            drift = streams.measure_drift()
+        streams = open_streams(graph, inputs.calibration, context)
+        drift = streams.measure_drift()
         corrected: list[CorrectedSite] = []
         patches: dict[str, TensorFile] = {}
         planned = self._choose_all(graph)
@@ -207,18 +201,58 @@ class ProjectCompensate(Stage):
         return max(free, key=lambda layer: free[layer].shift)
 
 
+def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context) -> Streams:
+    """Run the original model, keep what enters its kept layers, and get the pruned one ready. One of them is in memory at a time."""
+    from gradmap_pipeline.memory import resident_bytes
+    from gradmap_pipeline.model.batches import make_batches
+    from gradmap_pipeline.model.boundaries import Boundaries
+    from gradmap_pipeline.model.budget import choose_way, measure_needs
+    from gradmap_pipeline.model.layerwise import LayerwiseModel
+    from gradmap_pipeline.model.sweep import Sweep
+
+    ids, mask = calibration.load()
+    samples, tokens = ids.shape
+
+    def open_model(graph: ModelGraph) -> LayerwiseModel:
+        return LayerwiseModel(graph, device=context.device, dtype=context.dtype, resident_bytes=0)
+
+    model = open_model(graph.dense)
+    needs = measure_needs(model, samples, tokens, backward=False)
+    # Half for the boundaries of each stream; what the correction itself takes is checked where it starts.
+    way = choose_way(needs, (context.memory - resident_bytes()) // 2, divisible=False)
+    batches = make_batches(ids, mask, way.batch_samples * tokens)
+    layers = graph.base.layers + len(graph.layers)
+    with context.progress("run both models", layers * len(batches), "layer batch") as advance:
+        targets = Boundaries(way.boundary_limit, context.folder)
+        model.resident = way.resident
+        original = Sweep(model, batches, boundaries=targets, advance=advance)
+        for step in original.forward():
+            for _ in step:
+                pass
+            if step.layer not in graph.layers or step.layer < graph.removed[0]:
+                targets.drop(step.layer)  # nothing is compared there
+        del original, step
+        model = open_model(graph)
+        model.resident = way.resident
+        pruned = Sweep(model, batches, boundaries=Boundaries(way.boundary_limit, context.folder), advance=advance)
+        pruned.run_forward()
+    pruned.advance = lambda units=1, /: None
+    return Streams(targets, pruned, graph)
+
+
 @dataclass
 class Streams:
     """The same tokens inside the original and the pruned model."""
 
-    original: Sweep
+    targets: Boundaries
+    """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
     pruned: Sweep
     graph: ModelGraph
 
     def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
         kept = self.graph.layers
-        return self.original.boundary(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
+        return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
 
     def measure_drift(self) -> dict[int, Drift]:
         """Drift at the output of every kept layer from the first removal up."""
@@ -238,8 +272,9 @@ class Streams:
         import torch
 
         model = self.pruned.model
-        projection, moments, drift = self._collect(layer, space)
+        projection, moments, drift = self._collect(layer, space, context)
         x, left = moments.solve(ridge)
+        del moments
         with model.layer(layer) as module:
             weight = module.get_parameter(f"{projection.name}.weight").detach().double()
             weight = weight.T if projection.transposed else weight  # (D, F)
@@ -266,7 +301,7 @@ class Streams:
         )
         return site, patches
 
-    def _collect(self, layer: int, space: str) -> tuple[Projection, Moments, Drift]:
+    def _collect(self, layer: int, space: str, context: Context) -> tuple[Projection, Moments, Drift]:
         """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
         import torch
 
@@ -280,16 +315,30 @@ class Streams:
             hidden = self.pruned.boundary(position, 0)
             projection = find_down_projection(self.pruned.model, layer, hidden, self.pruned.arguments(0, layer))
             size, width = (projection.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
+            check_room(size, width, context)
             zeros = {"dtype": torch.float64, "device": hidden.device}
             moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
             drift = Drift()
             with capture(self.pruned.model, layer, projection, space) as captured:
                 for visit in step:
                     drifted, target = visit.output[visit.mask].double(), self.target(position, visit.batch)[visit.mask].double()
-                    moments.add(captured.pop()[visit.mask].double(), target - drifted)
+                    moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask].double(), target - drifted)
                     drift.add(drifted, target)
             return projection, moments, drift
         raise AssertionError(f"layer {layer} is not in the sweep")
+
+
+def check_room(inputs: int, width: int, context: Context) -> None:
+    """Raise `CapacityError` unless the fp64 sums of one correction, and their solution, fit into memory."""
+    from gradmap_pipeline.memory import resident_bytes
+
+    needed = 8 * (inputs * inputs + 3 * inputs * width)
+    free = context.memory - resident_bytes()
+    if needed > free:
+        raise CapacityError(
+            f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and {max(0, free) / 2**30:.2f} GiB are free; "
+            "use space: output, or allow more with --memory"
+        )
 
 
 @contextmanager

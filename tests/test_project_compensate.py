@@ -41,7 +41,9 @@ def test_solve_ridge_is_augmented_least_squares() -> None:
     penalty = 0.1 * (a.T @ a).diagonal().mean()
     augmented = torch.cat([a, penalty.sqrt() * torch.eye(8).double()])
     expected = torch.linalg.lstsq(augmented, torch.cat([r, torch.zeros(8, 3).double()])).solution
-    torch.testing.assert_close(solve_ridge(a.T @ a, a.T @ r, 0.1), expected, rtol=1e-10, atol=1e-12)
+    found, used = solve_ridge(a.T @ a, a.T @ r, 0.1)
+    assert used == pytest.approx(float(penalty))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_singular_gram_is_refused() -> None:

@@ -14,8 +14,9 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich"}
 ORDER = [
-    "errors", "digests", "partial", "artifacts", "yaml_positions", "validation", "stage", "hookspecs", "removal", "builtin",
-    "model", "data", "catalog", "recipe", "plan", "store", "schema", "report", "runner", "testing", "cli", "__main__", "reference",
+    "errors", "digests", "memory", "partial", "artifacts", "yaml_positions", "validation", "stage", "hookspecs", "removal",
+    "builtin", "model", "data", "catalog", "recipe", "plan", "store", "schema", "report", "runner", "testing", "cli",
+    "__main__", "reference",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

@@ -86,12 +86,14 @@ class Sweep:
         keep_boundaries: bool = True,
         keep_graphs: bool = False,
         weight_gradients: bool = False,
+        predicted: int | None = None,
         advance: Advance = lambda units=1, /: None,
     ) -> None:
         """`keep_boundaries` False: for one forward pass, holding one boundary at a time.
 
         `keep_graphs`: keep what autograd needs from the forward pass, so that going down recomputes nothing; for
         models whose layers stay in memory. `weight_gradients`: go down with gradients of the layers' parameters.
+        `predicted`: tokens that the mean loss is over, where these batches are a part of more.
         """
         self.model = model
         self.batches = list(batches)
@@ -111,8 +113,9 @@ class Sweep:
             self._arguments.append(arguments)
         self._graphs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         """By position and batch: a layer's input and output, joined by autograd."""
-        self._done = 0  # layers whose output boundary is valid
-        self._predicted = sum(int(predicted_tokens(batch).sum()) for batch in self.batches)
+        self.done = 0
+        """Layers, from the bottom, whose outputs are known."""
+        self._predicted = predicted or sum(int(predicted_tokens(batch).sum()) for batch in self.batches)
 
     def boundary(self, position: int, batch: int) -> torch.Tensor:
         """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm."""
@@ -134,7 +137,7 @@ class Sweep:
 
     def forward(self) -> Iterator[ForwardLayer]:
         """Go up from the first layer whose output is not known. A layer that is not iterated is run all the same."""
-        for position in range(self._done, len(self.layers)):
+        for position in range(self.done, len(self.layers)):
             layer = self.layers[position]
             with self.model.layer(layer) as module, self._parameters(module, position):
                 visits = self._forward_visits(position)
@@ -143,7 +146,7 @@ class Sweep:
                     pass
             if not self.keep_boundaries:
                 self._boundaries.drop(position)
-            self._done = position + 1
+            self.done = position + 1
             self.layer_forwards += 1
 
     def run_forward(self) -> None:
@@ -200,9 +203,9 @@ class Sweep:
         return position > 0 or self.weight_gradients
 
     def _invalidate(self, position: int) -> None:
-        self._done = min(self._done, position)
-        self._boundaries.drop_from(self._done + 1)
-        self._graphs = {place: graph for place, graph in self._graphs.items() if place[0] < self._done}
+        self.done = min(self.done, position)
+        self._boundaries.drop_from(self.done + 1)
+        self._graphs = {place: graph for place, graph in self._graphs.items() if place[0] < self.done}
 
     @contextmanager
     def _parameters(self, module: nn.Module, position: int) -> Iterator[dict[str, nn.Parameter]]:

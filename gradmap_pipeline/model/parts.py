@@ -1,0 +1,90 @@
+"""Sweeps over all samples of a step, in as many parts as its memory asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..memory import resident_bytes
+from .batches import Batch, make_batches, predicted_tokens
+from .boundaries import Boundaries
+from .budget import choose_way, measure_needs
+from .layerwise import LayerwiseModel
+from .sweep import Sweep
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..stage import Advance
+    from .graph import ModelGraph
+
+
+class PartedSweep:
+    """Backward sweeps over samples, as one `Sweep` where they fit into memory together, else one for each part.
+
+    What is computed must be a sum over samples, unless `divisible` is False.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        device: str,
+        dtype: str,
+        memory: int,
+        folder: Path,
+        weight_gradients: bool = False,
+        divisible: bool = True,
+        advance: Advance = lambda units=1, /: None,
+    ) -> None:
+        self.model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0)
+        samples, tokens = input_ids.shape
+        needs = measure_needs(self.model, samples, tokens, weight_gradients=weight_gradients)
+        self.way = choose_way(needs, memory - resident_bytes(), divisible=divisible)
+        self.model.resident = self.way.resident
+        self._folder, self._advance, self._weight_gradients = folder, advance, weight_gradients
+        size = math.ceil(samples / self.way.parts)
+        parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
+        self._parts = [make_batches(ids, mask, self.way.batch_samples * tokens) for ids, mask in parts]
+        self._predicted = sum(int(predicted_tokens(batch).sum()) for part in self._parts for batch in part)
+        self._removed: list[int] = []
+        self._only: Sweep | None = None
+        self.layer_forwards = 0
+        """Passes of all samples through one layer, recomputation included."""
+        self.layer_backwards = 0
+
+    def __iter__(self) -> Iterator[Sweep]:
+        """The sweep of each part; what it forgets when it ends is only what another part needs the memory for."""
+        for number, batches in enumerate(self._parts):
+            sweep = self._only or self._open(batches)
+            before = sweep.layer_forwards, sweep.layer_backwards
+            yield sweep
+            if number == 0:
+                self.layer_forwards += sweep.layer_forwards - before[0]
+                self.layer_backwards += sweep.layer_backwards - before[1]
+            if len(self._parts) == 1:
+                self._only = sweep
+
+    def remove(self, layer: int) -> None:
+        """Take a base layer out of the model."""
+        self._removed.append(layer)
+        if self._only is not None:
+            self._only.remove(layer)
+
+    def _open(self, batches: list[Batch]) -> Sweep:
+        sweep = Sweep(
+            self.model,
+            batches,
+            boundaries=Boundaries(self.way.boundary_limit, self._folder),
+            keep_graphs=self.way.keep_graphs,
+            weight_gradients=self._weight_gradients,
+            predicted=self._predicted,
+            advance=self._advance,
+        )
+        for layer in self._removed:
+            sweep.remove(layer)
+        return sweep
