@@ -38,6 +38,10 @@ StoredPath = Annotated[Path, PlainSerializer(_relative_to_store), WrapValidator(
 """A path saved relative to the store, so that a store can be moved."""
 
 
+LINEAGE = "gradmap.json"
+"""In every export: how it came to be, with the digests of the other files."""
+
+
 class Artifact(BaseModel):
     """Base of everything a stage takes or returns."""
 
@@ -53,8 +57,8 @@ class Artifact(BaseModel):
         return sha256_of_value(self.content())
 
     def is_present(self) -> bool:
-        """Whether files that a step wrote outside the store are still there."""
-        return True
+        """Whether the files that belong to it are still there."""
+        return all(file.path.is_file() for file in find_tensor_files(self))
 
 
 class TensorFile(BaseModel):
@@ -82,6 +86,17 @@ class TensorFile(BaseModel):
         from safetensors.torch import load_file
 
         return load_file(self.path)
+
+
+def find_tensor_files(value: Any) -> list[TensorFile]:
+    """All tensor files inside a value."""
+    if isinstance(value, TensorFile):
+        return [value]
+    if isinstance(value, BaseModel):
+        value = [getattr(value, name) for name in type(value).model_fields]
+    elif isinstance(value, dict):
+        value = list(value.values())
+    return [file for item in value for file in find_tensor_files(item)] if isinstance(value, list | tuple) else []
 
 
 class CalibrationSet(Artifact):
@@ -143,10 +158,12 @@ class Evaluation(Artifact):
     perplexity: float
     loss: float
     """Mean next-token cross-entropy in nats."""
+    samples: int
+    sequence_length: int
     tokens: int
     """Tokens predicted."""
     tokens_per_second: float
-    """Prefill rate of the scoring itself, in the batches it ran."""
+    """Prefill rate of the scoring itself, in the batches it ran, on the machine that ran it."""
     layers: int
     parameters: int
     bytes: int
@@ -174,16 +191,23 @@ class Export(Artifact):
     """Largest absolute difference between the logits of the reloaded folder and of the model."""
 
     def is_present(self) -> bool:
-        """Compare names and sizes with the folder."""
-        return all((path := self.folder / name).is_file() and path.stat().st_size == file.size for name, file in self.files.items())
+        """Compare names and sizes with the folder, and the lineage, which holds the digests of all other files, by its digest."""
+        files = {self.folder / name: file for name, file in self.files.items()}
+        same = all(path.is_file() and path.stat().st_size == file.size for path, file in files.items())
+        lineage = self.folder / LINEAGE
+        return same and (lineage not in files or sha256_of(lineage) == files[lineage].sha256)
 
 
 class ModelForecast(BaseModel):
     """What a plan knows of a model before anything runs. None: not known yet."""
 
     layers: int | None = None
+    kept: tuple[int, ...] | None = None
+    """Base layers that are left."""
     positions: int | None = None
     """Longest sequence the model is made for, in tokens."""
+    fixed_depth: str | None = None
+    """Why no layer of this model can be removed, if so."""
 
 
 class ScoresForecast(BaseModel):

@@ -82,7 +82,12 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
         raise PluginError(f"plugin {plugin!r}: {' '.join(str(error).split())}; the only hook is gradmap_stages()") from error
     if not manager.get_hookcallers(module):
         raise PluginError(f"plugin {plugin!r} has no function gradmap_stages() marked with @hookimpl")
-    (found,) = manager.hook.gradmap_stages()
+    try:
+        (found,) = manager.hook.gradmap_stages()
+    except GradmapError:
+        raise
+    except Exception as error:
+        raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {_describe(error)}") from error
     if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {found!r}")
     return found

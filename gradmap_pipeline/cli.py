@@ -57,6 +57,12 @@ def _check_size(size: str | None) -> str | None:
         raise typer.BadParameter(str(error)) from None
 
 
+def _check_store(store: Path) -> Path:
+    if store.exists() and not store.is_dir():
+        raise typer.BadParameter(f"{str(store)!r} is a file; name a folder")
+    return store
+
+
 @app.callback()
 def start(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
@@ -68,7 +74,9 @@ def start(
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
-    store: Annotated[Path, typer.Option(help="Folder for results, shared by all recipes.")] = Path(".gradmap"),
+    store: Annotated[Path, typer.Option(callback=_check_store, help="Folder for results, shared by all recipes.")] = Path(
+        ".gradmap"
+    ),
     device: Annotated[
         str, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
     ] = "auto",

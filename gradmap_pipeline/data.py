@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +40,9 @@ class DatasetSource(BaseModel):
     config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
     column: str = Field("text", description="Column that holds the text.")
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub data set.")
+    revision: str | None = Field(
+        None, description="Commit, tag or branch of a hub data set. Without it, changes there go unnoticed."
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> DatasetSource:
@@ -168,10 +170,10 @@ def make_sequences(
     if packing == "documents":
         sequences = _pack(tokenizer, documents, length)
     else:
-        sequences = (ids[:length] for ids in _encode(tokenizer, documents))
+        sequences = (ids[:length] for ids in _encode(tokenizer, documents) if len(ids) > 1)
     if samples is not None:
         sequences = islice(sequences, samples if seed is None else samples * _POOL)
-    rows = [ids for ids in sequences if len(ids) > 1]
+    rows = list(sequences)
     if samples is not None and len(rows) < samples:
         raise StageError(
             f"the data set gives only {len(rows)} of {samples} samples of {length} tokens; "
@@ -201,11 +203,15 @@ def _pack(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: 
     starts_with_bos = start == [tokenizer.bos_token_id] and bool(start)
     separator = [] if starts_with_bos or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prefix = start if starts_with_bos else []
-    body = length - len(prefix)
     waiting: list[int] = []
     for ids in _encode(tokenizer, documents):
         waiting = [*waiting, *ids, *separator]
-        cuts = range(0, len(waiting) - body + 1, body)
-        for cut in cuts:
-            yield list(chain(prefix, waiting[cut : cut + body]))
-        waiting = waiting[len(cuts) * body :]
+        cut = 0
+        while True:
+            head = [] if waiting[cut : cut + 1] == prefix else prefix
+            end = cut + length - len(head)
+            if end > len(waiting):
+                break
+            yield [*head, *waiting[cut:end]]
+            cut = end
+        waiting = waiting[cut:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,11 +28,15 @@ def partial_folder(final: Path) -> Iterator[Path]:
 
 
 def clear_partial_folders(parent: Path, name: str = "*") -> None:
-    """Delete partial folders of this process, and of processes of this machine that run no more."""
-    for folder in [*parent.glob(f".{name}.partial-{_HOST}-*"), *parent.glob(f".{name}.old-{_HOST}-*")]:
-        process = folder.name.rpartition("-")[2]
-        if process.isdigit() and (int(process) == os.getpid() or not _is_running(int(process))):
+    """Delete partial folders of this process, and of processes of this machine that run no more; put back what they replaced."""
+    for folder in _ours(parent.glob(f".{name}.old-{_HOST}-*")):
+        target = folder.with_name(folder.name[1:].rpartition(".old-")[0])
+        if target.exists():
             shutil.rmtree(folder, ignore_errors=True)
+        else:
+            folder.rename(target)  # killed between the two renames of `replace_folder`
+    for folder in _ours(parent.glob(f".{name}.partial-{_HOST}-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_folder(new: Path, target: Path) -> None:
@@ -41,8 +45,23 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _ours(folders: Iterable[Path]) -> list[Path]:
+    """Those of this process, and those whose process is gone."""
+    ours = []
+    for folder in folders:
+        process = folder.name.rpartition("-")[2]
+        if process.isdigit() and (int(process) == os.getpid() or not _is_running(int(process))):
+            ours.append(folder)
+    return ours
 
 
 def _is_running(process: int) -> bool:

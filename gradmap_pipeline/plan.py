@@ -63,7 +63,8 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
     try:
         forecast = recipe.content.model.forecast()
     except ModelError as error:
-        problems.append(Problem(recipe.where(("model",)), str(error)))
+        given = "path" if recipe.content.model.path is not None else "id"
+        problems.append(Problem(recipe.where(("model", given)), str(error)))
         forecast = None
     board.forecasts[MODEL_STEP, "model"] = forecast
     steps = []
@@ -78,9 +79,24 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
         planned = _plan_step(step, at, recipe, catalog, board, problems)
         if planned is not None:
             steps.append(planned)
+    problems += _find_clashes(steps, recipe)
     if problems:
         raise RecipeError(problems)
     return Plan(recipe.content.model, recipe.content.seed, steps, recipe.path, forecast)
+
+
+def _find_clashes(steps: list[PlannedStep], recipe: Recipe) -> list[Problem]:
+    """Steps that write where another step of the recipe writes too."""
+    problems = []
+    writers: dict[Path, str] = {}
+    numbers = {step.id: number for number, step in enumerate(recipe.content.steps)}
+    for step in steps:
+        for place in step.stage.writes():
+            other = writers.setdefault(place.resolve(), step.id)
+            if other != step.id:
+                where = recipe.where(("steps", numbers[step.id], "with"))
+                problems.append(Problem(where, f"step {step.id!r} writes {str(place)!r}, as step {other!r} does; choose another"))
+    return problems
 
 
 def _plan_step(
@@ -103,6 +119,8 @@ def _plan_step(
         known = {name: board.forecasts.get(source) for name, source in inputs.items()}
         try:
             forecasts = stage.forecast(known)
+            if not isinstance(forecasts, Mapping):
+                raise TypeError(f"it must return a mapping of output names, got {type(forecasts).__name__}")
         except OptionError as error:
             place = recipe.where((*at, "with", error.option))
             problems.append(Problem(place, _name_option(step, (error.option,), str(error))))

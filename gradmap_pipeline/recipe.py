@@ -63,8 +63,7 @@ class Recipe:
     def where(self, location: Location) -> str:
         """`file:line:column` of a value, or the command-line option that set it."""
         for place, override in self.overrides.items():
-            shorter = min(len(place), len(location))
-            if place[:shorter] == location[:shorter]:
+            if place == location[: len(place)]:
                 return f"--set {override}"
         return self.document.where(location)
 
@@ -128,9 +127,15 @@ def _apply(data: dict[str, Any], override: str) -> Location:
             raise RecipeError([Problem(where, f"names no option of step {keys[0]!r}; write {keys[0]}.OPTION=VALUE")])
         location = ("steps", ids.index(keys[0]), "with", *keys[1:])
     inner: Any = data
-    for key in location[:-1]:
-        if isinstance(inner, dict) and not isinstance(inner.get(str(key)), dict | list):
+    for depth, key in enumerate(location):
+        if isinstance(inner, list) and not isinstance(key, int):
+            written = ".".join(map(str, location[3:depth])) or keys[0]
+            raise RecipeError([Problem(where, f"{written!r} is a list; replace the whole of it")])
+        if depth == len(location) - 1:
+            inner[key] = value
+        elif isinstance(inner, dict) and not isinstance(inner.get(str(key)), dict | list):
             inner[str(key)] = {}
-        inner = inner[key]
-    inner[location[-1]] = value
+            inner = inner[str(key)]
+        else:
+            inner = inner[key]
     return location

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from .artifacts import Artifact
-from .digests import sha256_of_value
-from .errors import CapacityError, GradmapError, StageError
+from .digests import sha256_of, sha256_of_value
+from .errors import CapacityError, GradmapError, RecipeError, StageError
 from .memory import default_budget
 from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
@@ -22,8 +26,6 @@ from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFini
 from .report.summary import summarise
 from .stage import Advance, Context, FinishedStep
 from .store import Store
-
-_FORMAT = 1  # raised when results of older versions must not be reused
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Ran:
 def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter) -> Ran:
     """Run every step in order; what the store holds is not run again."""
     started = time.monotonic()
+    if machine.device.startswith("cuda"):
+        _prepare_torch(machine)  # says at once that there is no such device
     store.prepare()
     reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
     ran = Ran(outputs={"model": {"model": open_model(plan.model, store.digest_of)}}, lineage={"model": ()})
@@ -64,17 +68,14 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter) -> 
 
 def make_key(step: PlannedStep, inputs: dict[str, Artifact], seed: int, dtype: str, store: Store) -> str:
     """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content."""
-    options: dict[str, Any] = step.stage.model_dump(mode="json")
-    for name in type(step.stage).model_fields:
-        value = getattr(step.stage, name)
-        if hasattr(value, "fingerprint"):
-            options[name] = value.fingerprint(store.digest_of)
+    options = {name: _fingerprint(getattr(step.stage, name), store) for name in type(step.stage).model_fields}
     return sha256_of_value(
         {
-            "format": _FORMAT,
+            "machinery": digest_of_package(),
             "stage": step.stage.name,
             "code": step.code,
             "options": options,
+            "writes": [str(folder.resolve()) for folder in step.stage.writes()],
             "inputs": {name: artifact.content() for name, artifact in inputs.items()},
             "seed": seed,
             "dtype": dtype,
@@ -83,10 +84,30 @@ def make_key(step: PlannedStep, inputs: dict[str, Artifact], seed: int, dtype: s
     )
 
 
+@cache
+def digest_of_package() -> str:
+    """SHA-256 of the machinery's source, so that results of another version are not reused."""
+    folder = Path(__file__).parent
+    return sha256_of_value({str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*.py"))})
+
+
+def _fingerprint(value: Any, store: Store) -> Any:
+    """JSON of an option; what has a `fingerprint` counts by its content, wherever it stands."""
+    if hasattr(value, "fingerprint"):
+        return value.fingerprint(store.digest_of)
+    if isinstance(value, BaseModel):
+        return {name: _fingerprint(getattr(value, name), store) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {str(key): _fingerprint(item, store) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_fingerprint(item, store) for item in value]
+    return to_jsonable_python(value)
+
+
 def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran) -> None:
     name, started = step.stage.name, time.monotonic()
     reporter.step_started(StepStarted(step=step.id, stage=name))
-    inputs = {field: ran.outputs[source][output] for field, (source, output) in step.inputs.items()}
+    inputs = _find_inputs(step, ran)
     key = make_key(step, inputs, plan.seed, machine.dtype, store)
     lineage = _join(ran.lineage[source] for source, _ in step.inputs.values())
     result = store.load(name, key, step.stage.Outputs)
@@ -108,7 +129,8 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
             record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
             result = store.finish(folder, key, record, result)
     base = ran.outputs["model"]["model"]
-    outputs = {output: _at_base(getattr(result, output), base) for output in type(result).model_fields}
+    given = {output: getattr(result, output) for output in type(result).model_fields}
+    outputs = {output: _at_base(artifact, base) for output, artifact in given.items() if artifact is not None}
     ran.outputs[step.id] = outputs
     options = step.stage.model_dump(mode="json")
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
@@ -122,6 +144,17 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
     )
     ran.finished.append(finished)
     reporter.step_finished(finished)
+
+
+def _find_inputs(step: PlannedStep, ran: Ran) -> dict[str, Artifact]:
+    """The artifacts a step takes, without those that a step before chose not to make."""
+    found = {name: ran.outputs[source].get(output) for name, (source, output) in step.inputs.items()}
+    for name, (_, required) in type(step.stage).input_fields().items():
+        if required and found[name] is None:
+            failure = StageError(f"needs {'.'.join(step.inputs[name])!r}, which that step did not make this time")
+            failure.where = f"step {step.id!r}"
+            raise failure
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
 def _at_base(artifact: Artifact, model: Artifact) -> Artifact:
@@ -138,9 +171,14 @@ def _call(step: PlannedStep, inputs: BaseModel, context: Context, store: Store) 
     try:
         result = step.stage.run(inputs, context)
     except GradmapError as error:
-        error.where = error.where or where
-        raise
+        failure = StageError(str(error)) if error.exit_code == RecipeError.exit_code else error
+        failure.where = error.where or where
+        raise failure from error
     except Exception as error:
+        if _is_shortage(error):
+            shortage = CapacityError(f"stage {step.stage.name!r} ran out of room: {str(error) or type(error).__name__}")
+            shortage.where = where
+            raise shortage from error
         kept = store.save_traceback(traceback.format_exc())
         failure = StageError(f"stage {step.stage.name!r} failed: {type(error).__name__}: {error}; traceback in {kept}")
         failure.where = where
@@ -152,12 +190,22 @@ def _call(step: PlannedStep, inputs: BaseModel, context: Context, store: Store) 
     return result
 
 
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory or disk ran out."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM))
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
 def _memory_of(step: PlannedStep, dtype: str, store: Store) -> Callable[[Any, Callable[[], Any]], Any]:
     """Units of a stage's work, kept under what the stage names as key and the code that made them."""
     versions = {library: _version(library) for library in step.stage.libraries}
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
-        whole = sha256_of_value([_FORMAT, step.code, dtype, versions, key])
+        whole = sha256_of_value([digest_of_package(), step.code, dtype, versions, key])
         found = store.load_unit(step.stage.name, whole)
         if found is None:
             found = compute()
@@ -181,10 +229,13 @@ def _progress_of(step: str, reporter: Reporter) -> Any:
         def advance(units: int = 1, /) -> None:
             nonlocal done
             done = min(total, done + units)
-            report()
+            if not ended:
+                report()
 
+        ended = False
         report()
         yield advance
+        ended = True
         reporter.progress_ended(step, description)
 
     return progress

@@ -80,6 +80,10 @@ class Stage(BaseModel):
         """
         return {}
 
+    def writes(self) -> tuple[Path, ...]:
+        """Files and folders outside the store that a run of this step makes."""
+        return ()
+
     @classmethod
     def input_fields(cls) -> dict[str, tuple[type[Artifact], bool]]:
         """Input name to (artifact type, required)."""

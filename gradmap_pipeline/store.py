@@ -47,14 +47,18 @@ class Store:
 
     def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
         """Outputs of a finished step, or None when there is none, or when files it wrote elsewhere are gone."""
-        saved = _read_object(self._step(stage, key) / _OUTPUTS)
+        return self._load_from(self._step(stage, key), key, outputs)
+
+    def _load_from(self, folder: Path, key: str, outputs: type[BaseModel]) -> BaseModel | None:
+        saved = _read_object(folder / _OUTPUTS)
         if saved.get("key") != key:
             return None
         try:
             found = outputs.model_validate(saved.get("outputs"), context={"store": self.root})
         except ValueError:
             return None
-        return found if all(getattr(found, name).is_present() for name in type(found).model_fields) else None
+        artifacts = [artifact for name in type(found).model_fields if (artifact := getattr(found, name)) is not None]
+        return found if all(artifact.is_present() for artifact in artifacts) else None
 
     @contextmanager
     def step(self, stage: str, key: str) -> Iterator[StepFolder]:
@@ -64,11 +68,17 @@ class Store:
             yield StepFolder(path, final)
 
     def finish(self, folder: StepFolder, key: str, record: dict[str, Any], outputs: BaseModel) -> BaseModel:
-        """Write the outputs and move the folder into place, as the last thing. Returns the outputs as stored."""
+        """Write the outputs and move the folder into place, as the last thing. Returns the outputs as stored.
+
+        Where another run has finished the same step meanwhile, its result stays: somebody may be reading it.
+        """
         dumped = json.dumps(outputs.model_dump(mode="json", context={"store": self.root}), indent=2)
         inside, final = (path.relative_to(self.root).as_posix() for path in (folder.path, folder.final))
         text = json.dumps({"key": key, **record, "outputs": json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))}, indent=2)
         (folder.path / _OUTPUTS).write_text(text + "\n", encoding="utf-8")
+        finished = self._load_from(folder.final, key, type(outputs))
+        if finished is not None:
+            return finished
         replace_folder(folder.path, folder.final)
         return type(outputs).model_validate(json.loads(text)["outputs"], context={"store": self.root})
 

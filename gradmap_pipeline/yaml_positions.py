@@ -122,6 +122,8 @@ class _Reader:
 
     def _read_scalar(self, node: yaml.Node) -> Any:
         try:
+            if node.tag.endswith(":int"):
+                return int(node.value, 0 if node.value.startswith(("0o", "0x")) else 10)
             return self.constructor.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             raise self._error(node, f"cannot read {node.value!r} as {node.tag.rpartition(':')[2]}") from error

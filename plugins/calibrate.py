@@ -14,7 +14,7 @@ class Calibrate(Stage):
     """Draw the token ids on which layers are scored and corrections are fitted."""
 
     name = "calibrate"
-    libraries = ("transformers", "tokenizers", "datasets")
+    libraries = ("torch", "transformers", "tokenizers", "datasets")
 
     dataset: DatasetSource = Field(description="Text to draw from.")
     samples: int = Field(128, ge=1, description="Number of sequences.")

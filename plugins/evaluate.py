@@ -20,6 +20,7 @@ class Evaluate(Stage):
     """Measure the perplexity of the model on a text, and stop the run when a limit is not met."""
 
     name = "evaluate"
+    libraries = ("torch", "transformers", "tokenizers", "datasets")
 
     dataset: DatasetSource = Field(description="Text to predict.")
     samples: int | Literal["all"] = Field(128, description="Number of sequences, the first of the data set; or `all`.")
@@ -75,6 +76,8 @@ class Evaluate(Stage):
                 label=model.label,
                 dataset=self.dataset.name,
                 perplexity=perplexity,
+                samples=ids.shape[0],
+                sequence_length=ids.shape[1],
                 layers=len(model.layers),
                 parameters=model.count_parameters(),
                 bytes=model.count_bytes(),

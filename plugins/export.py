@@ -13,11 +13,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from gradmap_pipeline import Context, Evaluation, Export, ExportedFile, ModelGraph, OptionError, Stage, StageError, hookimpl
+from gradmap_pipeline.artifacts import LINEAGE
 from gradmap_pipeline.digests import sha256_of
 from gradmap_pipeline.partial import partial_folder, replace_folder
 from gradmap_pipeline.report.model_card import make_model_card
 
-LINEAGE = "gradmap.json"
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
 
 
@@ -41,13 +41,17 @@ class ExportModel(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.to.is_file():
             raise OptionError("to", f"{str(self.to)!r} is a file; name a folder")
-        above = next(folder for folder in self.to.resolve().parents if folder.exists())
+        above = next((folder for folder in self.to.resolve().parents if folder.exists()), self.to.resolve())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise OptionError("to", f"{str(self.to)!r} cannot be made: {str(above)!r} is not a folder that can be written to")
-        if self.to.is_dir() and any(self.to.iterdir()) and not (self.to / LINEAGE).is_file() and not self.overwrite:
-            found = f"folder {str(self.to)!r} holds something else than an export"
-            raise OptionError("to", f"{found}; choose another, or set overwrite: true")
+        foreign = find_foreign_files(self.to) if self.to.is_dir() and not self.overwrite else []
+        if foreign:
+            found = f"folder {str(self.to)!r} holds {foreign[0]!r}, which is not part of an export"
+            raise OptionError("to", f"{found}; choose another, or set overwrite: true to delete it")
         return {}
+
+    def writes(self) -> tuple[Path, ...]:
+        return (self.to,)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         model, target = inputs.model, self.to.resolve()
@@ -86,6 +90,16 @@ class ExportModel(Stage):
             if file.name not in files:
                 files[file.name] = _describe(file)
         return files
+
+
+def find_foreign_files(folder: Path) -> list[str]:
+    """Names in a folder that no export wrote there."""
+    try:
+        lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+        written = {LINEAGE, *lineage["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        written = set()
+    return sorted(path.name for path in folder.iterdir() if path.name not in written)
 
 
 def check_export(model: ModelGraph, folder: Path, seed: int) -> float:

@@ -7,6 +7,7 @@ the loss is the mean next-token cross-entropy over the calibration set.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from gradmap_pipeline import (
     OptionError,
     ScoresForecast,
     Stage,
+    StageError,
     hookimpl,
 )
 from gradmap_pipeline.removal import count_removed
@@ -39,7 +41,7 @@ def gate_importance(gradient: torch.Tensor, update: torch.Tensor, mask: torch.Te
 
     gradient, update (B, T, D); mask bool (B, T).
     """
-    return float(((gradient * update).float().sum(-1).abs() * mask).double().sum())
+    return float(((gradient.float() * update.float()).sum(-1).abs() * mask).double().sum())
 
 
 def update_importance(gradient: torch.Tensor, update: torch.Tensor, mask: torch.Tensor) -> float:
@@ -225,6 +227,12 @@ class Scorer:
             forward_seconds += time.perf_counter() - since
             for layer, score in self.stage.score_layers(sweep).items():
                 scores[layer] += score
+        broken = [layer for layer, score in sorted(scores.items()) if not math.isfinite(score)]
+        if broken:
+            raise StageError(
+                f"the score of layer {broken[0]} is not a finite number; the model overflows in {self.context.dtype}: "
+                "use --dtype float32 or bfloat16"
+            )
         seconds = time.perf_counter() - started
         saved = forward_seconds / max(1, len(kept) - reused) * reused
         work = DecisionWork(

@@ -202,7 +202,7 @@ class ProjectCompensate(Stage):
 
 
 def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context) -> Streams:
-    """Run the original model, keep what enters its kept layers, and get the pruned one ready. One of them is in memory at a time."""
+    """Run the original model, keep what enters its kept layers, and get the pruned one ready; one model is in memory at a time."""
     from gradmap_pipeline.memory import resident_bytes
     from gradmap_pipeline.model.batches import make_batches
     from gradmap_pipeline.model.boundaries import Boundaries

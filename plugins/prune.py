@@ -15,11 +15,13 @@ class Prune(Stage):
     """Remove the least important layers, or a list of layers."""
 
     name = "prune"
-    libraries = ()
+    libraries = ("transformers",)
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the layers to remove. Default: 0.25.")
     layers: int | list[int] | None = Field(
-        None, description="How many layers to remove, instead of `ratio`; or a list of the layers to remove, counted from 0."
+        None,
+        description="How many layers to remove, instead of `ratio`; or a list of the layers to remove, by their number in the "
+        "original model, counted from 0.",
     )
 
     class Inputs(BaseModel):
@@ -40,21 +42,29 @@ class Prune(Stage):
         return self
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        depth = inputs["model"].layers if inputs.get("model") else None
+        model = inputs.get("model") or ModelForecast()
+        depth, kept = model.layers, model.kept
+        option = "layers" if self.layers is not None else "ratio"
+        if model.fixed_depth is not None:
+            raise OptionError(option, f"no layer of this model can be removed: {model.fixed_depth}")
         if isinstance(self.layers, list):
-            if depth is not None and max(self.layers) >= depth:
-                raise OptionError("layers", f"there is no layer {max(self.layers)}: the model has layers 0 to {depth - 1}")
+            missing = sorted(set(self.layers) - set(kept)) if kept is not None else []
+            if missing:
+                raise OptionError("layers", f"there is no layer {missing[0]}: the model has layers {_name_layers(kept or ())}")
             count = len(self.layers)
+            kept = None if kept is None else tuple(layer for layer in kept if layer not in self.layers)
         elif "scores" not in inputs:
             raise OptionError("layers", "nothing says which layers to remove; put gradmap_score before this step, or list them")
         else:
-            count = self._count(depth, inputs["scores"])
+            count, kept = self._count(depth, inputs["scores"]), None
         if depth is not None and count >= depth:
-            raise OptionError("layers" if self.layers is not None else "ratio", f"removing {count} of {depth} layers leaves none")
-        positions = inputs["model"].positions if inputs.get("model") else None
-        return {"model": ModelForecast(layers=None if depth is None else depth - count, positions=positions)}
+            raise OptionError(option, f"removing {count} of {depth} layers leaves none")
+        layers = None if depth is None else depth - count
+        return {"model": model.model_copy(update={"layers": layers, "kept": kept})}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.model.architecture import prune_config
+
         model, scores = inputs.model, inputs.scores
         if isinstance(self.layers, list):
             removed = self.layers
@@ -63,8 +73,10 @@ class Prune(Stage):
             if scores.model != model.digest:
                 raise StageError("the scores were made on another model than the one to prune; score this model first")
             removed = list(scores.order[: self._count(len(model.layers), None)])
+        pruned = model.without_layers(removed)
+        prune_config(model.base.folder, pruned.layers)  # raises now rather than when the model is exported
         context.note(f"removed layers {', '.join(map(str, sorted(removed)))} of {model.base.layers}")
-        return self.Outputs(model=model.without_layers(removed))
+        return self.Outputs(model=pruned)
 
     def _count(self, depth: int | None, scores: Any) -> int:
         if isinstance(self.layers, int):
@@ -82,6 +94,12 @@ class Prune(Stage):
                 f"set the same {option!r} on the step that scores (its default is ratio: 0.25)",
             )
         return count
+
+
+def _name_layers(layers: tuple[int, ...]) -> str:
+    """`0 to 11`, or the list where some are missing."""
+    whole = layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
 
 
 @hookimpl

@@ -63,7 +63,7 @@ def test_cadence_of_one_breaks_nothing(tmp_path: Path) -> None:
 
 def test_composite_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"num_hidden_layers": 6}}))
-    with pytest.raises(ModelError, match=r"is a composite model \(gemma3\); only text models can be pruned"):
+    with pytest.raises(ModelError, match=r"it is a composite model \(gemma3\), and only text models can be pruned"):
         prune_config(tmp_path, [0])
 
 

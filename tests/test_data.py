@@ -130,9 +130,12 @@ def test_source_that_cannot_be(options: dict[str, Any], message: str, tmp_path: 
 
 def test_packing_joins_texts_and_starts_every_sequence_with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, mask = make_sequences(tokenizer, TEXTS, 8, None)
-    joined = [token for text in TEXTS for token in tokenizer(text)["input_ids"]]
-    assert ids[:, 0].tolist() == [BOS] * len(ids)
-    assert ids[:, 1:].flatten().tolist() == joined[: len(joined) // 7 * 7]
+    left = [token for text in TEXTS for token in tokenizer(text)["input_ids"]]
+    for row in ids.tolist():
+        wanted = left[:8] if left[0] == BOS else [BOS, *left[:7]]  # one BOS, also where a text begins
+        assert row == wanted
+        left = left[8 if left[0] == BOS else 7 :]
+    assert len(left) < 8
     assert mask.all()
 
 
@@ -150,6 +153,11 @@ def test_one_text_a_sequence_cut_and_padded(tokenizer: PreTrainedTokenizerBase) 
     assert mask.sum(1).tolist() == [11, 12, 6]
     assert [row[: int(kept.sum())].tolist() for row, kept in zip(ids, mask, strict=True)] == wanted
     assert not ids[mask == 0].any()
+
+
+def test_texts_too_short_to_predict_are_passed_over(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids, _ = make_sequences(tokenizer, ["one", "", "two", "three", "four"], 8, 4, "none")
+    assert len(ids) == 4
 
 
 def test_drawing_follows_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -26,7 +26,7 @@ def test_perplexity_is_that_of_the_whole_model(llama: Path, text: Path, tmp_path
     model = open_folder(llama)
     found = run_stage(make_stage(text), tmp_path, model=model).evaluation
     ids = load_tokenizer(model.base)(text.read_text())["input_ids"]
-    sequences = torch.tensor([[1, *ids[n * 31 : n * 31 + 31]] for n in range(10)])
+    sequences = torch.tensor([ids[:32], *([1, *ids[n * 31 + 1 : n * 31 + 32]] for n in range(1, 10))])
     whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
     with torch.no_grad():
         loss = float(whole(input_ids=sequences, labels=sequences).loss)

@@ -62,6 +62,8 @@ def test_folder_holds_all_that_belongs_to_a_model(tmp_path: Path) -> None:
     (model.base.folder / "notes.txt").write_text("private")
     evaluation = Evaluation(
         model=model.digest, label="compensated", dataset="a text", perplexity=12.5, loss=2.5, tokens=99,
+        samples=1,
+        sequence_length=2,
         tokens_per_second=10, layers=2, parameters=1, bytes=2,
     )  # fmt: skip
     result = run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model, evaluation=evaluation).exported
@@ -85,7 +87,9 @@ def test_folder_holds_all_that_belongs_to_a_model(tmp_path: Path) -> None:
 def test_evaluation_of_another_model_is_left_out(tmp_path: Path) -> None:
     model = make_patched(tmp_path, "llama", torch.float32)
     evaluation = Evaluation(
-        model="0" * 64, label="dense", dataset="a text", perplexity=12.5, loss=2.5, tokens=99, tokens_per_second=10,
+        model="0" * 64, label="dense", dataset="a text", perplexity=12.5, loss=2.5, samples=1,
+        sequence_length=2,
+        tokens=99, tokens_per_second=10,
         layers=4, parameters=1, bytes=2,
     )  # fmt: skip
     run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model, evaluation=evaluation)
@@ -122,7 +126,7 @@ def test_earlier_export_is_replaced(tmp_path: Path) -> None:
 def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OptionError, match="holds something else than an export; choose another, or set overwrite: true") as caught:
+    with pytest.raises(OptionError, match=r"holds 'thesis.tex', which is not part of an export; choose another") as caught:
         ExportModel(to=tmp_path / "out").forecast({})
     assert caught.value.option == "to"
     assert ExportModel(to=tmp_path / "out", overwrite=True).forecast({}) == {}
@@ -181,6 +185,29 @@ def test_interrupted_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: 
         run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model.without_layers([1]))
     assert sha256_of(tmp_path / "out" / "model.safetensors") == before
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_files_of_others_in_an_earlier_export_are_kept(tmp_path: Path) -> None:
+    model = make_patched(tmp_path, "llama", torch.float32)
+    run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model)
+    assert ExportModel(to=tmp_path / "out").forecast({}) == {}
+    (tmp_path / "out" / "gguf").mkdir()
+    with pytest.raises(OptionError, match=r"holds 'gguf', which is not part of an export"):
+        ExportModel(to=tmp_path / "out").forecast({})
+
+
+def test_export_with_the_files_of_another_model_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Same names, same sizes, other weights."""
+    model = make_patched(tmp_path, "llama", torch.float32)
+    first = run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model).exported
+    assert first.is_present()
+    name = next(iter(model.patches))
+    zeros = TensorFile.save({name: torch.zeros(32, 64)}, tmp_path / "zeros.safetensors")
+    other = model.with_patches({name: zeros}, "compensated")
+    second = run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=other).exported
+    assert {name: file.size for name, file in first.files.items()} == {name: file.size for name, file in second.files.items()}
+    assert second.is_present()
+    assert not first.is_present()
 
 
 def test_place_that_cannot_hold_a_folder(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from gradmap_pipeline import CalibrationSet, ModelForecast, ModelGraph, OptionError, StageError
+from gradmap_pipeline import CalibrationSet, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
+from gradmap_pipeline.model.batches import predicted_tokens
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -166,6 +167,28 @@ def test_more_decisions_than_free_layers() -> None:
     with pytest.raises(OptionError, match=r"3 of 4 layers are to be scored for removal, but only 2 are not protected") as caught:
         GradmapScore(layers=3).forecast({"model": ModelForecast(layers=4)})
     assert caught.value.option == "layers"
+
+
+def test_half_precision_does_not_lose_small_gradients(
+    model: ModelGraph, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if there were 100,000 tokens: gradients of their mean are below what float16 can hold."""
+    from gradmap_pipeline.model import parts
+
+    monkeypatch.setattr(parts, "predicted_tokens", lambda batch: predicted_tokens(batch).int() * 1000)
+    stage = GradmapScore.model_validate({"schedule": "one_shot", "layers": 1})
+    single, half = (
+        run_stage(stage, tmp_path, dtype=dtype, model=model, calibration=calibration).scores.decisions[0].scores
+        for dtype in ("float32", "float16")
+    )
+    assert half == pytest.approx(single, rel=0.03)
+
+
+def test_scores_that_are_no_numbers(model: ModelGraph, calibration: CalibrationSet, tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    patch = TensorFile.save({name: torch.full((32, 64), float("nan"))}, tmp_path / "patch.safetensors")
+    with pytest.raises(StageError, match=r"score of layer \d is not a finite number; the model overflows in float32"):
+        run_stage(GradmapScore(layers=1), tmp_path, model=model.with_patches({name: patch}, "broken"), calibration=calibration)
 
 
 def test_other_tokenizer_is_refused(calibration: CalibrationSet, model: ModelGraph, tmp_path: Path) -> None:

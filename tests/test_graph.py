@@ -120,6 +120,28 @@ def test_hub_cache_serves_without_a_network(llama: Path, tmp_path: Path, monkeyp
     assert graph.digest == open_folder(llama).digest
 
 
+@pytest.mark.parametrize("kind", ["shard", "tokenizer", "quantised"])
+def test_hub_cache_that_is_not_whole(kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted download is fetched again, and a quantised model is refused from the cache too."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(llama, snapshot)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    if kind == "shard":
+        index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "tokenizer":
+        for file in snapshot.glob("tokenizer*"):
+            file.unlink()
+    else:
+        damage(snapshot, kind)
+        with pytest.raises(ModelError, match="is already quantised"):
+            ModelSource(id="owner/name").find_folder()
+        return
+    assert ModelSource(id="owner/name").find_folder() is None
+
+
 def damage(folder: Path, kind: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     if kind == "no config":

@@ -118,6 +118,7 @@ def test_unknown_stage_is_described_by_its_neighbours() -> None:
         (('name = "do_nothing"', 'name = "prune"'), "stage 'prune' is provided by both 'gradmap_plugins.prune' and '.*n.py'"),
         (("import BaseModel", "import BaseModels"), "n.py' cannot be imported: ImportError: cannot import name 'BaseModels'"),
         (("class Nothing(Stage):", "class Nothing(Stage)"), "n.py' cannot be imported: SyntaxError"),
+        (("return [Nothing]", "return [Something]"), r"gradmap_stages\(\) failed: NameError: name 'Something' is not defined"),
     ],
 )  # fmt: skip
 def test_broken_contract(change: tuple[str, str], message: str, tmp_path: Path) -> None:
@@ -154,6 +155,76 @@ def test_failing_forecast_names_the_plugin(tmp_path: Path, llama: Path) -> None:
     assert result.exit_code == 2
     assert "forecast() of stage 'do_nothing'" in result.stderr
     assert "failed: ZeroDivisionError: division by zero" in result.stderr
+
+
+def test_forecast_must_return_a_mapping(tmp_path: Path, llama: Path) -> None:
+    (tmp_path / "n.py").write_text(STAGE.replace("    def run", "    def forecast(self, inputs):\n        pass\n    def run"))
+    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: do_nothing\n")
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "r.yaml"), "--plugin", str(tmp_path / "n.py")])
+    assert result.exit_code == 2
+    assert "forecast() of stage 'do_nothing'" in result.stderr
+    assert "failed: TypeError: it must return a mapping of output names, got NoneType" in result.stderr
+
+
+OPTIONAL = """
+from pydantic import BaseModel
+from gradmap_pipeline import Evaluation, ModelGraph, Stage, hookimpl
+
+class Maybe(Stage):
+    \"\"\"Make nothing this time.\"\"\"
+    name = "maybe_evaluate"
+    class Inputs(BaseModel):
+        model: ModelGraph
+    class Outputs(BaseModel):
+        evaluation: Evaluation | None = None
+    def run(self, inputs, context):
+        return self.Outputs()
+
+class Needs(Stage):
+    \"\"\"Need an evaluation.\"\"\"
+    name = "need_evaluation"
+    class Inputs(BaseModel):
+        evaluation: Evaluation
+    class Outputs(BaseModel):
+        pass
+    def run(self, inputs, context):
+        return self.Outputs()
+
+@hookimpl
+def gradmap_stages():
+    return [Maybe, Needs]
+"""
+
+
+def test_output_that_is_not_made(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("o.py").write_text(OPTIONAL)
+    Path("r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: maybe_evaluate\n")
+    assert [CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "o.py"]).exit_code for _ in range(2)] == [0, 0]
+    with Path("r.yaml").open("a") as recipe:
+        recipe.write("  - use: need_evaluation\n")
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "o.py"])
+    assert result.exit_code == 4
+    assert "step 'need_evaluation': needs 'maybe_evaluate.evaluation', which that step did not make this time" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        ("MemoryError()", 3, "stage 'do_nothing' ran out of room: MemoryError"),
+        ("OSError(28, 'No space left on device')", 3, "ran out of room: [Errno 28] No space left on device"),
+        ("__import__('gradmap_pipeline').OptionError('x', 'cannot be')", 4, "step 'do_nothing': cannot be"),
+    ],
+)
+def test_exit_code_of_a_failing_stage(
+    error: str, code: int, message: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("n.py").write_text(STAGE.replace("        return self.Outputs(model=inputs.model)", f"        raise {error}"))
+    Path("r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: do_nothing\n")
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "n.py"])
+    assert result.exit_code == code
+    assert message in result.stderr
 
 
 def test_our_stages_come_through_the_same_door() -> None:

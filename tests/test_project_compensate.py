@@ -21,7 +21,8 @@ from gradmap_pipeline.model.projection import find_down_projection
 from gradmap_pipeline.model.sweep import Sweep
 from gradmap_pipeline.testing import run_stage
 
-DOWN = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "gpt2": "mlp.c_proj"}
+DOWN = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2"}
+LAYERS = {"llama": "model.layers", "qwen3": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}
 
 
 def make_inputs(folder: Path, architecture: str, text: Path, packing: str = "documents") -> tuple[ModelGraph, CalibrationSet]:
@@ -51,7 +52,7 @@ def test_singular_gram_is_refused() -> None:
         solve_ridge(torch.zeros(3, 3).double(), torch.zeros(3, 2).double(), 0.1)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt"])
 @pytest.mark.parametrize("space", ["input", "output"])
 @pytest.mark.parametrize("packing", ["documents", "none"])
 def test_patch_is_the_ridge_optimum(architecture: str, space: str, packing: str, text: Path, tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_patch_is_the_ridge_optimum(architecture: str, space: str, packing: str,
     assert (site.layer, site.parameter) == (1, f"{DOWN[architecture]}.weight")
 
     whole = AutoModelForCausalLM.from_pretrained(model.base.folder, dtype=torch.float64).eval()
-    layers = whole.get_submodule(f"{'transformer.h' if architecture == 'gpt2' else 'model.layers'}")
+    layers = whole.get_submodule(LAYERS[architecture])
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, pick: Any) -> Any:
@@ -80,7 +81,7 @@ def test_patch_is_the_ridge_optimum(architecture: str, space: str, packing: str,
     with torch.no_grad():
         whole(input_ids=ids, attention_mask=mask)
     real = mask.bool()
-    a = seen["a" if space == "input" else "y"][real]
+    a = seen["a" if space == "input" else "y"].reshape(*ids.shape, -1)[real]  # OPT flattens samples and tokens
     missing = (seen["target"] - seen["h"])[real]
     penalty = (0.05 * a.square().sum() / a.shape[1]).sqrt()
     augmented = torch.cat([a, penalty * torch.eye(a.shape[1]).double()])
@@ -96,7 +97,7 @@ def test_patch_is_the_ridge_optimum(architecture: str, space: str, packing: str,
     assert site.missing_left == pytest.approx(float(left), rel=1e-4)
     shift = (seen["h"] - seen["target"])[real].mean(0).norm()
     assert site.shift == pytest.approx(float(shift), rel=1e-4)
-    if architecture == "gpt2" and space == "output":
+    if down.bias is not None and space == "output":
         bias = name.replace("weight", "bias")
         moved = down.bias.detach() + x.T @ down.bias.detach()
         torch.testing.assert_close(result.model.patches[bias].load()[bias].double(), moved, rtol=1e-5, atol=1e-7)

@@ -54,24 +54,32 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
         Prune.model_validate(options)
 
 
+PRUNED = ModelForecast(layers=5, kept=(0, 1, 2, 4, 5))
+FIXED = ModelForecast(layers=12, fixed_depth="it is bound")
+
+
 @pytest.mark.parametrize(
     ("options", "inputs", "option", "message"),
     [
         ({"ratio": 0.33}, {"scores": ScoresForecast(decisions=3)}, "ratio", "removes 4 of 12 layers, but only 3 removals are"),
         ({"layers": 5}, {"scores": ScoresForecast(decisions=3)}, "layers", "removes 5 of 12 layers, but only 3 removals are"),
         ({"layers": [12]}, {}, "layers", "there is no layer 12: the model has layers 0 to 11"),
+        ({"layers": [3, 5]}, {"model": PRUNED}, "layers", "there is no layer 3: the model has layers 0, 1, 2, 4, 5"),
+        ({"layers": [1]}, {"model": FIXED}, "layers", "no layer of this model can be removed: it is bound"),
         ({"layers": 2}, {}, "layers", "nothing says which layers to remove; put gradmap_score before this step"),
         ({"layers": 12}, {"scores": None}, "layers", "removing 12 of 12 layers leaves none"),
     ],
 )
 def test_the_plan_refuses(options: dict[str, Any], inputs: dict[str, Any], option: str, message: str) -> None:
     with pytest.raises(OptionError, match=message) as caught:
-        Prune.model_validate(options).forecast({"model": ModelForecast(layers=12), **inputs})
+        Prune.model_validate(options).forecast({"model": ModelForecast(layers=12, kept=tuple(range(12))), **inputs})
     assert caught.value.option == option
 
 
 def test_the_plan_knows_how_many_layers_are_left() -> None:
-    inputs = {"model": ModelForecast(layers=12, positions=512), "scores": ScoresForecast(decisions=3)}
+    whole = ModelForecast(layers=12, kept=tuple(range(12)), positions=512)
+    inputs = {"model": whole, "scores": ScoresForecast(decisions=3)}
+    assert Prune(layers=[3, 5]).forecast({"model": whole})["model"].kept == (0, 1, 2, 4, 6, 7, 8, 9, 10, 11)
     assert Prune().forecast(inputs) == {"model": ModelForecast(layers=9, positions=512)}
     assert Prune().forecast({"model": None, "scores": None}) == {"model": ModelForecast()}
 

@@ -39,6 +39,8 @@ def evaluate(model: ModelGraph, perplexity: float, dataset: str = "text") -> Eva
         loss=math.log(perplexity),
         tokens=100,
         tokens_per_second=1234.5,
+        samples=4,
+        sequence_length=26,
         layers=len(model.layers),
         parameters=model.count_parameters(),
         bytes=model.count_bytes(),
@@ -82,6 +84,26 @@ def test_closed_gap_is_a_share_of_log_perplexity(summary: Summary) -> None:
     ((dataset, row, share),) = summary.closed_gaps()
     assert (dataset, row.step) == ("text", "project_compensate")
     assert share == pytest.approx(0.5)  # log(40/20) of log(40/10)
+
+
+def test_alternatives_are_no_repairs(dense: ModelGraph) -> None:
+    """Two prunings side by side, and a pruned model without a dense one beside it, close no gap."""
+    first, second = dense.without_layers([1]), dense.without_layers([2])
+    evaluated = {
+        "model": {"model": dense},
+        "dense": {"evaluation": evaluate(dense, 10.0)},
+        "first": {"model": first, "evaluation": evaluate(first, 20.0)},
+        "second": {"model": second, "evaluation": evaluate(second, 15.0)},
+    }
+    assert summarise(evaluated, []).closed_gaps() == []
+    del evaluated["dense"]
+    assert summarise(evaluated, []).closed_gaps() == []
+
+
+def test_settings_of_one_data_set_are_told_apart(dense: ModelGraph) -> None:
+    short = evaluate(dense, 30.0).model_copy(update={"sequence_length": 8})
+    found = summarise({"model": {"model": dense}, "a": {"evaluation": evaluate(dense, 10.0)}, "b": {"evaluation": short}}, [])
+    assert found.models[0].perplexity == {"text, 4 x 26 tokens": 10.0, "text, 4 x 8 tokens": 30.0}
 
 
 def test_summary_as_people_read_it(summary: Summary) -> None:

@@ -71,7 +71,7 @@ def test_from_recipe_to_folder(folder: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == [".gradmap", "out", "r.yaml"]
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "opt"])
 def test_same_recipe_on_other_architectures(folder: Path, tmp_path: Path, architecture: str) -> None:
     make_model(tmp_path / "model", architecture, tied=True)
     result = gradmap("run", "r.yaml", "--json", "--set", "model={path: model}")
@@ -151,6 +151,35 @@ def test_what_a_step_depends_on_runs_it_again(folder: Path, text: Path, tmp_path
     assert not cached(gradmap("run", "r.yaml", "--json", "--set", f"calibrate.dataset.path={moved}"))["calibrate"]
     assert not cached(gradmap("run", "r.yaml", "--json", "--set", "seed=1"))["calibrate"]
     assert not cached(gradmap("run", "r.yaml", "--json", "--dtype", "bfloat16"))["evaluate_dense"]
+
+
+def test_same_recipe_in_another_folder_writes_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gradmap("run", "r.yaml", "--store", str(tmp_path / "shared")).exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy("r.yaml", tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = cached(gradmap("run", "r.yaml", "--store", str(tmp_path / "shared"), "--json"))
+    assert [step for step, taken in again.items() if not taken] == ["export"]
+    assert (tmp_path / "elsewhere" / "out" / "config.json").is_file()
+
+
+def test_two_exports_to_one_folder(folder: Path) -> None:
+    text = (folder / "r.yaml").read_text()
+    (folder / "two.yaml").write_text(text + "  - use: export\n    id: again\n    with: {to: ./out}\n")
+    result = gradmap("check", "two.yaml")
+    assert result.exit_code == 2
+    assert "step 'again' writes 'out', as step 'export' does; choose another" in result.stderr
+
+
+def test_export_type_is_what_is_evaluated(folder: Path) -> None:
+    """model.dtype rounds the weights on export, so the perplexity is that of rounded weights."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        result = gradmap("run", "r.yaml", "--json", "--set", f"model.dtype={dtype}")
+        event = next(event for event in events(result) if event.get("step") == "evaluate_dense" and "outputs" in event)
+        found.append(event["outputs"]["evaluation"]["perplexity"])
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
 def test_deleted_export_is_written_again(folder: Path) -> None:

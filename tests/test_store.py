@@ -80,6 +80,23 @@ def test_step_that_fails_leaves_nothing(store: Store) -> None:
     assert store.load("make", KEY, Outputs) is None
 
 
+def test_result_without_its_tensors_is_made_again(store: Store) -> None:
+    save(store).thing.tensors.path.unlink()
+    assert store.load("make", KEY, Outputs) is None
+
+
+def test_result_of_a_run_at_the_same_time_stays(store: Store) -> None:
+    """Whoever finishes second takes what is there, and takes nothing away."""
+    with store.step("make", KEY) as folder:
+        file = TensorFile.save({"x": torch.zeros(3)}, folder.path / "x.safetensors")
+        first = save(Store(store.root), 1)  # shares the folder's name with the step that is still running
+        inode = first.thing.tensors.path.stat().st_ino
+        folder.path.mkdir(exist_ok=True)
+        second = store.finish(folder, KEY, {}, Outputs(thing=Thing(value=1, tensors=file)))
+    assert second == first
+    assert first.thing.tensors.path.stat().st_ino == inode
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "other", "outputs": {}}', '{"outputs": {"thing": 1}}'])
 def test_damaged_results_are_made_again(store: Store, content: str) -> None:
     save(store)

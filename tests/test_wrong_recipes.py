@@ -81,9 +81,9 @@ CASES = {
     ),
     "not a model folder": (
         "version: 1\nmodel: {path: .}\n" + CALIBRATE,
-        ["2:1: '.' is not a model folder: it has no config.json"],
+        ["2:9: '.' is not a model folder: it has no config.json"],
     ),
-    "no such folder": ("version: 1\nmodel: {path: nowhere}\n" + CALIBRATE, ["2:1: no folder 'nowhere'; relative paths start at"]),
+    "no such folder": ("version: 1\nmodel: {path: nowhere}\n" + CALIBRATE, ["2:9: no folder 'nowhere'; relative paths start at"]),
     "two models": (
         "version: 1\nmodel: {path: ., id: a/b}\n" + CALIBRATE,
         ["2:1: give exactly one of 'path', 'id' and 'builtin'; found 'path' and 'id'"],
@@ -175,6 +175,7 @@ def test_mistake(case: str, command: str, folder: Path, llama: Path) -> None:
             "prune.ratio=0.5",
             "step 'prune': give 'ratio' or 'layers', not both; an option of the file is unset by --set prune.OPTION=null",
         ),
+        ("prune.layers.0=3", "--set prune.layers.0=3: 'layers' is a list; replace the whole of it"),
         ("seed=x", "--set seed=x: seed: found 'x', accepted: a whole number"),
     ],
 )

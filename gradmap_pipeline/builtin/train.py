@@ -43,8 +43,8 @@ def make_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(layers: int, width: int = 128, ffn: int = 256) -> LlamaForCausalLM:
-    """Build a Llama with tied embeddings and grouped-query attention, 2.0 M parameters at 12 layers."""
+def make_model(layers: int, width: int = 64, ffn: int = 192) -> LlamaForCausalLM:
+    """Build a Llama with tied embeddings and grouped-query attention, 0.72 M parameters at 12 layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -53,9 +53,9 @@ def make_model(layers: int, width: int = 128, ffn: int = 256) -> LlamaForCausalL
             hidden_size=width,
             intermediate_size=ffn,
             num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=width // 4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=width // 2,
             max_position_embeddings=512,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=True,
@@ -74,8 +74,8 @@ def make_tokens(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> tor
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Warm up over 5 % of the steps, hold, then decay linearly to zero over the last half."""
-    return min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.5 * steps))
+    """Warm up over 2 % of the steps, then decay linearly to zero."""
+    return min((step + 1) / (0.02 * steps), (steps - step) / (0.98 * steps))
 
 
 def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, matrix_rate: float = 0.02, other_rate: float = 0.004) -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=14000)
     arguments = parser.parse_args()
 
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .source import layer_count_key, load_config
+from .source import find_obstacle, layer_count_key, load_config
 
 SLICED = {"layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers", "indexer_types"}
 """Lists with one entry per layer: a pruned model keeps the entries of its layers."""
@@ -19,27 +19,12 @@ COUNTED = {"max_window_layers", "first_k_dense_replace", "num_dense_layers"}
 INDEXED = {"mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices"}
 """Lists of layer indices: a pruned model renumbers those it keeps."""
 
-PERIODIC = {
-    "decoder_sparse_step",
-    "moe_layer_interval",
-    "moe_layer_freq",
-    "attn_layer_period",
-    "expert_layer_period",
-    "interleave_moe_layer_step",
-    "global_attn_every_n_layers",
-    "layer_group_size",
-}
-"""Cadences: a removal breaks any but 1."""
-
 NOT_PER_LAYER = {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "id2label", "label2id", "suppress_tokens"}
 """Lists that have the model's depth by chance alone."""
 
-BOUND_TO_INDEX = {"scale_attn_by_inverse_layer_idx"}
-"""Switches that put a layer's index into its arithmetic: no config expresses a renumbered layer."""
-
 
 def find_layer_prefix(names: Collection[str], layers: int) -> str:
-    """The common start of layer tensors: the dotted path whose next parts are 0 … layers-1, nearest to the root."""
+    """The common start of layer tensors: the dotted path whose next parts are 0 … layers-1. There must be one."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         match = re.match(r"(.*?)\.(\d+)\.", name)
@@ -69,9 +54,10 @@ def prune_config(folder: Path, kept: Sequence[int]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     written = load_config(folder)
-    if "text_config" in written:
-        raise ModelError(f"{str(folder)!r} is a composite model ({written.get('model_type')}); only text models can be pruned")
     key = layer_count_key(written)
+    obstacle = find_obstacle(written) if key is None or len(kept) != written[key] else None
+    if obstacle is not None:
+        raise ModelError(f"no layer of this model can be removed: {obstacle}")
     if key is None:
         raise ModelError(f"{str(folder / 'config.json')!r} does not say how many layers the model has")
     depth = int(written[key])
@@ -79,13 +65,12 @@ def prune_config(folder: Path, kept: Sequence[int]) -> dict[str, Any]:
     kept = list(kept)
     if len(kept) == depth:
         return written
+    obstacle = find_obstacle(meant)
+    if obstacle is not None:
+        raise ModelError(f"no layer of this model can be removed: {obstacle}")
     number = {layer: position for position, layer in enumerate(kept)}
     pruned = {**written, key: len(kept)}
     for field, value in {**written, **meant}.items():
-        if field in BOUND_TO_INDEX and value:
-            raise ModelError(f"config field {field!r} ties each layer to its index; layers of this model cannot be removed")
-        if field in PERIODIC and value not in (None, 0, 1):
-            raise ModelError(f"config field {field!r} = {value!r} places layers by a cadence, which a removal breaks")
         if field in SLICED and isinstance(value, list) and len(value) == depth:
             pruned[field] = [value[layer] for layer in kept]
         elif field in COUNTED and isinstance(value, int):

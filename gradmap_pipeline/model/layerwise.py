@@ -211,7 +211,7 @@ class LayerwiseModel:
         cast = None if kept_wide else self.dtype
         loading, _ = convert_and_load_state_dict_in_model(
             self.module,
-            {name: load_tensor(tensor, cast) for name, tensor in tensors.items()},
+            {name: self._read(tensor, cast) for name, tensor in tensors.items()},
             LoadStateDictConfig(
                 dtype=self.dtype,
                 device_map={"": str(self.device)},
@@ -224,6 +224,16 @@ class LayerwiseModel:
             raise ModelError(f"{name!r} has shape {tuple(found)} in the checkpoint, but its config asks for {tuple(wanted)}")
         missing: set[str] = loading.missing_keys
         return missing
+
+    def _read(self, stored: StoredTensor, cast: torch.dtype | None) -> torch.Tensor:
+        """A tensor as it will be exported: rounded to the graph's type before it gets the type to compute in."""
+        import torch
+
+        exported: torch.dtype | None = getattr(torch, self.graph.dtype) if self.graph.dtype else None
+        if exported is None or stored.dtype_as(self.graph.dtype) == stored.dtype:
+            return load_tensor(stored, cast)
+        rounded = load_tensor(stored, exported)
+        return rounded.to(cast) if cast is not None else rounded
 
     def _check_complete(self, layer: nn.Module, prefix: str) -> None:
         for name, parameter in layer.named_parameters():

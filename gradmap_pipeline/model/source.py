@@ -15,7 +15,25 @@ BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
 
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.md"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
+_HUB_OTHERS = ["consolidated*", "original/*", "onnx/*", "*/*"]
+"""Formats of other programs that lie beside the weights, and subfolders."""
+
+
+PERIODIC = {
+    "decoder_sparse_step",
+    "moe_layer_interval",
+    "moe_layer_freq",
+    "attn_layer_period",
+    "expert_layer_period",
+    "interleave_moe_layer_step",
+    "global_attn_every_n_layers",
+    "layer_group_size",
+}
+"""Cadences: a removal breaks any but 1."""
+
+BOUND_TO_INDEX = {"scale_attn_by_inverse_layer_idx"}
+"""Switches that put a layer's index into its arithmetic: no config expresses a renumbered layer."""
 
 
 class ModelSource(BaseModel):
@@ -48,7 +66,10 @@ class ModelSource(BaseModel):
     def find_folder(self) -> Path | None:
         """Folder of the model if it is on this machine, without a network. Raises `ModelError` when a path is no model."""
         if self.id is not None:
-            return _find_in_hub_cache(self.id, self.revision)
+            cached = _find_in_hub_cache(self.id, self.revision)
+            if cached is not None:
+                check_model_folder(cached)
+            return cached
         folder = BUILTIN_FOLDER if self.builtin else self.path
         assert folder is not None
         check_model_folder(folder)
@@ -63,7 +84,9 @@ class ModelSource(BaseModel):
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(self.id, revision=self.revision, allow_patterns=_HUB_FILES))
+            folder = Path(
+                snapshot_download(self.id, revision=self.revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_OTHERS)
+            )
         except Exception as error:  # the hub client raises a dozen unrelated types for the same user-facing fact
             raise ModelError(
                 f"cannot get model {self.id!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}); "
@@ -78,7 +101,9 @@ class ModelSource(BaseModel):
         if folder is None:
             return ModelForecast()
         config = load_config(folder)
-        return ModelForecast(layers=count_layers(config), positions=count_positions(config))
+        layers = count_layers(config)
+        kept = None if layers is None else tuple(range(layers))
+        return ModelForecast(layers=layers, kept=kept, positions=count_positions(config), fixed_depth=find_obstacle(config))
 
 
 def check_model_folder(folder: Path) -> None:
@@ -88,8 +113,9 @@ def check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{str(folder)!r} is not a model folder: it has no config.json")
     config = load_config(folder)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
         raise ModelError(f"{str(folder)!r} is already quantised ({method}); prune the original model first, then quantise")
     if not any(folder.glob("*.safetensors")):
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
@@ -126,12 +152,35 @@ def count_positions(config: dict[str, Any]) -> int | None:
     return next((int(text[key]) for key in _POSITION_KEYS if isinstance(text.get(key), int)), None)
 
 
+def find_obstacle(config: dict[str, Any]) -> str | None:
+    """Why no layer of a model with this config can be removed, or None."""
+    if "text_config" in config:
+        return f"it is a composite model ({config.get('model_type')}), and only text models can be pruned"
+    for field, value in config.items():
+        if field in BOUND_TO_INDEX and value:
+            return f"config field {field!r} ties each layer to its index"
+        if field in PERIODIC and value not in (None, 0, 1):
+            return f"config field {field!r} = {value!r} places layers by a cadence, which a removal breaks"
+    return None
+
+
 def _find_in_hub_cache(model_id: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(model_id, "config.json", revision=revision)
     folder = Path(config).parent if isinstance(config, str) else None
-    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+    return folder if folder is not None and _is_complete(folder) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a download got as far as a tokenizer and every shard."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (ValueError, KeyError, AttributeError):
+        return False
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))
+    return has_tokenizer and all((folder / shard).is_file() for shard in shards)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ Sizes: B sequences a batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,6 +117,8 @@ class Sweep:
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
         self._predicted = predicted or sum(int(predicted_tokens(batch).sum()) for batch in self.batches)
+        # Gradients of a mean are too small for float16; those of the sum, nearly, are not.
+        self._scale = 2.0 ** round(math.log2(max(self._predicted, 1))) if str(model.dtype) == "torch.float16" else 1.0
 
     def boundary(self, position: int, batch: int) -> torch.Tensor:
         """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm."""
@@ -255,7 +258,7 @@ class Sweep:
             for positions in self.model.head_slices(batch):
                 with torch.enable_grad():
                     logits = self.model.head(batch, leaf, positions)
-                    loss = next_token_losses(logits, batch, positions.start).sum() / self._predicted
+                    loss = next_token_losses(logits, batch, positions.start).sum() * (self._scale / self._predicted)
                 part = torch.autograd.grad(loss, leaf)[0]
                 gradient = part if gradient is None else gradient.add_(part)
             assert gradient is not None
@@ -276,7 +279,8 @@ class Sweep:
         recomputed = False
         for index, gradient in enumerate(gradients):
             hidden, output = self._boundaries.get(position, index), self._boundaries.get(position + 1, index)
-            yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, gradient)
+            shown = gradient if self._scale == 1 else gradient.float() / self._scale
+            yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, shown)
             if self._needs_gradient(position):
                 if (position, index) not in self._graphs:
                     self._run_with_graph(position, index, hidden)
@@ -285,13 +289,16 @@ class Sweep:
                 wanted = [leaf, *parameters.values()]
                 found = torch.autograd.grad(again, wanted, gradient, retain_graph=self.keep_graphs, allow_unused=True)
                 below.append(found[0])
-                _accumulate(weight_gradients, parameters, found[1:])
+                _accumulate(weight_gradients, parameters, found[1:], self._scale)
             self.advance()
         self.layer_forwards += recomputed
 
 
 def _accumulate(
-    sums: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter], gradients: Sequence[torch.Tensor | None]
+    sums: dict[str, torch.Tensor],
+    parameters: dict[str, nn.Parameter],
+    gradients: Sequence[torch.Tensor | None],
+    scale: float,
 ) -> None:
     """Add gradients in fp32; a parameter that a batch does not use (an expert nobody chose) adds nothing."""
     import torch
@@ -300,4 +307,4 @@ def _accumulate(
         if name not in sums:
             sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
         if gradient is not None:
-            sums[name] += gradient.float()
+            sums[name] += gradient.float() / scale

@@ -44,7 +44,7 @@ def make_model_card(model: ModelGraph, evaluation: Evaluation | None) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
         "```",
         "",
-        "How it was made is in `gradmap.json`. Made with gradmap-pipeline by GradMAP (arXiv:2602.14649).",
+        "How it was made is in `gradmap.json`. Made with gradmap-pipeline, the tool around GradMAP (arXiv:2602.14649).",
         "",
     ]
     return "\n".join(lines)

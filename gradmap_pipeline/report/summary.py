@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..artifacts import Artifact, Evaluation
 from ..model.graph import ModelGraph
@@ -19,10 +20,15 @@ class ModelRow:
     step: str
     """The step that made it."""
     layers: int
+    kept: tuple[int, ...]
+    """Base layers."""
+    removed: int
+    patched: int
+    """Tensors that differ from the base model's."""
     parameters: int
     bytes: int
     perplexity: dict[str, float]
-    """By data set."""
+    """By data set, and by how it was cut into samples where one data set was cut in several ways."""
     tokens_per_second: float | None
 
 
@@ -53,9 +59,12 @@ class Summary:
         closed = []
         for name in self.datasets:
             rows = [row for row in self.models if name in row.perplexity]
-            for dense, pruned, corrected in zip(rows[:1] * len(rows), rows[1:], rows[2:], strict=False):
+            dense = next((row for row in rows if not row.removed and not row.patched), None)
+            for pruned, corrected in pairwise(rows):
+                if dense is None or not pruned.removed or pruned.kept != corrected.kept or pruned.patched >= corrected.patched:
+                    continue
                 gap = math.log(pruned.perplexity[name] / dense.perplexity[name])
-                if pruned.layers == corrected.layers < dense.layers and gap > 0:
+                if gap > 0:
                     closed.append((name, corrected, math.log(pruned.perplexity[name] / corrected.perplexity[name]) / gap))
         return closed
 
@@ -70,6 +79,7 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
                 models.setdefault(artifact.digest, (step, artifact))
             elif isinstance(artifact, Evaluation):
                 evaluations.append(artifact)
+    names = _name_settings(evaluations)
     rows = []
     for digest, (step, model) in models.items():
         found = [evaluation for evaluation in evaluations if evaluation.model == digest]
@@ -78,10 +88,27 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
                 label=model.label,
                 step=step,
                 layers=len(model.layers),
+                kept=model.layers,
+                removed=len(model.removed),
+                patched=len(model.patches),
                 parameters=model.count_parameters(),
                 bytes=model.count_bytes(),
-                perplexity={evaluation.dataset: evaluation.perplexity for evaluation in found},
+                perplexity={names[_setting(evaluation)]: evaluation.perplexity for evaluation in found},
                 tokens_per_second=found[-1].tokens_per_second if found else None,
             )
         )
     return Summary(rows, [StepRow(step.step, step.stage, step.seconds, step.cached) for step in finished])
+
+
+def _setting(evaluation: Evaluation) -> tuple[str, int, int]:
+    return evaluation.dataset, evaluation.samples, evaluation.sequence_length
+
+
+def _name_settings(evaluations: list[Evaluation]) -> dict[tuple[str, int, int], str]:
+    """The name of the data set, with samples and length where that alone says too little."""
+    settings = list(dict.fromkeys(map(_setting, evaluations)))
+    datasets = [dataset for dataset, _, _ in settings]
+    return {
+        (dataset, samples, length): dataset if datasets.count(dataset) == 1 else f"{dataset}, {samples} x {length} tokens"
+        for dataset, samples, length in settings
+    }

@@ -1,0 +1,133 @@
+"""What a sweep does with the memory it may have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from gradmap_plugins.calibrate import Calibrate
+from gradmap_plugins.gradmap_score import GradmapScore
+from tiny import make_model, make_text
+
+from gradmap_pipeline import CapacityError, ModelGraph
+from gradmap_pipeline.model import budget, parts
+from gradmap_pipeline.model.batches import Batch
+from gradmap_pipeline.model.budget import SweepNeeds, SweepWay, choose_way, measure_needs
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.model.layerwise import LayerwiseModel
+from gradmap_pipeline.testing import make_context, run_stage
+
+MIB = 1 << 20
+NEEDS = SweepNeeds(
+    samples=64,
+    tokens=2048,
+    layers=32,
+    layer_bytes=400 * MIB,
+    all_layer_bytes=32 * 400 * MIB,
+    stored_bytes=32 * 400 * MIB,
+    boundary_bytes=16 * MIB,
+    saved_bytes=400 * MIB,
+    logits_bytes=256 * MIB,
+)
+
+
+def test_more_memory_is_never_slower() -> None:
+    """From the least that works upward: fewer bytes read, then no recomputation; and the peak stays below what is free."""
+    ways = []
+    for gib in (2, 4, 16, 64, 256, 4096):
+        way = choose_way(NEEDS, gib << 30)
+        assert way.peak_bytes <= gib << 30
+        ways.append(way)
+    assert [way.resident for way in ways] == [False, False, True, True, True, True]
+    assert [way.keep_graphs for way in ways] == [False, False, False, True, True, True]
+    assert all(more.bytes_read <= less.bytes_read for less, more in pairwise(ways))
+    assert ways[-1].parts == 1
+
+
+def test_too_little_is_said() -> None:
+    with pytest.raises(
+        CapacityError,
+        match=r"one layer \(0.39 GiB\), one sample of 2048 tokens \(0.59 GiB\) and its logits .* use --dtype bfloat16",
+    ):
+        choose_way(NEEDS, 1 << 30)
+
+
+@pytest.mark.parametrize("samples", [4, 64])
+@pytest.mark.parametrize("stored", [MIB, 32 * 400 * MIB])
+def test_spill_or_parts_whichever_moves_fewer_bytes(samples: int, stored: int) -> None:
+    needs = replace(NEEDS, samples=samples, stored_bytes=stored)
+    way = choose_way(needs, 2 << 30)
+    over = samples * 33 * 16 * MIB - way.boundary_limit
+    assert not way.resident
+    if way.parts > 1:
+        assert way.bytes_written == 0
+        assert (way.parts - 1) * 2 * stored < 2 * over
+    else:
+        assert way.bytes_written == max(over, 0)
+
+
+def test_what_is_no_sum_goes_through_together() -> None:
+    assert choose_way(replace(NEEDS, weight_gradients=True), 4 << 30, divisible=False).parts == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+def test_measured_needs_cover_what_is_used(architecture: str, tmp_path: Path) -> None:
+    """Autograd saves at least the input of each linear map, and no more than a few dozen values per unit of width."""
+    model = LayerwiseModel(open_folder(make_model(tmp_path, architecture)))
+    needs = measure_needs(model, 8, 40)
+    assert needs.boundary_bytes == 40 * 32 * 4
+    assert needs.all_layer_bytes == needs.stored_bytes == 4 * needs.layer_bytes
+    assert 40 * 4 * (32 * 3 + 64) < needs.saved_bytes < 40 * 4 * (32 + 64) * 40
+    double = measure_needs(model, 8, 20).saved_bytes
+    assert needs.saved_bytes == pytest.approx(2 * double, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "forced",
+    [
+        {"parts": 3, "keep_graphs": False},
+        {"parts": 3, "keep_graphs": True},
+        {"resident": False, "keep_graphs": False},
+        {"resident": False, "keep_graphs": False, "boundary_limit": 2000},
+        {"parts": 1, "keep_graphs": True},
+        {"batch_samples": 1},
+    ],
+    ids=str,
+)
+def test_the_way_does_not_change_the_scores(forced: dict[str, int | bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores over three decisions agree to the order of floating-point sums, and so do the decisions."""
+    model: ModelGraph = open_folder(make_model(tmp_path / "model"))
+    text = make_text(tmp_path / "text.txt")
+    stage = Calibrate.model_validate({"dataset": {"path": text}, "samples": 7, "sequence_length": 24})
+    calibration = run_stage(stage, tmp_path / "calibration", model=model).calibration
+    stage = GradmapScore(layers=3, protect_first=0, protect_last=0)
+    plain = run_stage(stage, tmp_path / "plain", model=model, calibration=calibration)
+
+    def forced_way(*arguments: object, **options: object) -> SweepWay:
+        return replace(choose_way(*arguments, **options), **forced)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parts, "choose_way", forced_way)
+    found = run_stage(stage, tmp_path / "forced", model=model, calibration=calibration)
+    assert found.scores.order == plain.scores.order
+    for mine, other in zip(found.scores.decisions, plain.scores.decisions, strict=True):
+        assert mine.scores == pytest.approx(other.scores, rel=1e-5)
+
+
+def test_budget_reaches_the_stage(tmp_path: Path, llama: Path, text: Path) -> None:
+    model = open_folder(llama)
+    stage = Calibrate.model_validate({"dataset": {"path": text}, "samples": 4, "sequence_length": 24})
+    calibration = run_stage(stage, tmp_path / "calibration", model=model).calibration
+    context = make_context(tmp_path / "step", memory=1 << 20)
+    with pytest.raises(CapacityError, match="or allow more with --memory"):
+        GradmapScore(layers=1).run(GradmapScore.Inputs(model=model, calibration=calibration), context)
+
+
+def test_saved_values_are_not_counted_twice(llama: Path) -> None:
+    model = LayerwiseModel(open_folder(llama))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    hidden, arguments = model.record(Batch(ids, torch.ones(1, 8, dtype=torch.bool)))
+    once = budget._measure_saved(model, 0, hidden, arguments[0])
+    assert once == budget._measure_saved(model, 0, hidden, arguments[0])
