@@ -13,7 +13,7 @@ from gradmap_pipeline import Context, DatasetSource, Evaluation, ModelGraph, Opt
 from gradmap_pipeline.digests import sha256_of_value
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.batches import Batch
+    import torch
 
 
 class Evaluate(Stage):
@@ -52,18 +52,16 @@ class Evaluate(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import load_tokenizer, make_sequences
-        from gradmap_pipeline.model.batches import make_batches
 
         model, base = inputs.model, inputs.model.base
         length = self.sequence_length or base.default_sequence_length
         samples = None if self.samples == "all" else self.samples
         ids, mask = make_sequences(load_tokenizer(base), self.dataset.documents(), length, samples, self.packing)
         text = sha256_of_value([ids.tolist(), mask.tolist()])
-        batches = make_batches(ids, mask)
 
         def measure(graph: ModelGraph) -> dict[str, Any]:
             key = {"model": graph.model_copy(update={"label": ""}).content(), "text": text}
-            found: dict[str, Any] = context.remember(key, lambda: score_text(graph, batches, context))
+            found: dict[str, Any] = context.remember(key, lambda: score_text(graph, ids, mask, context))
             return found
 
         found = measure(model)
@@ -101,15 +99,27 @@ class Evaluate(Stage):
             raise QualityError("; ".join(missed) + "; remove fewer layers, calibrate on more text, or raise the limit")
 
 
-def score_text(model: ModelGraph, batches: list[Batch], context: Context) -> dict[str, Any]:
-    """Mean next-token loss in nats over all tokens that are predicted, each once, with the rate of scoring."""
-    from gradmap_pipeline.model.batches import predicted_tokens
+def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
+    """Mean next-token loss in nats over all tokens that are predicted, each once, with the rate of scoring.
+
+    ids, mask (samples, tokens).
+    """
+    from gradmap_pipeline.memory import resident_bytes
+    from gradmap_pipeline.model.batches import make_batches, predicted_tokens
+    from gradmap_pipeline.model.boundaries import Boundaries
+    from gradmap_pipeline.model.budget import choose_way, measure_needs
     from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.sweep import Sweep
 
-    layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype)
+    samples, length = ids.shape
+    layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype, resident_bytes=0)
+    needs = measure_needs(layerwise, samples, length, backward=False, keep_boundaries=False)
+    way = choose_way(needs, context.memory - resident_bytes())
+    layerwise.resident = way.resident
+    batches = make_batches(ids, mask, way.batch_samples * length)
     # Weights that stay in memory cost nothing to use again, so activations of one batch at a time are enough.
-    groups = [[batch] for batch in batches] if layerwise.resident else [batches]
+    size = 1 if way.resident else math.ceil(len(batches) / way.parts)
+    groups = [batches[start : start + size] for start in range(0, len(batches), size)]
     loss, started = 0.0, 0.0
     units = len(batches) * (len(model.layers) + 1)
     with context.progress(f"score text with the {model.label} model", units, "layer batch") as advance:
@@ -117,7 +127,8 @@ def score_text(model: ModelGraph, batches: list[Batch], context: Context) -> dic
             list(Sweep(layerwise, batches[:1]).losses())  # reads the weights, so that the rate is that of scoring
         started = time.perf_counter()
         for group in groups:
-            sweep = Sweep(layerwise, group, keep_boundaries=False, advance=advance)
+            boundaries = Boundaries(way.boundary_limit, context.folder)
+            sweep = Sweep(layerwise, group, boundaries=boundaries, keep_boundaries=False, advance=advance)
             loss += sum(float(losses.double().sum()) for losses in sweep.losses())
     tokens = sum(int(predicted_tokens(batch).sum()) for batch in batches)
     return {"loss": loss / tokens, "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - started)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from gradmap_pipeline import ModelForecast, OptionError, QualityError
 from gradmap_pipeline.data import load_tokenizer
+from gradmap_pipeline.model import budget
+from gradmap_pipeline.model.budget import SweepWay, choose_way
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import run_stage
 
@@ -42,17 +45,24 @@ def test_all_samples(llama: Path, text: Path, tmp_path: Path) -> None:
     model = open_folder(llama)
     found = run_stage(make_stage(text, samples="all"), tmp_path, model=model).evaluation
     tokens = len(load_tokenizer(model.base)(text.read_text())["input_ids"])
-    assert found.tokens == tokens // 31 * 31
+    assert found.tokens == (tokens - 1) // 31 * 31  # the text's own BOS begins the first sequence
 
 
-def test_streamed_weights_give_the_same(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("forced", [{}, {"parts": 3}, {"boundary_limit": 2000}], ids=str)
+def test_streamed_weights_give_the_same(
+    forced: dict[str, int], llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer in memory at a time, all samples together, in parts, or with their hidden states in a file."""
     model = open_folder(llama).without_layers([1])
     resident = run_stage(make_stage(text), tmp_path, model=model).evaluation
-    monkeypatch.setattr("gradmap_pipeline.model.layerwise.LayerwiseModel.__init__.__kwdefaults__", {
-        "device": "cpu", "dtype": "float32", "resident_bytes": 0,
-    })  # fmt: skip
+
+    def forced_way(*arguments: Any, **options: Any) -> SweepWay:
+        return replace(choose_way(*arguments, **options), resident=False, batch_samples=2, **forced)
+
+    monkeypatch.setattr(budget, "choose_way", forced_way)
     streamed = run_stage(make_stage(text), tmp_path, model=model).evaluation
-    assert streamed.loss == resident.loss
+    assert streamed.loss == pytest.approx(resident.loss, rel=1e-7)
+    assert streamed.tokens == resident.tokens
 
 
 def test_limits(llama: Path, text: Path, tmp_path: Path) -> None:
