@@ -1,0 +1,170 @@
+"""A checkpoint with Llama-2-7B's shapes through a whole recipe in a few GiB: `python tests/benchmarks/llama_7b.py WORK_FOLDER`.
+
+Weights are random, in bf16, sharded as Hugging Face shards them (13.5 GB). Prints seconds, bytes read and peak resident memory of
+each step. Needs 30 GB of disk in WORK_FOLDER, and keeps the checkpoint there for another time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RECIPE = """\
+version: 1
+model: {path: llama-7b}
+steps:
+  - use: evaluate
+    id: evaluate_dense
+    with: {dataset: {builtin: heldout}, samples: SAMPLES, sequence_length: LENGTH}
+  - use: calibrate
+    with: {dataset: {builtin: calibration}, samples: SAMPLES, sequence_length: LENGTH}
+  - use: gradmap_score
+    with: {layers: 2}
+  - use: prune
+    with: {layers: 2}
+  - use: project_compensate
+    with: {site: SITE}
+  - use: evaluate
+    with: {dataset: {builtin: heldout}, samples: SAMPLES, sequence_length: LENGTH}
+  - use: export
+    with: {to: out}
+"""
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Llama-2-7B's shapes in shards of at most 5 GB, one tensor in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from gradmap_pipeline.model.checkpoint import read_header, split_shards, write_folder
+    from gradmap_pipeline.model.source import BUILTIN_FOLDER
+
+    folder.mkdir(parents=True)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    for file in BUILTIN_FOLDER.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    layer = {
+        "input_layernorm": (d,),
+        "post_attention_layernorm": (d,),
+        **{f"self_attn.{name}_proj": (d, d) for name in "qkvo"},
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    shapes = {"model.embed_tokens.weight": (v, d)}
+    shapes |= {f"model.layers.{n}.{name}.weight": shape for n in range(config.num_hidden_layers) for name, shape in layer.items()}
+    shapes |= {"model.norm.weight": (d,), "lm_head.weight": (v, d)}
+    generator = torch.Generator().manual_seed(0)
+    parts, stored = folder / "parts", {}
+    parts.mkdir()
+    for name, shape in shapes.items():
+        tensor = (
+            torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) if len(shape) == 2 else torch.ones(shape)
+        )
+        save_file({name: tensor.bfloat16()}, parts / f"{name}.safetensors")
+        stored |= read_header(parts / f"{name}.safetensors")
+    assert len(split_shards(stored, None, 5_000_000_000)) == 3
+    for _ in write_folder(stored, folder):
+        pass
+    shutil.rmtree(parts)
+
+
+class Watch:
+    """What a process reads, and its largest resident set, sampled every 10 ms."""
+
+    def __init__(self, process: int) -> None:
+        self.process = psutil.Process(process)
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def take(self) -> tuple[int, int]:
+        """Bytes read so far, and the peak since the last call."""
+        peak, self.peak = self.peak, 0
+        try:
+            return self.process.io_counters().read_chars, peak
+        except psutil.Error:
+            return 0, peak
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.01):
+            try:
+                self.peak = max(self.peak, self.process.memory_info().rss)
+            except psutil.Error:
+                return
+
+
+def run(folder: Path, options: list[str]) -> list[tuple[str, float, int, int]]:
+    """(step, seconds, bytes read, peak) of each step."""
+    command = [sys.executable, "-m", "gradmap_pipeline", "run", "recipe.yaml", "--json", *options]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    watch, rows, before = Watch(process.pid), [], 0
+    assert process.stdout is not None
+    for line in process.stdout:
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] == "run_started":
+            before, _ = watch.take()
+        elif event["event"] == "step_finished":
+            read, peak = watch.take()
+            rows.append((event["step"], event["seconds"], read - before, peak))
+            before = read
+            print(
+                f"{event['step']:20} {event['seconds']:8.1f} s {rows[-1][2] / 1e9:8.1f} GB read {peak / 2**30:6.2f} GiB", flush=True
+            )
+        elif event["event"] == "error":
+            print(event["message"], file=sys.stderr)
+    watch.stop()
+    if process.wait():
+        sys.exit(process.returncode)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--memory", default="3GiB")
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--site", default="largest_shift")
+    arguments = parser.parse_args()
+    if not (arguments.folder / "llama-7b" / "model.safetensors.index.json").is_file():
+        started = time.monotonic()
+        shutil.rmtree(arguments.folder / "llama-7b", ignore_errors=True)
+        make_checkpoint(arguments.folder / "llama-7b")
+        print(f"made the checkpoint in {time.monotonic() - started:.0f} s")
+    recipe = RECIPE.replace("SAMPLES", str(arguments.samples)).replace("LENGTH", str(arguments.length))
+    (arguments.folder / "recipe.yaml").write_text(recipe.replace("SITE", arguments.site))
+    shutil.rmtree(arguments.folder / ".gradmap", ignore_errors=True)
+    rows = run(arguments.folder, ["--memory", arguments.memory, "--dtype", "bfloat16"])
+    print(f"{'all':20} {sum(row[1] for row in rows):8.1f} s {sum(row[2] for row in rows) / 1e9:8.1f} GB read", end=" ")
+    print(f"{max(row[3] for row in rows) / 2**30:6.2f} GiB of {arguments.memory}")
+
+
+if __name__ == "__main__":
+    main()
