@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -100,14 +101,18 @@ def run(
     """Run a recipe. Steps whose results are in the store are not run again."""
     from .report.reporters import make_reporter
 
-    reporter = make_reporter(json=json, quiet=quiet)
+    leads = environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one reports
+    reporter = make_reporter(json=json and leads, quiet=quiet or not leads)
     with _errors(reporter):
         plan = _plan(recipe, overrides, plugins)
+        from .group import open_group
         from .memory import parse_size
         from .runner import Machine, run_plan
         from .store import Store
 
-        run_plan(plan, Store(store), Machine(device, dtype, threads, None if memory is None else parse_size(memory)), reporter)
+        machine = Machine(device, dtype, threads, None if memory is None else parse_size(memory))
+        with open_group(device) as group:
+            run_plan(plan, Store(store), machine, reporter, group)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,13 +20,16 @@ from pydantic_core import to_jsonable_python
 from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
 from .errors import CapacityError, GradmapError, RecipeError, StageError
+from .group import Group
 from .memory import default_budget
 from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .report.summary import summarise
 from .stage import Advance, Context, FinishedStep
-from .store import Store
+from .store import StepFolder, Store
+
+ALONE = Group()
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,25 @@ class Ran:
     finished: list[StepFinished] = field(default_factory=list)
 
 
-def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter) -> Ran:
-    """Run every step in order; what the store holds is not run again."""
+def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: Group = ALONE) -> Ran:
+    """Run every step in order; what the store holds is not run again.
+
+    All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
+    """
     started = time.monotonic()
     if machine.device.startswith("cuda"):
-        _prepare_torch(machine)  # says at once that there is no such device
-    store.prepare()
-    reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
-    ran = Ran(outputs={"model": {"model": open_model(plan.model, store.digest_of)}}, lineage={"model": ()})
+        _prepare_torch(machine, group)  # says at once that there is no such device
+    if group.leads:
+        store.prepare()
+        reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
+        base = open_model(plan.model, store.digest_of)
+        group.tell("the model's digest is known")
+    else:
+        group.tell(None)
+        base = open_model(plan.model, store.digest_of)
+    ran = Ran(outputs={"model": {"model": base}}, lineage={"model": ()})
     for step in plan.steps:
-        _run_step(step, plan, store, machine, reporter, ran)
+        _run_step(step, plan, store, machine, reporter, ran, group)
     tables = summarise(ran.outputs, ran.finished)
     reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
     return ran
@@ -104,30 +117,39 @@ def _fingerprint(value: Any, store: Store) -> Any:
     return to_jsonable_python(value)
 
 
-def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran) -> None:
+def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran, group: Group) -> None:
     name, started = step.stage.name, time.monotonic()
     reporter.step_started(StepStarted(step=step.id, stage=name))
     inputs = _find_inputs(step, ran)
     key = make_key(step, inputs, plan.seed, machine.dtype, store)
     lineage = _join(ran.lineage[source] for source, _ in step.inputs.values())
     result = store.load(name, key, step.stage.Outputs)
-    cached = result is not None
+    cached: bool = group.tell(result is not None)
+    if not cached:
+        together = group if step.stage.parallel else ALONE
+        if group.leads or step.stage.parallel:
+            with store.step(name, key) if group.leads else _scratch_step() as folder:
+                context = Context(
+                    folder=folder.path,
+                    seed=plan.seed,
+                    device=_prepare_torch(machine, group),
+                    dtype=machine.dtype,
+                    memory=default_budget() // group.size if machine.memory is None else machine.memory,
+                    progress=_progress_of(step.id, reporter),
+                    note=lambda text: reporter.note(step.id, text),
+                    remember=_memory_of(step, machine.dtype, store, together),
+                    group=together,
+                    lineage=lineage,
+                )
+                result = _call(step, step.stage.Inputs.model_validate(inputs), context, store)
+                if group.leads:
+                    record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
+                    result = store.finish(folder, key, record, result)
+        group.tell("the result is in the store")
+    if not group.leads:
+        result = store.load(name, key, step.stage.Outputs)
     if result is None:
-        with store.step(name, key) as folder:
-            context = Context(
-                folder=folder.path,
-                seed=plan.seed,
-                device=_prepare_torch(machine),
-                dtype=machine.dtype,
-                memory=default_budget() if machine.memory is None else machine.memory,
-                progress=_progress_of(step.id, reporter),
-                note=lambda text: reporter.note(step.id, text),
-                remember=_memory_of(step, machine.dtype, store),
-                lineage=lineage,
-            )
-            result = _call(step, step.stage.Inputs.model_validate(inputs), context, store)
-            record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
-            result = store.finish(folder, key, record, result)
+        raise StageError(f"the result of step {step.id!r} is not in {str(store.root)!r}; all processes must share that folder")
     base = ran.outputs["model"]["model"]
     given = {output: getattr(result, output) for output in type(result).model_fields}
     outputs = {output: _at_base(artifact, base) for output, artifact in given.items() if artifact is not None}
@@ -200,16 +222,24 @@ def _is_shortage(error: Exception) -> bool:
     )
 
 
-def _memory_of(step: PlannedStep, dtype: str, store: Store) -> Callable[[Any, Callable[[], Any]], Any]:
+@contextmanager
+def _scratch_step() -> Iterator[StepFolder]:
+    """A folder for what another process writes into the store."""
+    with TemporaryDirectory() as folder:
+        yield StepFolder(Path(folder), Path(folder))
+
+
+def _memory_of(step: PlannedStep, dtype: str, store: Store, group: Group) -> Callable[[Any, Callable[[], Any]], Any]:
     """Units of a stage's work, kept under what the stage names as key and the code that made them."""
     versions = {library: _version(library) for library in step.stage.libraries}
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
         whole = sha256_of_value([digest_of_package(), step.code, dtype, versions, key])
-        found = store.load_unit(step.stage.name, whole)
+        found = group.tell(store.load_unit(step.stage.name, whole))
         if found is None:
             found = compute()
-            store.save_unit(step.stage.name, whole, found)
+            if group.leads:
+                store.save_unit(step.stage.name, whole, found)
         return found
 
     return remember
@@ -241,7 +271,7 @@ def _progress_of(step: str, reporter: Reporter) -> Any:
     return progress
 
 
-def _prepare_torch(machine: Machine) -> str:
+def _prepare_torch(machine: Machine, group: Group) -> str:
     """Apply the machine's settings to torch, and return the device by torch's name."""
     import torch
 
@@ -249,11 +279,13 @@ def _prepare_torch(machine: Machine) -> str:
         torch.set_num_threads(machine.threads)
     found = torch.cuda.device_count()
     if machine.device == "auto":
-        return "cuda:0" if found else "cpu"
+        return f"cuda:{group.local_rank}" if found else "cpu"
     kind, _, number = machine.device.partition(":")
-    if kind == "cuda" and int(number or 0) >= found:
+    if kind == "cuda" and not number:
+        number = str(group.local_rank)
+    if kind == "cuda" and int(number) >= found:
         raise CapacityError(f"--device {machine.device}: torch sees {found} CUDA devices here; use --device cpu, or auto")
-    return machine.device
+    return f"cuda:{number}" if kind == "cuda" else machine.device
 
 
 def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, ...]:

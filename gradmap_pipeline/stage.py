@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .artifacts import Artifact
 from .errors import PluginError
+from .group import Group
 
 
 class Advance(Protocol):
@@ -53,6 +54,8 @@ class Context:
 
     The key must name all that the value depends on, except the stage's code, the compute dtype and library versions.
     """
+    group: Group = field(default_factory=Group)
+    """The processes that work on this step together; one, unless the stage is `parallel`."""
     lineage: tuple[FinishedStep, ...] = field(default=())
     """The steps that led here, in order."""
 
@@ -68,6 +71,10 @@ class Stage(BaseModel):
     Outputs: ClassVar[type[BaseModel]]
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     """Distributions whose version changes the result; part of the key under which results are kept."""
+
+    parallel: ClassVar[bool] = False
+    """Whether all processes of a run do this step together, each on its share of the samples, with `context.group` to sum
+    what they find. Otherwise one process does it."""
 
     def run(self, inputs: Any, context: Context) -> BaseModel:
         """Do the work and return `Outputs`."""

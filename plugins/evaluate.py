@@ -20,6 +20,7 @@ class Evaluate(Stage):
     """Measure the perplexity of the model on a text, and stop the run when a limit is not met."""
 
     name = "evaluate"
+    parallel = True
     libraries = ("torch", "transformers", "tokenizers", "datasets")
 
     dataset: DatasetSource = Field(description="Text to predict.")
@@ -111,6 +112,7 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.sweep import Sweep
 
+    ids, mask = context.group.share(ids), context.group.share(mask)
     samples, length = ids.shape
     layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype, resident_bytes=0)
     needs = measure_needs(layerwise, samples, length, backward=False, keep_boundaries=False)
@@ -131,7 +133,9 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
             sweep = Sweep(layerwise, group, boundaries=boundaries, keep_boundaries=False, advance=advance)
             loss += sum(float(losses.double().sum()) for losses in sweep.losses())
     tokens = sum(int(predicted_tokens(batch).sum()) for batch in batches)
-    return {"loss": loss / tokens, "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - started)}
+    rate = tokens / (time.perf_counter() - started)
+    total = context.group.sum_values({"loss": loss, "tokens": tokens, "rate": rate})
+    return {"loss": total["loss"] / total["tokens"], "tokens": int(total["tokens"]), "tokens_per_second": total["rate"]}
 
 
 @hookimpl

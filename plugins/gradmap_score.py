@@ -32,6 +32,7 @@ from gradmap_pipeline.removal import count_removed
 if TYPE_CHECKING:
     import torch
 
+    from gradmap_pipeline.group import Group
     from gradmap_pipeline.model.parts import PartedSweep
     from gradmap_pipeline.model.sweep import Sweep
 
@@ -85,6 +86,7 @@ class GradmapScore(Stage):
     """Rank layers by gradient magnitude and decide, one backward pass at a time, which to remove first."""
 
     name = "gradmap_score"
+    parallel = True
 
     metric: Literal["gate_gradient", "update_gradient", "weight_gradient"] = Field(
         "gate_gradient",
@@ -152,10 +154,10 @@ class GradmapScore(Stage):
             work=ScoringWork(decisions=tuple(work)),
         )
 
-    def score_layers(self, sweep: Sweep) -> dict[int, float]:
-        """Importance of every layer the sweep still has, from one backward pass."""
+    def score_layers(self, sweep: Sweep, group: Group) -> dict[int, float]:
+        """Importance of every layer the sweep still has, from one backward pass; this process's share of it, where it is a sum."""
         if self.metric == "weight_gradient":
-            return self._score_weights(sweep)
+            return self._score_weights(sweep, group)
         importance: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]
         importance = gate_importance if self.metric == "gate_gradient" else update_importance
         return {
@@ -163,15 +165,15 @@ class GradmapScore(Stage):
             for step in sweep.backward()
         }
 
-    def _score_weights(self, sweep: Sweep) -> dict[int, float]:
+    def _score_weights(self, sweep: Sweep, group: Group) -> dict[int, float]:
         scores = {}
         for step in sweep.backward():
             for _ in step:
                 pass
             matrices = [name for name, gradient in step.weight_gradients.items() if gradient.ndim >= 2]
             weights = [step.module.get_parameter(name).detach() for name in matrices]
-            gradients = [step.weight_gradients[name] for name in matrices]
-            scores[step.layer] = weight_importance(gradients, weights, self.norm or "l2", self.weighting or "none")
+            gradients = [group.sum(step.weight_gradients[name]) for name in matrices]
+            scores[step.layer] = weight_importance(gradients, weights, self.norm or "l2", self.weighting or "none") / group.size
         return scores
 
     def _decide(self, kept: list[int], scores: dict[int, float], layers: tuple[int, ...]) -> Decision:
@@ -225,8 +227,9 @@ class Scorer:
             since = time.perf_counter()
             sweep.run_forward()
             forward_seconds += time.perf_counter() - since
-            for layer, score in self.stage.score_layers(sweep).items():
+            for layer, score in self.stage.score_layers(sweep, self.context.group).items():
                 scores[layer] += score
+        scores = self.context.group.sum_values(scores)
         broken = [layer for layer, score in sorted(scores.items()) if not math.isfinite(score)]
         if broken:
             raise StageError(
@@ -251,12 +254,13 @@ class Scorer:
             model = self.inputs.model
             self._sweeps = PartedSweep(
                 model.without_layers(set(model.layers) - kept) if kept < set(model.layers) else model,
-                *self.inputs.calibration.load(),
+                *map(self.context.group.share, self.inputs.calibration.load()),
                 device=self.context.device,
                 dtype=self.context.dtype,
                 memory=self.context.memory,
                 folder=self.context.folder,
                 weight_gradients=self.stage.metric == "weight_gradient",
+                group=self.context.group,
                 divisible=self.stage.metric != "weight_gradient",
             )
             self._left = set(kept)

@@ -18,6 +18,7 @@ from gradmap_pipeline import Artifact, CalibrationSet, CapacityError, Context, M
 if TYPE_CHECKING:
     import torch
 
+    from gradmap_pipeline.group import Group
     from gradmap_pipeline.model.boundaries import Boundaries
     from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.projection import Projection
@@ -56,6 +57,12 @@ class Drift:
         self.norm += float(target.norm(dim=-1).sum())
         self.tokens += len(target)
 
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.difference)  # type: ignore[arg-type]
+        sums = group.sum_values({"norm": self.norm, "tokens": self.tokens})
+        self.norm, self.tokens = sums["norm"], int(sums["tokens"])
+
     @property
     def shift(self) -> float:
         """‖E[h'] - E[h]‖"""
@@ -83,6 +90,12 @@ class Moments:
         self.gram += a.T @ a
         self.cross += a.T @ r
         self.missing += float(r.square().sum())
+
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.gram)
+        group.sum(self.cross)
+        self.missing = group.sum_values({"missing": self.missing})["missing"]
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
         """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites `gram`."""
@@ -118,6 +131,7 @@ class ProjectCompensate(Stage):
     """Fold a ridge correction of the drift after removed layers into down-projections; no parameter is added."""
 
     name = "project_compensate"
+    parallel = True
 
     space: Literal["input", "output"] = Field(
         "input",
@@ -210,7 +224,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
     from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.sweep import Sweep
 
-    ids, mask = calibration.load()
+    ids, mask = map(context.group.share, calibration.load())
     samples, tokens = ids.shape
 
     def open_model(graph: ModelGraph) -> LayerwiseModel:
@@ -237,7 +251,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
         pruned = Sweep(model, batches, boundaries=Boundaries(way.boundary_limit, context.folder), advance=advance)
         pruned.run_forward()
     pruned.advance = lambda units=1, /: None
-    return Streams(targets, pruned, graph)
+    return Streams(targets, pruned, graph, context.group)
 
 
 @dataclass
@@ -248,6 +262,7 @@ class Streams:
     """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
     pruned: Sweep
     graph: ModelGraph
+    group: Group
 
     def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
@@ -265,6 +280,7 @@ class Streams:
                     drifted, target = self.pruned.boundary(position + 1, index), self.target(position, index)
                     mask = batch.mask.to(target.device)
                     found[layer].add(drifted[mask].double(), target[mask].double())
+                found[layer].join(self.group)
         return found
 
     def correct(self, layer: int, space: str, ridge: float, context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:
@@ -324,6 +340,8 @@ class Streams:
                     drifted, target = visit.output[visit.mask].double(), self.target(position, visit.batch)[visit.mask].double()
                     moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask].double(), target - drifted)
                     drift.add(drifted, target)
+            moments.join(self.group)
+            drift.join(self.group)
             return projection, moments, drift
         raise AssertionError(f"layer {layer} is not in the sweep")
 

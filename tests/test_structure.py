@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich"}
 ORDER = [
-    "errors", "digests", "memory", "partial", "artifacts", "yaml_positions", "validation", "stage", "hookspecs", "removal",
+    "errors", "digests", "group", "memory", "partial", "artifacts", "yaml_positions", "validation", "stage", "hookspecs", "removal",
     "builtin", "model", "data", "catalog", "recipe", "plan", "store", "schema", "report", "runner", "testing", "cli",
     "__main__", "reference",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..group import Group
 from ..memory import resident_bytes
 from .batches import Batch, make_batches, predicted_tokens
 from .boundaries import Boundaries
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class PartedSweep:
     """Backward sweeps over samples, as one `Sweep` where they fit into memory together, else one for each part.
 
-    What is computed must be a sum over samples, unless `divisible` is False.
+    What is computed must be a sum over samples, unless `divisible` is False. In a group, each process brings its share.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class PartedSweep:
         folder: Path,
         weight_gradients: bool = False,
         divisible: bool = True,
+        group: Group | None = None,
         advance: Advance = lambda units=1, /: None,
     ) -> None:
         self.model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0)
@@ -50,7 +52,8 @@ class PartedSweep:
         size = math.ceil(samples / self.way.parts)
         parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
         self._parts = [make_batches(ids, mask, self.way.batch_samples * tokens) for ids, mask in parts]
-        self._predicted = sum(int(predicted_tokens(batch).sum()) for part in self._parts for batch in part)
+        predicted = sum(int(predicted_tokens(batch).sum()) for part in self._parts for batch in part)
+        self._predicted = int((group or Group()).sum_values({0: predicted})[0])
         self._removed: list[int] = []
         self._only: Sweep | None = None
         self.layer_forwards = 0

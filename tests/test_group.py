@@ -1,0 +1,152 @@
+"""Two processes do what one does: the same decisions, the same correction, and no hang when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradmap_pipeline import StageError
+from gradmap_pipeline.group import Group
+
+RECIPE = """\
+version: 1
+model: {path: MODEL}
+steps:
+  - use: calibrate
+    with: {dataset: {path: TEXT}, samples: 7, sequence_length: 32}
+  - use: gradmap_score
+    with: {layers: 2, metric: METRIC, protect_first: 0, protect_last: 0}
+  - use: prune
+    with: {layers: 2}
+  - use: project_compensate
+  - use: evaluate
+    with: {dataset: {path: TEXT}, samples: 7, sequence_length: 32}
+  - use: export
+    with: {to: out}
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(folder: Path, processes: int, *options: str) -> subprocess.CompletedProcess[str]:
+    start = TORCHRUN if processes > 1 else [sys.executable]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*start, "-m", "gradmap_pipeline", "run", "r.yaml", "--json", *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def outputs(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    return {event["step"]: event["outputs"] for event in events if event["event"] == "step_finished"}
+
+
+@pytest.mark.parametrize("metric", ["gate_gradient", "weight_gradient"])
+def test_two_processes_decide_and_correct_as_one(metric: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        recipe = RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)).replace("METRIC", metric)
+        (folder / "r.yaml").write_text(recipe)
+        done = run(folder, processes)
+        assert done.returncode == 0, done.stderr
+        found.append(outputs(done))
+        assert (folder / "out" / "model.safetensors").is_file()
+        assert not list((folder / ".gradmap" / "steps").glob(".*"))
+    one, two = found
+    for mine, other in zip(*(run["gradmap_score"]["scores"]["decisions"] for run in found), strict=True):
+        assert mine["removed"] == other["removed"]
+        assert mine["scores"] == pytest.approx(other["scores"], rel=1e-5)
+    for mine, other in zip(*(run["project_compensate"]["compensation"]["sites"] for run in found), strict=True):
+        assert mine["shift"] == pytest.approx(other["shift"], rel=1e-4)
+        assert mine["missing_left"] == pytest.approx(other["missing_left"], rel=1e-4)
+    assert one["evaluate"]["evaluation"]["loss"] == pytest.approx(two["evaluate"]["evaluation"]["loss"], rel=1e-6)
+    assert one["evaluate"]["evaluation"]["tokens"] == two["evaluate"]["evaluation"]["tokens"]
+
+
+def test_second_run_of_two_computes_nothing(llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)).replace("METRIC", "gate_gradient")
+    (tmp_path / "r.yaml").write_text(recipe)
+    assert run(tmp_path, 2).returncode == 0
+    again = run(tmp_path, 2)
+    events = [json.loads(line) for line in again.stdout.splitlines()]
+    assert all(event["cached"] for event in events if event["event"] == "step_finished")
+
+
+DIES = """
+import os, signal
+from pydantic import BaseModel
+from gradmap_pipeline import ModelGraph, Stage, hookimpl
+
+class Dies(Stage):
+    \"\"\"Lose the second process.\"\"\"
+    name = "lose_process"
+    parallel = True
+    class Inputs(BaseModel):
+        model: ModelGraph
+    class Outputs(BaseModel):
+        model: ModelGraph
+    def run(self, inputs, context):
+        if context.group.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        context.group.sum_values({0: 1.0})
+        return self.Outputs(model=inputs.model)
+
+@hookimpl
+def gradmap_stages():
+    return [Dies]
+"""
+
+
+def test_a_process_that_dies_ends_the_run(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: lose_process\n")
+    (tmp_path / "dies.py").write_text(DIES)
+    started = time.monotonic()
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29517",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "dies.py"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))  # type: ignore[call-overload]
+    _, message = processes[0].communicate(timeout=60)
+    assert processes[1].wait() == -signal.SIGKILL
+    assert processes[0].returncode == 4
+    assert "error: step 'lose_process': another process of this run has ended; its own message says why" in message
+    assert time.monotonic() - started < 60
+
+
+def test_shares_are_disjoint_and_complete() -> None:
+    samples = torch.arange(7)
+    shares = [Group(rank, 3).share(samples).tolist() for rank in range(3)]
+    assert sorted(sample for share in shares for sample in share) == list(range(7))
+    with pytest.raises(StageError, match="2 samples cannot be shared by 3 processes; start fewer, or use more samples"):
+        Group(0, 3).share(samples[:2])
+
+
+def test_one_process_needs_no_others() -> None:
+    assert Group().sum_values({"a": 1.0}) == {"a": 1.0}
+    assert Group().tell([1]) == [1]
+    assert torch.equal(Group().sum(torch.ones(2)), torch.ones(2))
