@@ -196,11 +196,11 @@ def test_interruption_keeps_what_is_finished(folder: Path, monkeypatch: pytest.M
 
     score_layers, calls = GradmapScore.score_layers, []
 
-    def interrupt_second(self: GradmapScore, sweep: Any) -> Any:
+    def interrupt_second(self: GradmapScore, sweep: Any, group: Any) -> Any:
         calls.append(len(sweep.layers))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score_layers(self, sweep)
+        return score_layers(self, sweep, group)
 
     monkeypatch.setattr(GradmapScore, "score_layers", interrupt_second)
     result = gradmap("run", "r.yaml")
