@@ -6,8 +6,7 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from gradmap_pipeline.group import Group
-    from gradmap_pipeline.model.boundaries import Boundaries
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.projection import Projection
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.model.streams import Drift, Streams
+
+Space = Literal["input", "output"]
 
 
 def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
@@ -42,39 +41,6 @@ def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[
 
 
 @dataclass
-class Drift:
-    """Sums over tokens, fp64, from which the mean shift at one boundary follows."""
-
-    difference: torch.Tensor | float = 0.0
-    """Σ (h' - h), (D,)"""
-    norm: float = 0.0
-    """Σ ‖h‖"""
-    tokens: int = 0
-
-    def add(self, drifted: torch.Tensor, target: torch.Tensor) -> None:
-        """Both (n, D), fp64."""
-        self.difference = self.difference + (drifted - target).sum(0)
-        self.norm += float(target.norm(dim=-1).sum())
-        self.tokens += len(target)
-
-    def join(self, group: Group) -> None:
-        """Sum over the processes of a group."""
-        group.sum(self.difference)  # type: ignore[arg-type]
-        sums = group.sum_values({"norm": self.norm, "tokens": self.tokens})
-        self.norm, self.tokens = sums["norm"], int(sums["tokens"])
-
-    @property
-    def shift(self) -> float:
-        """‖E[h'] - E[h]‖"""
-        return float((self.difference / self.tokens).norm())  # type: ignore[union-attr]
-
-    @property
-    def relative_shift(self) -> float:
-        """Over E‖h‖."""
-        return self.shift / max(self.norm / self.tokens, 1e-300)
-
-
-@dataclass
 class Moments:
     """Sums over tokens, fp64, from which a correction at one layer follows."""
 
@@ -86,10 +52,12 @@ class Moments:
     """‖R‖²"""
 
     def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
-        """a (n, F), r (n, D), fp64."""
-        self.gram += a.T @ a
-        self.cross += a.T @ r
-        self.missing += float(r.square().sum())
+        """a (n, F), r (n, D). Goes through fp64 a thousand tokens at a time."""
+        for some_a, some_r in zip(a.split(1024), r.double().split(1024), strict=True):
+            wide = some_a.double()
+            self.gram.addmm_(wide.T, wide)
+            self.cross.addmm_(wide.T, some_r)
+        self.missing += float(r.double().square().sum())
 
     def join(self, group: Group) -> None:
         """Sum over the processes of a group."""
@@ -133,7 +101,7 @@ class ProjectCompensate(Stage):
     name = "project_compensate"
     parallel = True
 
-    space: Literal["input", "output"] = Field(
+    space: Space = Field(
         "input",
         description="`input`: add a matrix to the down-projection. `output`: multiply it by one near the identity.",
     )
@@ -166,6 +134,7 @@ class ProjectCompensate(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
+        from gradmap_pipeline.model.streams import open_streams
 
         check_tokenizer(inputs.calibration, inputs.model)
         graph = inputs.model
@@ -180,7 +149,7 @@ class ProjectCompensate(Stage):
         with context.progress("correct layers", count, "layer") as advance:
             for number in range(count):
                 layer = planned[number] if planned else self._choose_largest(streams.measure_drift(), corrected)
-                site, new_patches = streams.correct(layer, self.space, self.ridge, context)
+                site, new_patches = correct_layer(streams, layer, self, context)
                 corrected.append(site)
                 patches |= new_patches
                 advance()
@@ -215,135 +184,71 @@ class ProjectCompensate(Stage):
         return max(free, key=lambda layer: free[layer].shift)
 
 
-def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context) -> Streams:
-    """Run the original model, keep what enters its kept layers, and get the pruned one ready; one model is in memory at a time."""
-    from gradmap_pipeline.memory import resident_bytes
-    from gradmap_pipeline.model.batches import make_batches
-    from gradmap_pipeline.model.boundaries import Boundaries
-    from gradmap_pipeline.model.budget import choose_way, measure_needs
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep
+def correct_layer(
+    streams: Streams, layer: int, stage: ProjectCompensate, context: Context
+) -> tuple[CorrectedSite, dict[str, TensorFile]]:
+    """Solve for the correction at one layer, put it into the pruned stream, and write the patched tensors."""
+    import torch
 
-    ids, mask = map(context.group.share, calibration.load())
-    samples, tokens = ids.shape
-
-    def open_model(graph: ModelGraph) -> LayerwiseModel:
-        return LayerwiseModel(graph, device=context.device, dtype=context.dtype, resident_bytes=0)
-
-    model = open_model(graph.dense)
-    needs = measure_needs(model, samples, tokens, backward=False)
-    # Half for the boundaries of each stream; what the correction itself takes is checked where it starts.
-    way = choose_way(needs, (context.memory - resident_bytes()) // 2, divisible=False)
-    batches = make_batches(ids, mask, way.batch_samples * tokens)
-    layers = graph.base.layers + len(graph.layers)
-    with context.progress("run both models", layers * len(batches), "layer batch") as advance:
-        targets = Boundaries(way.boundary_limit, context.folder)
-        model.resident = way.resident
-        original = Sweep(model, batches, boundaries=targets, advance=advance)
-        for step in original.forward():
-            for _ in step:
-                pass
-            if step.layer not in graph.layers or step.layer < graph.removed[0]:
-                targets.drop(step.layer)  # nothing is compared there
-        del original, step
-        model = open_model(graph)
-        model.resident = way.resident
-        pruned = Sweep(model, batches, boundaries=Boundaries(way.boundary_limit, context.folder), advance=advance)
-        pruned.run_forward()
-    pruned.advance = lambda units=1, /: None
-    return Streams(targets, pruned, graph, context.group)
+    model = streams.pruned.model
+    projection, moments, drift = collect_moments(streams, layer, stage.space, context)
+    x, left = moments.solve(stage.ridge)
+    del moments
+    with model.layer(layer) as module:
+        weight = module.get_parameter(f"{projection.name}.weight").detach().double()
+        weight = weight.T if projection.transposed else weight  # (D, F)
+        new = {f"{projection.name}.weight": weight + (x.T if stage.space == "input" else x.T @ weight)}
+        bias = module.get_submodule(projection.name).bias
+        if stage.space == "output" and bias is not None:
+            new[f"{projection.name}.bias"] = bias.detach().double() + x.T @ bias.detach().double()
+        if projection.transposed:
+            new[f"{projection.name}.weight"] = new[f"{projection.name}.weight"].T
+    patches = {}
+    for parameter, value in new.items():
+        name = model.disk_name(layer, parameter)
+        stored = streams.graph.stored_tensor(name)
+        rounded = value.to(getattr(torch, streams.graph.dtype or stored.torch_dtype)).contiguous().cpu()
+        patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
+        model.override(layer, parameter, rounded)
+    streams.pruned.invalidate_from(layer)
+    site = CorrectedSite(
+        layer=layer,
+        parameter=f"{projection.name}.weight",
+        shift=drift.shift,
+        relative_shift=drift.relative_shift,
+        missing_left=left,
+    )
+    return site, patches
 
 
-@dataclass
-class Streams:
-    """The same tokens inside the original and the pruned model."""
+def collect_moments(streams: Streams, layer: int, space: Space, context: Context) -> tuple[Projection, Moments, Drift]:
+    """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
+    import torch
 
-    targets: Boundaries
-    """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
-    pruned: Sweep
-    graph: ModelGraph
-    group: Group
+    from gradmap_pipeline.model.projection import find_down_projection
+    from gradmap_pipeline.model.streams import Drift, capture
 
-    def target(self, position: int, batch: int) -> torch.Tensor:
-        """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
-        kept = self.graph.layers
-        return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
-
-    def measure_drift(self) -> dict[int, Drift]:
-        """Drift at the output of every kept layer from the first removal up."""
-        self.pruned.run_forward()
-        found = {}
-        for position, layer in enumerate(self.graph.layers):
-            if layer + 1 >= self.graph.removed[0]:
-                found[layer] = Drift()
-                for index, batch in enumerate(self.pruned.batches):
-                    drifted, target = self.pruned.boundary(position + 1, index), self.target(position, index)
-                    mask = batch.mask.to(target.device)
-                    found[layer].add(drifted[mask].double(), target[mask].double())
-                found[layer].join(self.group)
-        return found
-
-    def correct(self, layer: int, space: str, ridge: float, context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:
-        """Solve for the correction at one layer, put it into the pruned stream, and write the patched tensors."""
-        import torch
-
-        model = self.pruned.model
-        projection, moments, drift = self._collect(layer, space, context)
-        x, left = moments.solve(ridge)
-        del moments
-        with model.layer(layer) as module:
-            weight = module.get_parameter(f"{projection.name}.weight").detach().double()
-            weight = weight.T if projection.transposed else weight  # (D, F)
-            new = {f"{projection.name}.weight": weight + (x.T if space == "input" else x.T @ weight)}
-            bias = module.get_submodule(projection.name).bias
-            if space == "output" and bias is not None:
-                new[f"{projection.name}.bias"] = bias.detach().double() + x.T @ bias.detach().double()
-            if projection.transposed:
-                new[f"{projection.name}.weight"] = new[f"{projection.name}.weight"].T
-        patches = {}
-        for parameter, value in new.items():
-            name = model.disk_name(layer, parameter)
-            stored = self.graph.stored_tensor(name)
-            rounded = value.to(getattr(torch, self.graph.dtype or stored.torch_dtype)).contiguous().cpu()
-            patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
-            model.override(layer, parameter, rounded)
-        self.pruned.invalidate_from(layer)
-        site = CorrectedSite(
-            layer=layer,
-            parameter=f"{projection.name}.weight",
-            shift=drift.shift,
-            relative_shift=drift.relative_shift,
-            missing_left=left,
-        )
-        return site, patches
-
-    def _collect(self, layer: int, space: str, context: Context) -> tuple[Projection, Moments, Drift]:
-        """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
-        import torch
-
-        from gradmap_pipeline.model.projection import find_down_projection
-
-        position = self.graph.layers.index(layer)
-        self.pruned.invalidate_from(layer)
-        for step in self.pruned.forward():
-            if step.layer != layer:
-                continue
-            hidden = self.pruned.boundary(position, 0)
-            projection = find_down_projection(self.pruned.model, layer, hidden, self.pruned.arguments(0, layer))
-            size, width = (projection.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
-            check_room(size, width, context)
-            zeros = {"dtype": torch.float64, "device": hidden.device}
-            moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
-            drift = Drift()
-            with capture(self.pruned.model, layer, projection, space) as captured:
-                for visit in step:
-                    drifted, target = visit.output[visit.mask].double(), self.target(position, visit.batch)[visit.mask].double()
-                    moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask].double(), target - drifted)
-                    drift.add(drifted, target)
-            moments.join(self.group)
-            drift.join(self.group)
-            return projection, moments, drift
-        raise AssertionError(f"layer {layer} is not in the sweep")
+    position = streams.graph.layers.index(layer)
+    streams.pruned.invalidate_from(layer)
+    for step in streams.pruned.forward():
+        if step.layer != layer:
+            continue
+        hidden = streams.pruned.boundary(position, 0)
+        projection = find_down_projection(streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
+        size, width = (projection.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
+        check_room(size, width, context)
+        zeros = {"dtype": torch.float64, "device": hidden.device}
+        moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
+        drift = Drift()
+        with capture(streams.pruned.model, layer, projection, space) as captured:
+            for visit in step:
+                drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
+                moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], target - drifted)
+                drift.add(drifted, target)
+        moments.join(streams.group)
+        drift.join(streams.group)
+        return projection, moments, drift
+    raise AssertionError(f"layer {layer} is not in the sweep")
 
 
 def check_room(inputs: int, width: int, context: Context) -> None:
@@ -357,21 +262,6 @@ def check_room(inputs: int, width: int, context: Context) -> None:
             f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and {max(0, free) / 2**30:.2f} GiB are free; "
             "use space: output, or allow more with --memory"
         )
-
-
-@contextmanager
-def capture(model: LayerwiseModel, layer: int, projection: Projection, space: str) -> Iterator[list[torch.Tensor]]:
-    """Collect what enters (`input`) or leaves (`output`) a linear map each time its layer runs."""
-    captured: list[torch.Tensor] = []
-
-    def listen(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        captured.append(inputs[0] if space == "input" else output)
-
-    handle = model.module.get_submodule(f"{model.layers_path}.{layer}.{projection.name}").register_forward_hook(listen)
-    try:
-        yield captured
-    finally:
-        handle.remove()
 
 
 @hookimpl

@@ -26,7 +26,7 @@ def print_plan(plan: Plan) -> None:
             for forecast in step.forecasts.values()
             if forecast is not None
             for key, value in forecast.model_dump(exclude_none=True).items()
-            if key != "positions"
+            if key in ("layers", "decisions")
         ]
         shown = "\n".join(f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items())
         table.add_row(step.id, step.stage.name, takes, shown, ", ".join(known))

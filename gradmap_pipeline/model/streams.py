@@ -1,0 +1,139 @@
+"""The same tokens inside the original and a pruned model, side by side.
+
+Sizes: B sequences a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..group import Group
+from ..memory import resident_bytes
+from .batches import make_batches
+from .boundaries import Boundaries
+from .budget import choose_way, measure_needs
+from .layerwise import LayerwiseModel
+from .sweep import Sweep
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..artifacts import CalibrationSet
+    from ..stage import Context
+    from .graph import ModelGraph
+    from .projection import Projection
+
+
+@dataclass
+class Drift:
+    """Sums over tokens, fp64, from which the mean shift at one boundary follows."""
+
+    difference: torch.Tensor | float = 0.0
+    """Σ (h' - h), (D,)"""
+    norm: float = 0.0
+    """Σ ‖h‖"""
+    tokens: int = 0
+
+    def add(self, drifted: torch.Tensor, target: torch.Tensor) -> None:
+        """Both (n, D), fp64."""
+        self.difference = self.difference + (drifted - target).sum(0)
+        self.norm += float(target.norm(dim=-1).sum())
+        self.tokens += len(target)
+
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.difference)  # type: ignore[arg-type]
+        sums = group.sum_values({"norm": self.norm, "tokens": self.tokens})
+        self.norm, self.tokens = sums["norm"], int(sums["tokens"])
+
+    @property
+    def shift(self) -> float:
+        """‖E[h'] - E[h]‖"""
+        return float((self.difference / self.tokens).norm())  # type: ignore[union-attr]
+
+    @property
+    def relative_shift(self) -> float:
+        """Over E‖h‖."""
+        return self.shift / max(self.norm / self.tokens, 1e-300)
+
+
+def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context) -> Streams:
+    """Run the original model, keep what enters its kept layers, and get the pruned one ready; one model is in memory at a time."""
+    ids, mask = map(context.group.share, calibration.load())
+    samples, tokens = ids.shape
+
+    def open_model(graph: ModelGraph) -> LayerwiseModel:
+        return LayerwiseModel(graph, device=context.device, dtype=context.dtype, resident_bytes=0)
+
+    model = open_model(graph.dense)
+    needs = measure_needs(model, samples, tokens, backward=False)
+    # Half for the boundaries of each stream; what the correction itself takes is checked where it starts.
+    way = choose_way(needs, (context.memory - resident_bytes()) // 2, divisible=False)
+    batches = make_batches(ids, mask, way.batch_samples * tokens)
+    layers = graph.base.layers + len(graph.layers)
+    with context.progress("run both models", layers * len(batches), "layer batch") as advance:
+        targets = Boundaries(way.boundary_limit, context.folder)
+        model.resident = way.resident
+        original = Sweep(model, batches, boundaries=targets, advance=advance)
+        for step in original.forward():
+            for _ in step:
+                pass
+            if step.layer not in graph.layers or step.layer < graph.removed[0]:
+                targets.drop(step.layer)  # nothing is compared there
+        del original, step
+        model = open_model(graph)
+        model.resident = way.resident
+        pruned = Sweep(model, batches, boundaries=Boundaries(way.boundary_limit, context.folder), advance=advance)
+        pruned.run_forward()
+    pruned.advance = lambda units=1, /: None
+    return Streams(targets, pruned, graph, context.group)
+
+
+@dataclass
+class Streams:
+    """The same tokens inside the original and the pruned model."""
+
+    targets: Boundaries
+    """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
+    pruned: Sweep
+    graph: ModelGraph
+    group: Group
+
+    def target(self, position: int, batch: int) -> torch.Tensor:
+        """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
+        kept = self.graph.layers
+        return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
+
+    def measure_drift(self) -> dict[int, Drift]:
+        """Drift at the output of every kept layer from the first removal up."""
+        self.pruned.run_forward()
+        found = {}
+        for position, layer in enumerate(self.graph.layers):
+            if layer + 1 >= self.graph.removed[0]:
+                found[layer] = Drift()
+                for index, batch in enumerate(self.pruned.batches):
+                    drifted, target = self.pruned.boundary(position + 1, index), self.target(position, index)
+                    mask = batch.mask.to(target.device)
+                    found[layer].add(drifted[mask].double(), target[mask].double())
+                found[layer].join(self.group)
+        return found
+
+
+@contextmanager
+def capture(
+    model: LayerwiseModel, layer: int, projection: Projection, side: Literal["input", "output"]
+) -> Iterator[list[torch.Tensor]]:
+    """Collect what enters or leaves a linear map each time its layer runs."""
+    captured: list[torch.Tensor] = []
+
+    def listen(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        captured.append(inputs[0] if side == "input" else output)
+
+    handle = model.module.get_submodule(f"{model.layers_path}.{layer}.{projection.name}").register_forward_hook(listen)
+    try:
+        yield captured
+    finally:
+        handle.remove()
