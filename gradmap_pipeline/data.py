@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .digests import sha256_of_value
-from .errors import ModelError, StageError
+from .errors import ModelError, OptionError, StageError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from .artifacts import CalibrationSet
+    from .artifacts import CalibrationSet, ModelForecast
     from .model.graph import BaseCheckpoint, ModelGraph
 
 Packing = Literal["documents", "none"]
@@ -131,6 +131,14 @@ class DatasetSource(BaseModel):
                 f"cannot read data set {self.name!r} from the Hugging Face hub ({type(error).__name__}: {first_line}); "
                 "check the name and the network, or use a local file: `dataset: {path: FILE}`"
             ) from error
+
+
+def check_length(sequence_length: int | None, model: ModelForecast | None) -> None:
+    """Raise `OptionError` where a sequence is longer than the model is made for, as far as the plan knows."""
+    positions = model.positions if model else None
+    if positions and sequence_length and sequence_length > positions:
+        found = f"found {sequence_length}, but the model is made for {positions} tokens"
+        raise OptionError("sequence_length", f"{found}; accepted: 2 to {positions}")
 
 
 def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import CalibrationSet, Context, DatasetSource, ModelGraph, OptionError, Stage, TensorFile, hookimpl
+from gradmap_pipeline import CalibrationSet, Context, DatasetSource, ModelGraph, Stage, TensorFile, hookimpl
+from gradmap_pipeline.data import check_length
 
 
 class Calibrate(Stage):
@@ -33,10 +34,7 @@ class Calibrate(Stage):
         calibration: CalibrationSet
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        model = inputs.get("model")
-        if model and model.positions and self.sequence_length and self.sequence_length > model.positions:
-            found = f"found {self.sequence_length}, but the model is made for {model.positions} tokens"
-            raise OptionError("sequence_length", f"{found}; accepted: 2 to {model.positions}")
+        check_length(self.sequence_length, inputs.get("model"))
         return {}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field
 
 from gradmap_pipeline import Context, DatasetSource, Evaluation, ModelGraph, OptionError, QualityError, Stage, hookimpl
+from gradmap_pipeline.data import check_length
 from gradmap_pipeline.digests import sha256_of_value
 
 if TYPE_CHECKING:
@@ -45,10 +46,7 @@ class Evaluate(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(self.samples, int) and self.samples < 1:
             raise OptionError("samples", f"found {self.samples}; accepted: a whole number from 1, or all")
-        model = inputs.get("model")
-        if model and model.positions and self.sequence_length and self.sequence_length > model.positions:
-            found = f"found {self.sequence_length}, but the model is made for {model.positions} tokens"
-            raise OptionError("sequence_length", f"{found}; accepted: 2 to {model.positions}")
+        check_length(self.sequence_length, inputs.get("model"))
         return {}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

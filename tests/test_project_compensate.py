@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 from gradmap_plugins.calibrate import Calibrate
-from gradmap_plugins.project_compensate import ProjectCompensate, solve_ridge
+from gradmap_plugins.project_compensate import ProjectCompensate, check_room, solve_ridge
 from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from gradmap_pipeline import CalibrationSet, ModelGraph, StageError
+from gradmap_pipeline import CalibrationSet, CapacityError, ModelGraph, StageError
 from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
 from gradmap_pipeline.model.projection import find_down_projection
 from gradmap_pipeline.model.sweep import Sweep
-from gradmap_pipeline.testing import run_stage
+from gradmap_pipeline.testing import make_context, run_stage
 
 DOWN = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2"}
 LAYERS = {"llama": "model.layers", "qwen3": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}
@@ -45,6 +45,15 @@ def test_solve_ridge_is_augmented_least_squares() -> None:
     found, used = solve_ridge(a.T @ a, a.T @ r, 0.1)
     assert used == pytest.approx(float(penalty))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_room_for_the_sums_is_checked(tmp_path: Path) -> None:
+    context = make_context(tmp_path, memory=1 << 30)
+    check_room(1000, 1000, context)
+    with pytest.raises(
+        CapacityError, match=r"correcting 20000 inputs takes 4.77 GiB, .* use space: output, or allow more with --memory"
+    ):
+        check_room(20_000, 4000, context)
 
 
 def test_singular_gram_is_refused() -> None:

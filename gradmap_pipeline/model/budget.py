@@ -81,7 +81,7 @@ def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True) -> Sweep
     if least > free:
         raise CapacityError(
             f"one layer ({_gib(layer)}), one sample of {needs.tokens} tokens ({_gib(work)}) and its logits "
-            f"({_gib(needs.logits_bytes)}) need {_gib(least)} of memory, and {_gib(max(free, 0))} are free; "
+            f"({_gib(needs.logits_bytes)}) need {_gib(least)}, and of the memory allowed {_gib(max(free, 0))} are left; "
             "shorten 'sequence_length', use --dtype bfloat16, or allow more with --memory"
         )
     resident = least - needs.layer_bytes + needs.all_layer_bytes <= free

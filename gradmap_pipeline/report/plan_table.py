@@ -22,7 +22,7 @@ def print_plan(plan: Plan) -> None:
         takes = ", ".join(".".join(source) if source[1] != name else source[0] for name, source in step.inputs.items())
         options = step.stage.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         known = [
-            f"{value} {key}"
+            f"{value} {key if value != 1 else key[:-1]}"
             for forecast in step.forecasts.values()
             if forecast is not None
             for key, value in forecast.model_dump(exclude_none=True).items()
