@@ -259,8 +259,8 @@ def check_room(inputs: int, width: int, context: Context) -> None:
     free = context.memory - resident_bytes()
     if needed > free:
         raise CapacityError(
-            f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and of the memory allowed {max(0, free) / 2**30:.2f} GiB are left; "
-            "use space: output, or allow more with --memory"
+            f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and of the memory allowed "
+            f"{max(0, free) / 2**30:.2f} GiB are left; use space: output, or allow more with --memory"
         )
 
 
