@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import environ
+from os import _exit, environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -158,7 +158,15 @@ def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
 
 def main() -> None:
     """Entry point of the `gradmap` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if "TORCHELASTIC_RUN_ID" not in environ:
+            raise
+        # Threads of the communication library may outlive the interpreter, and abort a process that has done its work.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _catalog(plugins: list[Path]) -> Catalog:
