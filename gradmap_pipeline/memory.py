@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
+from contextlib import suppress
 from pathlib import Path
 
 DEFAULT_SHARE = 0.8
@@ -27,6 +30,13 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def give_back() -> None:
+    """Return memory that is no longer used to the system, so that the next step may have it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library keeps or returns memory as it likes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def default_budget() -> int:

@@ -21,7 +21,7 @@ from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
 from .errors import CapacityError, GradmapError, RecipeError, StageError
 from .group import Group
-from .memory import default_budget
+from .memory import default_budget, give_back
 from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
@@ -145,6 +145,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 if group.leads:
                     record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
                     result = store.finish(folder, key, record, result)
+            give_back()
         group.tell("the result is in the store")
     if not group.leads:
         result = store.load(name, key, step.stage.Outputs)

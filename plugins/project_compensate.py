@@ -23,21 +23,27 @@ if TYPE_CHECKING:
 
 Space = Literal["input", "output"]
 
+_COLUMNS = 512  # solved for at a time
+
 
 def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
-    """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64; and λ.
+    """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64; and its value less ‖R‖².
 
-    λ is `ridge` times the mean of the diagonal of AᵀA. `gram` is overwritten, so that one (F, F) matrix is all there is.
+    λ is `ridge` times the mean of the diagonal of AᵀA. Both matrices are overwritten, `cross` by X, so that these two
+    and a block of columns are all there is in memory.
     """
     import torch
 
-    penalty = ridge * float(gram.diagonal().mean())
-    gram.diagonal().add_(penalty)
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()))
     factor, failed = torch.linalg.cholesky_ex(gram.mT, out=(gram.mT, torch.empty((), dtype=torch.int32, device=gram.device)))
     if int(failed):
         raise StageError("the calibration tokens do not determine the correction (singular Gram matrix); raise 'ridge'")
-    below = torch.linalg.solve_triangular(factor, cross, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, below, upper=True), penalty
+    gained = 0.0
+    for block in cross.split(_COLUMNS, dim=1):
+        x = torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, block, upper=False), upper=True)
+        gained += float((x * block).sum())  # ‖A X - R‖² + λ‖X‖² = ‖R‖² - ⟨X, AᵀR⟩
+        block.copy_(x)
+    return cross, -gained
 
 
 @dataclass
@@ -66,10 +72,10 @@ class Moments:
         self.missing = group.sum_values({"missing": self.missing})["missing"]
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
-        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites `gram`."""
-        x, penalty = solve_ridge(self.gram, self.cross, ridge)
-        # ‖R - A X‖² = ‖R‖² - 2⟨X, C⟩ + ⟨X, G X⟩, and (G + λ) X = C.
-        left = self.missing - float((x * self.cross).sum()) - penalty * float(x.square().sum())
+        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums."""
+        penalty = ridge * float(self.gram.diagonal().mean())
+        x, value = solve_ridge(self.gram, self.cross, ridge)
+        left = self.missing + value - penalty * float(x.square().sum())
         return x, left / max(self.missing, 1e-300)
 
 
@@ -140,7 +146,7 @@ class ProjectCompensate(Stage):
         graph = inputs.model
         if not graph.removed:
             raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
-        streams = open_streams(graph, inputs.calibration, context)
+        streams = open_streams(graph, inputs.calibration, context, self._reserve(graph))
         drift = streams.measure_drift()
         corrected: list[CorrectedSite] = []
         patches: dict[str, TensorFile] = {}
@@ -162,6 +168,14 @@ class ProjectCompensate(Stage):
             model=graph.with_patches(patches, "compensated"),
             compensation=Compensation(sites=tuple(corrected), shifts={layer: at.shift for layer, at in drift.items()}),
         )
+
+    def _reserve(self, graph: ModelGraph) -> int:
+        """Bytes to leave free for a correction, by the widest matrix of the layers."""
+        shapes = [
+            tensor.shape for layer in graph.layers for tensor in graph.layer_tensors(layer).values() if len(tensor.shape) == 2
+        ]
+        narrow, wide = (max((pick(shape) for shape in shapes), default=0) for pick in (min, max))
+        return room_for(wide if self.space == "input" else narrow, narrow)
 
     def _choose_all(self, graph: ModelGraph) -> list[int]:
         """Layers to correct in order, where the options name them without a measurement."""
@@ -251,11 +265,16 @@ def collect_moments(streams: Streams, layer: int, space: Space, context: Context
     raise AssertionError(f"layer {layer} is not in the sweep")
 
 
+def room_for(inputs: int, width: int) -> int:
+    """Bytes that the sums of one correction and their solution take."""
+    return 8 * (inputs * inputs + inputs * width + 3 * _COLUMNS * inputs)
+
+
 def check_room(inputs: int, width: int, context: Context) -> None:
-    """Raise `CapacityError` unless the fp64 sums of one correction, and their solution, fit into memory."""
+    """Raise `CapacityError` unless one correction fits into memory."""
     from gradmap_pipeline.memory import resident_bytes
 
-    needed = 8 * (inputs * inputs + 3 * inputs * width)
+    needed = room_for(inputs, width)
     free = context.memory - resident_bytes()
     if needed > free:
         raise CapacityError(

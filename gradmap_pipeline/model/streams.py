@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..group import Group
@@ -60,8 +60,11 @@ class Drift:
         return self.shift / max(self.norm / self.tokens, 1e-300)
 
 
-def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context) -> Streams:
-    """Run the original model, keep what enters its kept layers, and get the pruned one ready; one model is in memory at a time."""
+def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
+    """Run the original model, keep what enters its kept layers, and get the pruned one ready; one model is in memory at a time.
+
+    `reserve`: bytes to leave free for what is done with them.
+    """
     ids, mask = map(context.group.share, calibration.load())
     samples, tokens = ids.shape
 
@@ -70,12 +73,14 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
     model = open_model(graph.dense)
     needs = measure_needs(model, samples, tokens, backward=False)
-    # Half for the boundaries of each stream; what the correction itself takes is checked where it starts.
-    way = choose_way(needs, (context.memory - resident_bytes()) // 2, divisible=False)
+    free = context.memory - resident_bytes()
+    needs = replace(needs, logits_bytes=0)
+    way = choose_way(needs, free, divisible=False)
+    limit = max(0, way.boundary_limit - reserve) // 2  # for each of the two streams
     batches = make_batches(ids, mask, way.batch_samples * tokens)
     layers = graph.base.layers + len(graph.layers)
     with context.progress("run both models", layers * len(batches), "layer batch") as advance:
-        targets = Boundaries(way.boundary_limit, context.folder)
+        targets = Boundaries(limit, context.folder)
         model.resident = way.resident
         original = Sweep(model, batches, boundaries=targets, advance=advance)
         for step in original.forward():
@@ -86,7 +91,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
         del original, step
         model = open_model(graph)
         model.resident = way.resident
-        pruned = Sweep(model, batches, boundaries=Boundaries(way.boundary_limit, context.folder), advance=advance)
+        pruned = Sweep(model, batches, boundaries=Boundaries(limit, context.folder), advance=advance)
         pruned.run_forward()
     pruned.advance = lambda units=1, /: None
     return Streams(targets, pruned, graph, context.group)
