@@ -1,4 +1,14 @@
-"""Train the built-in model: `python -m gradmap_pipeline.builtin.train --to FOLDER`."""
+"""Train the built-in model: `python -m gradmap_pipeline.builtin.train --to FOLDER`.
+
+On Python 3.11's library, with one thread: 14,000 steps of 8 x 256 tokens out of 7.9 million (28.7 million in all). Held-out
+perplexity is over 1,786 windows of 256 tokens, in fp32, before the weights are rounded to bf16.
+
+    layers  parameters  minutes  held-out perplexity
+        12     722,496       43                17.54
+         9     574,656       41                18.68
+
+The difference is 0.063 nats a token, with a standard error of 0.003 over blocks of 16 windows.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +128,7 @@ def measure_perplexity(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Train the built-in model.")
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=14000)

@@ -83,6 +83,13 @@ class LayerwiseModel:
             if not self.resident:
                 _drop_weights(layer)
 
+    def forget_rest(self) -> None:
+        """Drop embeddings, norm and head; from now on layers alone can be run."""
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        for module in self.module.modules():
+            if id(module) not in inside:
+                _drop_own_weights(module)
+
     def override(self, index: int, parameter: str, value: torch.Tensor) -> None:
         """Use another value for a parameter of base layer `index`, from now on."""
         self._overrides.setdefault(index, {})[parameter] = value
@@ -261,10 +268,14 @@ def _find_layers(module: PreTrainedModel, graph: ModelGraph) -> tuple[str, nn.Mo
 
 
 def _drop_weights(layer: nn.Module) -> None:
+    for module in layer.modules():
+        _drop_own_weights(module)
+
+
+def _drop_own_weights(module: nn.Module) -> None:
     import torch
     from torch import nn
 
-    for module in layer.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..group import Group
-from ..memory import resident_bytes
+from ..memory import give_back, resident_bytes
 from .batches import make_batches
 from .boundaries import Boundaries
 from .budget import choose_way, measure_needs
@@ -83,15 +83,18 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
         targets = Boundaries(limit, context.folder)
         model.resident = way.resident
         original = Sweep(model, batches, boundaries=targets, advance=advance)
+        model.forget_rest()
         for step in original.forward():
             for _ in step:
                 pass
             if step.layer not in graph.layers or step.layer < graph.removed[0]:
                 targets.drop(step.layer)  # nothing is compared there
-        del original, step
+        del original, step, model
+        give_back()
         model = open_model(graph)
         model.resident = way.resident
         pruned = Sweep(model, batches, boundaries=Boundaries(limit, context.folder), advance=advance)
+        model.forget_rest()
         pruned.run_forward()
     pruned.advance = lambda units=1, /: None
     return Streams(targets, pruned, graph, context.group)
