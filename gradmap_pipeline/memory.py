@@ -12,6 +12,7 @@ DEFAULT_SHARE = 0.8
 """Of the memory that is free when a run starts."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -30,6 +31,12 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def keep_to_budget() -> None:
+    """Have the C library take large blocks from the system and return them at once, instead of keeping them for later."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 16 << 20)
 
 
 def give_back() -> None:

@@ -21,7 +21,7 @@ from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
 from .errors import CapacityError, GradmapError, RecipeError, StageError
 from .group import Group
-from .memory import default_budget, give_back
+from .memory import default_budget, give_back, keep_to_budget
 from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
@@ -61,6 +61,8 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
     All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
     """
     started = time.monotonic()
+    if machine.memory is not None:
+        keep_to_budget()
     if machine.device.startswith("cuda"):
         _prepare_torch(machine, group)  # says at once that there is no such device
     if group.leads:

@@ -272,9 +272,10 @@ def room_for(inputs: int, width: int) -> int:
 
 def check_room(inputs: int, width: int, context: Context) -> None:
     """Raise `CapacityError` unless one correction fits into memory."""
-    from gradmap_pipeline.memory import resident_bytes
+    from gradmap_pipeline.memory import give_back, resident_bytes
 
     needed = room_for(inputs, width)
+    give_back()
     free = context.memory - resident_bytes()
     if needed > free:
         raise CapacityError(

@@ -203,6 +203,21 @@ def test_override_survives_dropping_the_layer(llama: Path) -> None:
     assert torch.equal(*changed)
 
 
+def test_layers_run_without_the_rest(llama: Path) -> None:
+    model = LayerwiseModel(open_folder(llama))
+    sweep = Sweep(model, make_batches(*make_samples(padded=False)))
+    model.forget_rest()
+    sweep.run_forward()
+    whole = Sweep(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
+    whole.run_forward()
+    assert torch.equal(sweep.boundary(4, 0), whole.boundary(4, 0))
+    assert {name for name, value in model.module.named_parameters() if value.is_meta} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+
+
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
