@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .artifacts import (
         Artifact,
+        CalibrationForecast,
         CalibrationSet,
         Decision,
         Evaluation,
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     )
     from .data import DatasetSource
     from .errors import CapacityError, OptionError, QualityError, StageError
+    from .estimate import Estimate
     from .hookspecs import hookimpl
     from .model.graph import ModelGraph
+    from .rehearsal import Rehearsal
     from .stage import Context, Stage
 
 __version__ = "0.1.0"
@@ -29,6 +32,7 @@ __version__ = "0.1.0"
 _HOME = {
     "artifacts": (
         "Artifact",
+        "CalibrationForecast",
         "CalibrationSet",
         "Decision",
         "Evaluation",
@@ -41,18 +45,22 @@ _HOME = {
     ),
     "data": ("DatasetSource",),
     "errors": ("CapacityError", "OptionError", "QualityError", "StageError"),
+    "estimate": ("Estimate",),
     "hookspecs": ("hookimpl",),
     "model.graph": ("ModelGraph",),
+    "rehearsal": ("Rehearsal",),
     "stage": ("Context", "Stage"),
 }
 
 __all__ = [
     "Artifact",
+    "CalibrationForecast",
     "CalibrationSet",
     "CapacityError",
     "Context",
     "DatasetSource",
     "Decision",
+    "Estimate",
     "Evaluation",
     "Export",
     "ExportedFile",
@@ -61,6 +69,7 @@ __all__ = [
     "ModelGraph",
     "OptionError",
     "QualityError",
+    "Rehearsal",
     "ScoresForecast",
     "Stage",
     "StageError",

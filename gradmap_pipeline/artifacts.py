@@ -210,6 +210,13 @@ class ModelForecast(BaseModel):
     """Why no layer of this model can be removed, if so."""
 
 
+class CalibrationForecast(BaseModel):
+    """What a plan knows of a calibration set before anything runs. None: not known yet."""
+
+    samples: int
+    sequence_length: int | None = None
+
+
 class ScoresForecast(BaseModel):
     """What a plan knows of layer scores before anything runs. None: not known yet."""
 

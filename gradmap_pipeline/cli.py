@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from .catalog import Catalog
+    from .machine import Machine
     from .plan import Plan
     from .report.events import Reporter
 
@@ -64,6 +65,24 @@ def _check_store(store: Path) -> Path:
     return store
 
 
+StorePath = Annotated[Path, typer.Option("--store", callback=_check_store, help="Folder for results, shared by all recipes.")]
+DeviceName = Annotated[
+    str, typer.Option("--device", callback=_check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
+]
+DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type to compute in.")]
+MemorySize = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        callback=_check_size,
+        help="Memory this process may use, as 3GiB. Default: 80 % of what is free.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: all cores.", show_default=False)]
+
+
 @app.callback()
 def start(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
@@ -75,23 +94,11 @@ def start(
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
-    store: Annotated[Path, typer.Option(callback=_check_store, help="Folder for results, shared by all recipes.")] = Path(
-        ".gradmap"
-    ),
-    device: Annotated[
-        str, typer.Option(callback=_check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
-    ] = "auto",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type to compute in.")] = "float32",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            callback=_check_size,
-            help="Memory this process may use, as 3GiB. Default: 80 % of what is free.",
-            show_default=False,
-        ),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.", show_default=False)] = None,
+    store: StorePath = Path(".gradmap"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    memory: MemorySize = None,
+    threads: Threads = None,
     plugins: PluginFiles = [],  # noqa: B006
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line on standard output, and nothing else.")
@@ -106,11 +113,10 @@ def run(
     with _errors(reporter):
         plan = _plan(recipe, overrides, plugins)
         from .group import open_group
-        from .memory import parse_size
-        from .runner import Machine, run_plan
+        from .runner import run_plan
         from .store import Store
 
-        machine = Machine(device, dtype, threads, None if memory is None else parse_size(memory))
+        machine = _machine(device, dtype, threads, memory)
         with open_group(device) as group:
             run_plan(plan, Store(store), machine, reporter, group)
 
@@ -124,12 +130,38 @@ def check(recipe: RecipePath, overrides: Overrides = [], plugins: PluginFiles = 
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = [], plugins: PluginFiles = []) -> None:  # noqa: B006
-    """Show what a recipe will do: steps, options, where inputs come from, layers left."""
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default
+    store: StorePath = Path(".gradmap"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    memory: MemorySize = None,
+    threads: Threads = None,
+    plugins: PluginFiles = [],  # noqa: B006
+    json: Annotated[bool, typer.Option("--json", help="Print what each step takes as one JSON object, and nothing else.")] = False,
+) -> None:
+    """Show what a recipe will do: steps, options, layers left; and what it takes: memory, bytes, operations, time.
+
+    Times come from one layer, tried on this machine with made-up weights. Exit code 3: a step does not fit.
+    """
     with _errors():
+        planned = _plan(recipe, overrides, plugins)
         from .report.plan_table import print_plan
 
-        print_plan(_plan(recipe, overrides, plugins))
+        if not json:
+            print_plan(planned)
+        from .costs import estimate_plan
+        from .errors import CapacityError
+        from .report.cost_table import costs_as_json, print_costs
+
+        costs = estimate_plan(planned, _machine(device, dtype, threads, memory), store)
+        if json:
+            typer.echo(costs_as_json(costs))
+        else:
+            print_costs(costs)
+        if costs is not None and costs.obstacles:
+            raise CapacityError("\n".join(costs.obstacles))
 
 
 @app.command()
@@ -173,6 +205,13 @@ def _catalog(plugins: list[Path]) -> Catalog:
     from .catalog import load_catalog
 
     return load_catalog(plugins)
+
+
+def _machine(device: str, dtype: str, threads: int | None, memory: str | None) -> Machine:
+    from .machine import Machine
+    from .memory import parse_size
+
+    return Machine(device, dtype, threads, None if memory is None else parse_size(memory))
 
 
 def _plan(recipe: Path, overrides: list[str], plugins: list[Path]) -> Plan:

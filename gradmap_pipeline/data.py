@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .digests import sha256_of_value
 from .errors import ModelError, OptionError, StageError
+from .model.graph import LONGEST_DEFAULT_SEQUENCE
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,9 @@ Packing = Literal["documents", "none"]
 
 _LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SHUFFLE_BUFFER = 1000  # documents
-_POOL = 8  # sequences looked at for each one drawn
-_ENCODE_TOGETHER = 64  # documents
+POOL = 8
+"""Sequences looked at for each one drawn."""
+_ENCODE_TOGETHER = 1 << 17  # characters; few enough that little is made that nobody asks for
 
 
 class DatasetSource(BaseModel):
@@ -133,12 +135,15 @@ class DatasetSource(BaseModel):
             ) from error
 
 
-def check_length(sequence_length: int | None, model: ModelForecast | None) -> None:
-    """Raise `OptionError` where a sequence is longer than the model is made for, as far as the plan knows."""
+def check_length(sequence_length: int | None, model: ModelForecast | None) -> int | None:
+    """Tokens in a sequence, as far as the plan knows. Raises `OptionError` where that is longer than the model is made for."""
     positions = model.positions if model else None
     if positions and sequence_length and sequence_length > positions:
         found = f"found {sequence_length}, but the model is made for {positions} tokens"
         raise OptionError("sequence_length", f"{found}; accepted: 2 to {positions}")
+    if sequence_length or model is None or model.layers is None:
+        return sequence_length
+    return min(positions or LONGEST_DEFAULT_SEQUENCE, LONGEST_DEFAULT_SEQUENCE)
 
 
 def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
@@ -180,7 +185,7 @@ def make_sequences(
     else:
         sequences = (ids[:length] for ids in _encode(tokenizer, documents) if len(ids) > 1)
     if samples is not None:
-        sequences = islice(sequences, samples if seed is None else samples * _POOL)
+        sequences = islice(sequences, samples if seed is None else samples * POOL)
     rows = list(sequences)
     if samples is not None and len(rows) < samples:
         raise StageError(
@@ -200,8 +205,15 @@ def make_sequences(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[list[int]]:
-    stream = iter(documents)
-    while together := list(islice(stream, _ENCODE_TOGETHER)):
+    together: list[str] = []
+    size = 0
+    for document in documents:
+        together.append(document)
+        size += len(document)
+        if size >= _ENCODE_TOGETHER:
+            yield from tokenizer(together)["input_ids"]
+            together, size = [], 0
+    if together:
         yield from tokenizer(together)["input_ids"]
 
 

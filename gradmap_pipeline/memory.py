@@ -39,9 +39,14 @@ def keep_to_budget() -> None:
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 16 << 20)
 
 
-def give_back() -> None:
-    """Return memory that is no longer used to the system, so that the next step may have it."""
+def give_back(*, between_steps: bool = False) -> None:
+    """Return memory that is no longer used to the system.
+
+    `between_steps`: what is still alive is libraries, which need not be looked through again.
+    """
     gc.collect()
+    if between_steps:
+        gc.freeze()
     with suppress(OSError, AttributeError):  # another C library keeps or returns memory as it likes
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

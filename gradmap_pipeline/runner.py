@@ -21,27 +21,14 @@ from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
 from .errors import CapacityError, GradmapError, RecipeError, StageError
 from .group import Group
-from .memory import default_budget, give_back, keep_to_budget
+from .machine import ALONE, Machine
+from .memory import give_back, keep_to_budget
 from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .report.summary import summarise
 from .stage import Advance, Context, FinishedStep
 from .store import StepFolder, Store
-
-ALONE = Group()
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the command line says about this machine; no part of the recipe."""
-
-    device: str = "auto"
-    dtype: str = "float32"
-    """Floating-point type to compute in; it changes results, so it is part of every key."""
-    threads: int | None = None
-    memory: int | None = None
-    """Bytes this process may have resident; None: 80 % of what is free."""
 
 
 @dataclass
@@ -64,7 +51,7 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
     if machine.memory is not None:
         keep_to_budget()
     if machine.device.startswith("cuda"):
-        _prepare_torch(machine, group)  # says at once that there is no such device
+        machine.prepare_torch(group)  # says at once that there is no such device
     if group.leads:
         store.prepare()
         reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
@@ -134,9 +121,9 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 context = Context(
                     folder=folder.path,
                     seed=plan.seed,
-                    device=_prepare_torch(machine, group),
+                    device=machine.prepare_torch(group),
                     dtype=machine.dtype,
-                    memory=default_budget() // group.size if machine.memory is None else machine.memory,
+                    memory=machine.budget(group),
                     progress=_progress_of(step.id, reporter),
                     note=lambda text: reporter.note(step.id, text),
                     remember=_memory_of(step, machine.dtype, store, together),
@@ -147,7 +134,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 if group.leads:
                     record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
                     result = store.finish(folder, key, record, result)
-            give_back()
+            give_back(between_steps=True)
         group.tell("the result is in the store")
     if not group.leads:
         result = store.load(name, key, step.stage.Outputs)
@@ -272,23 +259,6 @@ def _progress_of(step: str, reporter: Reporter) -> Any:
         reporter.progress_ended(step, description)
 
     return progress
-
-
-def _prepare_torch(machine: Machine, group: Group) -> str:
-    """Apply the machine's settings to torch, and return the device by torch's name."""
-    import torch
-
-    if machine.threads is not None:
-        torch.set_num_threads(machine.threads)
-    found = torch.cuda.device_count()
-    if machine.device == "auto":
-        return f"cuda:{group.local_rank}" if found else "cpu"
-    kind, _, number = machine.device.partition(":")
-    if kind == "cuda" and not number:
-        number = str(group.local_rank)
-    if kind == "cuda" and int(number) >= found:
-        raise CapacityError(f"--device {machine.device}: torch sees {found} CUDA devices here; use --device cpu, or auto")
-    return f"cuda:{number}" if kind == "cuda" else machine.device
 
 
 def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, ...]:

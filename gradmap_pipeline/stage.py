@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from .artifacts import Artifact
 from .errors import PluginError
 from .group import Group
+
+if TYPE_CHECKING:
+    from .estimate import Estimate
+    from .rehearsal import Rehearsal
 
 
 class Advance(Protocol):
@@ -86,6 +90,13 @@ class Stage(BaseModel):
         `inputs` has the forecast of each input, `None` where nothing is known. Reads no weights, imports nothing heavy.
         """
         return {}
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        """Say what a run would take; None where that is not known. Raise `CapacityError` when it cannot fit.
+
+        `inputs` has forecasts, as for `forecast`; `rehearsal` answers for sweeps over the model and for this machine.
+        """
+        return None
 
     def writes(self) -> tuple[Path, ...]:
         """Files and folders outside the store that a run of this step makes."""

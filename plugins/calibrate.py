@@ -7,8 +7,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import CalibrationSet, Context, DatasetSource, ModelGraph, Stage, TensorFile, hookimpl
-from gradmap_pipeline.data import check_length
+from gradmap_pipeline import (
+    CalibrationForecast,
+    CalibrationSet,
+    Context,
+    DatasetSource,
+    Estimate,
+    ModelGraph,
+    Rehearsal,
+    Stage,
+    TensorFile,
+    hookimpl,
+)
+from gradmap_pipeline.data import POOL, check_length
 
 
 class Calibrate(Stage):
@@ -34,8 +45,12 @@ class Calibrate(Stage):
         calibration: CalibrationSet
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        check_length(self.sequence_length, inputs.get("model"))
-        return {}
+        length = check_length(self.sequence_length, inputs.get("model"))
+        return {"calibration": CalibrationForecast(samples=self.samples, sequence_length=length)}
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        length = check_length(self.sequence_length, inputs.get("model"))
+        return None if length is None else rehearsal.text(self.samples * length * (POOL if self.shuffle else 1))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import torch

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, DatasetSource, Evaluation, ModelGraph, OptionError, QualityError, Stage, hookimpl
+from gradmap_pipeline import (
+    Context,
+    DatasetSource,
+    Estimate,
+    Evaluation,
+    ModelGraph,
+    OptionError,
+    QualityError,
+    Rehearsal,
+    Stage,
+    hookimpl,
+)
 from gradmap_pipeline.data import check_length
 from gradmap_pipeline.digests import sha256_of_value
 
@@ -48,6 +59,20 @@ class Evaluate(Stage):
             raise OptionError("samples", f"found {self.samples}; accepted: a whole number from 1, or all")
         check_length(self.sequence_length, inputs.get("model"))
         return {}
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        model = inputs.get("model")
+        length = check_length(self.sequence_length, model)
+        if model is None or length is None or self.samples == "all":
+            return None
+        whole = len(rehearsal.graph.layers)
+        text = (str(self.dataset), self.samples, length, self.packing)
+        counts = [model.layers] if self.max_perplexity_ratio is None else [model.layers, whole]
+        total = rehearsal.text(self.samples * length)
+        for layers in counts:
+            if layers != whole or rehearsal.first_time(text):
+                total += rehearsal.forward_sweep(layers, self.samples, length)
+        return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import load_tokenizer, make_sequences

@@ -12,7 +12,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Evaluation, Export, ExportedFile, ModelGraph, OptionError, Stage, StageError, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Estimate,
+    Evaluation,
+    Export,
+    ExportedFile,
+    ModelGraph,
+    OptionError,
+    Rehearsal,
+    Stage,
+    StageError,
+    hookimpl,
+)
 from gradmap_pipeline.artifacts import LINEAGE
 from gradmap_pipeline.digests import sha256_of
 from gradmap_pipeline.partial import partial_folder, replace_folder
@@ -49,6 +61,15 @@ class ExportModel(Stage):
             found = f"folder {str(self.to)!r} holds {foreign[0]!r}, which is not part of an export"
             raise OptionError("to", f"{found}; choose another, or set overwrite: true to delete it")
         return {}
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        model = inputs.get("model")
+        if model is None or model.layers is None:
+            return None
+        size = rehearsal.count_bytes(model.layers)
+        rates = rehearsal.rates
+        copying = Estimate(0, size, size, seconds=size * (rates.read_again(size) + rates.digest + rates.write))
+        return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
     def writes(self) -> tuple[Path, ...]:
         return (self.to,)
@@ -109,6 +130,7 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
     """
     import torch
 
+    from gradmap_pipeline.memory import give_back
     from gradmap_pipeline.model.batches import make_batches
     from gradmap_pipeline.model.graph import open_folder
     from gradmap_pipeline.model.layerwise import LayerwiseModel
@@ -118,13 +140,17 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
     reloaded = open_folder(folder, digest_of=lambda _: "")
     stored = next(iter(model.layer_tensors(model.layers[0]).values())).torch_dtype
     dtype = model.dtype or stored
-    found: list[torch.Tensor] = []
-    for graph in (model, reloaded):
+
+    def compute_logits(graph: ModelGraph) -> torch.Tensor:
         layerwise = LayerwiseModel(graph, dtype=dtype, resident_bytes=0)
         words = int(layerwise.module.config.get_text_config().vocab_size)
         ids = torch.randint(words, _CHECK_SHAPE, generator=torch.Generator().manual_seed(seed))
         batches = make_batches(ids, torch.ones_like(ids))
-        found.append(next(Sweep(layerwise, batches, keep_boundaries=False).logits()).float())
+        return next(Sweep(layerwise, batches, keep_boundaries=False).logits()).float()
+
+    found = [compute_logits(model)]
+    give_back()
+    found.append(compute_logits(reloaded))
     if not found[1].isfinite().all():
         raise StageError(f"the model computes values that are not finite in {dtype}; set another 'dtype' under 'model'")
     difference = float((found[0] - found[1]).abs().max())

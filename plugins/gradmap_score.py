@@ -19,9 +19,11 @@ from gradmap_pipeline import (
     CalibrationSet,
     Context,
     Decision,
+    Estimate,
     LayerScores,
     ModelGraph,
     OptionError,
+    Rehearsal,
     ScoresForecast,
     Stage,
     StageError,
@@ -127,6 +129,20 @@ class GradmapScore(Stage):
         if model is None or model.layers is None:
             return {"scores": ScoresForecast(decisions=self.layers)}
         return {"scores": ScoresForecast(decisions=self._count_decisions(model.layers))}
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        model, calibration = inputs.get("model"), inputs.get("calibration")
+        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
+            return None
+        rounds = self._count_decisions(model.layers) if self.schedule == "iterative" else 1
+        weights = self.metric == "weight_gradient"
+        return rehearsal.backward_sweeps(
+            [model.layers - number for number in range(rounds)],
+            calibration.samples,
+            calibration.sequence_length,
+            weight_gradients=weights,
+            divisible=not weights,
+        )
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer

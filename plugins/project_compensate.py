@@ -7,76 +7,29 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from gradmap_pipeline import Artifact, CalibrationSet, CapacityError, Context, ModelGraph, Stage, StageError, TensorFile, hookimpl
+from gradmap_pipeline import (
+    Artifact,
+    CalibrationSet,
+    Context,
+    Estimate,
+    ModelGraph,
+    Rehearsal,
+    Stage,
+    StageError,
+    TensorFile,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
-    import torch
-
-    from gradmap_pipeline.group import Group
     from gradmap_pipeline.model.projection import Projection
+    from gradmap_pipeline.model.ridge import Moments
     from gradmap_pipeline.model.streams import Drift, Streams
 
 Space = Literal["input", "output"]
-
-_COLUMNS = 512  # solved for at a time
-
-
-def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
-    """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64; and its value less ‖R‖².
-
-    λ is `ridge` times the mean of the diagonal of AᵀA. Both matrices are overwritten, `cross` by X, so that these two
-    and a block of columns are all there is in memory.
-    """
-    import torch
-
-    gram.diagonal().add_(ridge * float(gram.diagonal().mean()))
-    factor, failed = torch.linalg.cholesky_ex(gram.mT, out=(gram.mT, torch.empty((), dtype=torch.int32, device=gram.device)))
-    if int(failed):
-        raise StageError("the calibration tokens do not determine the correction (singular Gram matrix); raise 'ridge'")
-    gained = 0.0
-    for block in cross.split(_COLUMNS, dim=1):
-        x = torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, block, upper=False), upper=True)
-        gained += float((x * block).sum())  # ‖A X - R‖² + λ‖X‖² = ‖R‖² - ⟨X, AᵀR⟩
-        block.copy_(x)
-    return cross, -gained
-
-
-@dataclass
-class Moments:
-    """Sums over tokens, fp64, from which a correction at one layer follows."""
-
-    gram: torch.Tensor
-    """AᵀA (F, F), A the inputs (or, in output space, the outputs) of the down-projection in the pruned model."""
-    cross: torch.Tensor
-    """AᵀR (F, D), R the residual that is missing."""
-    missing: float
-    """‖R‖²"""
-
-    def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
-        """a (n, F), r (n, D). Goes through fp64 a thousand tokens at a time."""
-        for some_a, some_r in zip(a.split(1024), r.double().split(1024), strict=True):
-            wide = some_a.double()
-            self.gram.addmm_(wide.T, wide)
-            self.cross.addmm_(wide.T, some_r)
-        self.missing += float(r.double().square().sum())
-
-    def join(self, group: Group) -> None:
-        """Sum over the processes of a group."""
-        group.sum(self.gram)
-        group.sum(self.cross)
-        self.missing = group.sum_values({"missing": self.missing})["missing"]
-
-    def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
-        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums."""
-        penalty = ridge * float(self.gram.diagonal().mean())
-        x, value = solve_ridge(self.gram, self.cross, ridge)
-        left = self.missing + value - penalty * float(x.square().sum())
-        return x, left / max(self.missing, 1e-300)
 
 
 class CorrectedSite(BaseModel):
@@ -138,15 +91,34 @@ class ProjectCompensate(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"model": inputs.get("model")}
 
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        model, calibration = inputs.get("model"), inputs.get("calibration")
+        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
+            return None
+        from gradmap_pipeline.model.ridge import room_for
+
+        samples, tokens = calibration.samples, calibration.sequence_length
+        removed = len(rehearsal.graph.layers) - model.layers
+        # Which layers these are is not known yet: at most this many.
+        sites = {"every_layer": model.layers, "before_cuts": min(removed, model.layers)}.get(self.site, self.sites or 1)
+        size, width = self._size(rehearsal.graph)
+        products = 2 * samples * tokens * size * (size + width)
+        solution = size**3 / 3 + 2 * size**2 * width
+        flops = sites * (products + solution)
+        again = sites if self.site in ("every_layer", "before_cuts") else sites + (sites - 1) * model.layers
+        both = rehearsal.two_streams(model.layers, samples, tokens, room_for(size, width), again)
+        return both + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
+
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
+        from gradmap_pipeline.model.ridge import room_for
         from gradmap_pipeline.model.streams import open_streams
 
         check_tokenizer(inputs.calibration, inputs.model)
         graph = inputs.model
         if not graph.removed:
             raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
-        streams = open_streams(graph, inputs.calibration, context, self._reserve(graph))
+        streams = open_streams(graph, inputs.calibration, context, room_for(*self._size(graph)))
         drift = streams.measure_drift()
         corrected: list[CorrectedSite] = []
         patches: dict[str, TensorFile] = {}
@@ -169,13 +141,13 @@ class ProjectCompensate(Stage):
             compensation=Compensation(sites=tuple(corrected), shifts={layer: at.shift for layer, at in drift.items()}),
         )
 
-    def _reserve(self, graph: ModelGraph) -> int:
-        """Bytes to leave free for a correction, by the widest matrix of the layers."""
+    def _size(self, graph: ModelGraph) -> tuple[int, int]:
+        """Inputs and outputs of a correction, by the widest matrix of the layers."""
         shapes = [
             tensor.shape for layer in graph.layers for tensor in graph.layer_tensors(layer).values() if len(tensor.shape) == 2
         ]
         narrow, wide = (max((pick(shape) for shape in shapes), default=0) for pick in (min, max))
-        return room_for(wide if self.space == "input" else narrow, narrow)
+        return wide if self.space == "input" else narrow, narrow
 
     def _choose_all(self, graph: ModelGraph) -> list[int]:
         """Layers to correct in order, where the options name them without a measurement."""
@@ -240,6 +212,7 @@ def collect_moments(streams: Streams, layer: int, space: Space, context: Context
     import torch
 
     from gradmap_pipeline.model.projection import find_down_projection
+    from gradmap_pipeline.model.ridge import Moments, check_room
     from gradmap_pipeline.model.streams import Drift, capture
 
     position = streams.graph.layers.index(layer)
@@ -250,7 +223,7 @@ def collect_moments(streams: Streams, layer: int, space: Space, context: Context
         hidden = streams.pruned.boundary(position, 0)
         projection = find_down_projection(streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
         size, width = (projection.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
-        check_room(size, width, context)
+        check_room(size, width, context.memory)
         zeros = {"dtype": torch.float64, "device": hidden.device}
         moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
         drift = Drift()
@@ -263,25 +236,6 @@ def collect_moments(streams: Streams, layer: int, space: Space, context: Context
         drift.join(streams.group)
         return projection, moments, drift
     raise AssertionError(f"layer {layer} is not in the sweep")
-
-
-def room_for(inputs: int, width: int) -> int:
-    """Bytes that the sums of one correction and their solution take."""
-    return 8 * (inputs * inputs + inputs * width + 3 * _COLUMNS * inputs)
-
-
-def check_room(inputs: int, width: int, context: Context) -> None:
-    """Raise `CapacityError` unless one correction fits into memory."""
-    from gradmap_pipeline.memory import give_back, resident_bytes
-
-    needed = room_for(inputs, width)
-    give_back()
-    free = context.memory - resident_bytes()
-    if needed > free:
-        raise CapacityError(
-            f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and of the memory allowed "
-            f"{max(0, free) / 2**30:.2f} GiB are left; use space: output, or allow more with --memory"
-        )
 
 
 @hookimpl

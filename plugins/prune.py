@@ -7,7 +7,18 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from gradmap_pipeline import Context, LayerScores, ModelForecast, ModelGraph, OptionError, Stage, StageError, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Estimate,
+    LayerScores,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    Rehearsal,
+    Stage,
+    StageError,
+    hookimpl,
+)
 from gradmap_pipeline.removal import count_removed
 
 
@@ -61,6 +72,9 @@ class Prune(Stage):
             raise OptionError(option, f"removing {count} of {depth} layers leaves none")
         layers = None if depth is None else depth - count
         return {"model": model.model_copy(update={"layers": layers, "kept": kept})}
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        return Estimate(rehearsal.occupied - rehearsal.rest_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.model.architecture import prune_config

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gradmap_plugins.calibrate import Calibrate
-from gradmap_plugins.project_compensate import ProjectCompensate, check_room, solve_ridge
+from gradmap_plugins.project_compensate import ProjectCompensate
 from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
@@ -18,6 +18,7 @@ from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
 from gradmap_pipeline.model.projection import find_down_projection
+from gradmap_pipeline.model.ridge import check_room, solve_ridge
 from gradmap_pipeline.model.sweep import Sweep
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -50,11 +51,11 @@ def test_solve_ridge_is_augmented_least_squares() -> None:
 
 def test_room_for_the_sums_is_checked(tmp_path: Path) -> None:
     context = make_context(tmp_path, memory=1 << 30)
-    check_room(1000, 1000, context)
+    check_room(1000, 1000, context.memory)
     with pytest.raises(
         CapacityError, match=r"correcting 20000 inputs takes 3.81 GiB, .* use space: output, or allow more with --memory"
     ):
-        check_room(20_000, 4000, context)
+        check_room(20_000, 4000, context.memory)
 
 
 def test_singular_gram_is_refused() -> None:

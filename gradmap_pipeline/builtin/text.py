@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,8 @@ HELDOUT_SHARE = 0.1
 _LEFT_OUT = {"encodings", "idlelib", "lib2to3", "test", "turtledemo"}
 """Tables, demos and tests: packages that some distributions leave out, or that hold data rather than text."""
 
-Document = tuple[str, str, str]
-"""(unit that goes to one split as a whole, name, text)"""
+Document = tuple[str, str, Callable[[], str]]
+"""(unit that goes to one split as a whole, name, how to read it)"""
 
 
 def load_documents(split: Split) -> list[str]:
@@ -37,17 +38,15 @@ def load_training_documents() -> list[str]:
 
 def _choose(split: Split, documents: Iterable[Document]) -> list[str]:
     wanted = split == "heldout"
-    named = [(name, text) for unit, name, text in documents if (_unit_interval(unit) < HELDOUT_SHARE) == wanted]
-    return [text for name, text in sorted(named, key=lambda document: _unit_interval(document[0]))]
+    named = [(name, read()) for unit, name, read in documents if (_unit_interval(unit) < HELDOUT_SHARE) == wanted]
+    return [text for name, text in sorted(named, key=lambda document: _unit_interval(document[0])) if text.strip()]
 
 
 def _find_tests() -> Iterator[Document]:
     library = Path(sysconfig.get_path("stdlib"))
     for file in sorted((library / "test").rglob("*.py")):
         parts = file.relative_to(library).parts
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            yield Path(parts[1]).stem.removeprefix("test_"), "/".join(parts), text
+        yield Path(parts[1]).stem.removeprefix("test_"), "/".join(parts), partial(_read, file)
 
 
 def _find_library() -> Iterator[Document]:
@@ -59,16 +58,18 @@ def _find_library() -> Iterator[Document]:
             parts = file.relative_to(library).parts
             if not file.is_file() or "__pycache__" in parts or "test" in parts or "tests" in parts:
                 continue
-            text = file.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield module, "/".join(parts), text
+            yield module, "/".join(parts), partial(_read, file)
     from pydoc_data.topics import topics
 
     named: dict[str, str] = {}
     for topic, text in topics.items():
         named.setdefault(text, topic)  # one text may stand under two topics
     for text, topic in named.items():
-        yield f"topic {topic}", f"topic {topic}", text
+        yield f"topic {topic}", f"topic {topic}", partial(str, text)
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _unit_interval(name: str) -> float:

@@ -67,6 +67,13 @@ class SweepWay:
     bytes_read: int
     bytes_written: int
 
+    def describe(self) -> str:
+        """In a few words."""
+        layers = "layers stay in memory" if self.resident else "layers read again"
+        parts = f"samples in {self.parts} parts" if self.parts > 1 else ""
+        spilled = f"{format_size(self.bytes_written)} of hidden states to a file" if self.bytes_written else ""
+        return ", ".join(filter(None, (layers, "graphs kept" if self.keep_graphs else "", parts, spilled)))
+
 
 def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True) -> SweepWay:
     """The fastest way that fits into `free` bytes.
@@ -80,9 +87,9 @@ def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True) -> Sweep
     least = layer + needs.logits_bytes + work + 2 * needs.boundary_bytes + _SLACK
     if least > free:
         raise CapacityError(
-            f"one layer ({_gib(layer)}), one sample of {needs.tokens} tokens ({_gib(work)}) and its logits "
-            f"({_gib(needs.logits_bytes)}) need {_gib(least)}, and of the memory allowed {_gib(max(free, 0))} are left; "
-            "shorten 'sequence_length', use --dtype bfloat16, or allow more with --memory"
+            f"one layer ({format_size(layer)}), one sample of {needs.tokens} tokens ({format_size(work)}) and its logits "
+            f"({format_size(needs.logits_bytes)}) need {format_size(least)}, and of the memory allowed "
+            f"{format_size(max(free, 0))} are left; shorten 'sequence_length', use --dtype bfloat16, or allow more with --memory"
         )
     resident = least - needs.layer_bytes + needs.all_layer_bytes <= free
     held = least + (needs.all_layer_bytes - needs.layer_bytes if resident else 0)
@@ -169,5 +176,6 @@ def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, argu
         return sum(size for place, size in saved.items() if place not in weights) + output.nbytes
 
 
-def _gib(size: int) -> str:
+def format_size(size: int) -> str:
+    """For people: `0.39 GiB`, `12 MiB`."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"

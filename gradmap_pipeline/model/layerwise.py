@@ -218,7 +218,7 @@ class LayerwiseModel:
         cast = None if kept_wide else self.dtype
         loading, _ = convert_and_load_state_dict_in_model(
             self.module,
-            {name: self._read(tensor, cast) for name, tensor in tensors.items()},
+            {name: self.read(tensor, cast) for name, tensor in tensors.items()},
             LoadStateDictConfig(
                 dtype=self.dtype,
                 device_map={"": str(self.device)},
@@ -232,7 +232,7 @@ class LayerwiseModel:
         missing: set[str] = loading.missing_keys
         return missing
 
-    def _read(self, stored: StoredTensor, cast: torch.dtype | None) -> torch.Tensor:
+    def read(self, stored: StoredTensor, cast: torch.dtype | None) -> torch.Tensor:
         """A tensor as it will be exported: rounded to the graph's type before it gets the type to compute in."""
         import torch
 

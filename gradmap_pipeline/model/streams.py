@@ -14,7 +14,7 @@ from ..group import Group
 from ..memory import give_back, resident_bytes
 from .batches import make_batches
 from .boundaries import Boundaries
-from .budget import choose_way, measure_needs
+from .budget import SweepNeeds, SweepWay, choose_way, measure_needs
 from .layerwise import LayerwiseModel
 from .sweep import Sweep
 
@@ -60,6 +60,15 @@ class Drift:
         return self.shift / max(self.norm / self.tokens, 1e-300)
 
 
+def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepWay, int]:
+    """How to run the original and the pruned model over samples, and the bytes of boundaries to hold in memory for each.
+
+    `reserve`: bytes to leave free for what is done with them.
+    """
+    way = choose_way(replace(needs, backward=False, logits_bytes=0), free, divisible=False)
+    return way, max(0, way.boundary_limit - reserve) // 2
+
+
 def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
     """Run the original model, keep what enters its kept layers, and get the pruned one ready; one model is in memory at a time.
 
@@ -73,10 +82,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
     model = open_model(graph.dense)
     needs = measure_needs(model, samples, tokens, backward=False)
-    free = context.memory - resident_bytes()
-    needs = replace(needs, logits_bytes=0)
-    way = choose_way(needs, free, divisible=False)
-    limit = max(0, way.boundary_limit - reserve) // 2  # for each of the two streams
+    way, limit = plan_streams(needs, context.memory - resident_bytes(), reserve)
     batches = make_batches(ids, mask, way.batch_samples * tokens)
     layers = graph.base.layers + len(graph.layers)
     with context.progress("run both models", layers * len(batches), "layer batch") as advance:

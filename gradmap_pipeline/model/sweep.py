@@ -188,7 +188,7 @@ class Sweep:
         computed unless its weight gradients are wanted.
         """
         self.run_forward()
-        gradients = self._head_gradients()
+        gradients = self.head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
             with self.model.layer(layer) as module, self._parameters(module, position) as parameters:
@@ -247,7 +247,7 @@ class Sweep:
         self._graphs[position, index] = leaf, output
         return output
 
-    def _head_gradients(self) -> list[torch.Tensor]:
+    def head_gradients(self) -> list[torch.Tensor]:
         """Gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
         import torch
 

@@ -7,16 +7,11 @@ each step. Needs 30 GB of disk in WORK_FOLDER, and keeps the checkpoint there fo
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
+from plan_against_run import compare
 
 RECIPE = """\
 version: 1
@@ -90,61 +85,6 @@ def make_checkpoint(folder: Path) -> None:
     shutil.rmtree(parts)
 
 
-class Watch:
-    """What a process reads, and its largest resident set, sampled every 10 ms."""
-
-    def __init__(self, process: int) -> None:
-        self.process = psutil.Process(process)
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def take(self) -> tuple[int, int]:
-        """Bytes read so far, and the peak since the last call."""
-        peak, self.peak = self.peak, 0
-        try:
-            return self.process.io_counters().read_chars, peak
-        except psutil.Error:
-            return 0, peak
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.01):
-            try:
-                self.peak = max(self.peak, self.process.memory_info().rss)
-            except psutil.Error:
-                return
-
-
-def run(folder: Path, options: list[str]) -> list[tuple[str, float, int, int]]:
-    """(step, seconds, bytes read, peak) of each step."""
-    command = [sys.executable, "-m", "gradmap_pipeline", "run", "recipe.yaml", "--json", *options]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-    watch, rows, before = Watch(process.pid), [], 0
-    assert process.stdout is not None
-    for line in process.stdout:
-        event: dict[str, Any] = json.loads(line)
-        if event["event"] == "run_started":
-            before, _ = watch.take()
-        elif event["event"] == "step_finished":
-            read, peak = watch.take()
-            rows.append((event["step"], event["seconds"], read - before, peak))
-            before = read
-            print(
-                f"{event['step']:20} {event['seconds']:8.1f} s {rows[-1][2] / 1e9:8.1f} GB read {peak / 2**30:6.2f} GiB", flush=True
-            )
-        elif event["event"] == "error":
-            print(event["message"], file=sys.stderr)
-    watch.stop()
-    if process.wait():
-        sys.exit(process.returncode)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -160,10 +100,7 @@ def main() -> None:
         print(f"made the checkpoint in {time.monotonic() - started:.0f} s")
     recipe = RECIPE.replace("SAMPLES", str(arguments.samples)).replace("LENGTH", str(arguments.length))
     (arguments.folder / "recipe.yaml").write_text(recipe.replace("SITE", arguments.site))
-    shutil.rmtree(arguments.folder / ".gradmap", ignore_errors=True)
-    rows = run(arguments.folder, ["--memory", arguments.memory, "--dtype", "bfloat16"])
-    print(f"{'all':20} {sum(row[1] for row in rows):8.1f} s {sum(row[2] for row in rows) / 1e9:8.1f} GB read", end=" ")
-    print(f"{max(row[3] for row in rows) / 2**30:6.2f} GiB of {arguments.memory}")
+    compare(arguments.folder, arguments.folder / "recipe.yaml", ["--memory", arguments.memory, "--dtype", "bfloat16"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""What the steps of a plan would take on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .errors import CapacityError
+from .estimate import Estimate
+from .machine import Machine
+from .plan import Plan
+from .recipe import MODEL_STEP
+from .rehearsal import Rehearsal
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step."""
+
+    step: str
+    parameters: int | None
+    """Of the model that the step makes, where it makes one."""
+    estimate: Estimate | None
+    """None: the stage does not say."""
+    obstacle: str | None = None
+    """Why the step does not fit this machine."""
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """All steps, the opening of the model first."""
+
+    memory: int
+    """Bytes the process may have resident."""
+    steps: list[StepCost]
+
+    @property
+    def total(self) -> Estimate:
+        return sum((step.estimate for step in self.steps if step.estimate), Estimate())
+
+    @property
+    def obstacles(self) -> list[str]:
+        """One line for each step that does not fit."""
+        return [f"step {step.step!r}: {step.obstacle}" for step in self.steps if step.obstacle]
+
+
+def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None:
+    """Ask each stage what it would take; None where the model is not on this machine.
+
+    Raises `CapacityError` when no step could run. Loads no tensor; takes a few seconds to try one layer.
+    """
+    folder = plan.model.find_folder()
+    if folder is None:
+        return None
+    rehearsal = Rehearsal(folder, plan.model.name, plan.model.dtype, machine, store)
+    stored = rehearsal.stored_layer_bytes + rehearsal.stored_rest_bytes
+    seconds = stored * (rehearsal.rates.digest + rehearsal.rates.read)
+    depth = len(rehearsal.graph.layers)
+    steps = [StepCost(MODEL_STEP, rehearsal.count_parameters(depth), Estimate(bytes_read=stored, seconds=seconds))]
+    known = {(MODEL_STEP, "model"): plan.model_forecast}
+    starting = rehearsal.start_seconds
+    for step in plan.steps:
+        inputs = {name: known.get(source) for name, source in step.inputs.items()}
+        for output, forecast in step.forecasts.items():
+            known[step.id, output] = forecast
+        made = getattr(step.forecasts.get("model"), "layers", None)
+        parameters = None if made is None else rehearsal.count_parameters(made)
+        try:
+            estimate = step.stage.estimate(inputs, rehearsal)
+        except CapacityError as error:
+            steps.append(StepCost(step.id, parameters, None, str(error)))
+            continue
+        if estimate is not None and estimate.seconds:
+            estimate, starting = replace(estimate, seconds=estimate.seconds + starting), 0.0
+        steps.append(StepCost(step.id, parameters, estimate))
+    return PlanCosts(rehearsal.memory, steps)

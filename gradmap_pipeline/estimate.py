@@ -1,0 +1,41 @@
+"""What a step would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step would take on this machine."""
+
+    peak_bytes: int = 0
+    """Most resident memory of the process, all included."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    flops: float = 0.0
+    """Floating-point operations; a multiplication and an addition are two."""
+    seconds: float = 0.0
+    how: str = ""
+    """Which way the work is done, where the memory decides it."""
+
+    def __add__(self, after: Estimate) -> Estimate:
+        """One after the other."""
+        return Estimate(
+            max(self.peak_bytes, after.peak_bytes),
+            self.bytes_read + after.bytes_read,
+            self.bytes_written + after.bytes_written,
+            self.flops + after.flops,
+            self.seconds + after.seconds,
+            self.how or after.how,
+        )
+
+    def __mul__(self, times: int) -> Estimate:
+        """Several times over."""
+        return replace(
+            self,
+            bytes_read=self.bytes_read * times,
+            bytes_written=self.bytes_written * times,
+            flops=self.flops * times,
+            seconds=self.seconds * times,
+        )

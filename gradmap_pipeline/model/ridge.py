@@ -1,0 +1,90 @@
+"""Ridge regression from sums over tokens, in fp64 and in place.
+
+Sizes: N tokens, F inputs, D outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import CapacityError, StageError
+from ..memory import give_back, resident_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..group import Group
+
+_COLUMNS = 512  # solved for at a time
+
+
+def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
+    """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64; and its value less ‖R‖².
+
+    λ is `ridge` times the mean of the diagonal of AᵀA. Both matrices are overwritten, `cross` by X, so that these two
+    and a block of columns are all there is in memory.
+    """
+    import torch
+
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()))
+    factor, failed = torch.linalg.cholesky_ex(gram.mT, out=(gram.mT, torch.empty((), dtype=torch.int32, device=gram.device)))
+    if int(failed):
+        raise StageError("the calibration tokens do not determine the correction (singular Gram matrix); raise 'ridge'")
+    gained = 0.0
+    for block in cross.split(_COLUMNS, dim=1):
+        x = torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, block, upper=False), upper=True)
+        gained += float((x * block).sum())  # ‖A X - R‖² + λ‖X‖² = ‖R‖² - ⟨X, AᵀR⟩
+        block.copy_(x)
+    return cross, -gained
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, fp64, from which a correction at one layer follows."""
+
+    gram: torch.Tensor
+    """AᵀA (F, F), A the inputs (or, in output space, the outputs) of the down-projection in the pruned model."""
+    cross: torch.Tensor
+    """AᵀR (F, D), R the residual that is missing."""
+    missing: float
+    """‖R‖²"""
+
+    def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
+        """a (n, F), r (n, D). Goes through fp64 a thousand tokens at a time."""
+        for some_a, some_r in zip(a.split(1024), r.double().split(1024), strict=True):
+            wide = some_a.double()
+            self.gram.addmm_(wide.T, wide)
+            self.cross.addmm_(wide.T, some_r)
+        self.missing += float(r.double().square().sum())
+
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.gram)
+        group.sum(self.cross)
+        self.missing = group.sum_values({"missing": self.missing})["missing"]
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
+        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums."""
+        penalty = ridge * float(self.gram.diagonal().mean())
+        x, value = solve_ridge(self.gram, self.cross, ridge)
+        left = self.missing + value - penalty * float(x.square().sum())
+        return x, left / max(self.missing, 1e-300)
+
+
+def room_for(inputs: int, width: int) -> int:
+    """Bytes that the sums of one correction and their solution take."""
+    return 8 * (inputs * inputs + inputs * width + 3 * _COLUMNS * inputs)
+
+
+def check_room(inputs: int, width: int, memory: int) -> None:
+    """Raise `CapacityError` unless one correction fits into memory."""
+    needed = room_for(inputs, width)
+    if needed > memory - resident_bytes():
+        give_back()
+    free = memory - resident_bytes()
+    if needed > free:
+        raise CapacityError(
+            f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and of the memory allowed "
+            f"{max(0, free) / 2**30:.2f} GiB are left; use space: output, or allow more with --memory"
+        )

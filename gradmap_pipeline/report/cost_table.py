@@ -1,0 +1,64 @@
+"""What the steps of a plan would take, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from ..costs import PlanCosts
+from ..estimate import Estimate
+from ..model.budget import format_size
+from .reporters import format_seconds, make_console
+
+
+def print_costs(costs: PlanCosts | None) -> None:
+    """A row a step, their sum, and what the figures do not know."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    console = make_console()
+    if costs is None:
+        console.print("What it takes can be said when the model is on this machine.")
+        return
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("step")
+    for name in ("parameters", "memory", "read", "written", "FLOPs", "time"):
+        table.add_column(name, justify="right")
+    table.add_column("how", overflow="fold")
+    for step in costs.steps:
+        parameters = "" if step.parameters is None else f"{step.parameters:,}"
+        if step.estimate is None:
+            table.add_row(step.step, parameters, *["?"] * 5, "does not fit" if step.obstacle else "")
+        else:
+            table.add_row(step.step, parameters, *_cells(step.estimate), step.estimate.how)
+    table.add_section()
+    table.add_row("all", "", *_cells(costs.total), "")
+    console.print(table)
+    console.print(
+        f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
+        "downloads are not in them.",
+        highlight=False,
+    )
+
+
+def costs_as_json(costs: PlanCosts | None) -> str:
+    """`memory` and `steps`, each with `step`, `parameters`, `obstacle` and `estimate`; `null` where nothing is known."""
+    return json.dumps(None if costs is None else asdict(costs))
+
+
+def _cells(estimate: Estimate) -> list[str]:
+    return [
+        format_size(estimate.peak_bytes) if estimate.peak_bytes else "",
+        _format_bytes(estimate.bytes_read),
+        _format_bytes(estimate.bytes_written),
+        f"{estimate.flops:.1e}" if estimate.flops else "",
+        format_seconds(estimate.seconds),
+    ]
+
+
+def _format_bytes(size: int) -> str:
+    """In powers of ten, as disks are sold."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1000:.0f} kB" if size else ""

@@ -1,0 +1,182 @@
+"""What a plan says a run takes: sizes are exact, operations follow formulas, no weight is read, what does not fit is said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import make_model, make_text
+from typer.testing import CliRunner, Result
+
+from gradmap_pipeline.cli import app
+from gradmap_pipeline.estimate import Estimate
+from gradmap_pipeline.machine import Machine
+from gradmap_pipeline.model.checkpoint import read_header
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.rates import time_call
+from gradmap_pipeline.rehearsal import Rehearsal
+
+RECIPE = """\
+version: 1
+model: {path: model}
+steps:
+  - use: evaluate
+    id: evaluate_dense
+    with: {dataset: {path: text.txt}, samples: 8, sequence_length: 24}
+  - use: calibrate
+    with: {dataset: {path: text.txt}, samples: 8, sequence_length: 24}
+  - use: gradmap_score
+    with: {layers: 2, protect_first: 0, protect_last: 0}
+  - use: prune
+    with: {layers: 2}
+  - use: project_compensate
+  - use: evaluate
+    with: {dataset: {path: text.txt}, samples: 8, sequence_length: 24, max_perplexity_ratio: 100}
+  - use: export
+    with: {to: out}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_model(tmp_path / "model")
+    make_text(tmp_path / "text.txt")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def gradmap(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def costs_of(*arguments: str) -> dict[str, dict[str, object]]:
+    result = gradmap("plan", "r.yaml", "--json", *arguments)
+    assert result.exit_code == 0, result.output
+    return {step["step"]: step for step in json.loads(result.stdout)["steps"]}
+
+
+def test_sizes_are_those_of_the_run(folder: Path) -> None:
+    costs = costs_of()
+    assert gradmap("run", "r.yaml", "--quiet").exit_code == 0
+    exported = read_header(Path("out/model.safetensors"))
+    assert costs["model"]["parameters"] == open_folder(Path("model")).count_parameters()
+    assert costs["prune"]["parameters"] == sum(tensor.elements for tensor in exported.values())
+    assert costs["export"]["estimate"]["bytes_written"] == sum(tensor.size for tensor in exported.values())
+    assert costs["model"]["estimate"]["bytes_read"] == open_folder(Path("model")).count_bytes()
+    assert not [step for step, cost in costs.items() if cost["estimate"] is None]
+
+
+def test_no_weight_is_needed(folder: Path) -> None:
+    """The plan is the same when the data of every tensor is gone and only the length of the file is left."""
+    before = costs_of()
+    file = Path("model/model.safetensors")
+    header = min(tensor.start for tensor in read_header(file).values())
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.truncate(header)
+        stream.truncate(size)
+    after = costs_of()
+    for step, cost in before.items():
+        for name in ("bytes_read", "bytes_written", "flops", "how"):
+            assert after[step]["estimate"][name] == cost["estimate"][name]
+
+
+def test_operations_follow_the_formula(folder: Path) -> None:
+    """A llama layer: 2 for each weight and token; attention: 4 T² for each head's width."""
+    rehearsal = Rehearsal(Path("model"), "model", None, Machine(), folder)
+    weights = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
+    tokens = 24
+    layer, head = rehearsal.trial.layer_pass(8, tokens), rehearsal.trial.head_pass(8, tokens)
+    assert layer.flops == layer.backward_flops == 2 * weights * tokens + 4 * tokens**2 * 32
+    assert rehearsal.trial.layer_pass(8, tokens, weight_gradients=True).backward_flops == 2 * layer.flops
+    assert head.flops == 2 * 32 * 300 * tokens
+    two = rehearsal.backward_sweeps([4, 3], 8, tokens)
+    assert "graphs kept" in two.how
+    assert two.flops == pytest.approx(8 * (7 * (layer.flops + layer.backward_flops) + 2 * (head.flops + head.backward_flops)))
+
+
+def test_the_dense_model_is_counted_once(folder: Path) -> None:
+    """The limit of the last evaluation compares with the dense model, which the first one has scored."""
+    with_dense = costs_of()["evaluate"]["estimate"]["flops"]
+    recipe = Path("r.yaml")
+    first_alone = recipe.read_text().split("  - use: evaluate\n    id", 1)
+    recipe.write_text(first_alone[0] + first_alone[1][first_alone[1].index("  - use: calibrate") :])
+    assert costs_of()["evaluate"]["estimate"]["flops"] > 2 * with_dense
+
+
+def test_what_does_not_fit_is_said_before_the_run(folder: Path) -> None:
+    result = gradmap("plan", "r.yaml", "--memory", "150MiB")
+    assert result.exit_code == 3
+    assert "need" in result.stderr
+    assert "--memory" in result.stderr
+    assert not (folder / ".gradmap").exists()
+
+
+def test_each_step_that_does_not_fit_is_named(folder: Path) -> None:
+    """Memory for the embeddings, not for a sweep."""
+    from gradmap_pipeline.memory import resident_bytes
+
+    result = gradmap("plan", "r.yaml", "--memory", str(resident_bytes() + (80 << 20)))
+    assert result.exit_code == 3
+    for step in ("evaluate_dense", "gradmap_score"):
+        assert f"step '{step}': one layer" in result.stderr
+    assert "does not fit" in result.stdout
+
+
+def test_less_memory_reads_more(folder: Path) -> None:
+    """The plan says which way a sweep takes, as the run chooses it."""
+    rehearsal = Rehearsal(Path("model"), "model", None, Machine(), folder)
+    roomy = rehearsal.backward_sweeps([4, 3], 8, 24)
+    needs = rehearsal.needs(4, 8, 24)
+    rehearsal.trial._needs[24] = replace(needs, all_layer_bytes=1 << 60)  # as if the layers were large
+    narrow = rehearsal.backward_sweeps([4, 3], 8, 24)
+    assert roomy.how == "layers stay in memory, graphs kept"
+    assert narrow.how == "layers read again"
+    assert roomy.bytes_read == rehearsal.stored_rest_bytes + needs.stored_bytes
+    assert narrow.bytes_read == rehearsal.stored_rest_bytes + 2 * needs.stored_bytes * (4 + 3) // 4
+    assert narrow.flops > roomy.flops
+
+
+def test_a_model_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    make_text(tmp_path / "text.txt")
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("path: model", "id: some/model"))
+    result = gradmap("plan", "r.yaml")
+    assert result.exit_code == 0
+    assert "when the model is on this machine" in result.stdout
+    assert gradmap("plan", "r.yaml", "--json").stdout == "null\n"
+
+
+def test_a_stage_that_says_nothing(folder: Path) -> None:
+    (folder / "mine.py").write_text(
+        "from pydantic import BaseModel\n"
+        "from gradmap_pipeline import Context, ModelGraph, Stage, hookimpl\n"
+        "class Mine(Stage):\n"
+        '    """Do nothing."""\n'
+        '    name = "mine"\n'
+        "    class Inputs(BaseModel):\n        model: ModelGraph\n"
+        "    class Outputs(BaseModel):\n        pass\n"
+        "@hookimpl\ndef gradmap_stages():\n    return [Mine]\n"
+    )
+    (folder / "r.yaml").write_text(RECIPE + "  - use: mine\n")
+    assert costs_of("--plugin", "mine.py")["mine"]["estimate"] is None
+    assert gradmap("plan", "r.yaml", "--plugin", "mine.py").exit_code == 0
+
+
+def test_estimates_add_up() -> None:
+    one = Estimate(5, 10, 1, 100.0, 2.0, "so")
+    two = Estimate(7, 1, 0, 1.0, 1.0)
+    assert one + two == Estimate(7, 11, 1, 101.0, 3.0, "so")
+    assert two * 3 == Estimate(7, 3, 0, 3.0, 3.0)
+
+
+def test_a_long_call_is_made_once() -> None:
+    calls: list[int] = []
+    time_call(lambda: calls.append(1), at_least=0.0)
+    assert len(calls) == 1
+    time_call(lambda: calls.append(1), at_least=10.0, at_most=5)
+    assert len(calls) == 1 + 1 + 5
