@@ -62,13 +62,23 @@ def default_budget() -> int:
 def _free_in_control_groups() -> list[int]:
     """What the control group of this process and those around it have left, where they have a limit."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return []
-    own = _CGROUP / next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
-    groups = [own, *(group for group in own.parents if group.is_relative_to(_CGROUP))]
-    found = [(_read_number(group / "memory.max"), _read_number(group / "memory.current")) for group in groups]
-    return [max(0, limit - used) for limit, used in found if limit is not None and used is not None]
+    found = []
+    for _, controllers, place in lines:
+        if not controllers:  # version 2
+            root, limit, used = _CGROUP, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, used = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / place.lstrip("/")
+        for group in (own, *(above for above in own.parents if above.is_relative_to(root))):
+            most, now = _read_number(group / limit), _read_number(group / used)
+            if most is not None and now is not None:
+                found.append(max(0, most - max(0, now - _read_cache(group))))
+    return found
 
 
 def _read_number(file: Path) -> int | None:
@@ -76,3 +86,12 @@ def _read_number(file: Path) -> int | None:
         return int(file.read_text())
     except (OSError, ValueError):  # no control group, or no limit ("max")
         return None
+
+
+def _read_cache(group: Path) -> int:
+    """Bytes of files that a control group holds and the kernel takes back when it needs room."""
+    try:
+        entries = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(entries.get("total_inactive_file", entries.get("inactive_file", 0)))
