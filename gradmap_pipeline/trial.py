@@ -47,7 +47,7 @@ class Trial:
         from .model.layerwise import LayerwiseModel
 
         class Hollow(LayerwiseModel):
-            def read(self, stored: StoredTensor, cast: torch.dtype | None) -> torch.Tensor:
+            def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
                 return torch.empty(stored.shape, dtype=cast or getattr(torch, stored.torch_dtype))
 
         self._model = Hollow(graph, device=device, dtype=dtype, resident_bytes=0)

@@ -90,7 +90,8 @@ def test_measured_needs_cover_what_is_used(architecture: str, tmp_path: Path) ->
     [
         {"parts": 3, "keep_graphs": False},
         {"parts": 3, "keep_graphs": True},
-        {"resident": False, "keep_graphs": False},
+        {"resident": False, "keep_graphs": False, "prefetch": False},
+        {"resident": False, "keep_graphs": False, "prefetch": True},
         {"resident": False, "keep_graphs": False, "boundary_limit": 2000},
         {"parts": 1, "keep_graphs": True},
         {"batch_samples": 1},

@@ -56,6 +56,8 @@ class SweepWay:
 
     resident: bool
     """Layers stay in memory."""
+    prefetch: bool
+    """The next layer is read while this one computes."""
     batch_samples: int
     parts: int
     """The samples go through the model in this many parts, one after another."""
@@ -69,16 +71,17 @@ class SweepWay:
 
     def describe(self) -> str:
         """In a few words."""
-        layers = "layers stay in memory" if self.resident else "layers read again"
+        layers = "layers stay in memory" if self.resident else "layers read ahead" if self.prefetch else "layers read again"
         parts = f"samples in {self.parts} parts" if self.parts > 1 else ""
         spilled = f"{format_size(self.bytes_written)} of hidden states to a file" if self.bytes_written else ""
         return ", ".join(filter(None, (layers, "graphs kept" if self.keep_graphs else "", parts, spilled)))
 
 
-def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True) -> SweepWay:
+def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0) -> SweepWay:
     """The fastest way that fits into `free` bytes.
 
     `divisible` False: what is computed is no sum over samples, so they must go through together.
+    `reserve`: bytes of those that are better left free than used to read ahead.
     Raises `CapacityError` when the largest layer and one sample do not fit.
     """
     work = math.ceil(needs.saved_bytes * _WORK) if needs.backward else needs.saved_bytes
@@ -99,6 +102,9 @@ def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True) -> Sweep
     boundaries = needs.boundary_bytes * (needs.layers + 1 if needs.keep_boundaries else 2)  # of one sample
     graphs = needs.saved_bytes * needs.layers
     keep_graphs = resident and needs.backward and (boundaries + graphs) * (batch if divisible else needs.samples) <= left
+    prefetch = not resident and needs.samples * boundaries + reserve + needs.layer_bytes <= left
+    if prefetch:
+        held, left = held + needs.layer_bytes, left - needs.layer_bytes
     each = boundaries + graphs if keep_graphs else boundaries
     fitting = min(needs.samples, max(1, left // each // batch) * batch)
     parts = math.ceil(needs.samples / fitting) if divisible else 1
@@ -110,6 +116,7 @@ def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True) -> Sweep
     written = 0 if parts > 1 or keep_graphs else over
     return SweepWay(
         resident=resident,
+        prefetch=prefetch,
         batch_samples=batch,
         parts=parts,
         keep_graphs=keep_graphs,

@@ -104,13 +104,16 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 
-def load_tensor(stored: StoredTensor, torch_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Read one tensor, casting floating-point values to `torch_dtype` a chunk at a time."""
+def load_tensor(stored: StoredTensor, torch_dtype: torch.dtype | None = None, *, pinned: bool = False) -> torch.Tensor:
+    """Read one tensor, casting floating-point values to `torch_dtype` a chunk at a time.
+
+    `pinned`: into memory from which a GPU copies by itself.
+    """
     import torch
 
     source: torch.dtype = getattr(torch, _TORCH_NAMES[stored.dtype])
     target = torch_dtype if torch_dtype is not None and source.is_floating_point else source
-    values = torch.empty(stored.elements, dtype=target)
+    values = torch.empty(stored.elements, dtype=target, pin_memory=pinned)
     step = stored.elements if target == source else _CHUNK // source.itemsize
     buffer = values if target == source else torch.empty(min(step, stored.elements), dtype=source)
     try:

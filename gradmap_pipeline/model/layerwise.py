@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ..errors import ModelError
 from .batches import Batch
 from .checkpoint import StoredTensor, load_tensor
 from .graph import ModelGraph
+from .prefetch import Prefetcher
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,9 @@ class LayerwiseModel:
         size = sum(t.elements for layer in graph.layers for t in graph.layer_tensors(layer).values()) * self.dtype.itemsize
         self.resident = size <= resident_bytes
         """Whether layers stay in memory after their first use."""
+        self.prefetch = False
+        """Whether to read the layer that is expected next while another computes."""
+        self._prefetcher = Prefetcher(self.device)
         self._bring_in_rest()
         self._returns_tuple: bool | None = None
 
@@ -73,7 +78,7 @@ class LayerwiseModel:
         """Base layer `index` with its weights, for the time of the `with` block."""
         layer = self._layers[index]
         if next(iter(layer.parameters())).is_meta:
-            self._load(self.graph.layer_tensors(index))
+            self._load(self._prefetcher.take(index) or self._read_all(self.graph.layer_tensors(index)))
             self._check_complete(layer, f"{self.layers_path}.{index}.")
             for name, value in self._overrides.get(index, {}).items():
                 layer.get_parameter(name).data.copy_(value)
@@ -82,6 +87,13 @@ class LayerwiseModel:
         finally:
             if not self.resident:
                 _drop_weights(layer)
+
+    def expect(self, index: int) -> None:
+        """Base layer `index` is the next to be used."""
+        if self.prefetch and next(iter(self._layers[index].parameters())).is_meta:
+            self._prefetcher.start(
+                index, partial(self._read_all, self.graph.layer_tensors(index), pinned=self.device.type == "cuda")
+            )
 
     def forget_rest(self) -> None:
         """Drop embeddings, norm and head; from now on layers alone can be run."""
@@ -200,7 +212,7 @@ class LayerwiseModel:
         for parameter in self.module.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         self.module.initialize_weights()
-        missing = self._load(self.graph.other_tensors())
+        missing = self._load(self._read_all(self.graph.other_tensors()))
         self.module.tie_weights(missing_keys=missing, recompute_mapping=False)
         layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
         for name, parameter in self.module.named_parameters():
@@ -208,21 +220,23 @@ class LayerwiseModel:
                 raise ModelError(f"{str(self.graph.base.folder)!r} lacks the weights of {name!r}")
             parameter.requires_grad_(False)
 
-    def _load(self, tensors: dict[str, StoredTensor]) -> set[str]:
+    def _read_all(self, tensors: dict[str, StoredTensor], *, pinned: bool = False) -> dict[str, torch.Tensor]:
+        cast = None if self.module._get_dtype_plan(self.dtype) else self.dtype
+        return {name: self.read(tensor, cast, pinned=pinned) for name, tensor in tensors.items()}
+
+    def _load(self, tensors: dict[str, torch.Tensor]) -> set[str]:
         """Bring tensors in through the conversions that transformers applies to this architecture; return what is missing."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        kept_wide = self.module._get_dtype_plan(self.dtype)
-        cast = None if kept_wide else self.dtype
         loading, _ = convert_and_load_state_dict_in_model(
             self.module,
-            {name: self.read(tensor, cast) for name, tensor in tensors.items()},
+            tensors,
             LoadStateDictConfig(
                 dtype=self.dtype,
                 device_map={"": str(self.device)},
-                dtype_plan=kept_wide,
+                dtype_plan=self.module._get_dtype_plan(self.dtype),
                 weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]
             ),
         )
@@ -232,13 +246,13 @@ class LayerwiseModel:
         missing: set[str] = loading.missing_keys
         return missing
 
-    def read(self, stored: StoredTensor, cast: torch.dtype | None) -> torch.Tensor:
+    def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
         """A tensor as it will be exported: rounded to the graph's type before it gets the type to compute in."""
         import torch
 
         exported: torch.dtype | None = getattr(torch, self.graph.dtype) if self.graph.dtype else None
         if exported is None or stored.dtype_as(self.graph.dtype) == stored.dtype:
-            return load_tensor(stored, cast)
+            return load_tensor(stored, cast, pinned=pinned)
         rounded = load_tensor(stored, exported)
         return rounded.to(cast) if cast is not None else rounded
 

@@ -65,7 +65,7 @@ def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepWay, 
 
     `reserve`: bytes to leave free for what is done with them.
     """
-    way = choose_way(replace(needs, backward=False, logits_bytes=0), free, divisible=False)
+    way = choose_way(replace(needs, backward=False, logits_bytes=0), free, divisible=False, reserve=reserve)
     return way, max(0, way.boundary_limit - reserve) // 2
 
 
@@ -87,7 +87,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
     layers = graph.base.layers + len(graph.layers)
     with context.progress("run both models", layers * len(batches), "layer batch") as advance:
         targets = Boundaries(limit, context.folder)
-        model.resident = way.resident
+        model.resident, model.prefetch = way.resident, way.prefetch
         original = Sweep(model, batches, boundaries=targets, advance=advance)
         model.forget_rest()
         for step in original.forward():
@@ -98,7 +98,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
         del original, step, model
         give_back()
         model = open_model(graph)
-        model.resident = way.resident
+        model.resident, model.prefetch = way.resident, way.prefetch
         pruned = Sweep(model, batches, boundaries=Boundaries(limit, context.folder), advance=advance)
         model.forget_rest()
         pruned.run_forward()

@@ -143,6 +143,8 @@ class Sweep:
         for position in range(self.done, len(self.layers)):
             layer = self.layers[position]
             with self.model.layer(layer) as module, self._parameters(module, position):
+                if position + 1 < len(self.layers):
+                    self.model.expect(self.layers[position + 1])
                 visits = self._forward_visits(position)
                 yield ForwardLayer(layer, module, visits)
                 for _ in visits:
@@ -192,6 +194,8 @@ class Sweep:
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
             with self.model.layer(layer) as module, self._parameters(module, position) as parameters:
+                if position:
+                    self.model.expect(self.layers[position - 1])
                 step = BackwardLayer(layer, module, iter(()))
                 below: list[torch.Tensor] = []
                 step.visits = self._backward_visits(position, gradients, below, parameters, step.weight_gradients)
