@@ -76,7 +76,7 @@ MemorySize = Annotated[
         "--memory",
         metavar="SIZE",
         callback=_check_size,
-        help="Memory this process may use, as 3GiB. Default: 80 % of what is free.",
+        help="Memory this process may use, as 3GiB; of the GPU, where there is one. Default: 80 % of what is free.",
         show_default=False,
     ),
 ]

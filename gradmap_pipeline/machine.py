@@ -20,11 +20,12 @@ class Machine:
     """Floating-point type to compute in; it changes results, so it is part of every key."""
     threads: int | None = None
     memory: int | None = None
-    """Bytes this process may have resident; None: 80 % of what is free."""
+    """Bytes this process may have resident, on the GPU if there is one; None: 80 % of what is free."""
 
-    def budget(self, group: Group = ALONE) -> int:
-        """Bytes each process of a group may have resident."""
-        return default_budget() // group.size if self.memory is None else self.memory
+    def budget(self, device: str, group: Group = ALONE) -> int:
+        """Bytes each process of a group may have resident, on a GPU of its own or all together in the machine."""
+        sharing = 1 if device.startswith("cuda") else group.size
+        return default_budget(device) // sharing if self.memory is None else self.memory
 
     def prepare_torch(self, group: Group = ALONE) -> str:
         """Apply these settings to torch, and return the device by torch's name. Raises `CapacityError` where it is not there."""

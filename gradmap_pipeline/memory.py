@@ -1,10 +1,11 @@
-"""How much memory this process has, and how much it may have."""
+"""How much memory this process has, and how much it may have: of the machine, or of a GPU."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,8 +27,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * (1000 ** (unit.bit_length() // 10) if decimal else unit))
 
 
-def resident_bytes() -> int:
-    """What this process has in memory now: its own pages and those mapped from files."""
+def resident_bytes(device: str = "cpu") -> int:
+    """What this process has in memory now: its own pages and those mapped from files. On a GPU: what torch holds there."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.memory_reserved(device)
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -47,16 +52,29 @@ def give_back(*, between_steps: bool = False) -> None:
     gc.collect()
     if between_steps:
         gc.freeze()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.modules["torch"].cuda.empty_cache()
     with suppress(OSError, AttributeError):  # another C library keeps or returns memory as it likes
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def default_budget() -> int:
-    """80 % of what the machine, or the control group this process runs in, has free, and what the process has already."""
+def default_budget(device: str = "cpu") -> int:
+    """80 % of what is free, and what the process has already."""
+    return int(DEFAULT_SHARE * free_bytes(device)) + resident_bytes(device)
+
+
+def free_bytes(device: str = "cpu") -> int:
+    """What the machine, or the control group this process runs in, has free; files are kept there after reading, as far as it goes.
+
+    On a GPU: what the GPU has free.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    free = min([int(psutil.virtual_memory().available), *_free_in_control_groups()])
-    return int(DEFAULT_SHARE * free) + resident_bytes()
+    return min([int(psutil.virtual_memory().available), *_free_in_control_groups()])
 
 
 def _free_in_control_groups() -> list[int]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from .memory import free_bytes
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,10 +59,8 @@ class Rates:
 
         `besides`: bytes of other files that are read and written.
         """
-        import psutil
-
         size = sum(tensor.size for tensor in self._base.tensors.values()) + besides
-        kept = min(1.0, max(0.0, (psutil.virtual_memory().available - self._memory) / size))
+        kept = min(1.0, max(0.0, (free_bytes() - self._memory) / size))
         first, again = self._read_twice
         return kept * again + (1 - kept) * first
 

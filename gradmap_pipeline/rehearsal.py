@@ -39,7 +39,7 @@ class Rehearsal:
         self.base = self.graph.base
         self.device = machine.prepare_torch()
         self._dtype = machine.dtype
-        self.memory = machine.budget()
+        self.memory = machine.budget(self.device)
         self._check_room()
         Trial(self.graph, self.device, machine.dtype)
         give_back()
@@ -50,7 +50,7 @@ class Rehearsal:
         self.start_seconds = opened - started - self.open_seconds
         """To import torch and transformers; paid once, by the first step."""
         give_back()
-        self.occupied = resident_bytes()
+        self.occupied = resident_bytes(self.device)
         """Bytes a process has resident when it has opened the model, without layers."""
         self.rates = Rates(self.base, self.trial.dtype, self.device, self.memory, store)
         self._seen: set[Hashable] = set()
@@ -190,7 +190,7 @@ class Rehearsal:
     def _check_room(self) -> None:
         """Before anything is allocated: what every sweep needs at least."""
         layer = max(self.layer_elements.values()) * self._item
-        needed = resident_bytes() + self.rest_bytes + layer
+        needed = resident_bytes(self.device) + self.rest_bytes + layer
         if needed > self.memory:
             raise CapacityError(
                 f"embeddings and head ({format_size(self.rest_bytes)}) and one layer ({format_size(layer)}) in {self._dtype} need "

@@ -118,12 +118,13 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
         together = group if step.stage.parallel else ALONE
         if group.leads or step.stage.parallel:
             with store.step(name, key) if group.leads else _scratch_step() as folder:
+                device = machine.prepare_torch(group)
                 context = Context(
                     folder=folder.path,
                     seed=plan.seed,
-                    device=machine.prepare_torch(group),
+                    device=device,
                     dtype=machine.dtype,
-                    memory=machine.budget(group),
+                    memory=machine.budget(device, group),
                     progress=_progress_of(step.id, reporter),
                     note=lambda text: reporter.note(step.id, text),
                     remember=_memory_of(step, machine.dtype, store, together),

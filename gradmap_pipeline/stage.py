@@ -48,7 +48,7 @@ class Context:
     dtype: str
     """Floating-point type to compute in: `float32`, `bfloat16`, `float16`."""
     memory: int
-    """Bytes this process may have resident, all included."""
+    """Bytes this process may have resident, all included; on a GPU, what it may have there."""
     progress: Callable[[str, int, str], AbstractContextManager[Advance]]
     """`with context.progress(description, total, unit) as advance:` reports work that takes longer than a second."""
     note: Callable[[str], None]

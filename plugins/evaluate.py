@@ -139,7 +139,7 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     samples, length = ids.shape
     layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype, resident_bytes=0)
     needs = measure_needs(layerwise, samples, length, backward=False, keep_boundaries=False)
-    way = choose_way(needs, context.memory - resident_bytes())
+    way = choose_way(needs, context.memory - resident_bytes(context.device))
     layerwise.resident, layerwise.prefetch = way.resident, way.prefetch
     batches = make_batches(ids, mask, way.batch_samples * length)
     # Weights that stay in memory cost nothing to use again, so activations of one batch at a time are enough.

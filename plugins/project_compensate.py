@@ -223,7 +223,7 @@ def collect_moments(streams: Streams, layer: int, space: Space, context: Context
         hidden = streams.pruned.boundary(position, 0)
         projection = find_down_projection(streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
         size, width = (projection.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
-        check_room(size, width, context.memory)
+        check_room(size, width, context.memory, context.device)
         zeros = {"dtype": torch.float64, "device": hidden.device}
         moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
         drift = Drift()

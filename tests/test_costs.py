@@ -133,8 +133,10 @@ def test_less_memory_reads_more(folder: Path) -> None:
     needs = rehearsal.needs(4, 8, 24)
     rehearsal.trial._needs[24] = replace(needs, all_layer_bytes=1 << 60)  # as if the layers were large
     narrow = rehearsal.backward_sweeps([4, 3], 8, 24)
+    rehearsal.trial._needs[24] = replace(needs, all_layer_bytes=1 << 60, read_ahead=True)
+    assert rehearsal.backward_sweeps([4, 3], 8, 24).how == "layers read ahead"
     assert roomy.how == "layers stay in memory, graphs kept"
-    assert narrow.how == "layers read ahead"
+    assert narrow.how == "layers read again"
     assert roomy.bytes_read == rehearsal.stored_rest_bytes + needs.stored_bytes
     assert narrow.bytes_read == rehearsal.stored_rest_bytes + 2 * needs.stored_bytes * (4 + 3) // 4
     assert narrow.flops > roomy.flops

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from gradmap_pipeline import memory
+from gradmap_pipeline.group import Group
+from gradmap_pipeline.machine import Machine
 from gradmap_pipeline.memory import default_budget, parse_size, resident_bytes
 
 
@@ -53,3 +55,16 @@ def test_control_group_limits_the_default(
     assert default_budget() == pytest.approx(480_000 + resident_bytes(), abs=16 << 20)
     (group / limit).write_text(unlimited + "\n")
     assert default_budget() > 64 << 20
+
+
+def test_on_a_gpu_its_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    assert resident_bytes("cuda:0") == 300
+    assert default_budget("cuda:0") == 1100
+    both = Group(rank=0, size=2)
+    assert Machine().budget("cuda:0", both) == 1100
+    assert Machine(memory=70).budget("cuda:0", both) == 70
+    assert Machine().budget("cpu", both) < Machine().budget("cpu")

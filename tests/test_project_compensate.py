@@ -51,11 +51,11 @@ def test_solve_ridge_is_augmented_least_squares() -> None:
 
 def test_room_for_the_sums_is_checked(tmp_path: Path) -> None:
     context = make_context(tmp_path, memory=1 << 30)
-    check_room(1000, 1000, context.memory)
+    check_room(1000, 1000, context.memory, context.device)
     with pytest.raises(
         CapacityError, match=r"correcting 20000 inputs takes 3.81 GiB, .* use space: output, or allow more with --memory"
     ):
-        check_room(20_000, 4000, context.memory)
+        check_room(20_000, 4000, context.memory, context.device)
 
 
 def test_singular_gram_is_refused() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import CapacityError
+from ..memory import free_bytes
 from .batches import BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class SweepNeeds:
     weight_gradients: bool = False
     keep_boundaries: bool = True
     """All of them, not just the one the sweep stands at."""
+    read_ahead: bool = True
+    """Whether reading waits for a disk or a bus; out of the system's cache it takes the processor from computing."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
     boundaries = needs.boundary_bytes * (needs.layers + 1 if needs.keep_boundaries else 2)  # of one sample
     graphs = needs.saved_bytes * needs.layers
     keep_graphs = resident and needs.backward and (boundaries + graphs) * (batch if divisible else needs.samples) <= left
-    prefetch = not resident and needs.samples * boundaries + reserve + needs.layer_bytes <= left
+    prefetch = needs.read_ahead and not resident and needs.samples * boundaries + reserve + needs.layer_bytes <= left
     if prefetch:
         held, left = held + needs.layer_bytes, left - needs.layer_bytes
     each = boundaries + graphs if keep_graphs else boundaries
@@ -162,6 +165,7 @@ def measure_needs(
         backward=backward,
         weight_gradients=weight_gradients,
         keep_boundaries=keep_boundaries,
+        read_ahead=model.device.type == "cuda" or stored > free_bytes(),
     )
 
 

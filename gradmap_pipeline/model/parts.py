@@ -46,7 +46,7 @@ class PartedSweep:
         self.model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0)
         samples, tokens = input_ids.shape
         needs = measure_needs(self.model, samples, tokens, weight_gradients=weight_gradients)
-        self.way = choose_way(needs, memory - resident_bytes(), divisible=divisible)
+        self.way = choose_way(needs, memory - resident_bytes(device), divisible=divisible)
         self.model.resident, self.model.prefetch = self.way.resident, self.way.prefetch
         self._folder, self._advance, self._weight_gradients = folder, advance, weight_gradients
         size = math.ceil(samples / self.way.parts)

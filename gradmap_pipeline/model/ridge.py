@@ -77,12 +77,12 @@ def room_for(inputs: int, width: int) -> int:
     return 8 * (inputs * inputs + inputs * width + 3 * _COLUMNS * inputs)
 
 
-def check_room(inputs: int, width: int, memory: int) -> None:
+def check_room(inputs: int, width: int, memory: int, device: str) -> None:
     """Raise `CapacityError` unless one correction fits into memory."""
     needed = room_for(inputs, width)
-    if needed > memory - resident_bytes():
+    if needed > memory - resident_bytes(device):
         give_back()
-    free = memory - resident_bytes()
+    free = memory - resident_bytes(device)
     if needed > free:
         raise CapacityError(
             f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and of the memory allowed "

@@ -82,7 +82,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
     model = open_model(graph.dense)
     needs = measure_needs(model, samples, tokens, backward=False)
-    way, limit = plan_streams(needs, context.memory - resident_bytes(), reserve)
+    way, limit = plan_streams(needs, context.memory - resident_bytes(context.device), reserve)
     batches = make_batches(ids, mask, way.batch_samples * tokens)
     layers = graph.base.layers + len(graph.layers)
     with context.progress("run both models", layers * len(batches), "layer batch") as advance:
