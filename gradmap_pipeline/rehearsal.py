@@ -159,9 +159,10 @@ class Rehearsal:
         way, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve)
         held = free - way.boundary_limit
         if held + reserve > free + self.rest_bytes:  # embeddings and head are gone by then
+            enough = self.memory + held + reserve - free - self.rest_bytes
             raise CapacityError(
                 f"one layer and what is computed with it ({format_size(reserve)}) need {format_size(held + reserve)}, and of the "
-                f"memory allowed {format_size(free + self.rest_bytes)} are left; allow more with --memory"
+                f"memory allowed {format_size(free + self.rest_bytes)} are left; allow {format_size(enough)} or more with --memory"
             )
         boundaries = [samples * self.needs(count, 1, tokens).boundary_bytes * (count + 1) for count in (whole, layers)]
         written = sum(max(0, size - limit) for size in boundaries)
@@ -195,5 +196,5 @@ class Rehearsal:
             raise CapacityError(
                 f"embeddings and head ({format_size(self.rest_bytes)}) and one layer ({format_size(layer)}) in {self._dtype} need "
                 f"{format_size(needed)} with the program itself, over the {format_size(self.memory)} allowed; "
-                "use --dtype bfloat16, or allow more with --memory"
+                f"{'use --dtype bfloat16, or ' if self._item > 2 else ''}allow more with --memory"
             )

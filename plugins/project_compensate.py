@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 from gradmap_pipeline import (
     Artifact,
     CalibrationSet,
+    CapacityError,
     Context,
     Estimate,
     ModelGraph,
@@ -106,7 +107,10 @@ class ProjectCompensate(Stage):
         solution = size**3 / 3 + 2 * size**2 * width
         flops = sites * (products + solution)
         again = sites if self.site in ("every_layer", "before_cuts") else sites + (sites - 1) * model.layers
-        both = rehearsal.two_streams(model.layers, samples, tokens, room_for(size, width), again)
+        try:
+            both = rehearsal.two_streams(model.layers, samples, tokens, room_for(size, width), again)
+        except CapacityError as error:
+            raise CapacityError(f"{error}, or use space: output" if self.space == "input" else str(error)) from None
         return both + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

@@ -126,6 +126,17 @@ def test_each_step_that_does_not_fit_is_named(folder: Path) -> None:
     assert "does not fit" in result.stdout
 
 
+def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradmap_pipeline.model import ridge
+
+    monkeypatch.setattr(ridge, "room_for", lambda inputs, width: 1 << 50)
+    result = gradmap("plan", "r.yaml")
+    assert result.exit_code == 3
+    assert "step 'project_compensate': one layer and what is computed with it" in result.stderr
+    assert "or more with --memory, or use space: output" in result.stderr
+    assert "use space" not in gradmap("plan", "r.yaml", "--set", "project_compensate.space=output").stderr
+
+
 def test_less_memory_reads_more(folder: Path) -> None:
     """The plan says which way a sweep takes, as the run chooses it."""
     rehearsal = Rehearsal(Path("model"), "model", None, Machine(), folder)
