@@ -190,6 +190,9 @@ def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
 
 def main() -> None:
     """Entry point of the `gradmap` command."""
+    from .memory import prefer_huge_pages
+
+    prefer_huge_pages()
     try:
         app()
     except SystemExit as end:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from contextlib import suppress
@@ -13,7 +14,7 @@ DEFAULT_SHARE = 0.8
 """Of the memory that is free when a run starts."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -38,10 +39,20 @@ def resident_bytes(device: str = "cpu") -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def keep_to_budget() -> None:
-    """Have the C library take large blocks from the system and return them at once, instead of keeping them for later."""
+def prefer_huge_pages() -> None:
+    """Have torch ask for large pages, which the system hands out faster. Takes effect before torch is imported."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def tune_allocator(*, tight: bool) -> None:
+    """Have the C library return large blocks to the system as soon as they are free, or, unless memory is `tight`, keep them
+    for later until `give_back`: to get them again costs more than many a computation on them.
+    """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 16 << 20)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, (16 if tight else 32) << 20)
+        if not tight:
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back(*, between_steps: bool = False) -> None:

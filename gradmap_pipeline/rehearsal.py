@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import CapacityError
 from .estimate import Estimate
 from .machine import Machine
-from .memory import give_back, resident_bytes
+from .memory import give_back, resident_bytes, tune_allocator
 from .model.budget import SweepNeeds, choose_way, format_size
 from .model.streams import plan_streams
 from .rates import Rates
@@ -34,6 +34,7 @@ class Rehearsal:
         """Raises `CapacityError` where the embeddings and one layer do not fit."""
         from .model.graph import open_folder
 
+        tune_allocator(tight=machine.memory is not None)
         started = time.perf_counter()
         self.graph = open_folder(folder, name, dtype, digest_of=lambda _: "")
         self.base = self.graph.base

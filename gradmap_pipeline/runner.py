@@ -22,7 +22,7 @@ from .digests import sha256_of, sha256_of_value
 from .errors import CapacityError, GradmapError, RecipeError, StageError
 from .group import Group
 from .machine import ALONE, Machine
-from .memory import give_back, keep_to_budget
+from .memory import give_back, tune_allocator
 from .model.graph import ModelGraph, open_model
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
@@ -48,8 +48,7 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
     All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
     """
     started = time.monotonic()
-    if machine.memory is not None:
-        keep_to_budget()
+    tune_allocator(tight=machine.memory is not None)
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
     if group.leads:

@@ -18,6 +18,7 @@ import torch
 from gradmap_plugins.gradmap_score import gate_importance
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gradmap_pipeline.memory import tune_allocator
 from gradmap_pipeline.model.batches import Batch, make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    tune_allocator(tight=False)  # as a run does
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval()
