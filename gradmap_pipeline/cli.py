@@ -54,7 +54,9 @@ def _check_size(size: str | None) -> str | None:
     from .memory import parse_size
 
     try:
-        return size if size is None or parse_size(size) else None
+        if size is not None and parse_size(size) == 0:
+            raise ValueError("found 0, accepted: a size such as 3GiB, 512MiB or 2.5GB")
+        return size
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

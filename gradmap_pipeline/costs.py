@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from .errors import CapacityError
+from .errors import CapacityError, GradmapError, ModelError, PluginError, is_shortage
 from .estimate import Estimate
 from .machine import Machine
-from .plan import Plan
+from .plan import Plan, PlannedStep
 from .recipe import MODEL_STEP
 from .rehearsal import Rehearsal
 
@@ -52,7 +53,12 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
     folder = plan.model.find_folder()
     if folder is None:
         return None
-    rehearsal = Rehearsal(folder, plan.model.name, plan.model.dtype, machine, store)
+    try:
+        rehearsal = Rehearsal(folder, plan.model.name, plan.model.dtype, machine, store)
+    except GradmapError:
+        raise
+    except Exception as error:
+        raise _explain(error, f"model {plan.model.name!r} cannot be tried") from error
     stored = rehearsal.stored_layer_bytes + rehearsal.stored_rest_bytes
     seconds = stored * (rehearsal.rates.digest + rehearsal.rates.read)
     depth = len(rehearsal.graph.layers)
@@ -66,7 +72,7 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         made = getattr(step.forecasts.get("model"), "layers", None)
         parameters = None if made is None else rehearsal.count_parameters(made)
         try:
-            estimate = step.stage.estimate(inputs, rehearsal)
+            estimate = _ask(step, inputs, rehearsal)
         except CapacityError as error:
             steps.append(StepCost(step.id, parameters, None, str(error)))
             continue
@@ -74,3 +80,22 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
             estimate, starting = replace(estimate, seconds=estimate.seconds + starting), 0.0
         steps.append(StepCost(step.id, parameters, estimate))
     return PlanCosts(rehearsal.memory, steps)
+
+
+def _ask(step: PlannedStep, inputs: dict[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    where = f"estimate() of stage {step.stage.name!r}"
+    try:
+        estimate: object = step.stage.estimate(inputs, rehearsal)
+    except GradmapError:
+        raise
+    except Exception as error:
+        raise _explain(error, f"{where} failed", PluginError) from error
+    if estimate is not None and not isinstance(estimate, Estimate):
+        raise PluginError(f"{where} must return an Estimate or None, got {type(estimate).__name__}")
+    return estimate
+
+
+def _explain(error: Exception, what: str, kind: type[GradmapError] = ModelError) -> GradmapError:
+    """One line for an error that nobody foresaw."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return (CapacityError if is_shortage(error) else kind)(f"{what}: {type(error).__name__}: {first_line}")

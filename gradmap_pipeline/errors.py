@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 
@@ -74,3 +75,13 @@ class QualityError(GradmapError):
     """A limit that the recipe sets on quality is not met."""
 
     exit_code = 5
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether memory or disk ran out."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM))
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

@@ -27,18 +27,27 @@ _WIDTH = 1024  # of the matrices multiplied
 _CHARACTERS = 200_000
 
 
-def time_call(call: Callable[[], object], *, at_least: float = 0.2, at_most: int = 9) -> float:
-    """Seconds of one call: of the first if it is long, else the median of those after it."""
-    started = time.perf_counter()
-    call()
-    first = time.perf_counter() - started
+def time_call(
+    call: Callable[[], object], *, at_least: float = 0.2, at_most: int = 9, wait: Callable[[], object] = lambda: None
+) -> float:
+    """Seconds of one call: of the first if it is long, else the median of those after it.
+
+    `wait` returns when what the call has started is done.
+    """
+
+    def measure() -> float:
+        wait()
+        started = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - started
+
+    first = measure()
     if first > at_least:
         return first
     seconds: list[float] = []
     while len(seconds) < 3 or (sum(seconds) < at_least and len(seconds) < at_most):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(measure())
     return median(seconds)
 
 
@@ -60,7 +69,8 @@ class Rates:
         `besides`: bytes of other files that are read and written.
         """
         size = sum(tensor.size for tensor in self._base.tensors.values()) + besides
-        kept = min(1.0, max(0.0, (free_bytes() - self._memory) / size))
+        free = free_bytes() - (0 if self._device.startswith("cuda") else self._memory)
+        kept = min(1.0, max(0.0, free / size))
         first, again = self._read_twice
         return kept * again + (1 - kept) * first
 
@@ -100,7 +110,7 @@ class Rates:
 
         data = bytes(_BLOCK)
         above = next(folder for folder in (self._store.resolve(), *self._store.resolve().parents) if folder.is_dir())
-        with tempfile.TemporaryFile(buffering=0, dir=above) as file:
+        with tempfile.TemporaryFile(buffering=0, dir=above if os.access(above, os.W_OK) else None) as file:
             started = time.perf_counter()
             for _ in range(_BLOCKS):
                 file.write(data)

@@ -53,6 +53,8 @@ class Rehearsal:
         give_back()
         self.occupied = resident_bytes(self.device)
         """Bytes a process has resident when it has opened the model, without layers."""
+        self.program_bytes = resident_bytes() - (self.rest_bytes if self.device == "cpu" else 0)
+        """Bytes the program and its libraries have resident in the machine."""
         self.rates = Rates(self.base, self.trial.dtype, self.device, self.memory, store)
         self._seen: set[Hashable] = set()
 
@@ -112,7 +114,7 @@ class Rehearsal:
 
     def text(self, tokens: int) -> Estimate:
         """Make ids of so many tokens of text; the time to download it is not known."""
-        return Estimate(self.occupied - self.rest_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.rates.token)
+        return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.rates.token)
 
     def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0) -> Estimate:
         """The loss of samples (samples, tokens), one boundary held at a time.
@@ -121,14 +123,15 @@ class Rehearsal:
         """
         needs = replace(self.needs(layers, samples, tokens), backward=False, keep_boundaries=False)
         way = choose_way(needs, self.memory - self.occupied)
-        layer, head = self.trial.layer_pass(samples, tokens), self.trial.head_pass(samples, tokens)
+        layer, head = self.trial.layer_pass(way.batch_samples, tokens), self.trial.head_pass(way.batch_samples, tokens)
         moving = self._moving(way.bytes_read - way.bytes_written, way.bytes_written, besides)
+        passes = samples + (min(samples, way.batch_samples) if way.resident else 0)  # the first batch warms up
         return self.opening() + Estimate(
             peak_bytes=self.occupied + way.peak_bytes,
             bytes_read=way.bytes_read,
             bytes_written=way.bytes_written,
-            flops=samples * (layers * layer.flops + head.flops),
-            seconds=samples * (layers * layer.forward + head.forward) + moving,
+            flops=passes * (layers * layer.flops + head.flops),
+            seconds=passes * (layers * layer.forward + head.forward) + moving,
             how=way.describe(),
         )
 
@@ -138,7 +141,10 @@ class Rehearsal:
         """Backward sweeps in a row, over models of so many layers each. Reuse between them is left out."""
         needs = replace(self.needs(layers[0], samples, tokens), weight_gradients=weight_gradients)
         way = choose_way(needs, self.memory - self.occupied, divisible=divisible)
-        layer, head = self.trial.layer_pass(samples, tokens, weight_gradients), self.trial.head_pass(samples, tokens)
+        layer, head = (
+            self.trial.layer_pass(way.batch_samples, tokens, weight_gradients),
+            self.trial.head_pass(way.batch_samples, tokens),
+        )
         forward = layer.forward_for_backward if way.keep_graphs else layer.forward + layer.forward_for_backward
         total = Estimate(self.occupied + way.peak_bytes, how=way.describe())
         for number, count in enumerate(layers):
@@ -169,7 +175,7 @@ class Rehearsal:
         written = sum(max(0, size - limit) for size in boundaries)
         layer_bytes = self.stored_layer_bytes / whole
         read = round(layer_bytes * (whole + layers + (0 if way.resident else again)))
-        layer = self.trial.layer_pass(samples, tokens)
+        layer = self.trial.layer_pass(way.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(
             peak_bytes=self.occupied + max(0, held + sum(min(limit, size) for size in boundaries) + reserve - self.rest_bytes),

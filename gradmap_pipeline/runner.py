@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from pydantic_core import to_jsonable_python
 
 from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
-from .errors import CapacityError, GradmapError, RecipeError, StageError
+from .errors import CapacityError, GradmapError, RecipeError, StageError, is_shortage
 from .group import Group
 from .machine import ALONE, Machine
 from .memory import give_back, tune_allocator
@@ -187,7 +186,7 @@ def _call(step: PlannedStep, inputs: BaseModel, context: Context, store: Store) 
         failure.where = error.where or where
         raise failure from error
     except Exception as error:
-        if _is_shortage(error):
+        if is_shortage(error):
             shortage = CapacityError(f"stage {step.stage.name!r} ran out of room: {str(error) or type(error).__name__}")
             shortage.where = where
             raise shortage from error
@@ -200,16 +199,6 @@ def _call(step: PlannedStep, inputs: BaseModel, context: Context, store: Store) 
         failure.where = where
         raise failure
     return result
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Whether memory or disk ran out."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM))
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from .model.batches import BATCH_TOKENS
@@ -48,7 +48,9 @@ class Trial:
 
         class Hollow(LayerwiseModel):
             def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
-                return torch.empty(stored.shape, dtype=cast or getattr(torch, stored.torch_dtype))
+                if stored.is_float:
+                    return torch.empty(stored.shape, dtype=cast or getattr(torch, stored.torch_dtype))
+                return torch.zeros(stored.shape, dtype=torch.long)  # an index, if anything
 
         self._model = Hollow(graph, device=device, dtype=dtype, resident_bytes=0)
         _make_up(self._model.module)
@@ -56,7 +58,8 @@ class Trial:
         self.hidden_size = int(config.hidden_size)
         """D"""
         self.dtype = self._model.dtype
-        self._head_elements = self.hidden_size * int(config.vocab_size)
+        self._words = int(config.vocab_size)
+        self._head_elements = self.hidden_size * self._words
         elements = {layer: sum(t.elements for t in graph.layer_tensors(layer).values()) for layer in graph.layers}
         by_size = sorted(elements, key=elements.__getitem__)
         self._layer = by_size[len(by_size) // 2]
@@ -95,12 +98,26 @@ class Trial:
             with self._model.layer(self._layer):
                 pass
 
-        return time_call(load)
+        return self._time(load)
+
+    def _time(self, call: Callable[[], object]) -> float:
+        import torch
+
+        device = self._model.device
+        return time_call(call, wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None)
+
+    def _make_batch(self, samples: int, tokens: int) -> Batch:
+        import torch
+
+        from .model.batches import Batch
+
+        ids = torch.randint(self._words, (samples, tokens), generator=torch.Generator().manual_seed(0))
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def _try_layer(self, samples: int, tokens: int, weight_gradients: bool) -> Pass:
         import torch
 
-        hidden, arguments = self._model.record(_make_batch(samples, tokens))
+        hidden, arguments = self._model.record(self._make_batch(samples, tokens))
         with self._model.layer(self._layer) as module:
             _make_up(module)
             wanted = list(module.parameters()) if weight_gradients else []
@@ -115,12 +132,13 @@ class Trial:
                 return torch.autograd.grad(output, [leaf, *wanted], output.detach(), retain_graph=True, allow_unused=True)
 
             with torch.no_grad():
-                plain = time_call(forward)
+                plain = self._time(forward)
+            with_graph = self._time(forward)
             output = forward()
             found = Pass(
                 forward=plain / samples,
-                forward_for_backward=time_call(forward) / samples,
-                backward=time_call(lambda: backward(output)) / samples,
+                forward_for_backward=with_graph / samples,
+                backward=self._time(lambda: backward(output)) / samples,
                 flops=(flops := _count_flops(forward) / samples),
                 backward_flops=flops * (2 if weight_gradients else 1),
             )
@@ -131,11 +149,11 @@ class Trial:
     def _try_head(self, samples: int, tokens: int) -> Pass:
         from .model.sweep import Sweep
 
-        sweep = Sweep(self._model, [_make_batch(samples, tokens)])
+        sweep = Sweep(self._model, [self._make_batch(samples, tokens)])
         for layer in self._model.graph.layers:
             sweep.remove(layer)
-        both = time_call(sweep.head_gradients) / samples
-        forward = time_call(lambda: list(sweep.losses())) / samples
+        both = self._time(sweep.head_gradients) / samples
+        forward = self._time(lambda: list(sweep.losses())) / samples
         flops = _count_flops(lambda: list(sweep.losses())) / samples
         return Pass(forward, forward, max(0.0, both - forward), flops, flops)
 
@@ -145,23 +163,14 @@ def _count_tried(samples: int, tokens: int, elements: int) -> int:
     return max(1, min(samples, BATCH_TOKENS // tokens, int(_FLOPS / (2 * elements * tokens))))
 
 
-def _make_batch(samples: int, tokens: int) -> Batch:
-    import torch
-
-    from .model.batches import Batch
-
-    ids = torch.zeros(samples, tokens, dtype=torch.long)
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
-
-
 def _make_up(module: nn.Module) -> None:
-    """Fill weights that are there with small, equal numbers."""
+    """Fill weights that are there with small numbers, different ones, so that experts are chosen evenly."""
     import torch
 
     with torch.no_grad():
         for parameter in module.parameters():
             if not parameter.is_meta:
-                parameter.fill_(0.01)
+                parameter.uniform_(-0.02, 0.02)
 
 
 def _count_flops(forward: Callable[[], object]) -> float:

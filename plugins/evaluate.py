@@ -63,7 +63,7 @@ class Evaluate(Stage):
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model = inputs.get("model")
         length = check_length(self.sequence_length, model)
-        if model is None or length is None or self.samples == "all":
+        if model is None or model.layers is None or length is None or self.samples == "all":
             return None
         whole = len(rehearsal.graph.layers)
         text = (str(self.dataset), self.samples, length, self.packing)

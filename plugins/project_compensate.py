@@ -6,6 +6,7 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,7 +107,8 @@ class ProjectCompensate(Stage):
         products = 2 * samples * tokens * size * (size + width)
         solution = size**3 / 3 + 2 * size**2 * width
         flops = sites * (products + solution)
-        again = sites if self.site in ("every_layer", "before_cuts") else sites + (sites - 1) * model.layers
+        between = {"every_layer": sites, "before_cuts": model.layers}.get(self.site, (sites - 1) * model.layers)
+        again = sites + between  # a corrected layer runs again, with those above it that come before the next
         try:
             both = rehearsal.two_streams(model.layers, samples, tokens, room_for(size, width), again)
         except CapacityError as error:
@@ -146,12 +148,14 @@ class ProjectCompensate(Stage):
         )
 
     def _size(self, graph: ModelGraph) -> tuple[int, int]:
-        """Inputs and outputs of a correction, by the widest matrix of the layers."""
+        """Inputs and outputs of a correction, by the widest matrix that writes hidden states."""
         shapes = [
             tensor.shape for layer in graph.layers for tensor in graph.layer_tensors(layer).values() if len(tensor.shape) == 2
         ]
-        narrow, wide = (max((pick(shape) for shape in shapes), default=0) for pick in (min, max))
-        return wide if self.space == "input" else narrow, narrow
+        dimensions = Counter(size for shape in shapes for size in shape)
+        width = dimensions.most_common(1)[0][0] if dimensions else 0  # hidden: what most matrices start from or end at
+        widest = max((shape[1] for shape in shapes if shape[0] == width), default=width)
+        return widest if self.space == "input" else width, width
 
     def _choose_all(self, graph: ModelGraph) -> list[int]:
         """Layers to correct in order, where the options name them without a measurement."""

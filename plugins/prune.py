@@ -74,7 +74,7 @@ class Prune(Stage):
         return {"model": model.model_copy(update={"layers": layers, "kept": kept})}
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
-        return Estimate(rehearsal.occupied - rehearsal.rest_bytes)
+        return Estimate(rehearsal.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.model.architecture import prune_config

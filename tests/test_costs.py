@@ -10,9 +10,11 @@ import pytest
 from tiny import make_model, make_text
 from typer.testing import CliRunner, Result
 
+from gradmap_pipeline import rehearsal
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.estimate import Estimate
 from gradmap_pipeline.machine import Machine
+from gradmap_pipeline.model import layerwise
 from gradmap_pipeline.model.checkpoint import read_header
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.rates import time_call
@@ -58,6 +60,19 @@ def costs_of(*arguments: str) -> dict[str, dict[str, object]]:
     return {step["step"]: step for step in json.loads(result.stdout)["steps"]}
 
 
+def write_plugin(folder: Path, method: str = "") -> None:
+    (folder / "mine.py").write_text(
+        "from pydantic import BaseModel\n"
+        "from gradmap_pipeline import Context, ModelGraph, Stage, hookimpl\n"
+        "class Mine(Stage):\n"
+        '    """Hand the model on."""\n'
+        '    name = "mine"\n'
+        "    class Inputs(BaseModel):\n        model: ModelGraph\n"
+        "    class Outputs(BaseModel):\n        model: ModelGraph\n" + method + "@hookimpl\n"
+        "def gradmap_stages():\n    return [Mine]\n"
+    )
+
+
 def test_sizes_are_those_of_the_run(folder: Path) -> None:
     costs = costs_of()
     assert gradmap("run", "r.yaml", "--quiet").exit_code == 0
@@ -69,19 +84,60 @@ def test_sizes_are_those_of_the_run(folder: Path) -> None:
     assert not [step for step, cost in costs.items() if cost["estimate"] is None]
 
 
-def test_no_weight_is_needed(folder: Path) -> None:
-    """The plan is the same when the data of every tensor is gone and only the length of the file is left."""
-    before = costs_of()
-    file = Path("model/model.safetensors")
-    header = min(tensor.start for tensor in read_header(file).values())
-    size = file.stat().st_size
-    with file.open("r+b") as stream:
-        stream.truncate(header)
-        stream.truncate(size)
-    after = costs_of()
-    for step, cost in before.items():
-        for name in ("bytes_read", "bytes_written", "flops", "how"):
-            assert after[step]["estimate"][name] == cost["estimate"][name]
+def test_no_weight_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was loaded")
+
+    monkeypatch.setattr(layerwise, "load_tensor", refuse)
+    assert costs_of()["gradmap_score"]["estimate"]["seconds"] > 0
+    with pytest.raises(AssertionError, match="a tensor was loaded"):
+        layerwise.LayerwiseModel(open_folder(Path("model")))
+
+
+def test_tensors_of_whole_numbers(folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model" / "model.safetensors"
+    save_file({**load_file(file), "model.counter": torch.ones(3, dtype=torch.long)}, file, {"format": "pt"})
+    assert costs_of("--dtype", "bfloat16")["evaluate"]["estimate"]["flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('width')", "estimate() of stage 'mine' failed: KeyError: 'width'"),
+        ("return 3", "estimate() of stage 'mine' must return an Estimate or None, got int"),
+    ],
+)
+def test_a_stage_whose_estimate_fails_is_named(body: str, message: str, folder: Path) -> None:
+    write_plugin(folder, f"    def estimate(self, inputs, rehearsal):\n        {body}\n")
+    (folder / "r.yaml").write_text(RECIPE + "  - use: mine\n")
+    result = gradmap("plan", "r.yaml", "--plugin", "mine.py")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_model_of_unknown_depth_is_not_guessed_at(folder: Path) -> None:
+    write_plugin(folder)
+    (folder / "r.yaml").write_text(
+        "version: 1\nmodel: {path: model}\nsteps:\n  - use: mine\n  - use: prune\n    with: {layers: [1]}\n"
+        "  - use: evaluate\n    with: {dataset: {path: text.txt}, samples: 8, sequence_length: 24}\n"
+    )
+    assert costs_of("--plugin", "mine.py")["evaluate"]["estimate"] is None
+
+
+def test_a_model_that_cannot_be_tried(folder: Path) -> None:
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "model_type": "nothing_known"}))
+    result = gradmap("plan", "r.yaml")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "model 'model' cannot be tried: ValueError" in line
+
+
+def test_no_memory_at_all_is_a_mistake(folder: Path) -> None:
+    assert gradmap("plan", "r.yaml", "--memory", "0").exit_code == 2
 
 
 def test_operations_follow_the_formula(folder: Path) -> None:
@@ -115,11 +171,10 @@ def test_what_does_not_fit_is_said_before_the_run(folder: Path) -> None:
     assert not (folder / ".gradmap").exists()
 
 
-def test_each_step_that_does_not_fit_is_named(folder: Path) -> None:
+def test_each_step_that_does_not_fit_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for the embeddings, not for a sweep."""
-    from gradmap_pipeline.memory import resident_bytes
-
-    result = gradmap("plan", "r.yaml", "--memory", str(resident_bytes() + (80 << 20)))
+    monkeypatch.setattr(rehearsal, "resident_bytes", lambda device="cpu": 0)
+    result = gradmap("plan", "r.yaml", "--memory", "50MiB")
     assert result.exit_code == 3
     for step in ("evaluate_dense", "gradmap_score"):
         assert f"step '{step}': one layer" in result.stderr
@@ -165,16 +220,7 @@ def test_a_model_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_stage_that_says_nothing(folder: Path) -> None:
-    (folder / "mine.py").write_text(
-        "from pydantic import BaseModel\n"
-        "from gradmap_pipeline import Context, ModelGraph, Stage, hookimpl\n"
-        "class Mine(Stage):\n"
-        '    """Do nothing."""\n'
-        '    name = "mine"\n'
-        "    class Inputs(BaseModel):\n        model: ModelGraph\n"
-        "    class Outputs(BaseModel):\n        pass\n"
-        "@hookimpl\ndef gradmap_stages():\n    return [Mine]\n"
-    )
+    write_plugin(folder)
     (folder / "r.yaml").write_text(RECIPE + "  - use: mine\n")
     assert costs_of("--plugin", "mine.py")["mine"]["estimate"] is None
     assert gradmap("plan", "r.yaml", "--plugin", "mine.py").exit_code == 0

@@ -75,3 +75,14 @@ def test_a_sweep_reads_ahead_in_both_directions(llama: Path, monkeypatch: pytest
         found.append([visit.gradient for step in sweep.backward() for visit in step])
         assert taken == ([1, 2, 3, 2, 1, 0] if ahead else [])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_sweep_that_ends_early_leaves_nothing_on_its_way(llama: Path) -> None:
+    model = LayerwiseModel(open_folder(llama), resident_bytes=0)
+    model.prefetch = True
+    ids = torch.full((2, 8), 5)
+    forward = Sweep(model, make_batches(ids, torch.ones_like(ids))).forward()
+    assert next(forward).layer == 0
+    assert model._prefetcher._coming is not None
+    del forward
+    assert model._prefetcher._coming is None

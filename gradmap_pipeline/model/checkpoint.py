@@ -50,6 +50,11 @@ class StoredTensor:
         return self.elements * ITEM_BYTES[self.dtype]
 
     @property
+    def is_float(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return self.dtype in _FLOAT_NAMES
+
+    @property
     def torch_dtype(self) -> str:
         """The floating-point type by torch's name."""
         return _FLOAT_NAMES[self.dtype]

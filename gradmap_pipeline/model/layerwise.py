@@ -84,6 +84,9 @@ class LayerwiseModel:
                 layer.get_parameter(name).data.copy_(value)
         try:
             yield layer
+        except BaseException:
+            self._prefetcher.drop()  # the sweep ends here, and nobody comes for it
+            raise
         finally:
             if not self.resident:
                 _drop_weights(layer)

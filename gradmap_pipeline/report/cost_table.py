@@ -32,7 +32,8 @@ def print_costs(costs: PlanCosts | None) -> None:
         else:
             table.add_row(step.step, parameters, *_cells(step.estimate), step.estimate.how)
     table.add_section()
-    table.add_row("all", "", *_cells(costs.total), "")
+    known = all(step.estimate for step in costs.steps)
+    table.add_row("all" if known else "all that is known", "", *_cells(costs.total), "")
     console.print(table)
     console.print(
         f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
