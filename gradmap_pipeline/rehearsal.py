@@ -66,7 +66,7 @@ class Rehearsal:
     @cached_property
     def layer_elements(self) -> dict[int, int]:
         """Parameters by base layer."""
-        return {layer: sum(t.elements for t in self.graph.layer_tensors(layer).values()) for layer in self.graph.layers}
+        return self.graph.layer_elements()
 
     @cached_property
     def stored_layer_bytes(self) -> int:

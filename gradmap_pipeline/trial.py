@@ -60,7 +60,7 @@ class Trial:
         self.dtype = self._model.dtype
         self._words = int(config.vocab_size)
         self._head_elements = self.hidden_size * self._words
-        elements = {layer: sum(t.elements for t in graph.layer_tensors(layer).values()) for layer in graph.layers}
+        elements = graph.layer_elements()
         by_size = sorted(elements, key=elements.__getitem__)
         self._layer = by_size[len(by_size) // 2]
         self._layer_elements = elements[self._layer]

@@ -47,6 +47,17 @@ def test_more_memory_is_never_slower() -> None:
     assert ways[-1].parts == 1
 
 
+def test_reading_ahead_takes_the_room_of_a_second_layer() -> None:
+    """It is planned for, and left where hidden states or a reserve need the room."""
+    few = replace(NEEDS, samples=1)
+    ahead, again = choose_way(few, 3 << 30), choose_way(replace(few, read_ahead=False), 3 << 30)
+    assert (ahead.prefetch, again.prefetch) == (True, False)
+    assert ahead.peak_bytes == again.peak_bytes + NEEDS.layer_bytes
+    assert ahead.boundary_limit == again.boundary_limit - NEEDS.layer_bytes
+    assert not choose_way(few, 3 << 30, reserve=1 << 31).prefetch
+    assert not choose_way(few, 64 << 30).prefetch
+
+
 def test_too_little_is_said() -> None:
     with pytest.raises(
         CapacityError,

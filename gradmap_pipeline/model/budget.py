@@ -146,18 +146,18 @@ def measure_needs(
     from .layerwise import LOGITS_AT_ONCE
 
     graph, size = model.graph, model.dtype.itemsize
-    elements = [sum(tensor.elements for tensor in graph.layer_tensors(layer).values()) for layer in graph.layers]
+    elements = graph.layer_elements()
     stored = sum(tensor.size for layer in graph.layers for tensor in graph.layer_tensors(layer).values())
     ids = torch.zeros(1, tokens, dtype=torch.long)
     hidden, arguments = model.record(Batch(ids, torch.ones(1, tokens, dtype=torch.bool)))
-    largest = graph.layers[max(range(len(elements)), key=elements.__getitem__)]
+    largest = max(elements, key=elements.__getitem__)
     words = int(model.module.config.get_text_config().vocab_size)
     return SweepNeeds(
         samples=samples,
         tokens=tokens,
         layers=len(graph.layers),
-        layer_bytes=max(elements) * size,
-        all_layer_bytes=sum(elements) * size,
+        layer_bytes=elements[largest] * size,
+        all_layer_bytes=sum(elements.values()) * size,
         stored_bytes=stored,
         boundary_bytes=hidden.nbytes,
         saved_bytes=_measure_saved(model, largest, hidden, arguments[largest]),
@@ -188,5 +188,7 @@ def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, argu
 
 
 def format_size(size: int) -> str:
-    """For people: `0.39 GiB`, `12 MiB`."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.0f} MiB"
+    """For people: `0.39 GiB`, `12 MiB`, `80 KiB`."""
+    if size >= 2**28:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"

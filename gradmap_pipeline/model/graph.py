@@ -118,6 +118,10 @@ class ModelGraph(Artifact):
         prefix = self.base.layer_prefix
         return {name: self.stored_tensor(name) for name in self.base.tensors if layer_of(name, prefix) == layer}
 
+    def layer_elements(self) -> dict[int, int]:
+        """Parameters of each kept layer, by base layer."""
+        return {layer: sum(tensor.elements for tensor in self.layer_tensors(layer).values()) for layer in self.layers}
+
     def other_tensors(self) -> dict[str, StoredTensor]:
         """Embeddings, final norm, head: all that belongs to no layer."""
         prefix = self.base.layer_prefix

@@ -64,7 +64,7 @@ class LayerwiseModel:
         self.layers_path, self._layers = _find_layers(self.module, graph)
         self._forwards = [layer.forward for layer in self._layers]
         self._overrides: dict[int, dict[str, torch.Tensor]] = {}
-        size = sum(t.elements for layer in graph.layers for t in graph.layer_tensors(layer).values()) * self.dtype.itemsize
+        size = sum(graph.layer_elements().values()) * self.dtype.itemsize
         self.resident = size <= resident_bytes
         """Whether layers stay in memory after their first use."""
         self.prefetch = False

@@ -8,68 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .batches import Batch, next_token_losses, predicted_tokens
 from .boundaries import Boundaries
 from .layerwise import LayerArguments, LayerwiseModel
+from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from ..stage import Advance
-
-
-@dataclass(frozen=True)
-class ForwardVisit:
-    """One batch at one layer of a forward sweep."""
-
-    input: torch.Tensor
-    """(B, T, D)"""
-    output: torch.Tensor
-    """(B, T, D)"""
-    mask: torch.Tensor
-    """bool (B, T), False where padded."""
-    batch: int
-
-
-@dataclass(frozen=True)
-class BackwardVisit(ForwardVisit):
-    """One batch at one layer of a backward sweep."""
-
-    gradient: torch.Tensor
-    """Of the mean loss over all batches, with respect to the layer's output (B, T, D)."""
-
-
-@dataclass
-class ForwardLayer:
-    """One layer of a forward sweep; iterating runs its batches."""
-
-    layer: int
-    """In the base model."""
-    module: nn.Module
-    """With its weights, as long as the sweep stands at it."""
-    visits: Iterator[ForwardVisit]
-
-    def __iter__(self) -> Iterator[ForwardVisit]:
-        return self.visits
-
-
-@dataclass
-class BackwardLayer:
-    """One layer of a backward sweep; iterating runs its batches."""
-
-    layer: int
-    """In the base model."""
-    module: nn.Module
-    visits: Iterator[BackwardVisit]
-    weight_gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    """fp32, by parameter; complete after the last batch. Empty unless asked for."""
-
-    def __iter__(self) -> Iterator[BackwardVisit]:
-        return self.visits
 
 
 class Sweep:
