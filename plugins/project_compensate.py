@@ -148,13 +148,13 @@ class ProjectCompensate(Stage):
         )
 
     def _size(self, graph: ModelGraph) -> tuple[int, int]:
-        """Inputs and outputs of a correction, by the widest matrix that writes hidden states."""
+        """Inputs and outputs of a correction, by the matrix with the most inputs."""
         shapes = [
             tensor.shape for layer in graph.layers for tensor in graph.layer_tensors(layer).values() if len(tensor.shape) == 2
         ]
         dimensions = Counter(size for shape in shapes for size in shape)
         width = dimensions.most_common(1)[0][0] if dimensions else 0  # hidden: what most matrices start from or end at
-        widest = max((shape[1] for shape in shapes if shape[0] == width), default=width)
+        widest = max((inputs for _, inputs in shapes), default=width)
         return widest if self.space == "input" else width, width
 
     def _choose_all(self, graph: ModelGraph) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from gradmap_pipeline.builtin.text import Split, load_documents
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.model.source import BUILTIN_FOLDER
 
@@ -26,6 +27,13 @@ def test_it_is_small_and_ordinary() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_FOLDER)
     text = "def read(self, size=-1):\n    return self.buffer\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("split", ["calibration", "heldout"])
+def test_no_document_is_empty(split: Split) -> None:
+    documents = load_documents(split)
+    assert len(documents) > 50
+    assert all(text.strip() for text in documents)
 
 
 def test_quickstart_keeps_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_model, make_text
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import rehearsal
+from gradmap_pipeline import costs, rehearsal
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.estimate import Estimate
 from gradmap_pipeline.machine import Machine
@@ -74,14 +75,14 @@ def write_plugin(folder: Path, method: str = "") -> None:
 
 
 def test_sizes_are_those_of_the_run(folder: Path) -> None:
-    costs = costs_of()
+    said = costs_of()
     assert gradmap("run", "r.yaml", "--quiet").exit_code == 0
     exported = read_header(Path("out/model.safetensors"))
-    assert costs["model"]["parameters"] == open_folder(Path("model")).count_parameters()
-    assert costs["prune"]["parameters"] == sum(tensor.elements for tensor in exported.values())
-    assert costs["export"]["estimate"]["bytes_written"] == sum(tensor.size for tensor in exported.values())
-    assert costs["model"]["estimate"]["bytes_read"] == open_folder(Path("model")).count_bytes()
-    assert not [step for step, cost in costs.items() if cost["estimate"] is None]
+    assert said["model"]["parameters"] == open_folder(Path("model")).count_parameters()
+    assert said["prune"]["parameters"] == sum(tensor.elements for tensor in exported.values())
+    assert said["export"]["estimate"]["bytes_written"] == sum(tensor.size for tensor in exported.values())
+    assert said["model"]["estimate"]["bytes_read"] == open_folder(Path("model")).count_bytes()
+    assert not [step for step, cost in said.items() if cost["estimate"] is None]
 
 
 def test_no_weight_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,9 +150,22 @@ def test_operations_follow_the_formula(folder: Path) -> None:
     assert layer.flops == layer.backward_flops == 2 * weights * tokens + 4 * tokens**2 * 32
     assert rehearsal.trial.layer_pass(8, tokens, weight_gradients=True).backward_flops == 2 * layer.flops
     assert head.flops == 2 * 32 * 300 * tokens
+    once = rehearsal.forward_sweep(4, 8, tokens)  # and the first batch, which is all of them, to warm up
+    assert once.flops == pytest.approx(2 * 8 * (4 * layer.flops + head.flops))
     two = rehearsal.backward_sweeps([4, 3], 8, tokens)
     assert "graphs kept" in two.how
     assert two.flops == pytest.approx(8 * (7 * (layer.flops + layer.backward_flops) + 2 * (head.flops + head.backward_flops)))
+
+
+def test_the_first_step_pays_for_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Rehearsal):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.start_seconds = 1000.0
+
+    monkeypatch.setattr(costs, "Rehearsal", Slow)
+    slow = [step for step, cost in costs_of().items() if cost["estimate"]["seconds"] > 1000]
+    assert slow == ["evaluate_dense"]
 
 
 def test_the_dense_model_is_counted_once(folder: Path) -> None:

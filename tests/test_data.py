@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gradmap_pipeline import CalibrationSet, DatasetSource, StageError
+from gradmap_pipeline import CalibrationSet, DatasetSource, StageError, data
 from gradmap_pipeline.builtin.text import load_documents, load_training_documents
 from gradmap_pipeline.data import check_tokenizer, load_tokenizer, make_sequences
 from gradmap_pipeline.errors import ModelError
@@ -137,6 +137,16 @@ def test_packing_joins_texts_and_starts_every_sequence_with_bos(tokenizer: PreTr
         left = left[8 if left[0] == BOS else 7 :]
     assert len(left) < 8
     assert mask.all()
+
+
+@pytest.mark.parametrize("together", [1, 12, 30])
+def test_texts_are_tokenised_once_however_many_go_together(
+    together: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = make_sequences(tokenizer, TEXTS * 3, 8, None)
+    monkeypatch.setattr(data, "_ENCODE_TOGETHER", together)
+    few = make_sequences(tokenizer, TEXTS * 3, 8, None)
+    assert torch.equal(at_once[0], few[0])
 
 
 def test_packing_without_bos_separates_texts_with_eos(tokenizer: PreTrainedTokenizerBase, llama: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from gradmap_pipeline import memory
 from gradmap_pipeline.group import Group
 from gradmap_pipeline.machine import Machine
-from gradmap_pipeline.memory import default_budget, parse_size, resident_bytes
+from gradmap_pipeline.memory import default_budget, free_bytes, parse_size, resident_bytes
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,7 @@ def test_control_group_limits_the_default(
     (group / limit).write_text("1000000\n")
     (group / used).write_text("500000\n")
     (group / "memory.stat").write_text("cache 200000\ninactive_file 100000\n")
+    assert free_bytes() == 600_000
     assert default_budget() == pytest.approx(480_000 + resident_bytes(), abs=16 << 20)
     (group / limit).write_text(unlimited + "\n")
     assert default_budget() > 64 << 20

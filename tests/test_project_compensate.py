@@ -183,3 +183,11 @@ def test_projection_behind_a_norm_is_refused(text: Path, tmp_path: Path) -> None
     sweep = Sweep(layerwise, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
     with layerwise.layer(0), pytest.raises(StageError, match=r"layer 0 of Olmo2ForCausalLM has no linear map that writes"):
         find_down_projection(layerwise, 0, sweep.boundary(0, 0), sweep.arguments(0, 0))
+
+
+@pytest.mark.parametrize(("architecture", "inputs"), [("llama", 64), ("phi3", 64), ("gpt2", 128)])
+def test_a_correction_has_the_size_of_the_down_projection(architecture: str, inputs: int, tmp_path: Path) -> None:
+    """Not of a wider matrix: phi3's gate and up projections are one, of 128 rows; llama's keys are narrower than hidden states."""
+    graph = open_folder(make_model(tmp_path / "model", architecture))
+    assert ProjectCompensate()._size(graph) == (inputs, 32)
+    assert ProjectCompensate(space="output")._size(graph) == (32, 32)

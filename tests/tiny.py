@@ -21,6 +21,7 @@ SMALL = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "qwen3": SMALL,
+    "phi3": SMALL,
     "gpt2": {
         "vocab_size": 300,
         "n_embd": 32,
