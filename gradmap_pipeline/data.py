@@ -153,7 +153,10 @@ def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{str(base.folder)!r} has no tokenizer that transformers can load: {error}") from error
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{str(base.folder)!r} has no tokenizer that transformers can load; put its tokenizer files beside the weights ({first_line})"
+        ) from error
     tokenizer.model_max_length = 10**30  # documents are cut into sequences here, not by the tokenizer
     return tokenizer
 
