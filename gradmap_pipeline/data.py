@@ -155,7 +155,8 @@ def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"{str(base.folder)!r} has no tokenizer that transformers can load; put its tokenizer files beside the weights ({first_line})"
+            f"{str(base.folder)!r} has no tokenizer that transformers can load ({first_line}); "
+            "put the model's tokenizer files beside its weights"
         ) from error
     tokenizer.model_max_length = 10**30  # documents are cut into sequences here, not by the tokenizer
     return tokenizer

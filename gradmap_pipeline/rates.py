@@ -110,12 +110,19 @@ class Rates:
 
         data = bytes(_BLOCK)
         above = next(folder for folder in (self._store.resolve(), *self._store.resolve().parents) if folder.is_dir())
-        with tempfile.TemporaryFile(buffering=0, dir=above if os.access(above, os.W_OK) else None) as file:
-            started = time.perf_counter()
-            for _ in range(_BLOCKS):
-                file.write(data)
-            os.fsync(file)
-            return (time.perf_counter() - started) / (_BLOCKS * _BLOCK)
+
+        def time_writing(folder: Path | None) -> float:
+            with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
+                started = time.perf_counter()
+                for _ in range(_BLOCKS):
+                    file.write(data)
+                os.fsync(file)
+                return (time.perf_counter() - started) / (_BLOCKS * _BLOCK)
+
+        try:
+            return time_writing(above)
+        except OSError:  # a run will say so
+            return time_writing(None)
 
     @cached_property
     def double_flop(self) -> float:
