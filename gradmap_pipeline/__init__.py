@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         TensorFile,
     )
     from .data import DatasetSource
-    from .errors import CapacityError, OptionError, QualityError, StageError
+    from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
     from .estimate import Estimate
     from .hookspecs import hookimpl
     from .model.graph import ModelGraph
+    from .model.survey import Survey
     from .rehearsal import Rehearsal
     from .stage import Context, Stage
 
@@ -44,10 +45,11 @@ _HOME = {
         "TensorFile",
     ),
     "data": ("DatasetSource",),
-    "errors": ("CapacityError", "OptionError", "QualityError", "StageError"),
+    "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
     "estimate": ("Estimate",),
     "hookspecs": ("hookimpl",),
     "model.graph": ("ModelGraph",),
+    "model.survey": ("Survey",),
     "rehearsal": ("Rehearsal",),
     "stage": ("Context", "Stage"),
 }
@@ -65,6 +67,7 @@ __all__ = [
     "Export",
     "ExportedFile",
     "LayerScores",
+    "ModelError",
     "ModelForecast",
     "ModelGraph",
     "OptionError",
@@ -73,6 +76,7 @@ __all__ = [
     "ScoresForecast",
     "Stage",
     "StageError",
+    "Survey",
     "TensorFile",
     "hookimpl",
 ]

@@ -140,6 +140,8 @@ class LayerScores(Artifact):
     method: str
     """How the scores were made, for people and reports."""
     decisions: tuple[Decision, ...]
+    protected: tuple[int, ...] = ()
+    """Base layers that are not to be removed, whatever their score."""
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -206,8 +208,8 @@ class ModelForecast(BaseModel):
     """Base layers that are left."""
     positions: int | None = None
     """Longest sequence the model is made for, in tokens."""
-    fixed_depth: str | None = None
-    """Why no layer of this model can be removed, if so."""
+    config: dict[str, Any] | None = None
+    """config.json of the whole model; of its text decoder, where it has other parts."""
 
 
 class CalibrationForecast(BaseModel):

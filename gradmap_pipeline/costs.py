@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import CapacityError, GradmapError, ModelError, PluginError, is_shortage
 from .estimate import Estimate
+from .inspection import inspect_steps
 from .machine import Machine
 from .plan import Plan, PlannedStep
 from .recipe import MODEL_STEP
@@ -59,6 +60,7 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         raise
     except Exception as error:
         raise _explain(error, f"model {plan.model.name!r} cannot be tried") from error
+    inspect_steps(plan, plan.steps, rehearsal.graph, rehearsal.memory)
     stored = rehearsal.stored_layer_bytes + rehearsal.stored_rest_bytes
     seconds = stored * (rehearsal.rates.digest + rehearsal.rates.read)
     depth = len(rehearsal.graph.layers)

@@ -20,6 +20,7 @@ from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
 from .errors import CapacityError, GradmapError, RecipeError, StageError, is_shortage
 from .group import Group
+from .inspection import inspect_steps
 from .machine import ALONE, Machine
 from .memory import give_back, tune_allocator
 from .model.graph import ModelGraph, open_model
@@ -39,6 +40,8 @@ class Ran:
     lineage: dict[str, tuple[FinishedStep, ...]] = field(default_factory=dict)
     """By step id: the steps that led to it, itself last."""
     finished: list[StepFinished] = field(default_factory=list)
+    inspected: bool = False
+    """Whether the stages of all steps that are to run have looked at the model."""
 
 
 def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: Group = ALONE) -> Ran:
@@ -113,6 +116,10 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
     if not cached:
+        if not ran.inspected:
+            rest = plan.steps[plan.steps.index(step) :]
+            inspect_steps(plan, rest, ran.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
+            ran.inspected = True
         together = group if step.stage.parallel else ALONE
         if group.leads or step.stage.parallel:
             with store.step(name, key) if group.leads else _scratch_step() as folder:

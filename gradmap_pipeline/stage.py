@@ -16,6 +16,7 @@ from .group import Group
 
 if TYPE_CHECKING:
     from .estimate import Estimate
+    from .model.survey import Survey
     from .rehearsal import Rehearsal
 
 
@@ -90,6 +91,13 @@ class Stage(BaseModel):
         `inputs` has the forecast of each input, `None` where nothing is known. Reads no weights, imports nothing heavy.
         """
         return {}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        """Raise `OptionError` or `ModelError` where this stage cannot work on a model of this structure.
+
+        Asked before a run starts, so that nobody waits for hours to learn it. `inputs` has forecasts, as for `forecast`;
+        `survey` answers for the recipe's model. Reads no weights.
+        """
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         """Say what a run would take; None where that is not known. Raise `CapacityError` when it cannot fit.

@@ -12,7 +12,6 @@ from .rates import time_call
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from .model.batches import Batch
     from .model.budget import SweepNeeds
@@ -41,19 +40,10 @@ class Trial:
     """A model without its weights. Embeddings and head have made-up ones, and a layer gets them when it is tried."""
 
     def __init__(self, graph: ModelGraph, device: str, dtype: str) -> None:
-        import torch
+        from .model.hollow import HollowModel, make_up
 
-        from .model.checkpoint import StoredTensor
-        from .model.layerwise import LayerwiseModel
-
-        class Hollow(LayerwiseModel):
-            def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
-                if stored.is_float:
-                    return torch.empty(stored.shape, dtype=cast or getattr(torch, stored.torch_dtype))
-                return torch.zeros(stored.shape, dtype=torch.long)  # an index, if anything
-
-        self._model = Hollow(graph, device=device, dtype=dtype, resident_bytes=0)
-        _make_up(self._model.module)
+        self._model = HollowModel(graph, device=device, dtype=dtype, resident_bytes=0)
+        make_up(self._model.module)
         config = self._model.module.config.get_text_config()
         self.hidden_size = int(config.hidden_size)
         """D"""
@@ -117,9 +107,11 @@ class Trial:
     def _try_layer(self, samples: int, tokens: int, weight_gradients: bool) -> Pass:
         import torch
 
+        from .model.hollow import make_up
+
         hidden, arguments = self._model.record(self._make_batch(samples, tokens))
         with self._model.layer(self._layer) as module:
-            _make_up(module)
+            make_up(module)
             wanted = list(module.parameters()) if weight_gradients else []
             for parameter in wanted:
                 parameter.requires_grad_(True)
@@ -161,16 +153,6 @@ class Trial:
 def _count_tried(samples: int, tokens: int, elements: int) -> int:
     """As many samples of a batch as can be tried in a moment."""
     return max(1, min(samples, BATCH_TOKENS // tokens, int(_FLOPS / (2 * elements * tokens))))
-
-
-def _make_up(module: nn.Module) -> None:
-    """Fill weights that are there with small numbers, different ones, so that experts are chosen evenly."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if not parameter.is_meta:
-                parameter.uniform_(-0.02, 0.02)
 
 
 def _count_flops(forward: Callable[[], object]) -> float:

@@ -19,6 +19,7 @@ from gradmap_pipeline import (
     QualityError,
     Rehearsal,
     Stage,
+    Survey,
     hookimpl,
 )
 from gradmap_pipeline.data import check_length
@@ -59,6 +60,9 @@ class Evaluate(Stage):
             raise OptionError("samples", f"found {self.samples}; accepted: a whole number from 1, or all")
         check_length(self.sequence_length, inputs.get("model"))
         return {}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        survey.check_layerwise()
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model = inputs.get("model")

@@ -23,6 +23,7 @@ from gradmap_pipeline import (
     Rehearsal,
     Stage,
     StageError,
+    Survey,
     hookimpl,
 )
 from gradmap_pipeline.artifacts import LINEAGE
@@ -61,6 +62,9 @@ class ExportModel(Stage):
             found = f"folder {str(self.to)!r} holds {foreign[0]!r}, which is not part of an export"
             raise OptionError("to", f"{found}; choose another, or set overwrite: true to delete it")
         return {}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        survey.check_layerwise()
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model = inputs.get("model")

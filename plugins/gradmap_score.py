@@ -27,6 +27,7 @@ from gradmap_pipeline import (
     ScoresForecast,
     Stage,
     StageError,
+    Survey,
     hookimpl,
 )
 from gradmap_pipeline.removal import count_removed
@@ -130,6 +131,9 @@ class GradmapScore(Stage):
             return {"scores": ScoresForecast(decisions=self.layers)}
         return {"scores": ScoresForecast(decisions=self._count_decisions(model.layers))}
 
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        survey.check_gradients()
+
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model, calibration = inputs.get("model"), inputs.get("calibration")
         if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
@@ -166,7 +170,12 @@ class GradmapScore(Stage):
                 kept.remove(decisions[-1].removed)
         context.note("least important layers, in order: " + ", ".join(str(decision.removed) for decision in decisions))
         return self.Outputs(
-            scores=LayerScores(model=inputs.model.digest, method=self._method(), decisions=tuple(decisions)),
+            scores=LayerScores(
+                model=inputs.model.digest,
+                method=self._method(),
+                decisions=tuple(decisions),
+                protected=self._protected(inputs.model.layers),
+            ),
             work=ScoringWork(decisions=tuple(work)),
         )
 
@@ -193,10 +202,13 @@ class GradmapScore(Stage):
         return scores
 
     def _decide(self, kept: list[int], scores: dict[int, float], layers: tuple[int, ...]) -> Decision:
-        protected = {*layers[: self.protect_first], *layers[len(layers) - self.protect_last :]}
+        protected = self._protected(layers)
         left = {layer: scores[layer] for layer in kept}
         free = {layer: score for layer, score in left.items() if layer not in protected}
         return Decision(removed=min(free, key=free.__getitem__), scores=left, unguarded=min(left, key=left.__getitem__))
+
+    def _protected(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted({*layers[: self.protect_first], *layers[len(layers) - self.protect_last :]}))
 
     def _count_decisions(self, depth: int) -> int:
         count = self.layers if self.layers is not None else count_removed(depth, 0.25 if self.ratio is None else self.ratio)

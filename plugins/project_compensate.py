@@ -18,17 +18,22 @@ from gradmap_pipeline import (
     CapacityError,
     Context,
     Estimate,
+    ModelError,
     ModelGraph,
     Rehearsal,
     Stage,
     StageError,
+    Survey,
     TensorFile,
     hookimpl,
 )
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.projection import Projection
-    from gradmap_pipeline.model.ridge import Moments
+    import torch
+
+    from gradmap_pipeline.model.layerwise import LayerwiseModel
+    from gradmap_pipeline.model.ridge import ChannelMoments, Moments
+    from gradmap_pipeline.model.sites import NoSiteError, Site
     from gradmap_pipeline.model.streams import Drift, Streams
 
 Space = Literal["input", "output"]
@@ -40,6 +45,9 @@ class CorrectedSite(BaseModel):
     layer: int
     """Base layer whose down-projection takes the correction."""
     parameter: str
+    kind: Literal["output", "norm", "attention"] = "output"
+    """`output`: a linear map that writes to the layer's output; `norm`: a norm that does; `attention`: a linear map before the
+    feed-forward part, corrected for what was missing when the layer began."""
     shift: float
     """‖E[h'] - E[h]‖ at the layer's output, before the correction."""
     relative_shift: float
@@ -93,6 +101,15 @@ class ProjectCompensate(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"model": inputs.get("model")}
 
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        survey.check_gradients()
+        sites = survey.find_sites()
+        if sites and not any(sites.values()):
+            raise ModelError(
+                "a correction cannot be folded into any layer: none has a linear map or a norm that writes to the residual stream "
+                "unchanged; leave project_compensate out"
+            )
+
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model, calibration = inputs.get("model"), inputs.get("calibration")
         if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
@@ -118,6 +135,7 @@ class ProjectCompensate(Stage):
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
         from gradmap_pipeline.model.ridge import room_for
+        from gradmap_pipeline.model.sites import NoSiteError
         from gradmap_pipeline.model.streams import open_streams
 
         check_tokenizer(inputs.calibration, inputs.model)
@@ -127,20 +145,31 @@ class ProjectCompensate(Stage):
         streams = open_streams(graph, inputs.calibration, context, room_for(*self._size(graph)))
         drift = streams.measure_drift()
         corrected: list[CorrectedSite] = []
+        left_out: list[NoSiteError] = []
         patches: dict[str, TensorFile] = {}
         planned = self._choose_all(graph)
         count = len(planned) if planned else self.sites or 1
         with context.progress("correct layers", count, "layer") as advance:
             for number in range(count):
                 layer = planned[number] if planned else self._choose_largest(streams.measure_drift(), corrected)
-                site, new_patches = correct_layer(streams, layer, self, context)
-                corrected.append(site)
-                patches |= new_patches
+                try:
+                    site, new_patches = correct_layer(streams, layer, self, context)
+                except NoSiteError as error:
+                    if not planned:
+                        raise
+                    left_out.append(error)
+                else:
+                    corrected.append(site)
+                    patches |= new_patches
                 advance()
+        if not corrected:
+            raise left_out[0]
+        for error in left_out:
+            context.note(f"left as it is: {error}")
         for site in corrected:
             context.note(
                 f"layer {site.layer}: shift {site.shift:.3g} ({site.relative_shift:.1%} of the mean norm), "
-                f"{1 - site.missing_left:.1%} of the missing residual restored"
+                f"{1 - site.missing_left:.1%} of the missing residual restored in {site.parameter}"
             )
         return self.Outputs(
             model=graph.with_patches(patches, "compensated"),
@@ -181,22 +210,19 @@ class ProjectCompensate(Stage):
 def correct_layer(
     streams: Streams, layer: int, stage: ProjectCompensate, context: Context
 ) -> tuple[CorrectedSite, dict[str, TensorFile]]:
-    """Solve for the correction at one layer, put it into the pruned stream, and write the patched tensors."""
+    """Solve for the correction at one layer, put it into the pruned stream, and write the patched tensors.
+
+    Raises `NoSiteError` where the layer has no place for it.
+    """
     import torch
 
+    from gradmap_pipeline.model.sites import NoSiteError
+
     model = streams.pruned.model
-    projection, moments, drift = collect_moments(streams, layer, stage.space, context)
-    x, left = moments.solve(stage.ridge)
-    del moments
-    with model.layer(layer) as module:
-        weight = module.get_parameter(f"{projection.name}.weight").detach().double()
-        weight = weight.T if projection.transposed else weight  # (D, F)
-        new = {f"{projection.name}.weight": weight + (x.T if stage.space == "input" else x.T @ weight)}
-        bias = module.get_submodule(projection.name).bias
-        if stage.space == "output" and bias is not None:
-            new[f"{projection.name}.bias"] = bias.detach().double() + x.T @ bias.detach().double()
-        if projection.transposed:
-            new[f"{projection.name}.weight"] = new[f"{projection.name}.weight"].T
+    site, moments, drift = collect_moments(streams, layer, stage.space, context)
+    if moments.missing == 0:
+        raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
+    new, left = solve_site(model, layer, site, moments, stage)
     patches = {}
     for parameter, value in new.items():
         name = model.disk_name(layer, parameter)
@@ -205,22 +231,51 @@ def correct_layer(
         patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
         model.override(layer, parameter, rounded)
     streams.pruned.invalidate_from(layer)
-    site = CorrectedSite(
+    corrected = CorrectedSite(
         layer=layer,
-        parameter=f"{projection.name}.weight",
+        parameter=f"{site.name}.weight",
+        kind=site.kind,
         shift=drift.shift,
         relative_shift=drift.relative_shift,
         missing_left=left,
     )
-    return site, patches
+    return corrected, patches
 
 
-def collect_moments(streams: Streams, layer: int, space: Space, context: Context) -> tuple[Projection, Moments, Drift]:
+def solve_site(
+    model: LayerwiseModel, layer: int, site: Site, moments: Moments | ChannelMoments, stage: ProjectCompensate
+) -> tuple[dict[str, torch.Tensor], float]:
+    """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums."""
+    from gradmap_pipeline.model.ridge import ChannelMoments
+
+    name = f"{site.name}.weight"
+    if isinstance(moments, ChannelMoments):
+        with model.layer(layer) as module:
+            parameters = {key: value.detach().double() for key, value in module.get_submodule(site.name).named_parameters()}
+        scale, shift, left = moments.solve(stage.ridge, shift="bias" in parameters)
+        new = {name: parameters["weight"] + scale}
+        if "bias" in parameters:
+            new[f"{site.name}.bias"] = parameters["bias"] + shift / site.gain
+        return new, left
+    x, left = moments.solve(stage.ridge)
+    with model.layer(layer) as module:
+        weight = module.get_parameter(name).detach().double()
+        weight = weight.T if site.transposed else weight  # (D, F)
+        new = {name: weight + (x.T if stage.space == "input" else x.T @ weight)}
+        bias = module.get_submodule(site.name).bias
+        if stage.space == "output" and bias is not None:
+            new[f"{site.name}.bias"] = bias.detach().double() + x.T @ bias.detach().double()
+        if site.transposed:
+            new[name] = new[name].T
+    return new, left
+
+
+def collect_moments(streams: Streams, layer: int, space: Space, context: Context) -> tuple[Site, Moments | ChannelMoments, Drift]:
     """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
     import torch
 
-    from gradmap_pipeline.model.projection import find_down_projection
-    from gradmap_pipeline.model.ridge import Moments, check_room
+    from gradmap_pipeline.model.ridge import ChannelMoments, Moments, check_room
+    from gradmap_pipeline.model.sites import find_site
     from gradmap_pipeline.model.streams import Drift, capture
 
     position = streams.graph.layers.index(layer)
@@ -229,20 +284,25 @@ def collect_moments(streams: Streams, layer: int, space: Space, context: Context
         if step.layer != layer:
             continue
         hidden = streams.pruned.boundary(position, 0)
-        projection = find_down_projection(streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
-        size, width = (projection.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
-        check_room(size, width, context.memory, context.device)
+        site = find_site(streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
+        size, width = (site.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
         zeros = {"dtype": torch.float64, "device": hidden.device}
-        moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
+        moments: Moments | ChannelMoments
+        if site.kind == "norm":
+            moments = ChannelMoments(torch.zeros(4, width, **zeros))
+        else:
+            check_room(size, width, context.memory, context.device)
+            moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
         drift = Drift()
-        with capture(streams.pruned.model, layer, projection, space) as captured:
+        with capture(streams.pruned.model, layer, site, space) as captured:
             for visit in step:
                 drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
-                moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], target - drifted)
+                missing = target - drifted if site.kind != "attention" else streams.missing_before(layer, visit)
+                moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], missing)
                 drift.add(drifted, target)
         moments.join(streams.group)
         drift.join(streams.group)
-        return projection, moments, drift
+        return site, moments, drift
     raise AssertionError(f"layer {layer} is not in the sweep")
 
 

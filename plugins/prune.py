@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -11,12 +11,14 @@ from gradmap_pipeline import (
     Context,
     Estimate,
     LayerScores,
+    ModelError,
     ModelForecast,
     ModelGraph,
     OptionError,
     Rehearsal,
     Stage,
     StageError,
+    Survey,
     hookimpl,
 )
 from gradmap_pipeline.removal import count_removed
@@ -33,6 +35,11 @@ class Prune(Stage):
         None,
         description="How many layers to remove, instead of `ratio`; or a list of the layers to remove, by their number in the "
         "original model, counted from 0.",
+    )
+    among: Literal["any", "expressible"] = Field(
+        "any",
+        description="`any`: the first of the scored decisions. `expressible`: of the removals after which a config can still "
+        "say where each kind of layer is, the one of least total score; for models whose layers alternate by a cadence.",
     )
 
     class Inputs(BaseModel):
@@ -55,9 +62,6 @@ class Prune(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         model = inputs.get("model") or ModelForecast()
         depth, kept = model.layers, model.kept
-        option = "layers" if self.layers is not None else "ratio"
-        if model.fixed_depth is not None:
-            raise OptionError(option, f"no layer of this model can be removed: {model.fixed_depth}")
         if isinstance(self.layers, list):
             missing = sorted(set(self.layers) - set(kept)) if kept is not None else []
             if missing:
@@ -69,28 +73,83 @@ class Prune(Stage):
         else:
             count, kept = self._count(depth, inputs["scores"]), None
         if depth is not None and count >= depth:
-            raise OptionError(option, f"removing {count} of {depth} layers leaves none")
+            raise OptionError(self._option, f"removing {count} of {depth} layers leaves none")
+        if model.config is not None and model.kept is not None:
+            self._check_expressible(model.config, model.kept, count, kept)
         layers = None if depth is None else depth - count
         return {"model": model.model_copy(update={"layers": layers, "kept": kept})}
+
+    def _check_expressible(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
+        """Raise `OptionError`, with the removals that are possible, where the config cannot say what would be left."""
+        from gradmap_pipeline.model.cadence import choose_kept, strict_cadences_of
+        from gradmap_pipeline.model.depth import check_removable, count_layers, prune_fields
+
+        depth = count_layers(config) or len(layers)
+        try:
+            check_removable(config)
+            if kept is not None:
+                prune_fields(config, config, kept)
+        except ModelError as error:
+            raise OptionError(self._option, f"{error}{_name_possible(config, depth, layers, count)}") from None
+        if kept is not None or not strict_cadences_of(config):
+            return
+        if not choose_kept(config, depth, len(layers) - count, dict.fromkeys(layers, 1.0)):
+            found = f"no removal of {count} of {len(layers)} layers leaves a model that its config can express"
+            raise OptionError(self._option, f"{found}{_name_possible(config, depth, layers, count)}")
+        if self.among == "any":
+            fields = " and ".join(repr(field) for cadence in strict_cadences_of(config) for field in cadence.fields)
+            raise OptionError(
+                self._option,
+                f"config fields {fields} place layers by a cadence, which most removals break; set among: expressible to choose "
+                f"only among those that do not{_name_possible(config, depth, layers, count)}",
+            )
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        kept = getattr(self.forecast(inputs).get("model"), "kept", None)
+        if kept is not None:
+            survey.check_removal(kept)
+        elif self.among == "any":
+            survey.check_removable()
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         return Estimate(rehearsal.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.model.architecture import prune_config
+        from gradmap_pipeline.model.twins import check_twins
 
-        model, scores = inputs.model, inputs.scores
-        if isinstance(self.layers, list):
-            removed = self.layers
-        else:
-            assert scores is not None
-            if scores.model != model.digest:
-                raise StageError("the scores were made on another model than the one to prune; score this model first")
-            removed = list(scores.order[: self._count(len(model.layers), None)])
+        model = inputs.model
+        removed = self.layers if isinstance(self.layers, list) else self._choose(model, inputs.scores)
         pruned = model.without_layers(removed)
-        prune_config(model.base.folder, pruned.layers)  # raises now rather than when the model is exported
+        check_twins(model.base, pruned.layers)  # now rather than when the model is exported
         context.note(f"removed layers {', '.join(map(str, sorted(removed)))} of {model.base.layers}")
         return self.Outputs(model=pruned)
+
+    def _choose(self, model: ModelGraph, scores: LayerScores | None) -> list[int]:
+        """Base layers to remove, by their scores."""
+        from gradmap_pipeline.model.architecture import full_config
+        from gradmap_pipeline.model.cadence import choose_kept
+        from gradmap_pipeline.model.depth import find_sources
+
+        assert scores is not None
+        if scores.model != model.digest:
+            raise StageError("the scores were made on another model than the one to prune; score this model first")
+        count = self._count(len(model.layers), None)
+        if self.among == "any":
+            return list(scores.order[:count])
+        config = full_config(model.base.folder)
+        fixed = {*scores.protected, *find_sources(config)} & set(model.layers)
+        kept = choose_kept(config, model.base.layers, len(model.layers) - count, scores.decisions[0].scores, fixed)
+        if not kept:
+            raise StageError(
+                f"every removal of {count} of {len(model.layers)} layers that a config can express takes one of layers "
+                f"{', '.join(map(str, sorted(fixed)))}, which are protected; protect fewer in the step that scores"
+            )
+        return [layer for layer in model.layers if layer not in kept]
+
+    @property
+    def _option(self) -> str:
+        """The option that says how much to remove."""
+        return "layers" if self.layers is not None else "ratio"
 
     def _count(self, depth: int | None, scores: Any) -> int:
         if isinstance(self.layers, int):
@@ -100,12 +159,11 @@ class Prune(Stage):
         else:
             count = count_removed(depth, 0.25 if self.ratio is None else self.ratio)
         if scores is not None and scores.decisions is not None and count > scores.decisions:
-            option = "layers" if self.layers is not None else "ratio"
             of = f" of {depth}" if depth is not None else ""
             raise OptionError(
-                option,
+                self._option,
                 f"removes {count}{of} layers, but only {scores.decisions} removals are scored; "
-                f"set the same {option!r} on the step that scores (its default is ratio: 0.25)",
+                f"set the same {self._option!r} on the step that scores (its default is ratio: 0.25)",
             )
         return count
 
@@ -114,6 +172,20 @@ def _name_layers(layers: tuple[int, ...]) -> str:
     """`0 to 11`, or the list where some are missing."""
     whole = layers == tuple(range(layers[0], layers[-1] + 1))
     return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
+
+
+def _name_possible(config: dict[str, Any], depth: int, layers: tuple[int, ...], count: int) -> str:
+    """What a cadence leaves possible, as the end of a message; nothing where there is no cadence."""
+    from gradmap_pipeline.model.cadence import choose_kept, count_removable, strict_cadences_of
+
+    if not strict_cadences_of(config):
+        return ""
+    inner = dict.fromkeys(layers, 1.0) | {layers[0]: 2.0, layers[-1]: 2.0}
+    kept = choose_kept(config, depth, len(layers) - count, inner)
+    if kept:
+        return f"; possible, for instance: remove {', '.join(str(layer) for layer in layers if layer not in kept)}"
+    counts = count_removable(config, depth, layers)
+    return f"; possible: removals of {', '.join(map(str, counts))} layers" if counts else "; no removal does"
 
 
 @hookimpl

@@ -17,7 +17,7 @@ from gradmap_pipeline import CalibrationSet, CapacityError, ModelGraph, StageErr
 from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.projection import find_down_projection
+from gradmap_pipeline.model.sites import NoSiteError, Site, find_site
 from gradmap_pipeline.model.ridge import check_room, solve_ridge
 from gradmap_pipeline.model.sweep import Sweep
 from gradmap_pipeline.testing import make_context, run_stage

@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "h
 ORDER = [
     "errors", "digests", "group", "memory", "estimate", "machine", "partial", "artifacts", "yaml_positions", "validation",
     "stage", "hookspecs", "removal", "builtin", "model", "data", "rates", "trial", "rehearsal", "catalog", "recipe", "plan",
-    "costs", "store", "schema", "report", "runner", "testing", "cli", "__main__", "reference",
+    "inspection", "costs", "store", "schema", "report", "runner", "testing", "cli", "__main__", "reference",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

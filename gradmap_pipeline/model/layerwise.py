@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, is_shortage
 from .batches import Batch
+from .calls import LayerArguments, OutputShape, hidden_of
 from .checkpoint import StoredTensor, load_tensor
 from .graph import ModelGraph
+from .loading import load_tensors, trace_disk_name
 from .prefetch import Prefetcher
+from .skeleton import build_skeleton, find_layer_list, make_config
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +30,8 @@ LOGITS_AT_ONCE = 1 << 24
 """Elements; a loss and its gradient take about 16 bytes for each."""
 
 
-@dataclass(frozen=True)
-class LayerArguments:
-    """What the model passes to one layer besides the hidden states: masks, position embeddings, …"""
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
+_UNFORESEEN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+"""What an architecture raises that does not run one layer at a time."""
 
 
 class _Recorded(Exception):  # noqa: N818 - stops a forward pass, not an error
@@ -51,17 +49,14 @@ class LayerwiseModel:
         self, graph: ModelGraph, *, device: str = "cpu", dtype: str = "float32", resident_bytes: int = RESIDENT_BYTES
     ) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self.graph = graph
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
-        config = AutoConfig.from_pretrained(graph.base.folder)
-        with torch.device("meta"):
-            self.module: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
-        self.layers_path, self._layers = _find_layers(self.module, graph)
+        self.module: PreTrainedModel = build_skeleton(make_config(graph.base.folder), self.dtype, device)
+        self.layers_path, self._layers = find_layer_list(self.module, graph.base.layers, graph.base.layer_prefix)
         self._forwards = [layer.forward for layer in self._layers]
         self._overrides: dict[int, dict[str, torch.Tensor]] = {}
         size = sum(graph.layer_elements().values()) * self.dtype.itemsize
@@ -71,13 +66,15 @@ class LayerwiseModel:
         """Whether to read the layer that is expected next while another computes."""
         self._prefetcher = Prefetcher(self.device)
         self._bring_in_rest()
-        self._returns_tuple: bool | None = None
+        self._shape_of_output: OutputShape | None = None
+        self.shares_state = False
+        """Whether a layer has left something for others in an argument that all of them get, such as keys and values."""
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Base layer `index` with its weights, for the time of the `with` block."""
         layer = self._layers[index]
-        if next(iter(layer.parameters())).is_meta:
+        if _lacks_weights(layer):
             self._load(self._prefetcher.take(index) or self._read_all(self.graph.layer_tensors(index)))
             self._check_complete(layer, f"{self.layers_path}.{index}.")
             for name, value in self._overrides.get(index, {}).items():
@@ -93,7 +90,7 @@ class LayerwiseModel:
 
     def expect(self, index: int) -> None:
         """Base layer `index` is the next to be used."""
-        if self.prefetch and next(iter(self._layers[index].parameters())).is_meta:
+        if self.prefetch and _lacks_weights(self._layers[index]):
             self._prefetcher.start(
                 index, partial(self._read_all, self.graph.layer_tensors(index), pinned=self.device.type == "cuda")
             )
@@ -113,12 +110,16 @@ class LayerwiseModel:
 
     def run_layer(self, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
         """Hidden states (batch, tokens, hidden) after base layer `index`, whose weights must be in."""
+        sizes = [len(container) for container in arguments.containers]
         output = self._forwards[index](hidden, *arguments.positional, **arguments.named)
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        self.shares_state |= sizes != [len(container) for container in arguments.containers]
+        return hidden_of(output)
 
     def record(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerArguments]]:
-        """The input of the first layer (batch, tokens, hidden), and what each kept layer is called with."""
+        """The input of the first layer (batch, tokens, hidden), and what each kept layer is called with.
+
+        Raises `ModelError` where layers hand each other more than hidden states.
+        """
         import torch
 
         kept = self.graph.layers
@@ -129,7 +130,7 @@ class LayerwiseModel:
             recorded[index] = arguments
             if not first:
                 first.append(hidden)
-                if self._returns_tuple is None:
+                if self._shape_of_output is None:
                     raise _Recorded
             if index == len(self._layers) - 1:
                 raise _Recorded
@@ -137,13 +138,13 @@ class LayerwiseModel:
 
         with torch.no_grad():
             self._run_model(batch, listen)
-            if self._returns_tuple is None:
-                index = next(iter(recorded))
-                with self.layer(index):
-                    arguments = recorded[index]
-                    output = self._forwards[index](first[0], *arguments.positional, **arguments.named)
-                self._returns_tuple = isinstance(output, tuple)
+            if first[0].shape[:2] != batch.input_ids.shape or first[0].ndim != 3:
+                raise self._refusal(f"its hidden states have shape {tuple(first[0].shape)}, not (batch, tokens, hidden)")
+            if self._shape_of_output is None:
+                self._shape_of_output = self._try_layer(next(iter(recorded.items())), first[0])
                 return self.record(batch)
+        if any(self._shape_of_output.hands_on(arguments) for arguments in recorded.values()):
+            raise self._refusal("each layer gets more from the one below than hidden states")
         return first[0], {index: recorded[index] for index in kept}
 
     def head(self, batch: Batch, hidden: torch.Tensor, positions: slice | None = None) -> torch.Tensor:
@@ -169,9 +170,7 @@ class LayerwiseModel:
     def disk_name(self, index: int, parameter: str) -> str:
         """Name in the base checkpoint of a parameter of base layer `index`."""
         name = f"{self.graph.base.layer_prefix}.{index}.{parameter}"
-        if name not in self.graph.base.tensors:
-            raise ModelError(f"layer {index} has a parameter {parameter!r}, which the checkpoint stores in another form")
-        return name
+        return name if name in self.graph.base.tensors else trace_disk_name(self.graph, index, parameter)
 
     def _run_model(
         self,
@@ -186,7 +185,7 @@ class LayerwiseModel:
                 hidden = named.pop("hidden_states") if "hidden_states" in named else positional[0]
                 rest = positional[1:] if positional else ()
                 output = passing(index, hidden, LayerArguments(rest, named))
-                return (output,) if self._returns_tuple else output
+                return self._shape_of_output.wrap(output) if self._shape_of_output else output
 
             return forward
 
@@ -201,20 +200,30 @@ class LayerwiseModel:
             )
         except _Recorded:
             return None
+        except _UNFORESEEN as error:
+            raise self._explain(error) from error
         finally:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.forward = forward
 
-    def _bring_in_rest(self) -> None:
-        """Load what belongs to no layer, compute buffers that no checkpoint holds, tie what is tied."""
-        import torch
+    def _try_layer(self, recorded: tuple[int, LayerArguments], hidden: torch.Tensor) -> OutputShape:
+        index, arguments = recorded
+        with self.layer(index):
+            try:
+                return OutputShape.of(self._forwards[index](hidden, *arguments.positional, **arguments.named))
+            except _UNFORESEEN as error:
+                raise self._explain(error) from error
 
-        for name, buffer in list(self.module.named_non_persistent_buffers()):
-            parent, _, leaf = name.rpartition(".")
-            self.module.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device=self.device)
-        for parameter in self.module.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        self.module.initialize_weights()
+    def _explain(self, error: Exception) -> Exception:
+        if is_shortage(error):
+            return error
+        return self._refusal(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+
+    def _refusal(self, reason: str) -> ModelError:
+        return ModelError(f"{type(self.module).__name__} cannot be run layer by layer: {reason}")
+
+    def _bring_in_rest(self) -> None:
+        """Load what belongs to no layer, tie what is tied."""
         missing = self._load(self._read_all(self.graph.other_tensors()))
         self.module.tie_weights(missing_keys=missing, recompute_mapping=False)
         layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
@@ -228,26 +237,7 @@ class LayerwiseModel:
         return {name: self.read(tensor, cast, pinned=pinned) for name, tensor in tensors.items()}
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> set[str]:
-        """Bring tensors in through the conversions that transformers applies to this architecture; return what is missing."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        loading, _ = convert_and_load_state_dict_in_model(
-            self.module,
-            tensors,
-            LoadStateDictConfig(
-                dtype=self.dtype,
-                device_map={"": str(self.device)},
-                dtype_plan=self.module._get_dtype_plan(self.dtype),
-                weight_mapping=get_model_conversion_mapping(self.module),  # type: ignore[arg-type]
-            ),
-        )
-        if loading.mismatched_keys:
-            name, found, wanted = next(iter(loading.mismatched_keys))
-            raise ModelError(f"{name!r} has shape {tuple(found)} in the checkpoint, but its config asks for {tuple(wanted)}")
-        missing: set[str] = loading.missing_keys
-        return missing
+        return load_tensors(self.module, tensors, self.dtype, str(self.device))
 
     def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
         """A tensor as it will be exported: rounded to the graph's type before it gets the type to compute in."""
@@ -262,26 +252,14 @@ class LayerwiseModel:
     def _check_complete(self, layer: nn.Module, prefix: str) -> None:
         for name, parameter in layer.named_parameters():
             if parameter.is_meta:
+                if prefix + name in self.module.all_tied_weights_keys:
+                    raise self._refusal(f"{prefix + name!r} is shared with another layer")
                 raise ModelError(f"{str(self.graph.base.folder)!r} lacks the weights of {prefix + name!r}")
             parameter.requires_grad_(False)
 
 
-def _find_layers(module: PreTrainedModel, graph: ModelGraph) -> tuple[str, nn.ModuleList]:
-    """The one list of decoder layers: as long as the model is deep, and named as on disk."""
-    from torch import nn
-
-    leaf = graph.base.layer_prefix.rpartition(".")[2]
-    found = [
-        (name, child)
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) == graph.base.layers and name.rpartition(".")[2] == leaf
-    ]
-    if len(found) != 1:
-        raise ModelError(
-            f"{type(module).__name__} has {len(found)} lists of {graph.base.layers} layers named {leaf!r}; "
-            "a model whose layers form one list is needed"
-        )
-    return found[0]
+def _lacks_weights(layer: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in layer.parameters())
 
 
 def _drop_weights(layer: nn.Module) -> None:

@@ -72,6 +72,47 @@ class Moments:
         return x, left / max(self.missing, 1e-300)
 
 
+@dataclass
+class ChannelMoments:
+    """Sums over tokens, fp64, from which a scale and a shift of each channel follow: R ≈ A·x + b, channel by channel."""
+
+    sums: torch.Tensor
+    """Σa², Σar, Σa, Σr, each (D,): (4, D)"""
+    missing: float = 0.0
+    """‖R‖²"""
+    tokens: int = 0
+
+    def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
+        """Both (n, D)."""
+        import torch
+
+        a, r = a.double(), r.double()
+        self.sums += torch.stack([values.sum(0) for values in (a * a, a * r, a, r)])
+        self.missing += float(r.square().sum())
+        self.tokens += len(a)
+
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.sums)
+        sums = group.sum_values({"missing": self.missing, "tokens": self.tokens})
+        self.missing, self.tokens = sums["missing"], int(sums["tokens"])
+
+    def solve(self, ridge: float, shift: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Scale x (D,), shift b (D,), zero unless wanted, and the share of ‖R‖² that is left after them.
+
+        Minimises ‖R - A·x - b‖² + λ‖x‖²; λ is `ridge` times the mean of Σa² over channels.
+        """
+        import torch
+
+        square, product, a, r = self.sums
+        mean_a, mean_r = (a / self.tokens, r / self.tokens) if shift else (torch.zeros_like(a), torch.zeros_like(r))
+        penalty = ridge * float(square.mean())
+        x = (product - mean_r * a) / (square - mean_a * a + penalty).clamp_min(1e-300)
+        b = mean_r - x * mean_a
+        gained = 2 * (x * product + b * r) - x.square() * square - 2 * x * b * a - self.tokens * b.square()
+        return x, b, (self.missing - float(gained.sum())) / max(self.missing, 1e-300)
+
+
 def room_for(inputs: int, width: int) -> int:
     """Bytes that the sums of one correction and their solution take."""
     return 8 * (inputs * inputs + inputs * width + 3 * _COLUMNS * inputs)

@@ -10,30 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..artifacts import ModelForecast
 from ..errors import ModelError
+from . import depth
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
 
-_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
 _HUB_OTHERS = ["consolidated*", "original/*", "onnx/*", "*/*"]
 """Formats of other programs that lie beside the weights, and subfolders."""
-
-
-PERIODIC = {
-    "decoder_sparse_step",
-    "moe_layer_interval",
-    "moe_layer_freq",
-    "attn_layer_period",
-    "expert_layer_period",
-    "interleave_moe_layer_step",
-    "global_attn_every_n_layers",
-    "layer_group_size",
-}
-"""Cadences: a removal breaks any but 1."""
-
-BOUND_TO_INDEX = {"scale_attn_by_inverse_layer_idx"}
-"""Switches that put a layer's index into its arithmetic: no config expresses a renumbered layer."""
 
 
 class ModelSource(BaseModel):
@@ -103,7 +87,7 @@ class ModelSource(BaseModel):
         config = load_config(folder)
         layers = count_layers(config)
         kept = None if layers is None else tuple(range(layers))
-        return ModelForecast(layers=layers, kept=kept, positions=count_positions(config), fixed_depth=find_obstacle(config))
+        return ModelForecast(layers=layers, kept=kept, positions=count_positions(config), config=config.get("text_config", config))
 
 
 def check_model_folder(folder: Path) -> None:
@@ -134,34 +118,15 @@ def load_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def layer_count_key(config: dict[str, Any]) -> str | None:
-    """The name under which this architecture keeps its number of layers."""
-    return next((key for key in _LAYER_COUNT_KEYS if isinstance(config.get(key), int)), None)
-
-
 def count_layers(config: dict[str, Any]) -> int | None:
     """Number of decoder layers, or None where only the architecture's class knows it."""
-    text = config.get("text_config", config)
-    key = layer_count_key(text)
-    return None if key is None else int(text[key])
+    return depth.count_layers(config.get("text_config", config))
 
 
 def count_positions(config: dict[str, Any]) -> int | None:
     """Longest sequence the model is made for, in tokens, where its config says so."""
     text = config.get("text_config", config)
     return next((int(text[key]) for key in _POSITION_KEYS if isinstance(text.get(key), int)), None)
-
-
-def find_obstacle(config: dict[str, Any]) -> str | None:
-    """Why no layer of a model with this config can be removed, or None."""
-    if "text_config" in config:
-        return f"it is a composite model ({config.get('model_type')}), and only text models can be pruned"
-    for field, value in config.items():
-        if field in BOUND_TO_INDEX and value:
-            return f"config field {field!r} ties each layer to its index"
-        if field in PERIODIC and value not in (None, 0, 1):
-            return f"config field {field!r} = {value!r} places layers by a cadence, which a removal breaks"
-    return None
 
 
 def _find_in_hub_cache(model_id: str, revision: str | None) -> Path | None:

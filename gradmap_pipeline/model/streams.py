@@ -17,6 +17,7 @@ from .boundaries import Boundaries
 from .budget import SweepNeeds, SweepWay, choose_way, measure_needs
 from .layerwise import LayerwiseModel
 from .sweep import Sweep
+from .visits import ForwardVisit
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..artifacts import CalibrationSet
     from ..stage import Context
     from .graph import ModelGraph
-    from .projection import Projection
+    from .sites import Site
 
 
 @dataclass
@@ -121,6 +122,13 @@ class Streams:
         kept = self.graph.layers
         return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
 
+    def missing_before(self, layer: int, visit: ForwardVisit) -> torch.Tensor:
+        """By how much what enters a kept layer differs from what does in the original model: (tokens not padded, D), fp64."""
+        entered = visit.input[visit.mask].double()
+        if layer < self.graph.removed[0]:
+            return entered.new_zeros(entered.shape)
+        return self.targets.get(layer, visit.batch)[visit.mask].double() - entered
+
     def measure_drift(self) -> dict[int, Drift]:
         """Drift at the output of every kept layer from the first removal up."""
         self.pruned.run_forward()
@@ -137,16 +145,28 @@ class Streams:
 
 
 @contextmanager
-def capture(
-    model: LayerwiseModel, layer: int, projection: Projection, side: Literal["input", "output"]
-) -> Iterator[list[torch.Tensor]]:
-    """Collect what enters or leaves a linear map each time its layer runs."""
+def capture(model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"]) -> Iterator[list[torch.Tensor]]:
+    """Collect, each time its layer runs, what a correction of a site multiplies, times the site's gain.
+
+    That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies.
+    """
     captured: list[torch.Tensor] = []
+    module = model.module.get_submodule(f"{model.layers_path}.{layer}.{site.name}")
 
     def listen(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        captured.append(inputs[0] if side == "input" else output)
+        if site.kind == "norm":
+            scale = module.get_parameter("weight")
+            before = scale.data
+            scale.data = before + 1  # whatever is added to the scale, the output is linear in it
+            try:
+                values = module.forward(*inputs) - output
+            finally:
+                scale.data = before
+        else:
+            values = inputs[0] if side == "input" else output
+        captured.append(values if site.gain == 1 else values * site.gain)
 
-    handle = model.module.get_submodule(f"{model.layers_path}.{layer}.{projection.name}").register_forward_hook(listen)
+    handle = module.register_forward_hook(listen)
     try:
         yield captured
     finally:

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import ModelError
 from .batches import Batch, next_token_losses, predicted_tokens
 from .boundaries import Boundaries
-from .layerwise import LayerArguments, LayerwiseModel
+from .calls import LayerArguments
+from .layerwise import LayerwiseModel
 from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
 if TYPE_CHECKING:
@@ -140,6 +142,8 @@ class Sweep:
         computed unless its weight gradients are wanted.
         """
         self.run_forward()
+        if self.model.shares_state:
+            raise ModelError("layers use keys and values of other layers, so gradients of hidden states alone are not all there is")
         gradients = self.head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]

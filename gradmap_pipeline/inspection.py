@@ -1,0 +1,35 @@
+"""Ask every stage of a plan whether it can work on the model, before any step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .errors import GradmapError, OptionError, PluginError
+from .model.graph import ModelGraph
+from .model.survey import Survey
+from .plan import Plan, PlannedStep
+from .recipe import MODEL_STEP
+
+
+def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
+    """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it."""
+    survey = Survey(model, memory)
+    known = {(MODEL_STEP, "model"): plan.model_forecast}
+    for step in plan.steps:
+        inputs = {name: known.get(source) for name, source in step.inputs.items()}
+        known |= {(step.id, output): forecast for output, forecast in step.forecasts.items()}
+        if step in steps:
+            _inspect(step, inputs, survey)
+
+
+def _inspect(step: PlannedStep, inputs: dict[str, object], survey: Survey) -> None:
+    where = f"step {step.id!r}"
+    try:
+        step.stage.inspect(inputs, survey)
+    except GradmapError as error:
+        if isinstance(error, OptionError):
+            where += f", option {error.option!r}"
+        error.where = error.where or where
+        raise
+    except Exception as error:
+        raise PluginError(f"inspect() of stage {step.stage.name!r} failed: {type(error).__name__}: {error}") from error

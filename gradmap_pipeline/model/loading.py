@@ -1,0 +1,60 @@
+"""Tensors on disk into a model, through the conversions that transformers applies; and back to their names on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from .skeleton import build_skeleton, find_layer_list, make_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .graph import ModelGraph
+
+
+def load_tensors(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> set[str]:
+    """Bring tensors in under their names on disk; return the names of parameters that are missing."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    plan = module._get_dtype_plan(dtype)
+    loading, _ = convert_and_load_state_dict_in_model(
+        module,
+        tensors,
+        LoadStateDictConfig(
+            dtype=dtype,
+            device_map={"": device},
+            dtype_plan=plan,
+            weight_mapping=get_model_conversion_mapping(module),  # type: ignore[arg-type]
+        ),
+    )
+    if loading.mismatched_keys:
+        name, found, wanted = next(iter(loading.mismatched_keys))
+        raise ModelError(f"{name!r} has shape {tuple(found)} in the checkpoint, but its config asks for {tuple(wanted)}")
+    missing: set[str] = loading.missing_keys
+    return missing
+
+
+def trace_disk_name(graph: ModelGraph, layer: int, parameter: str) -> str:
+    """Name in the base checkpoint of a parameter of a base layer that the model names otherwise.
+
+    Every tensor of the layer is filled with a number of its own and loaded; the number that arrives in the parameter tells
+    which tensor it comes from. Raises `ModelError` where it is made of several.
+    """
+    import torch
+
+    stored = graph.layer_tensors(layer)
+    names = list(stored)
+    dyed = {name: torch.full(stored[name].shape, float(number)) for number, name in enumerate(names)}
+    module = build_skeleton(make_config(graph.base.folder))
+    _, layers = find_layer_list(module, graph.base.layers, graph.base.layer_prefix)
+    load_tensors(module, dyed, torch.float32, "cpu")
+    value = layers[layer].get_parameter(parameter)
+    if not value.is_meta and value.min() == value.max():
+        name = names[int(value.flatten()[0])]
+        if stored[name].shape == tuple(value.shape):
+            return name
+    raise ModelError(f"layer {layer} has a parameter {parameter!r}, which the checkpoint stores in several parts")

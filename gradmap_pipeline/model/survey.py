@@ -1,0 +1,110 @@
+"""What stages ask of a model's structure before a run starts, answered without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from .architecture import full_config
+from .batches import Batch
+from .depth import find_sources
+from .twins import check_twins
+
+if TYPE_CHECKING:
+    import torch
+
+    from .graph import ModelGraph
+    from .hollow import HollowModel
+    from .sites import Site
+
+_SHAPE = (2, 8)  # sequences, tokens
+
+
+class Survey:
+    """A model's structure. Nothing is built before the first question."""
+
+    def __init__(self, graph: ModelGraph, memory: int) -> None:
+        """`memory`: bytes that may be used; questions that take more count as answered well."""
+        self.graph = graph
+        self._memory = memory
+
+    @cached_property
+    def _model(self) -> HollowModel:
+        from .hollow import HollowModel
+
+        return HollowModel(self.graph, resident_bytes=0)
+
+    @cached_property
+    def _batch(self) -> Batch:
+        import torch
+
+        words = int(self._model.module.config.get_text_config().vocab_size)
+        ids = torch.randint(words, _SHAPE, generator=torch.Generator().manual_seed(0))
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def check_layerwise(self) -> None:
+        """Raise `ModelError` where the model cannot be run one layer at a time."""
+        self._model.record(self._batch)
+
+    def check_gradients(self) -> None:
+        """Raise `ModelError` where the loss reaches a layer by other ways than hidden states."""
+        self.check_layerwise()
+        for source, users in find_sources(full_config(self.graph.base.folder)).items():
+            raise ModelError(
+                f"layers {users[0]} to {users[-1]} use keys and values of layer {source}, whose gradient would lack theirs; "
+                "list the layers to remove under 'layers' of prune instead of scoring them"
+            )
+
+    def check_removal(self, kept: Sequence[int]) -> None:
+        """Raise `ModelError` where no config makes the layers that would be left."""
+        check_twins(self.graph.base, kept)
+
+    def check_removable(self) -> None:
+        """Raise `ModelError` where none of a few single layers can be removed."""
+        layers = self.graph.layers
+        inner = layers[1:-1] or layers
+        refusal: ModelError | None = None
+        for layer in dict.fromkeys((inner[len(inner) // 2], inner[0], inner[-1], layers[-1])):
+            try:
+                self.check_removal([other for other in layers if other != layer])
+            except ModelError as error:
+                refusal = refusal or error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    def find_sites(self) -> dict[int, Site | None]:
+        """Where a correction could go in one layer of each kind, by layer; None where in no place. Empty if too large to try."""
+        from .hollow import make_up
+        from .sites import NoSiteError, find_site
+
+        found: dict[int, Site | None] = {}
+        hidden, arguments = self._model.record(self._batch)
+        hidden = self._normal(hidden.shape)
+        for layer in self._one_of_each_kind():
+            with self._model.layer(layer) as module:
+                make_up(module, 0.2)
+                try:
+                    found[layer] = find_site(self._model, layer, hidden, arguments[layer])
+                except NoSiteError:
+                    found[layer] = None
+        return found
+
+    def _normal(self, shape: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+    def _one_of_each_kind(self) -> list[int]:
+        """Layers that differ in the names or shapes of their tensors, if one of them fits into memory."""
+        kinds: dict[object, int] = {}
+        elements = self.graph.layer_elements()
+        start = len(self.graph.base.layer_prefix) + 1
+        for layer in self.graph.layers:
+            tensors = self.graph.layer_tensors(layer)
+            kind = tuple((name[start:].partition(".")[2], tensor.shape) for name, tensor in tensors.items())
+            kinds.setdefault(kind, layer)
+        return [layer for layer in kinds.values() if 4 * elements[layer] < self._memory // 2]

@@ -1,0 +1,119 @@
+"""Whether the layers of a pruned model are those of the original: the same modules, shapes and settings, by comparison.
+
+Rules about config fields (`depth`) may miss what an architecture makes of a layer's index. Both models are built without
+weights, and each kept layer is compared with the one it comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError
+from .architecture import prune_config
+from .skeleton import build_skeleton, find_layer_list, make_config
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from .graph import BaseCheckpoint
+
+_PLAIN = (bool, int, float, str, type(None))
+_INDICES = {"layer_idx", "layer_id", "layer_number"}
+_ONLY_WHEN_MADE = "init_"
+"""Settings with this in their name are used when weights are made up."""
+
+
+def check_twins(base: BaseCheckpoint, kept: Sequence[int]) -> None:
+    """Raise `ModelError` unless the config that keeps these base layers makes the very layers that are kept."""
+    depth = base.layers
+    original = build_skeleton(make_config(base.folder))
+    pruned = build_skeleton(make_config(base.folder, prune_config(base.folder, kept)))
+    _check_cache(original, pruned)
+    path, layers = find_layer_list(original, depth, base.layer_prefix)
+    _, twins = find_layer_list(pruned, len(kept), base.layer_prefix, path)
+    for position, layer in enumerate(kept):
+        for difference in _differences(layers[layer], twins[position], position, depth, kept):
+            raise ModelError(f"layer {layer} would be another layer at place {position} of the pruned model: {difference}")
+    shapes = {name: tuple(value.shape) for name, value in pruned.named_parameters()}
+    for name, value in original.named_parameters():
+        if not name.startswith(f"{path}.") and shapes.get(name) != tuple(value.shape):
+            raise ModelError(
+                f"{name!r} has shape {tuple(value.shape)} now, but {shapes.get(name)} in a model of {len(kept)} layers: "
+                "it has a part for each layer, and no rule says which"
+            )
+
+
+def _check_cache(original: PreTrainedModel, pruned: PreTrainedModel) -> None:
+    """Raise `ModelError` where the cache of keys and values counts tokens for the original's layers, and not for those left."""
+    from transformers import DynamicCache
+
+    try:
+        DynamicCache(config=original.config).get_seq_length()
+    except Exception:  # has no cache of this kind
+        return
+    try:
+        DynamicCache(config=pruned.config).get_seq_length()
+    except ValueError as error:
+        raise ModelError(
+            f"transformers has no cache for the layers that would be left ({error}); remove fewer, or list under 'layers' which"
+        ) from error
+
+
+def _differences(layer: nn.Module, twin: nn.Module, position: int, depth: int, kept: Sequence[int]) -> Iterator[str]:
+    modules, others = dict(layer.named_modules()), dict(twin.named_modules())
+    for name in sorted(modules.keys() ^ others.keys()):
+        yield f"{name!r} is in only one of them"
+    for name, module in modules.items():
+        other = others[name]
+        where = repr(name) if name else "the layer"
+        if type(module) is not type(other):
+            yield f"{where} is a {type(module).__name__} in one and a {type(other).__name__} in the other"
+        yield from _tensor_differences(where, module, other)
+        for setting in sorted(vars(module).keys() | vars(other).keys()):
+            found, made = vars(module).get(setting), vars(other).get(setting)
+            if setting.startswith("_") or _ONLY_WHEN_MADE in setting or not (_is_plain(found) and _is_plain(made)):
+                continue
+            if not _is_same(found, made) and not _follows(setting, found, made, position, depth, kept):
+                yield f"{setting!r} of {where} changes from {found!r} to {made!r}"
+
+
+def _is_same(found: Any, made: Any) -> bool:
+    if isinstance(found, float) and isinstance(made, float):
+        return math.isclose(found, made, rel_tol=1e-12)
+    return bool(found == made)
+
+
+def _follows(setting: str, found: Any, made: Any, position: int, depth: int, kept: Sequence[int]) -> bool:
+    """Whether a setting says where the layer is, how deep the model is, or which layers it has."""
+    layer = kept[position]
+    if isinstance(found, int) and isinstance(made, int):
+        steps = (1, 2) if setting in _INDICES else (1,)  # some layers have two places in a cache
+        return (found - made) in [(layer - position) * step for step in steps] or (found, made) == (depth, len(kept))
+    if isinstance(found, list) and isinstance(made, list):
+        number = {layer: place for place, layer in enumerate(kept)}
+        by_layer = len(found) == depth and made == [found[layer] for layer in kept]
+        return by_layer or made == [number[layer] for layer in found if layer in number]
+    return False
+
+
+def _tensor_differences(where: str, module: nn.Module, other: nn.Module) -> Iterator[str]:
+    import torch
+
+    for kind in ("_parameters", "_buffers"):
+        found, made = getattr(module, kind), getattr(other, kind)
+        for name in sorted(found.keys() | made.keys()):
+            a, b = found.get(name), made.get(name)
+            if (None if a is None else a.shape) != (None if b is None else b.shape):
+                shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (a, b)]
+                yield f"{name!r} of {where} has shape {shapes[0]} in one and {shapes[1]} in the other"
+            elif kind == "_buffers" and a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
+                yield f"{name!r} of {where}, which is computed and not stored, has other values"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN) or type(value).__module__ == "torch"
