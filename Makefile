@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint docs clean
+.PHONY: quickstart test test-slow lint docs architectures clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
@@ -26,6 +26,9 @@ lint: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python -m gradmap_pipeline.reference docs
+
+architectures: .venv/installed
+	$(BIN)/python tests/walk.py docs/architectures.md
 
 clean:
 	rm -rf .venv .gradmap out build *.egg-info

@@ -99,7 +99,8 @@ class ExportModel(Stage):
 
         config = prune_config(model.base.folder, model.layers)
         if model.dtype is not None:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = model.dtype
+            for part in (config, config.get("text_config") or {}):
+                part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
         tensors = model.export_tensors()
         shard_bytes = int(self.max_shard_gigabytes * 1e9)
         files: dict[str, ExportedFile] = {}
@@ -168,14 +169,18 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
 
 def check_loading(folder: Path) -> None:
     """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
+
+    from gradmap_pipeline.model.source import load_config
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        _, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        named = (load_config(folder).get("architectures") or [""])[0]
+        whole = getattr(transformers, named, transformers.AutoModelForCausalLM)  # with the parts besides the text decoder
+        _, report = whole.from_pretrained(folder, dtype="auto", output_loading_info=True)
     finally:
         logging.set_verbosity(verbosity)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -97,10 +97,10 @@ class Prune(Stage):
             found = f"no removal of {count} of {len(layers)} layers leaves a model that its config can express"
             raise OptionError(self._option, f"{found}{_name_possible(config, depth, layers, count)}")
         if self.among == "any":
-            fields = " and ".join(repr(field) for cadence in strict_cadences_of(config) for field in cadence.fields)
+            fields = ", ".join(repr(field) for cadence in strict_cadences_of(config) for field in cadence.fields)
             raise OptionError(
                 self._option,
-                f"config fields {fields} place layers by a cadence, which most removals break; set among: expressible to choose "
+                f"config fields {fields} place layers by a cadence, which most removals break; set `among: expressible` to choose "
                 f"only among those that do not{_name_possible(config, depth, layers, count)}",
             )
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.model.architecture import find_layer_prefix, layer_of, prune_config
+from gradmap_pipeline.model.depth import prune_fields
 
 
 def write_config(folder: Path, model_type: str, **fields: Any) -> Path:
@@ -42,29 +43,85 @@ def test_indices_are_renumbered(tmp_path: Path) -> None:
     assert prune_config(tmp_path, [1, 3, 4, 5])["mlp_only_layers"] == [2]
 
 
+def test_counts_from_the_top_and_maps_by_index(tmp_path: Path) -> None:
+    written = {
+        "model_type": "llama",
+        "num_hidden_layers": 6,
+        "num_nextn_predict_layers": 1,
+        "per_layer_config": {"00": {"a": 1}, "03": {"a": 2}, "05": {"a": 3}},
+        "block_types": ["recurrent", "attention"],
+        "scale_depth": 1.2,
+        "ple_layer_ids": [1, 4],
+    }
+    pruned = prune_fields(written, {}, [0, 3, 4])
+    assert pruned == {
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "num_nextn_predict_layers": 0,
+        "per_layer_config": {"00": {"a": 1}, "01": {"a": 2}},
+        "block_types": ["recurrent", "attention", "recurrent"],
+        "scale_depth": pytest.approx(1.2 / 2**0.5),
+        "ple_layer_ids": [1, 2],
+    }
+
+
+def test_attention_types_are_written_out(tmp_path: Path) -> None:
+    """GPT-Neo says twice which layers are local, once in a short form."""
+    config = AutoConfig.for_model("gpt_neo", num_layers=6, attention_types=[[["global", "local"], 3]]).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pruned = prune_config(tmp_path, [0, 1, 3])
+    assert pruned["attention_layers"] == ["global", "local", "local"]
+    assert pruned["attention_types"] == [[["global"], 1], [["local"], 1], [["local"], 1]]
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "'decoder_sparse_step' = 2 places layers by a cadence, which a removal breaks"),
+        (
+            "jamba",
+            {"attn_layer_period": 3, "attn_layer_offset": 2},
+            r"by a cadence \(attn_layer_period = 3, attn_layer_offset = 2\)",
+        ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' ties each layer to its index"),
-        ("llama", {"widths": [1, 2, 3, 4, 5, 6]}, r"'widths' is a list as long as the model is deep \(6\), and no rule says"),
+        ("llama", {"widths": [1, 2, 3, 4, 5, 6]}, r"'widths' has as many entries as the model has layers \(6\), and no rule says"),
+        ("llama", {"widths": {str(n): n for n in range(6)}}, r"'widths' has as many entries as the model has layers \(6\)"),
+        (
+            "gemma4_unified_text",
+            {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2},
+            r"layer 3 supplies keys and values to layers 5 of 6, so it must stay while they do",
+        ),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(model_type: str, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_config(tmp_path, model_type, **fields)
     with pytest.raises(ModelError, match=message):
-        prune_config(tmp_path, [0, 1, 2])
+        prune_config(tmp_path, [0, 1, 2, 5])
 
 
-def test_cadence_of_one_breaks_nothing(tmp_path: Path) -> None:
-    write_config(tmp_path, "qwen3_moe", decoder_sparse_step=1)
-    assert prune_config(tmp_path, [0, 3])["num_hidden_layers"] == 2
+def test_sparse_step_becomes_a_list_of_exceptions(tmp_path: Path) -> None:
+    """Qwen's cadence of experts can be written as a list, so that no removal breaks it."""
+    write_config(tmp_path, "qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[5])  # experts in layers 1 and 3
+    pruned = prune_config(tmp_path, [0, 1, 3, 5])
+    assert (pruned["decoder_sparse_step"], pruned["mlp_only_layers"]) == (1, [0, 3])
+    pruned = prune_config(tmp_path, [0, 3, 4, 5])
+    assert (pruned["decoder_sparse_step"], pruned["mlp_only_layers"]) == (1, [0, 2, 3])
 
 
-def test_composite_models_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"num_hidden_layers": 6}}))
-    with pytest.raises(ModelError, match=r"it is a composite model \(gemma3\), and only text models can be pruned"):
-        prune_config(tmp_path, [0])
+def test_cadence_takes_other_numbers_where_they_say_the_same(tmp_path: Path) -> None:
+    write_config(tmp_path, "jamba", attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, num_experts=1)
+    pruned = prune_config(tmp_path, [0, 1, 3, 4])  # attention was in 1 and 4, and is now in 1 and 3
+    assert (pruned["attn_layer_period"], pruned["attn_layer_offset"]) == (2, 1)
+
+
+def test_decoder_of_a_model_of_several_parts(tmp_path: Path) -> None:
+    from zoo import make_config
+
+    make_config("gemma3").save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    pruned = prune_config(tmp_path, [0, 3, 4])
+    assert pruned["text_config"]["num_hidden_layers"] == 3
+    assert pruned["text_config"]["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert {**pruned, "text_config": None} == {**written, "text_config": None}
 
 
 def test_layer_prefix() -> None:

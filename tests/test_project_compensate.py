@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gradmap_plugins.calibrate import Calibrate
+from gradmap_plugins.export import ExportModel
 from gradmap_plugins.project_compensate import ProjectCompensate
 from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
+from walk import make_calibration
+from walk import make_model as make_any_model
 
-from gradmap_pipeline import CalibrationSet, CapacityError, ModelGraph, StageError
+from gradmap_pipeline import CalibrationSet, CapacityError, ModelError, ModelGraph, StageError
 from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.sites import NoSiteError, Site, find_site
 from gradmap_pipeline.model.ridge import check_room, solve_ridge
+from gradmap_pipeline.model.sites import NoSiteError, Site, find_site
 from gradmap_pipeline.model.sweep import Sweep
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -173,16 +178,151 @@ def test_sites_only_with_largest() -> None:
         ProjectCompensate(sites=2)
 
 
-def test_projection_behind_a_norm_is_refused(text: Path, tmp_path: Path) -> None:
-    """Olmo2 puts a norm after each part of a layer: nothing can be folded in exactly."""
-    from tiny import CONFIGS, SMALL
+def find_first_site(folder: Path, architecture: str, **changes: Any) -> tuple[LayerwiseModel, Site]:
+    """Of layer 1 of a tiny model."""
+    model = LayerwiseModel(open_folder(make_any_model(folder, architecture, **changes)))
+    sweep = Sweep(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
+    sweep.run_forward()
+    with model.layer(1):
+        return model, find_site(model, 1, sweep.boundary(1, 0), sweep.arguments(0, 1))
 
-    CONFIGS["olmo2"] = SMALL
-    model = open_folder(make_model(tmp_path / "model", "olmo2"))
-    layerwise = LayerwiseModel(model)
-    sweep = Sweep(layerwise, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
-    with layerwise.layer(0), pytest.raises(StageError, match=r"layer 0 of Olmo2ForCausalLM has no linear map that writes"):
-        find_down_projection(layerwise, 0, sweep.boundary(0, 0), sweep.arguments(0, 0))
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "site"),
+    [
+        ("gptj", {}, Site("mlp.fc_out", "output", 128)),  # beside the attention, which writes to the output too
+        ("granite", {"residual_multiplier": 0.25}, Site("mlp.down_proj", "output", 64, gain=0.25)),
+        ("deepseek_v3", {"first_k_dense_replace": 0}, Site("mlp.shared_experts.down_proj", "output", 32)),
+        ("olmo2", {}, Site("post_feedforward_layernorm", "norm", 32)),
+        ("mixtral", {}, Site("self_attn.o_proj", "attention", 32)),
+        ("mamba", {}, Site("mixer.out_proj", "output", 64)),
+    ],
+)
+def test_sites_are_found_by_structure(architecture: str, changes: dict[str, Any], site: Site, tmp_path: Path) -> None:
+    found = find_first_site(tmp_path / "model", architecture, **changes)[1]
+    assert found.gain == pytest.approx(site.gain, rel=1e-6)
+    assert replace(found, gain=1.0) == replace(site, gain=1.0)
+
+
+def test_no_site_where_nothing_writes_unchanged(tmp_path: Path) -> None:
+    """MiniMax adds its experts to what a norm makes of the stream, so that attention does not reach the stream either."""
+    with pytest.raises(NoSiteError, match=r"layer 1 of MiniMaxForCausalLM has no linear map and no norm that writes"):
+        find_first_site(tmp_path / "model", "minimax")
+
+
+def run_whole(folder: Path, layers: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """In fp64: what enters and leaves each layer (`in 2`, `out 2`), and parts of layer 1 or 3 by name."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            seen[f"in {name}"] = inputs[0] if inputs else named["hidden_states"]
+            seen[f"out {name}"] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for index, layer in enumerate(model.get_submodule(layers)):
+        layer.register_forward_hook(keep(str(index)), with_kwargs=True)
+        for name in ("post_feedforward_layernorm", "output.LayerNorm", "self_attn.o_proj"):
+            for part, module in layer.named_modules():
+                if part == name:
+                    module.register_forward_hook(keep(f"{index} {name}"), with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=ids)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "norm", "bias"),
+    [("olmo2", "model.layers", "post_feedforward_layernorm", False), ("bert", "bert.encoder.layer", "output.LayerNorm", True)],
+)
+def test_norm_is_corrected_channel_by_channel(
+    architecture: str, layers: str, norm: str, bias: bool, text: Path, tmp_path: Path
+) -> None:
+    """The scale, and the shift where there is one, are the ridge optimum of each channel alone."""
+    model = open_folder(make_any_model(tmp_path / "model", architecture))
+    calibration = make_calibration(model, tmp_path / "calibration")
+    pruned = model.without_layers([2])
+    stage = ProjectCompensate(site="before_cuts", ridge=0.05)
+    result = run_stage(stage, tmp_path / "out", model=pruned, calibration=calibration)
+    (site,) = result.compensation.sites
+    assert (site.layer, site.parameter, site.kind) == (1, f"{norm}.weight", "norm")
+
+    seen = run_whole(model.base.folder, layers, calibration.load()[0])
+    whole = AutoModelForCausalLM.from_pretrained(model.base.folder, dtype=torch.float64)
+    module = whole.get_submodule(f"{layers}.1.{norm}")
+    shift = module.bias.detach() if bias else 0
+    a = ((seen[f"out 1 {norm}"] - shift) / module.weight.detach()).flatten(0, 1)
+    missing = (seen["out 2"] - seen["out 1"]).flatten(0, 1)
+    penalty = 0.05 * a.square().sum(0).mean()
+    for channel in range(0, 32, 5):
+        columns = [a[:, channel]] + ([torch.ones(len(a)).double()] if bias else [])
+        rows = torch.stack(columns, dim=1)
+        augmented = torch.cat([rows, torch.tensor([[float(penalty.sqrt())] + [0.0] * bias]).double()])
+        solution = torch.linalg.lstsq(augmented, torch.cat([missing[:, channel], torch.zeros(1).double()]).unsqueeze(1)).solution
+        for position, part in enumerate(("weight", "bias")[: len(columns)]):
+            name = next(name for name in result.model.patches if name.endswith(f"{norm}.{part}"))
+            found = result.model.patches[name].load()[name][channel].double() - getattr(module, part)[channel].detach()
+            assert float(found) == pytest.approx(float(solution[position, 0]), rel=1e-3, abs=1e-6)
+
+
+def test_attention_makes_up_for_what_was_missing_before(tmp_path: Path) -> None:
+    """Experts end the layer, so the layer above the cut is corrected where its attention writes to the stream."""
+    model = open_folder(make_any_model(tmp_path / "model", "mixtral"))
+    calibration = make_calibration(model, tmp_path / "calibration")
+    pruned = model.without_layers([2])
+    notes: list[str] = []
+    stage = ProjectCompensate(ridge=0.05)
+    context = make_context(tmp_path / "out", notes=notes)
+    result = stage.run(stage.Inputs(model=pruned, calibration=calibration), context)
+    assert [site.layer for site in result.compensation.sites] == [3, 4, 5]
+    assert notes[0] == "left as it is: layer 1 can be corrected only for what was missing before it, and nothing was"
+    assert notes[1].endswith("of the missing residual restored in self_attn.o_proj.weight")
+
+    ids = calibration.load()[0]
+    whole = run_whole(model.base.folder, "model.layers", ids)
+    exported = AutoModelForCausalLM.from_pretrained(model.base.folder, dtype=torch.float64).eval()
+    del exported.model.layers[2]
+    exported.save_pretrained(tmp_path / "without")
+    config = json.loads((tmp_path / "without" / "config.json").read_text())
+    (tmp_path / "without" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    seen = run_whole(tmp_path / "without", "model.layers", ids)
+    a = seen["in 2 self_attn.o_proj"].flatten(0, 1)
+    missing = (whole["in 3"] - seen["in 2"]).flatten(0, 1)
+    penalty = (0.05 * a.square().sum() / a.shape[1]).sqrt()
+    augmented = torch.cat([a, penalty * torch.eye(a.shape[1]).double()])
+    x = torch.linalg.lstsq(augmented, torch.cat([missing, torch.zeros(a.shape[1], 32).double()])).solution
+    name = "model.layers.3.self_attn.o_proj.weight"
+    weight = exported.model.layers[2].self_attn.o_proj.weight.detach()
+    patched = result.model.patches[name].load()[name].double()
+    assert (patched - weight - x.T).norm() <= 1e-4 * x.norm()
+
+
+@pytest.mark.parametrize("space", ["input", "output"])
+def test_gain_is_part_of_the_correction(space: str, tmp_path: Path) -> None:
+    """Granite scales what each part adds: the optimum is the same as without, at another scale."""
+    model = open_folder(make_any_model(tmp_path / "model", "granite", residual_multiplier=0.25))
+    calibration = make_calibration(model, tmp_path / "calibration")
+    stage = ProjectCompensate.model_validate({"site": "before_cuts", "ridge": 0.05, "space": space})
+    result = run_stage(stage, tmp_path / "out", model=model.without_layers([2]), calibration=calibration)
+    ids = calibration.load()[0]
+    seen = run_whole(model.base.folder, "model.layers", ids)
+    missing = (seen["out 2"] - seen["out 1"]).square().sum()
+    folder = tmp_path / "exported"
+    run_stage(ExportModel(to=folder), tmp_path / "export", model=result.model)
+    left = (seen["out 2"] - run_whole(folder, "model.layers", ids)["out 1"]).square().sum()
+    assert float(left / missing) == pytest.approx(result.compensation.sites[0].missing_left, rel=1e-3)
+
+
+def test_patched_tensors_go_by_their_names_on_disk(tmp_path: Path) -> None:
+    """HunYuan 3 stores the down-projection of its shared expert under another name than the module's."""
+    model = open_folder(make_any_model(tmp_path / "model", "hy_v3"))
+    found = LayerwiseModel(model).disk_name(4, "mlp.shared_experts.down_proj.weight")
+    assert found in model.base.tensors
+    assert found != "model.layers.4.mlp.shared_experts.down_proj.weight"
+    with pytest.raises(ModelError, match=r"'mlp.experts.down_proj', which the checkpoint stores in several parts"):
+        LayerwiseModel(model).disk_name(4, "mlp.experts.down_proj")
 
 
 @pytest.mark.parametrize(("architecture", "inputs"), [("llama", 64), ("phi3", 64), ("gpt2", 128)])

@@ -55,7 +55,9 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 
 
 PRUNED = ModelForecast(layers=5, kept=(0, 1, 2, 4, 5))
-FIXED = ModelForecast(layers=12, fixed_depth="it is bound")
+FIXED = ModelForecast(layers=12, kept=tuple(range(12)), config={"num_hidden_layers": 12, "scale_attn_by_inverse_layer_idx": True})
+CADENCE = {"num_hidden_layers": 12, "attn_layer_period": 4, "attn_layer_offset": 2}
+ALTERNATING = ModelForecast(layers=12, kept=tuple(range(12)), config=CADENCE)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,19 @@ FIXED = ModelForecast(layers=12, fixed_depth="it is bound")
         ({"layers": 5}, {"scores": ScoresForecast(decisions=3)}, "layers", "removes 5 of 12 layers, but only 3 removals are"),
         ({"layers": [12]}, {}, "layers", "there is no layer 12: the model has layers 0 to 11"),
         ({"layers": [3, 5]}, {"model": PRUNED}, "layers", "there is no layer 3: the model has layers 0, 1, 2, 4, 5"),
-        ({"layers": [1]}, {"model": FIXED}, "layers", "no layer of this model can be removed: it is bound"),
+        ({"layers": [1]}, {"model": FIXED}, "layers", "'scale_attn_by_inverse_layer_idx' ties each layer to its index"),
+        (
+            {"layers": [3]},
+            {"model": ALTERNATING},
+            "layers",
+            r"by a cadence \(attn_layer_period = 4, attn_layer_offset = 2\), which .*; possible, for instance: remove 1$",
+        ),
+        (
+            {"ratio": 0.25},
+            {"model": ALTERNATING, "scores": ScoresForecast(decisions=3)},
+            "ratio",
+            "'attn_layer_period', 'attn_layer_offset' place layers by a cadence, .* set `among: expressible` to .* remove ",
+        ),
         ({"layers": 2}, {}, "layers", "nothing says which layers to remove; put gradmap_score before this step"),
         ({"layers": 12}, {"scores": None}, "layers", "removing 12 of 12 layers leaves none"),
     ],

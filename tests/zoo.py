@@ -227,7 +227,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ALTERNATING},
     "gemma3n_text": {"layer_types": ALTERNATING, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5] * 3 + [0.0] * 3},
     "gemma4_text": {"layer_types": ALTERNATING, "num_kv_shared_layers": 2, "global_head_dim": 16},
-    "gemma4_unified_text": {"layer_types": ALTERNATING, "global_head_dim": 16, "hidden_size_per_layer_input": 0},
+    "gemma4_unified_text": {
+        "layer_types": ALTERNATING,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 0,
+    },
     "git": {"vision_config": VISION},
     "glm4_moe": {"first_k_dense_replace": 2},
     "glm4_moe_lite": {**MLA, "mlp_layer_types": DENSE_BELOW},
@@ -307,16 +312,28 @@ CHANGES: dict[str, dict[str, Any]] = {
     "xmod": {**ENCODER, "default_language": "en_XX"},
     "youtu": MLA,
     "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2, "attention_hidden_size": 64},
-    "zamba2": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2, "num_key_value_heads": 4},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 4,
+    },
     "zaya": {"num_experts_per_tok": 1, "sliding_window": WINDOW, "layer_types": ["hybrid", "hybrid_sliding"] * 3},
 }
 
 
+BYTES = {name: SIZES[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")}
 AUDIO = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 8}
 
+IMAGE_WORDS = {"<image>": 3, "<|extra_200|>": 4} | {f"<|visual token {n:06}|>": 300 + n for n in range(16)}
+
 PARTS: dict[str, dict[str, Any]] = {
-    "dots3_note": {"text_config": "dots3_note_text", "vision_config": VISION, "audio_config": {}},
-    "emu3": {"text_config": "emu3_text_model", "vq_config": {"base_channels": 32, "embed_dim": 4, "codebook_size": 16}},
+    "blt": {"encoder_hash_byte_group_vocab": 50}
+    | {f"{part}_config": BYTES for part in ("patcher", "encoder", "decoder", "global")},
+    "emu3": {
+        "text_config": "emu3_text_model",
+        "vq_config": {"base_channels": 32, "embed_dim": 4, "codebook_size": 16},
+        "vocabulary_map": IMAGE_WORDS,
+    },
     "fuyu": {"text_config": "persimmon", "patch_size": 2, "hidden_size": 32},
     "gemma3": {"text_config": "gemma3_text", "vision_config": VISION, "mm_tokens_per_image": 1},
     "gemma4": {"text_config": "gemma4_text", "vision_config": None, "audio_config": None},
@@ -332,8 +349,8 @@ PARTS: dict[str, dict[str, Any]] = {
 """Models of several parts: each part's fields, or its type."""
 
 
-def make_config(model_type: str) -> PretrainedConfig:
-    """Config of a model of about ten thousand parameters."""
+def make_config(model_type: str, **changes: Any) -> PretrainedConfig:
+    """Config of a model of about ten thousand parameters, with some fields changed."""
     from transformers import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[model_type]
@@ -345,4 +362,4 @@ def make_config(model_type: str) -> PretrainedConfig:
     except Exception:
         known = dict.fromkeys(SIZES, 0)
     fields = {name: value for name, value in SIZES.items() if known.get(name) is not None}
-    return made(**{**fields, **CHANGES.get(model_type, {})})
+    return made(**{**fields, **CHANGES.get(model_type, {}), **changes})

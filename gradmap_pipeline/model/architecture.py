@@ -11,6 +11,8 @@ from ..errors import ModelError
 from .depth import prune_fields
 from .source import load_config
 
+_TEXT_PARTS = {"language_model", "text_model"}
+
 
 def find_layer_prefix(names: Collection[str], layers: int) -> str:
     """The common start of layer tensors: the dotted path whose next parts are 0 … layers-1. There must be one."""
@@ -20,6 +22,8 @@ def find_layer_prefix(names: Collection[str], layers: int) -> str:
         if match:
             numbers.setdefault(match[1], set()).add(int(match[2]))
     candidates = [prefix for prefix, found in numbers.items() if set(range(layers)) <= found]
+    if len(candidates) > 1:  # one of text, among encoders of images or sound
+        candidates = [prefix for prefix in candidates if any(part in _TEXT_PARTS for part in prefix.split("."))] or candidates
     if len(candidates) != 1:
         found = ", ".join(f"{prefix}.* ({len(found)})" for prefix, found in sorted(numbers.items())) or "none"
         raise ModelError(f"the checkpoint has no single list of {layers} layers, as its config says; numbered tensors: {found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ class LayerArguments:
     @cached_property
     def containers(self) -> list[Any]:
         """Arguments that a layer could put something into."""
-        return [value for value in (*self.positional, *self.named.values()) if isinstance(value, dict | list)]
+        return [value for value in (*self.positional, *self.named.values()) if isinstance(value, MutableMapping | list)]
 
 
 @dataclass(frozen=True)
@@ -57,5 +58,5 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
 
     if isinstance(value, torch.Tensor):
         return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    items = value.values() if isinstance(value, MutableMapping) else value if isinstance(value, list | tuple) else ()
     return [part for item in items for part in _tensors_in(item)]

@@ -18,7 +18,7 @@ from .source import ModelSource, count_layers, count_positions, load_config
 
 LONGEST_DEFAULT_SEQUENCE = 2048
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
-_OTHER_COMPANIONS = ("generation_config.json", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_OTHER_COMPANIONS = ("generation_config.json", "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 class BaseCheckpoint(BaseModel):

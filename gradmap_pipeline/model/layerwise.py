@@ -141,10 +141,15 @@ class LayerwiseModel:
             if first[0].shape[:2] != batch.input_ids.shape or first[0].ndim != 3:
                 raise self._refusal(f"its hidden states have shape {tuple(first[0].shape)}, not (batch, tokens, hidden)")
             if self._shape_of_output is None:
-                self._shape_of_output = self._try_layer(next(iter(recorded.items())), first[0])
+                index = next(iter(recorded))
+                with self.layer(index):
+                    self._shape_of_output = OutputShape.of(self.try_layer(index, first[0], recorded[index]))
                 return self.record(batch)
         if any(self._shape_of_output.hands_on(arguments) for arguments in recorded.values()):
             raise self._refusal("each layer gets more from the one below than hidden states")
+        idle = next((index for index in kept if index not in recorded), None)
+        if idle is not None:
+            raise self._refusal(f"it does not use layer {idle} for text alone")
         return first[0], {index: recorded[index] for index in kept}
 
     def head(self, batch: Batch, hidden: torch.Tensor, positions: slice | None = None) -> torch.Tensor:
@@ -206,13 +211,15 @@ class LayerwiseModel:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.forward = forward
 
-    def _try_layer(self, recorded: tuple[int, LayerArguments], hidden: torch.Tensor) -> OutputShape:
-        index, arguments = recorded
-        with self.layer(index):
-            try:
-                return OutputShape.of(self._forwards[index](hidden, *arguments.positional, **arguments.named))
-            except _UNFORESEEN as error:
-                raise self._explain(error) from error
+    def try_layer(self, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
+        """All that base layer `index` returns. Raises `ModelError` where it does not take these arguments."""
+        import torch
+
+        try:
+            with torch.no_grad():
+                return self._forwards[index](hidden, *arguments.positional, **arguments.named)
+        except _UNFORESEEN as error:
+            raise self._explain(error) from error
 
     def _explain(self, error: Exception) -> Exception:
         if is_shortage(error):

@@ -41,6 +41,10 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None, d
         for name, buffer in list(model.named_non_persistent_buffers()):
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device=device)
+        for module in model.modules():
+            for leaf, value in module._parameters.items():
+                if value is not None and not value.is_meta:  # made in a way that the context does not see
+                    module._parameters[leaf] = torch.nn.Parameter(torch.empty_like(value, device="meta"))
         for parameter in model.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model.initialize_weights()

@@ -15,6 +15,7 @@ from . import depth
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "*.md"]
 _HUB_OTHERS = ["consolidated*", "original/*", "onnx/*", "*/*"]
 """Formats of other programs that lie beside the weights, and subfolders."""
@@ -65,12 +66,16 @@ class ModelSource(BaseModel):
         if folder is not None:
             return folder
         assert self.id is not None
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
         try:
+            config = Path(hf_hub_download(self.id, "config.json", revision=self.revision))
+            check_config(load_config(config.parent), self.id)  # before gigabytes of weights
             folder = Path(
                 snapshot_download(self.id, revision=self.revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_OTHERS)
             )
+        except ModelError:
+            raise
         except Exception as error:  # the hub client raises a dozen unrelated types for the same user-facing fact
             raise ModelError(
                 f"cannot get model {self.id!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}); "
@@ -96,15 +101,23 @@ def check_model_folder(folder: Path) -> None:
         raise ModelError(f"no folder {str(folder)!r}; relative paths start at the current folder, {str(Path.cwd())!r}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{str(folder)!r} is not a model folder: it has no config.json")
-    config = load_config(folder)
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
-        raise ModelError(f"{str(folder)!r} is already quantised ({method}); prune the original model first, then quantise")
+    check_config(load_config(folder), str(folder))
     if not any(folder.glob("*.safetensors")):
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = f"only {others[0]!r}, which is a pickle and is never opened" if others else "no weights"
         raise ModelError(f"{str(folder)!r} has {found}; weights must be in *.safetensors files (save_pretrained writes them)")
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Raise `ModelError` where config.json alone says that the model cannot be pruned."""
+    text = config.get("text_config") or {}
+    quantised = next((part[key] for part in (config, text) for key in _QUANTISED_KEYS if part.get(key)), None)
+    if quantised:
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
+        raise ModelError(f"{name!r} is already quantised ({method}); prune the original model first, then quantise")
+    if config.get("is_encoder_decoder") or "decoder_layers" in config or "num_decoder_layers" in config:
+        kind = config.get("model_type", "of no type")
+        raise ModelError(f"{name!r} is an encoder-decoder model ({kind}); only a decoder that stands alone can be pruned")
 
 
 def load_config(folder: Path) -> dict[str, Any]:

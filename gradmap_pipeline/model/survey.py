@@ -44,17 +44,31 @@ class Survey:
         ids = torch.randint(words, _SHAPE, generator=torch.Generator().manual_seed(0))
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
+    @cached_property
+    def _sources(self) -> dict[int, list[int]]:
+        return find_sources(full_config(self.graph.base.folder))
+
     def check_layerwise(self) -> None:
-        """Raise `ModelError` where the model cannot be run one layer at a time."""
-        self._model.record(self._batch)
+        """Raise `ModelError` where the model cannot be run one layer at a time; tries one layer of each kind."""
+        from .hollow import make_up
+
+        hidden, arguments = self._model.record(self._batch)
+        hidden = self._normal(hidden.shape)
+        dependent = {user for users in self._sources.values() for user in users}
+        for layer in self._one_of_each_kind():
+            if layer in dependent:
+                continue
+            with self._model.layer(layer) as module:
+                make_up(module, 0.2)
+                self._model.try_layer(layer, hidden, arguments[layer])
 
     def check_gradients(self) -> None:
         """Raise `ModelError` where the loss reaches a layer by other ways than hidden states."""
         self.check_layerwise()
-        for source, users in find_sources(full_config(self.graph.base.folder)).items():
+        for source, users in self._sources.items():
             raise ModelError(
-                f"layers {users[0]} to {users[-1]} use keys and values of layer {source}, whose gradient would lack theirs; "
-                "list the layers to remove under 'layers' of prune instead of scoring them"
+                f"layer {source} supplies keys and values to {', '.join(map(str, users))}, so hidden states do not carry all "
+                "gradients; list the layers to remove under 'layers' of prune instead of scoring them"
             )
 
     def check_removal(self, kept: Sequence[int]) -> None:
@@ -64,9 +78,9 @@ class Survey:
     def check_removable(self) -> None:
         """Raise `ModelError` where none of a few single layers can be removed."""
         layers = self.graph.layers
-        inner = layers[1:-1] or layers
+        inner = [layer for layer in layers[1:-1] if layer not in self._sources] or layers
         refusal: ModelError | None = None
-        for layer in dict.fromkeys((inner[len(inner) // 2], inner[0], inner[-1], layers[-1])):
+        for layer in dict.fromkeys((inner[len(inner) // 2], inner[0], inner[-1])):
             try:
                 self.check_removal([other for other in layers if other != layer])
             except ModelError as error:

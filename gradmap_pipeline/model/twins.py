@@ -36,7 +36,10 @@ def check_twins(base: BaseCheckpoint, kept: Sequence[int]) -> None:
     _, twins = find_layer_list(pruned, len(kept), base.layer_prefix, path)
     for position, layer in enumerate(kept):
         for difference in _differences(layers[layer], twins[position], position, depth, kept):
-            raise ModelError(f"layer {layer} would be another layer at place {position} of the pruned model: {difference}")
+            raise ModelError(
+                f"layer {layer} would be another layer at place {position} of the pruned model: {difference}, "
+                "which no field of the config prevents"
+            )
     shapes = {name: tuple(value.shape) for name, value in pruned.named_parameters()}
     for name, value in original.named_parameters():
         if not name.startswith(f"{path}.") and shapes.get(name) != tuple(value.shape):
