@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .errors import GradmapError, OptionError, PluginError
+from .memory import give_back
 from .model.graph import ModelGraph
 from .model.survey import Survey
 from .plan import Plan, PlannedStep
@@ -20,6 +21,8 @@ def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, m
         known |= {(step.id, output): forecast for output, forecast in step.forecasts.items()}
         if step in steps:
             _inspect(step, inputs, survey)
+    del survey
+    give_back()
 
 
 def _inspect(step: PlannedStep, inputs: dict[str, object], survey: Survey) -> None:

@@ -187,7 +187,7 @@ def score_by_backward(base: Path, graph: ModelGraph, calibration: CalibrationSet
     logits = model(input_ids=ids, use_cache=False).logits.float()
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     return {
-        index: float((output.grad * (output - entered)).sum(-1).abs().double().sum())
+        index: float((output.grad * (output - entered).detach()).sum(-1).abs().double().sum())
         for index, (entered, output) in seen.items()
         if output.grad is not None
     }
