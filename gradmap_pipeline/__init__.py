@@ -12,9 +12,9 @@ if TYPE_CHECKING:
         CalibrationSet,
         Decision,
         Evaluation,
-        Export,
         ExportedFile,
         LayerScores,
+        Model,
         ModelForecast,
         ScoresForecast,
         TensorFile,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .data import DatasetSource
     from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
     from .estimate import Estimate
+    from .exports import Export, OnnxFolder, TransformersFolder
     from .hookspecs import hookimpl
     from .model.graph import ModelGraph
     from .model.survey import Survey
@@ -37,9 +38,9 @@ _HOME = {
         "CalibrationSet",
         "Decision",
         "Evaluation",
-        "Export",
         "ExportedFile",
         "LayerScores",
+        "Model",
         "ModelForecast",
         "ScoresForecast",
         "TensorFile",
@@ -47,6 +48,7 @@ _HOME = {
     "data": ("DatasetSource",),
     "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
     "estimate": ("Estimate",),
+    "exports": ("Export", "OnnxFolder", "TransformersFolder"),
     "hookspecs": ("hookimpl",),
     "model.graph": ("ModelGraph",),
     "model.survey": ("Survey",),
@@ -67,9 +69,11 @@ __all__ = [
     "Export",
     "ExportedFile",
     "LayerScores",
+    "Model",
     "ModelError",
     "ModelForecast",
     "ModelGraph",
+    "OnnxFolder",
     "OptionError",
     "QualityError",
     "Rehearsal",
@@ -78,6 +82,7 @@ __all__ = [
     "StageError",
     "Survey",
     "TensorFile",
+    "TransformersFolder",
     "hookimpl",
 ]
 

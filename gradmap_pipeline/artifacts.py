@@ -20,7 +20,11 @@ from pydantic import (
 from .digests import sha256_of, sha256_of_value
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+    from .model.batches import Batch
 
 
 def _relative_to_store(path: Path, info: SerializationInfo) -> str:
@@ -59,6 +63,14 @@ class Artifact(BaseModel):
     def is_present(self) -> bool:
         """Whether the files that belong to it are still there."""
         return all(file.path.is_file() for file in find_tensor_files(self))
+
+
+class Model(Artifact):
+    """A language model in a form that can be evaluated: a graph over a checkpoint, or a folder that another program runs."""
+
+    def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
+        """Read it into memory; the function returned gives logits (B, T, V) of a batch."""
+        raise NotImplementedError
 
 
 class TensorFile(BaseModel):
@@ -181,23 +193,6 @@ class ExportedFile(BaseModel):
     size: int
     """Bytes."""
     sha256: str
-
-
-class Export(Artifact):
-    """A folder that other programs load."""
-
-    folder: Path
-    format: str
-    files: dict[str, ExportedFile]
-    max_logit_difference: float
-    """Largest absolute difference between the logits of the reloaded folder and of the model."""
-
-    def is_present(self) -> bool:
-        """Compare names and sizes with the folder, and the lineage, which holds the digests of all other files, by its digest."""
-        files = {self.folder / name: file for name, file in self.files.items()}
-        same = all(path.is_file() and path.stat().st_size == file.size for path, file in files.items())
-        lineage = self.folder / LINEAGE
-        return same and (lineage not in files or sha256_of(lineage) == files[lineage].sha256)
 
 
 class ModelForecast(BaseModel):

@@ -180,6 +180,16 @@ def stages(
 
 
 @app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="An exported folder.", show_default=False)]) -> None:
+    """Check an exported folder: every file as it was written, and the model loads."""
+    with _errors():
+        from .verify import verify_folder
+
+        for line in verify_folder(folder):
+            typer.echo(line)
+
+
+@app.command()
 def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
     """Print the JSON Schema of recipes, for editors."""
     with _errors():

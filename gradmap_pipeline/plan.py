@@ -10,6 +10,7 @@ from typing import Any
 from .artifacts import Artifact
 from .catalog import Catalog
 from .errors import GradmapError, ModelError, OptionError, PluginError, Problem, RecipeError
+from .extras import explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
 from .recipe import MODEL_STEP, Recipe, RecipeStep
@@ -51,9 +52,9 @@ class _Board:
     """By step id and output."""
     forecasts: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def latest(self, name: str, wanted: type[Artifact]) -> tuple[str, str] | None:
-        """The last output of this name that fits."""
-        return next((at for at in reversed(self.types) if at[1] == name and issubclass(self.types[at], wanted)), None)
+    def latest(self, name: str) -> tuple[str, str] | None:
+        """The last output of this name."""
+        return next((at for at in reversed(self.types) if at[1] == name), None)
 
 
 def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
@@ -107,6 +108,9 @@ def _plan_step(
         return None
     stage_class = catalog.stages[step.stage]
     before = len(problems)
+    missing = explain_missing(stage_class.requires, stage_class.extra)
+    if missing is not None:
+        problems.append(Problem(recipe.where((*at, "use")), f"step {step.id!r} {missing}"))
     stage: Stage | None = None
     try:
         stage = validate(stage_class, step.options)
@@ -129,7 +133,8 @@ def _plan_step(
         except Exception as error:
             plugin = catalog.plugin_of[step.stage]
             raise PluginError(f"forecast() of stage {step.stage!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
-    for name, kind in stage_class.output_fields().items():
+    kinds = stage_class.output_fields() if stage is None else stage.output_types()
+    for name, kind in kinds.items():
         board.types.pop((step.id, name), None)
         board.types[step.id, name] = kind
         board.forecasts[step.id, name] = forecasts.get(name)
@@ -157,9 +162,16 @@ def _wire(
     for name, (wanted, required) in inputs.items():
         chosen = step.sources.get(name)
         if chosen is None:
-            source = board.latest(name, wanted)
-            if source is not None:
+            source = board.latest(name)
+            if source is not None and issubclass(board.types[source], wanted):
                 wired[name] = source
+            elif source is not None and required:
+                kind = board.types[source].__name__
+                message = (
+                    f"step {step.id!r} takes a {wanted.__name__} as {name!r}, but after step {source[0]!r} it is a {kind}; "
+                    f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
+                )
+                problems.append(Problem(recipe.where((*at, "use")), message))
             elif required:
                 producers = catalog.producers(name, wanted)
                 advice = f"put {' or '.join(producers)} before it" if producers else "no installed stage makes one"

@@ -19,6 +19,7 @@ from pydantic_core import to_jsonable_python
 from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
 from .errors import CapacityError, GradmapError, RecipeError, StageError, is_shortage
+from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
 from .machine import ALONE, Machine
@@ -178,6 +179,8 @@ def _find_inputs(step: PlannedStep, ran: Ran) -> dict[str, Artifact]:
 def _at_base(artifact: Artifact, model: Artifact) -> Artifact:
     """A stored graph over the recipe's model, wherever that lies now."""
     assert isinstance(model, ModelGraph)
+    if isinstance(artifact, Export):
+        return artifact.model_copy(update={"graph": _at_base(artifact.graph, model)})
     if isinstance(artifact, ModelGraph) and artifact.base.sha256 == model.base.sha256:
         return artifact.model_copy(update={"base": model.base})
     return artifact

@@ -77,6 +77,11 @@ class Stage(BaseModel):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     """Distributions whose version changes the result; part of the key under which results are kept."""
 
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Modules besides the package's own dependencies, without which the stage cannot work; `gradmap check` looks for them."""
+    extra: ClassVar[str] = ""
+    """The extra of the package that installs them."""
+
     parallel: ClassVar[bool] = False
     """Whether all processes of a run do this step together, each on its share of the samples, with `context.group` to sum
     what they find. Otherwise one process does it."""
@@ -120,6 +125,10 @@ class Stage(BaseModel):
         """Output name to artifact type."""
         return {name: _artifact_type(info.annotation) for name, info in cls.Outputs.model_fields.items()}
 
+    def output_types(self) -> dict[str, type[Artifact]]:
+        """As `output_fields`, but of this step: where options decide what an output is, the class they lead to."""
+        return self.output_fields()
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         for required in ("name", "Inputs", "Outputs"):
@@ -141,8 +150,8 @@ class Stage(BaseModel):
 
 
 def _artifact_type(annotation: Any) -> type[Artifact]:
-    """The artifact class in `X` or `X | None`."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Artifact):
-            return candidate
-    raise TypeError(annotation)
+    """The artifact class in `X` or `X | None`; of `X | Y`, the nearest class that both derive from."""
+    found = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type) and issubclass(part, Artifact)]
+    if not found:
+        raise TypeError(annotation)
+    return next(base for base in found[0].__mro__ if all(issubclass(other, base) for other in found))

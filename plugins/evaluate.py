@@ -14,11 +14,14 @@ from gradmap_pipeline import (
     DatasetSource,
     Estimate,
     Evaluation,
+    Export,
+    Model,
     ModelGraph,
     OptionError,
     QualityError,
     Rehearsal,
     Stage,
+    StageError,
     Survey,
     hookimpl,
 )
@@ -27,6 +30,8 @@ from gradmap_pipeline.digests import sha256_of_value
 
 if TYPE_CHECKING:
     import torch
+
+_EXPORT_BATCH_TOKENS = 2048  # whose logits are in memory at once
 
 
 class Evaluate(Stage):
@@ -50,7 +55,7 @@ class Evaluate(Stage):
     )
 
     class Inputs(BaseModel):
-        model: ModelGraph
+        model: Model
 
     class Outputs(BaseModel):
         evaluation: Evaluation
@@ -81,20 +86,26 @@ class Evaluate(Stage):
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import load_tokenizer, make_sequences
 
-        model, base = inputs.model, inputs.model.base
+        model = inputs.model
+        graph = model.graph if isinstance(model, Export) else model
+        if not isinstance(graph, ModelGraph):
+            raise StageError(f"nothing is known of the model in a {type(model).__name__} but how to run it")
+        base = graph.base
         length = self.sequence_length or base.default_sequence_length
         samples = None if self.samples == "all" else self.samples
         ids, mask = make_sequences(load_tokenizer(base), self.dataset.documents(), length, samples, self.packing)
         text = sha256_of_value([ids.tolist(), mask.tolist()])
 
-        def measure(graph: ModelGraph) -> dict[str, Any]:
-            key = {"model": graph.model_copy(update={"label": ""}).content(), "text": text}
-            found: dict[str, Any] = context.remember(key, lambda: score_text(graph, ids, mask, context))
+        def measure(model: Model) -> dict[str, Any]:
+            content = model.model_copy(update={"label": ""}) if isinstance(model, ModelGraph) else model
+            score = score_text if isinstance(model, ModelGraph) else score_export
+            key = {"model": content.content(), "text": text}
+            found: dict[str, Any] = context.remember(key, lambda: score(model, ids, mask, context))
             return found
 
         found = measure(model)
         perplexity = math.exp(found["loss"])
-        base_perplexity = None if self.max_perplexity_ratio is None else math.exp(measure(model.dense)["loss"])
+        base_perplexity = None if self.max_perplexity_ratio is None else math.exp(measure(graph.dense)["loss"])
         self._check_limits(perplexity, base_perplexity)
         return self.Outputs(
             evaluation=Evaluation(
@@ -104,8 +115,8 @@ class Evaluate(Stage):
                 perplexity=perplexity,
                 samples=ids.shape[0],
                 sequence_length=ids.shape[1],
-                layers=len(model.layers),
-                parameters=model.count_parameters(),
+                layers=len(graph.layers),
+                parameters=graph.count_parameters(),
                 bytes=model.count_bytes(),
                 base_perplexity=base_perplexity,
                 **found,
@@ -159,6 +170,25 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
             boundaries = Boundaries(way.boundary_limit, context.folder)
             sweep = Sweep(layerwise, group, boundaries=boundaries, keep_boundaries=False, advance=advance)
             loss += sum(float(losses.double().sum()) for losses in sweep.losses())
+    tokens = sum(int(predicted_tokens(batch).sum()) for batch in batches)
+    rate = tokens / (time.perf_counter() - started)
+    total = context.group.sum_values({"loss": loss, "tokens": tokens, "rate": rate})
+    return {"loss": total["loss"] / total["tokens"], "tokens": int(total["tokens"]), "tokens_per_second": total["rate"]}
+
+
+def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
+    """The same of a folder, by the program it was made for."""
+    from gradmap_pipeline.model.batches import make_batches, next_token_losses, predicted_tokens
+
+    batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS)
+    run = model.open(context.device)
+    loss = 0.0
+    with context.progress(f"score text with the {model.label} model", len(batches), "batch") as advance:
+        run(batches[0])  # warms up
+        started = time.perf_counter()
+        for batch in batches:
+            loss += float(next_token_losses(run(batch), batch).double().sum())
+            advance()
     tokens = sum(int(predicted_tokens(batch).sum()) for batch in batches)
     rate = tokens / (time.perf_counter() - started)
     total = context.group.sum_values({"loss": loss, "tokens": tokens, "rate": rate})

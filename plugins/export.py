@@ -3,68 +3,91 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gradmap_pipeline import (
+    Artifact,
     Context,
     Estimate,
     Evaluation,
-    Export,
     ExportedFile,
     ModelGraph,
+    OnnxFolder,
     OptionError,
     Rehearsal,
     Stage,
     StageError,
     Survey,
+    TransformersFolder,
     hookimpl,
 )
-from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.digests import sha256_of
+from gradmap_pipeline.extras import explain_missing
+from gradmap_pipeline.folders import check_loading, check_target, describe_file, finish_export, make_lineage, write_companions
 from gradmap_pipeline.partial import partial_folder, replace_folder
-from gradmap_pipeline.report.model_card import make_model_card
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
 
 
+class OnnxOptions(BaseModel):
+    """Options of the ONNX format."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Literal["float32", "float16"] = Field("float32", description="Floating-point type of weights and activations.")
+
+
 class ExportModel(Stage):
-    """Write the model as a folder of safetensors that plain transformers loads, and check it by loading it back."""
+    """Write the model as a folder that other programs load, and check it by loading it back."""
 
     name = "export"
 
-    format: Literal["safetensors"] = Field("safetensors", description="`safetensors`: a Hugging Face folder.")
+    format: Literal["safetensors", "onnx"] = Field(
+        "safetensors",
+        description="`safetensors`: a Hugging Face folder. `onnx`: one graph with a cache of keys and "
+        "values, for ONNX Runtime, Optimum and ONNX Runtime GenAI.",
+    )
     to: Path = Field(description="Folder to write.")
     overwrite: bool = Field(False, description="Replace a folder even if it is not an earlier export.")
     max_shard_gigabytes: float = Field(5.0, gt=0, description="Size of the largest weights file, in 10⁹ bytes.")
+    onnx: OnnxOptions = Field(default_factory=OnnxOptions, description="Options of `format: onnx`.")
 
     class Inputs(BaseModel):
         model: ModelGraph
         evaluation: Evaluation | None = None
 
     class Outputs(BaseModel):
-        exported: Export
+        exported: TransformersFolder | OnnxFolder = Field(discriminator="format")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> ExportModel:
+        if self.format != "onnx" and "onnx" in self.model_fields_set:
+            raise ValueError(f"'onnx' belongs to format 'onnx'; the format is {self.format!r}")
+        if self.format == "onnx" and "max_shard_gigabytes" in self.model_fields_set:
+            raise ValueError("'max_shard_gigabytes' belongs to format 'safetensors'; an ONNX graph has one file of weights")
+        return self
+
+    def output_types(self) -> dict[str, type[Artifact]]:
+        return {"exported": OnnxFolder if self.format == "onnx" else TransformersFolder}
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self.to.is_file():
-            raise OptionError("to", f"{str(self.to)!r} is a file; name a folder")
-        above = next((folder for folder in self.to.resolve().parents if folder.exists()), self.to.resolve())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise OptionError("to", f"{str(self.to)!r} cannot be made: {str(above)!r} is not a folder that can be written to")
-        foreign = find_foreign_files(self.to) if self.to.is_dir() and not self.overwrite else []
-        if foreign:
-            found = f"folder {str(self.to)!r} holds {foreign[0]!r}, which is not part of an export"
-            raise OptionError("to", f"{found}; choose another, or set overwrite: true to delete it")
+        check_target(self.to, self.overwrite)
+        if self.format == "onnx":
+            missing = explain_missing(("onnxscript", "onnxruntime"), "onnx")
+            if missing is not None:
+                raise OptionError("format", missing)
         return {}
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
         survey.check_layerwise()
+        if self.format == "onnx":
+            from gradmap_pipeline.model.skeleton import make_config
+            from gradmap_pipeline.ort.trace import check_exportable
+
+            check_exportable(make_config(survey.graph.base.folder))
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model = inputs.get("model")
@@ -72,6 +95,8 @@ class ExportModel(Stage):
             return None
         size = rehearsal.count_bytes(model.layers)
         rates = rehearsal.rates
+        if self.format == "onnx":
+            return None
         copying = Estimate(0, size, size, seconds=size * (rates.read_again(size) + rates.digest + rates.write))
         return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
@@ -82,25 +107,56 @@ class ExportModel(Stage):
         model, target = inputs.model, self.to.resolve()
         if target == model.base.folder or target in model.base.folder.parents:
             raise StageError(f"{str(self.to)!r} holds the model that is being read; export to another folder")
+        evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
         with partial_folder(target) as partial:
-            evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
-            files = self._write(model, evaluation, partial, context)
-            difference = check_export(model, partial, context.seed)
-            lineage = make_lineage(model, evaluation, files, difference, context)
-            (partial / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
-            files[LINEAGE] = _describe(partial / LINEAGE)
+            if self.format == "onnx":
+                files, difference = self._write_onnx(model, evaluation, partial, context)
+            else:
+                files = self._write(model, evaluation, partial, context)
+                difference = check_export(model, partial, context.seed)
+            files = finish_export(partial, make_lineage(model, evaluation, files, difference, context), files)
             replace_folder(partial, target)
-        context.note(f"wrote {self.to}: {sum(file.size for file in files.values()) / 1e6:.1f} MB, loaded back, logits equal")
-        return self.Outputs(exported=Export(folder=target, format=self.format, files=files, max_logit_difference=difference))
+        made: dict[str, Any] = {"graph": model, "folder": target, "files": files, "max_logit_difference": difference}
+        size = sum(file.size for file in files.values()) / 1e6
+        if self.format == "onnx":
+            context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
+            return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
+        context.note(f"wrote {self.to}: {size:.1f} MB, loaded back, logits equal")
+        return self.Outputs(exported=TransformersFolder(**made))
+
+    def _write_onnx(
+        self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context
+    ) -> tuple[dict[str, ExportedFile], float]:
+        """Trace, save, and run the graph beside the model; torch's weights are gone before ONNX Runtime reads its own."""
+        import onnx_ir
+
+        from gradmap_pipeline.memory import give_back
+        from gradmap_pipeline.model.whole import load_whole
+        from gradmap_pipeline.ort.genai import make_genai_config
+        from gradmap_pipeline.ort.parity import check_parity, make_references
+        from gradmap_pipeline.ort.session import GRAPH, OnnxSession
+        from gradmap_pipeline.ort.trace import takes_positions, trace
+
+        with context.progress("export to ONNX", 4, "step") as advance:
+            whole = load_whole(model, self.onnx.dtype)
+            references = make_references(whole, context.seed)
+            advance()
+            graph = trace(whole)
+            genai = make_genai_config(whole.config.get_text_config(), positions=takes_positions(whole))
+            advance()
+            onnx_ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data")
+            del graph, whole
+            give_back()
+            advance()
+            difference = check_parity(references, OnnxSession(folder, fast=False), self.onnx.dtype)
+            advance()
+        (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
+        write_companions(model, evaluation, folder)
+        return {file.name: describe_file(file) for file in folder.iterdir()}, difference
 
     def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
-        from gradmap_pipeline.model.architecture import prune_config
         from gradmap_pipeline.model.checkpoint import split_shards, write_folder
 
-        config = prune_config(model.base.folder, model.layers)
-        if model.dtype is not None:
-            for part in (config, config.get("text_config") or {}):
-                part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
         tensors = model.export_tensors()
         shard_bytes = int(self.max_shard_gigabytes * 1e9)
         files: dict[str, ExportedFile] = {}
@@ -108,24 +164,8 @@ class ExportModel(Stage):
             for name, written in write_folder(tensors, folder, model.dtype, shard_bytes):
                 files[name] = written
                 advance()
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(make_model_card(model, evaluation), encoding="utf-8")
-        for companion in model.base.companion_files():
-            shutil.copyfile(companion, folder / companion.name)
-        for file in folder.iterdir():
-            if file.name not in files:
-                files[file.name] = _describe(file)
-        return files
-
-
-def find_foreign_files(folder: Path) -> list[str]:
-    """Names in a folder that no export wrote there."""
-    try:
-        lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
-        written = {LINEAGE, *lineage["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        written = set()
-    return sorted(path.name for path in folder.iterdir() if path.name not in written)
+        write_companions(model, evaluation, folder)
+        return {file.name: files.get(file.name) or describe_file(file) for file in folder.iterdir()}
 
 
 def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
@@ -165,49 +205,6 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
             "nothing was written. Please report this with the name of the model"
         )
     return difference
-
-
-def check_loading(folder: Path) -> None:
-    """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
-    import transformers
-    from transformers.utils import logging
-
-    from gradmap_pipeline.model.source import load_config
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        named = (load_config(folder).get("architectures") or [""])[0]
-        whole = getattr(transformers, named, transformers.AutoModelForCausalLM)  # with the parts besides the text decoder
-        _, report = whole.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    finally:
-        logging.set_verbosity(verbosity)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            raise StageError(f"the exported folder does not load: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:5]}")
-
-
-def make_lineage(
-    model: ModelGraph, evaluation: Evaluation | None, files: dict[str, ExportedFile], difference: float, context: Context
-) -> dict[str, Any]:
-    """How the folder came to be, for machines."""
-    return {
-        "made_by": f"gradmap-pipeline {version('gradmap-pipeline')}",
-        "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
-        "base": {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers},
-        "layers_kept": model.layers,
-        "layers_removed": model.removed,
-        "patched": {name: file.sha256 for name, file in model.patches.items()},
-        "steps": [{"id": s.id, "stage": s.stage, "options": s.options, "outputs": s.outputs} for s in context.lineage],
-        "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
-        "max_logit_difference": difference,
-        "files": {name: file.model_dump() for name, file in sorted(files.items())},
-    }
-
-
-def _describe(file: Path) -> ExportedFile:
-    return ExportedFile(size=file.stat().st_size, sha256=sha256_of(file))
 
 
 @hookimpl

@@ -14,9 +14,10 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich"}
 ORDER = [
-    "errors", "digests", "group", "memory", "estimate", "machine", "partial", "artifacts", "yaml_positions", "validation",
-    "stage", "hookspecs", "removal", "builtin", "model", "data", "rates", "trial", "rehearsal", "catalog", "recipe", "plan",
-    "inspection", "costs", "store", "schema", "report", "runner", "testing", "cli", "__main__", "reference",
+    "errors", "extras", "digests", "group", "memory", "estimate", "machine", "partial", "artifacts", "yaml_positions", "validation",
+    "stage", "hookspecs", "removal", "builtin", "model", "exports", "ort", "data",
+    "rates", "trial", "rehearsal", "catalog", "recipe", "plan",
+    "inspection", "costs", "store", "schema", "report", "folders", "verify", "runner", "testing", "cli", "__main__", "reference",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
-from ..artifacts import Artifact, TensorFile
+from ..artifacts import Model, TensorFile
 from ..digests import sha256_of, sha256_of_value
 from ..errors import ModelError
 from .architecture import find_layer_prefix, layer_of
@@ -67,7 +67,7 @@ class BaseCheckpoint(BaseModel):
         return sorted({file for pattern in patterns for file in self.folder.glob(pattern) if file.is_file()})
 
 
-class ModelGraph(Artifact):
+class ModelGraph(Model):
     """A causal LM: the layers kept, in order, and the tensors replaced, over a base checkpoint."""
 
     base: BaseCheckpoint

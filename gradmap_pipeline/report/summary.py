@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..artifacts import Artifact, Evaluation
+from ..exports import Export
 from ..model.graph import ModelGraph
 from .events import StepFinished
 
@@ -71,11 +72,11 @@ class Summary:
 
 def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[StepFinished]) -> Summary:
     """Collect the models and evaluations of a run, in the order in which they came to be."""
-    models: dict[str, tuple[str, ModelGraph]] = {}
+    models: dict[str, tuple[str, ModelGraph | Export]] = {}
     evaluations: list[Evaluation] = []
     for step, artifacts in outputs.items():
         for artifact in artifacts.values():
-            if isinstance(artifact, ModelGraph):
+            if isinstance(artifact, ModelGraph | Export):
                 models.setdefault(artifact.digest, (step, artifact))
             elif isinstance(artifact, Evaluation):
                 evaluations.append(artifact)
@@ -83,15 +84,18 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
     rows = []
     for digest, (step, model) in models.items():
         found = [evaluation for evaluation in evaluations if evaluation.model == digest]
+        graph = model if isinstance(model, ModelGraph) else model.graph
+        if graph is not model and not found:
+            continue  # the same model in another form, and nothing new to say of it
         rows.append(
             ModelRow(
                 label=model.label,
                 step=step,
-                layers=len(model.layers),
-                kept=model.layers,
-                removed=len(model.removed),
-                patched=len(model.patches),
-                parameters=model.count_parameters(),
+                layers=len(graph.layers),
+                kept=graph.layers,
+                removed=len(graph.removed),
+                patched=len(graph.patches),
+                parameters=graph.count_parameters(),
                 bytes=model.count_bytes(),
                 perplexity={names[_setting(evaluation)]: evaluation.perplexity for evaluation in found},
                 tokens_per_second=found[-1].tokens_per_second if found else None,

@@ -1,0 +1,119 @@
+"""What every exported folder has besides its weights: config, tokenizer, model card, and how it came to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifacts import LINEAGE, Evaluation, ExportedFile
+from .digests import sha256_of
+from .errors import OptionError, StageError
+from .report.model_card import make_model_card
+
+if TYPE_CHECKING:
+    from .model.graph import ModelGraph
+    from .stage import Context
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise `OptionError` unless an export can be written there."""
+    if folder.is_file():
+        raise OptionError("to", f"{str(folder)!r} is a file; name a folder")
+    above = next((parent for parent in folder.resolve().parents if parent.exists()), folder.resolve())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OptionError("to", f"{str(folder)!r} cannot be made: {str(above)!r} is not a folder that can be written to")
+    foreign = find_foreign_files(folder) if folder.is_dir() and not overwrite else []
+    if foreign:
+        found = f"folder {str(folder)!r} holds {foreign[0]!r}, which is not part of an export"
+        raise OptionError("to", f"{found}; choose another, or set overwrite: true to delete it")
+
+
+def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: Path) -> None:
+    """Config, model card, tokenizer and licence."""
+    from .model.architecture import prune_config
+    from .model.older import with_older_rope
+
+    config = with_older_rope(prune_config(model.base.folder, model.layers))
+    if model.dtype is not None:
+        for part in (config, config.get("text_config") or {}):
+            part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(make_model_card(model, evaluation), encoding="utf-8")
+    for companion in model.base.companion_files():
+        shutil.copyfile(companion, folder / companion.name)
+
+
+def finish_export(folder: Path, lineage: dict[str, Any], files: dict[str, ExportedFile]) -> dict[str, ExportedFile]:
+    """Write how the folder came to be; return all files, that one included."""
+    (folder / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
+    return {**files, LINEAGE: describe_file(folder / LINEAGE)}
+
+
+def find_foreign_files(folder: Path) -> list[str]:
+    """Names in a folder that no export wrote there."""
+    try:
+        lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+        written = {LINEAGE, *lineage["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        written = set()
+    return sorted(path.name for path in folder.iterdir() if path.name not in written)
+
+
+def make_lineage(
+    model: ModelGraph, evaluation: Evaluation | None, files: dict[str, ExportedFile], difference: float, context: Context
+) -> dict[str, Any]:
+    """How the folder came to be, for machines."""
+    return {
+        "made_by": f"gradmap-pipeline {version('gradmap-pipeline')}",
+        "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
+        "base": {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers},
+        "layers_kept": model.layers,
+        "layers_removed": model.removed,
+        "patched": {name: file.sha256 for name, file in model.patches.items()},
+        "steps": [{"id": s.id, "stage": s.stage, "options": s.options, "outputs": s.outputs} for s in context.lineage],
+        "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
+        "max_logit_difference": difference,
+        "files": {name: file.model_dump() for name, file in sorted(files.items())},
+    }
+
+
+def check_loading(folder: Path) -> None:
+    """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
+    import transformers
+    from transformers.utils import logging
+
+    from .model.source import load_config
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        named = (load_config(folder).get("architectures") or [""])[0]
+        whole = getattr(transformers, named, transformers.AutoModelForCausalLM)  # with the parts besides the text decoder
+        loaded: Any = whole.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        report = loaded[1]
+        del loaded
+    finally:
+        logging.set_verbosity(verbosity)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise StageError(f"the exported folder does not load: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:5]}")
+
+
+def extend_lineage(
+    source: Path, options: dict[str, Any], stage: str, files: dict[str, ExportedFile], difference: float
+) -> dict[str, Any]:
+    """The lineage of a folder made from another export: that of the export, and one more step."""
+    lineage: dict[str, Any] = json.loads((source / LINEAGE).read_text(encoding="utf-8"))
+    lineage["steps"].append({"id": stage, "stage": stage, "options": options, "outputs": {}})
+    lineage |= {"max_logit_difference": difference, "files": {name: file.model_dump() for name, file in sorted(files.items())}}
+    return lineage
+
+
+def describe_file(file: Path) -> ExportedFile:
+    """Its size and digest."""
+    return ExportedFile(size=file.stat().st_size, sha256=sha256_of(file))

@@ -1,0 +1,206 @@
+"""ONNX graphs against the torch models they come from, and the programs that run them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, GenerationConfig
+from walk import make_model
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import onnx
+from gradmap_plugins.export import ExportModel
+from gradmap_plugins.prune import Prune
+from gradmap_plugins.quantize_onnx import QuantizeOnnx
+
+from gradmap_pipeline import ModelGraph, OnnxFolder, StageError
+from gradmap_pipeline.errors import ModelError
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.model.source import BUILTIN_FOLDER
+from gradmap_pipeline.model.survey import Survey
+from gradmap_pipeline.ort.session import GRAPH, OnnxSession
+from gradmap_pipeline.testing import run_stage
+
+PRUNED = ["llama", "gpt2", "gemma3_text", "mixtral"]
+MORE = ["qwen3", "gpt_neox", "bloom", "opt", "gpt_neo", "phi3", "olmo2", "deepseek_v3", "gpt_oss"]
+
+
+def export(graph: ModelGraph, folder: Path, **options: Any) -> OnnxFolder:
+    exported = run_stage(ExportModel(format="onnx", to=folder / "onnx", **options), folder / "export", model=graph).exported
+    assert isinstance(exported, OnnxFolder)
+    return exported
+
+
+def make_pruned(folder: Path, architecture: str) -> ModelGraph:
+    graph = open_folder(make_model(folder / "model", architecture))
+    pruned = run_stage(Prune(layers=[2, 4]), folder / "prune", model=graph).model
+    assert isinstance(pruned, ModelGraph)
+    return pruned
+
+
+def generate_with_torch(folder: Path, prompt: torch.Tensor, tokens: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+    return [int(token) for token in model.generate(prompt, attention_mask=torch.ones_like(prompt))[0, prompt.shape[1] :]]
+
+
+def generate_with_graph(folder: Path, prompt: torch.Tensor, tokens: int, forbidden: list[int]) -> list[int]:
+    session = OnnxSession(folder)
+    cache, ids, mask, found = session.start(1), prompt, torch.ones_like(prompt), []
+    for _ in range(tokens):
+        logits, cache = session.run(ids, mask, cache)
+        logits[:, :, forbidden] = -torch.inf  # as min_new_tokens does
+        ids = logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        found.append(int(ids))
+    return found
+
+
+def check_export(graph: ModelGraph, folder: Path) -> None:
+    """Parity is part of the step; here, whether plain transformers and the graph say the same for 64 tokens."""
+    exported = export(graph, folder)
+    assert exported.max_logit_difference <= 1e-4
+    run_stage(ExportModel(to=folder / "torch"), folder / "export-torch", model=graph)
+    ends = AutoModelForCausalLM.from_pretrained(folder / "torch").config.get_text_config().eos_token_id
+    prompt = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(0))
+    expected = generate_with_torch(folder / "torch", prompt, 64)
+    assert generate_with_graph(folder / "onnx", prompt, 64, ends if isinstance(ends, list) else [ends]) == expected
+
+
+@pytest.mark.parametrize("architecture", PRUNED)
+def test_graph_is_the_model(architecture: str, tmp_path: Path) -> None:
+    check_export(make_pruned(tmp_path, architecture), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", MORE)
+def test_graph_is_the_model_of_more_architectures(architecture: str, tmp_path: Path) -> None:
+    check_export(make_pruned(tmp_path, architecture), tmp_path)
+
+
+@pytest.mark.slow
+def test_graph_of_the_builtin_model(tmp_path: Path) -> None:
+    check_export(open_folder(BUILTIN_FOLDER), tmp_path)
+
+
+def test_folder_is_what_other_programs_expect(tmp_path: Path) -> None:
+    """Names as Optimum's, no path of this machine, dimensions by name, config and tokenizer beside it."""
+    exported = export(make_pruned(tmp_path, "llama"), tmp_path)
+    names = set(exported.files)
+    assert {"model.onnx", "model.onnx.data", "config.json", "genai_config.json", "tokenizer.json", "gradmap.json"} <= names
+    graph = onnx.load(exported.folder / GRAPH, load_external_data=False)
+    onnx.checker.check_model(exported.folder / GRAPH)
+    shapes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim] for value in graph.graph.input
+    }
+    assert shapes["input_ids"] == shapes["position_ids"] == ["batch", "sequence"]
+    assert shapes["attention_mask"] == ["batch", "total_sequence"]
+    assert shapes["past_key_values.3.value"] == ["batch", 2, "past_sequence", 8]
+    assert [value.name for value in graph.graph.output][:3] == ["logits", "present.0.key", "present.0.value"]
+    data = (exported.folder / GRAPH).read_bytes()
+    assert not re.search(rb"site-packages|Traceback|/tmp/|/home/|\.py", data)
+    genai = json.loads((exported.folder / "genai_config.json").read_text())
+    assert (genai["model"]["decoder"]["num_hidden_layers"], genai["model"]["decoder"]["head_size"]) == (4, 8)
+    assert json.loads((exported.folder / "config.json").read_text())["num_hidden_layers"] == 4
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    exported = export(make_pruned(tmp_path, "llama"), tmp_path, onnx={"dtype": "float16"})
+    assert exported.label == "pruned, ONNX fp16"
+    weights = (exported.folder / "model.onnx.data").stat().st_size
+    assert weights < 0.6 * 4 * exported.graph.count_parameters()
+    logits, _ = (session := OnnxSession(exported.folder)).run(*[torch.ones(1, 4, dtype=torch.long)] * 2, session.start(1))
+    assert logits.dtype == torch.float16
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight changed between torch and the file: the step fails, says where, and leaves no folder."""
+    import onnx_ir
+
+    def spoil(graph: onnx_ir.Model, path: Path, **options: Any) -> None:
+        name, value = next((n, v) for n, v in graph.graph.initializers.items() if v.shape.numpy() == (64, 32))
+        value.const_value = onnx_ir.tensor(np.full((64, 32), 0.5, dtype=np.float32), name=name)
+        save(graph, path, **options)
+
+    save = onnx_ir.save
+    monkeypatch.setattr(onnx_ir, "save", spoil)
+    with pytest.raises(StageError, match=r"does not compute what the model does: with 3 sequences, in prefill, logits differ by"):
+        export(make_pruned(tmp_path, "llama"), tmp_path)
+    assert not (tmp_path / "onnx").exists()
+    assert not list(tmp_path.glob(".onnx*"))
+
+
+def test_states_that_are_no_keys_and_values_are_refused(tmp_path: Path) -> None:
+    stage = ExportModel(format="onnx", to=tmp_path / "out")
+    with pytest.raises(
+        ModelError, match="format onnx needs layers that cache keys and values; 6 layers have a LinearAttentionLayer"
+    ):
+        stage.inspect({}, Survey(open_folder(make_model(tmp_path / "model", "mamba")), 1 << 30))
+
+
+def test_options_of_the_other_format() -> None:
+    with pytest.raises(ValidationError, match="'onnx' belongs to format 'onnx'; the format is 'safetensors'"):
+        ExportModel.model_validate({"to": "x", "onnx": {"dtype": "float16"}})
+    with pytest.raises(ValidationError, match="'max_shard_gigabytes' belongs to format 'safetensors'"):
+        ExportModel.model_validate({"to": "x", "format": "onnx", "max_shard_gigabytes": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "most", "rewritten"),
+    [("llama", "int8", 0.02, 0), ("gpt2", "int4", 0.5, 17), ("gpt2", "int8_dynamic", 0.1, 17), ("llama", "int4", 0.5, 0)],
+)
+def test_every_product_is_quantised(architecture: str, method: str, most: float, rewritten: int, tmp_path: Path) -> None:
+    """GPT-2's are Gemm, and its head is the transposed table of embeddings."""
+    exported = export(make_pruned(tmp_path, architecture), tmp_path)
+    stage = QuantizeOnnx.model_validate({"method": method, "to": tmp_path / "small"})
+    result = run_stage(stage, tmp_path / "quantize", exported=exported)
+    heads = {"llama": 7, "gpt2": 4}[architecture]
+    assert result.matrices.left == ()
+    assert result.matrices.quantised == 4 * heads + 1
+    assert result.matrices.rewritten == rewritten
+    assert 0 < result.exported.max_logit_difference < most * 3
+    assert result.exported.label == f"pruned, ONNX {method}"
+    assert result.exported.count_bytes() < 0.75 * exported.count_bytes()
+    lineage = json.loads((tmp_path / "small" / "gradmap.json").read_text())
+    assert lineage["steps"][-1]["options"]["method"] == method
+    with pytest.raises(StageError, match=f"is quantised already \\({method}\\); quantise the export it was made from"):
+        run_stage(QuantizeOnnx(to=tmp_path / "again"), tmp_path / "quantize", exported=result.exported)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "int8_dynamic", "block_size": 32}, "'block_size' belongs to methods 'int4' and 'int8'"),
+        ({"block_size": 48}, "'block_size' must be a power of two, found 48"),
+    ],
+)
+def test_wrong_quantisation_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        QuantizeOnnx.model_validate({"to": "x", **options})
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+def test_genai_says_the_same(architecture: str, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    graph = make_pruned(tmp_path, architecture)
+    exported = export(graph, tmp_path)
+    prompt = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(0))
+    model = genai.Model(str(exported.folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=76, min_length=76, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(token) for token in generator.get_sequence(0)[12:]]
+    run_stage(ExportModel(to=tmp_path / "torch"), tmp_path / "export-torch", model=graph)
+    assert found == generate_with_torch(tmp_path / "torch", prompt, 64)
