@@ -22,7 +22,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def test_recipe_is_planned_offline(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = make_plan(load_recipe(file), load_catalog())
-    assert [step.stage.name for step in plan.steps][-1] == "export"
+    assert "export" in [step.stage.name for step in plan.steps]
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

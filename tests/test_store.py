@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Artifact, Export, ExportedFile, TensorFile
+from gradmap_pipeline import Artifact, ExportedFile, ModelGraph, OnnxFolder, TensorFile, TransformersFolder
 from gradmap_pipeline.digests import sha256_of
+from gradmap_pipeline.model.graph import BaseCheckpoint
 from gradmap_pipeline.store import Store
 
 KEY = "a" * 64
@@ -32,7 +33,7 @@ class Outputs(BaseModel):
 
 
 class Exports(BaseModel):
-    exported: Export
+    exported: TransformersFolder | OnnxFolder = Field(discriminator="format")
 
 
 @pytest.fixture
@@ -120,9 +121,11 @@ def test_export_that_is_gone_is_not_served(store: Store, tmp_path: Path) -> None
     (folder / "file").write_text("12345")
     files = {"file": ExportedFile(size=5, sha256=sha256_of(folder / "file"))}
     with store.step("export", KEY) as step:
-        exported = Export(folder=folder, format="x", files=files, max_logit_difference=0.0)
+        base = BaseCheckpoint(folder=tmp_path, name="x", sha256="0", layers=2)
+        graph = ModelGraph(base=base, layers=(0, 1))
+        exported = OnnxFolder(graph=graph, folder=folder, files=files, max_logit_difference=0.0)
         store.finish(step, KEY, {}, Exports(exported=exported))
-    assert store.load("export", KEY, Exports) is not None
+    assert store.load("export", KEY, Exports) == Exports(exported=exported)
     (folder / "file").write_text("1234")
     assert store.load("export", KEY, Exports) is None
     (folder / "file").unlink()
