@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -205,6 +206,8 @@ def main() -> None:
     from .memory import prefer_huge_pages
 
     prefer_huge_pages()
+    for talkative in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is for their developers
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
         app()
     except SystemExit as end:

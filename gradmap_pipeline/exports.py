@@ -23,8 +23,8 @@ class Export(Artifact):
     """The model it was made from."""
     folder: Path
     files: dict[str, ExportedFile]
-    max_logit_difference: float
-    """Largest absolute difference between the logits of the folder and of the model it was made from."""
+    max_logit_difference: float | None = None
+    """Largest absolute difference between the logits of the folder and of the model it was made from; None: nobody ran it."""
     quantisation: str | None = None
     """What was done to its weights, for tables: `int8`."""
 
@@ -47,7 +47,9 @@ class Export(Artifact):
 
     def count_bytes(self) -> int:
         """Bytes of the files that hold weights."""
-        return sum(file.size for name, file in self.files.items() if name.endswith((".safetensors", ".onnx", ".onnx.data")))
+        return sum(
+            file.size for name, file in self.files.items() if name.endswith((".safetensors", ".onnx", ".onnx.data", ".gguf"))
+        )
 
 
 class TransformersFolder(Export, Model):

@@ -64,7 +64,7 @@ def find_foreign_files(folder: Path) -> list[str]:
 
 
 def make_lineage(
-    model: ModelGraph, evaluation: Evaluation | None, files: dict[str, ExportedFile], difference: float, context: Context
+    model: ModelGraph, evaluation: Evaluation | None, files: dict[str, ExportedFile], difference: float | None, context: Context
 ) -> dict[str, Any]:
     """How the folder came to be, for machines."""
     return {

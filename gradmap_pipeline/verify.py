@@ -59,5 +59,8 @@ def _load(folder: Path, names: set[str]) -> str:
         if not logits.isfinite().all():
             raise StageError(f"{folder}: the graph computes values that are not finite")
         return "ONNX Runtime loads and runs it"
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
+    if gguf is not None:
+        return f"{gguf} is for llama.cpp, which is not asked here"
     check_loading(folder)
     return "transformers loads it, with no weight missing or left over"
