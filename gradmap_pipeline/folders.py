@@ -35,9 +35,10 @@ def check_target(folder: Path, overwrite: bool) -> None:
 def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: Path) -> None:
     """Config, model card, tokenizer and licence."""
     from .model.architecture import prune_config
-    from .model.older import with_older_rope
+    from .model.older import add_older_rope
 
-    config = with_older_rope(prune_config(model.base.folder, model.layers))
+    config = prune_config(model.base.folder, model.layers)
+    config = add_older_rope(model.base.folder, config)
     if model.dtype is not None:
         for part in (config, config.get("text_config") or {}):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype

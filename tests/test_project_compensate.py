@@ -19,6 +19,7 @@ from walk import make_calibration
 from walk import make_model as make_any_model
 
 from gradmap_pipeline import CalibrationSet, CapacityError, ModelError, ModelGraph, StageError
+from gradmap_pipeline.memory import resident_bytes
 from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
@@ -55,7 +56,7 @@ def test_solve_ridge_is_augmented_least_squares() -> None:
 
 
 def test_room_for_the_sums_is_checked(tmp_path: Path) -> None:
-    context = make_context(tmp_path, memory=1 << 30)
+    context = make_context(tmp_path, memory=resident_bytes() + (1 << 30))
     check_room(1000, 1000, context.memory, context.device)
     with pytest.raises(
         CapacityError, match=r"correcting 20000 inputs takes 3.81 GiB, .* use space: output, or allow more with --memory"

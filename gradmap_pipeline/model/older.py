@@ -5,7 +5,30 @@ Without them such programs compute something else and say nothing: `rope_theta` 
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
+
+from ..errors import ModelError
+
+
+def add_older_rope(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model in `folder` with its older form, where transformers 5 reads both alike; else as it is.
+
+    Architectures that transformers 4 does not know may take the older fields for something else.
+    """
+    from .skeleton import make_config
+
+    older = with_older_rope(config)
+    read = []
+    for content in (config, older):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read.append(getattr(make_config(folder, content).get_text_config(), "rope_parameters", None))
+        except ModelError:
+            return config
+    return older if read[0] == read[1] else config
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
