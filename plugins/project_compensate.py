@@ -134,6 +134,7 @@ class ProjectCompensate(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
+        from gradmap_pipeline.memory import give_back
         from gradmap_pipeline.model.ridge import room_for
         from gradmap_pipeline.model.sites import NoSiteError
         from gradmap_pipeline.model.streams import open_streams
@@ -142,6 +143,8 @@ class ProjectCompensate(Stage):
         graph = inputs.model
         if not graph.removed:
             raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
+        sites = Survey(graph, context.memory).find_sites()
+        give_back()
         streams = open_streams(graph, inputs.calibration, context, room_for(*self._size(graph)))
         drift = streams.measure_drift()
         corrected: list[CorrectedSite] = []
@@ -153,7 +156,7 @@ class ProjectCompensate(Stage):
             for number in range(count):
                 layer = planned[number] if planned else self._choose_largest(streams.measure_drift(), corrected)
                 try:
-                    site, new_patches = correct_layer(streams, layer, self, context)
+                    site, new_patches = correct_layer(streams, layer, sites, self, context)
                 except NoSiteError as error:
                     if not planned:
                         raise
@@ -208,9 +211,11 @@ class ProjectCompensate(Stage):
 
 
 def correct_layer(
-    streams: Streams, layer: int, stage: ProjectCompensate, context: Context
+    streams: Streams, layer: int, sites: Mapping[int, Site | None], stage: ProjectCompensate, context: Context
 ) -> tuple[CorrectedSite, dict[str, TensorFile]]:
     """Solve for the correction at one layer, put it into the pruned stream, and write the patched tensors.
+
+    `sites`: by layer, those that are known already.
 
     Raises `NoSiteError` where the layer has no place for it.
     """
@@ -219,7 +224,7 @@ def correct_layer(
     from gradmap_pipeline.model.sites import NoSiteError
 
     model = streams.pruned.model
-    site, moments, drift = collect_moments(streams, layer, stage.space, context)
+    site, moments, drift = collect_moments(streams, layer, sites, stage.space, context)
     if moments.missing == 0:
         raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
     new, left = solve_site(model, layer, site, moments, stage)
@@ -270,12 +275,14 @@ def solve_site(
     return new, left
 
 
-def collect_moments(streams: Streams, layer: int, space: Space, context: Context) -> tuple[Site, Moments | ChannelMoments, Drift]:
+def collect_moments(
+    streams: Streams, layer: int, sites: Mapping[int, Site | None], space: Space, context: Context
+) -> tuple[Site, Moments | ChannelMoments, Drift]:
     """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
     import torch
 
     from gradmap_pipeline.model.ridge import ChannelMoments, Moments, check_room
-    from gradmap_pipeline.model.sites import find_site
+    from gradmap_pipeline.model.sites import NoSiteError, check_gain, find_site
     from gradmap_pipeline.model.streams import Drift, capture
 
     position = streams.graph.layers.index(layer)
@@ -284,7 +291,11 @@ def collect_moments(streams: Streams, layer: int, space: Space, context: Context
         if step.layer != layer:
             continue
         hidden = streams.pruned.boundary(position, 0)
-        site = find_site(streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
+        call = (streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
+        site = sites[layer] if layer in sites else find_site(*call)
+        if site is None:
+            raise NoSiteError(f"layer {layer} has no linear map and no norm that writes to the residual stream unchanged")
+        check_gain(*call, site)
         size, width = (site.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
         zeros = {"dtype": torch.float64, "device": hidden.device}
         moments: Moments | ChannelMoments

@@ -24,7 +24,7 @@ from gradmap_pipeline.model.batches import make_batches
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.layerwise import LayerwiseModel
 from gradmap_pipeline.model.ridge import check_room, solve_ridge
-from gradmap_pipeline.model.sites import NoSiteError, Site, find_site
+from gradmap_pipeline.model.sites import NoSiteError, Site, check_gain, find_site
 from gradmap_pipeline.model.sweep import Sweep
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -203,6 +203,36 @@ def test_sites_are_found_by_structure(architecture: str, changes: dict[str, Any]
     found = find_first_site(tmp_path / "model", architecture, **changes)[1]
     assert found.gain == pytest.approx(site.gain, rel=1e-6)
     assert replace(found, gain=1.0) == replace(site, gain=1.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "kind"),
+    [
+        ("llama", "mlp.down_proj", "output"),
+        ("mixtral", "self_attn.o_proj", "attention"),
+        ("gemma2", "post_feedforward_layernorm", "norm"),
+        ("phi", "mlp.fc2", "output"),
+    ],
+)
+def test_sites_are_found_in_float32_whatever_is_computed_in(architecture: str, name: str, kind: str, tmp_path: Path) -> None:
+    """In bfloat16, what experts make of a vector is lost in rounding, and attention would seem to write to the output."""
+    graph = open_folder(make_any_model(tmp_path / "model", architecture))
+    calibration = make_calibration(graph, tmp_path / "calibration")
+    stage = ProjectCompensate()
+    context = make_context(tmp_path / "out", dtype="bfloat16")
+    result = stage.run(stage.Inputs(model=graph.without_layers([2]), calibration=calibration), context)
+    assert {(site.parameter, site.kind) for site in result.compensation.sites} == {(f"{name}.weight", kind)}
+
+
+def test_gain_that_is_a_weight_is_noticed(tmp_path: Path) -> None:
+    model = LayerwiseModel(open_folder(make_any_model(tmp_path / "model", "granite", residual_multiplier=0.25)))
+    sweep = Sweep(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
+    sweep.run_forward()
+    with model.layer(1):
+        call = (model, 1, sweep.boundary(1, 0), sweep.arguments(0, 1))
+        check_gain(*call, Site("mlp.down_proj", "output", 64, gain=0.25))
+        with pytest.raises(NoSiteError, match=r"layer 1 scales what mlp\.down_proj adds by a weight"):
+            check_gain(*call, Site("mlp.down_proj", "output", 64, gain=0.3))
 
 
 def test_no_site_where_nothing_writes_unchanged(tmp_path: Path) -> None:

@@ -92,9 +92,9 @@ def test_survey_answers_before_a_run(architecture: str, question: str, message: 
 @pytest.mark.parametrize(
     ("architecture", "sites"),
     [
-        ("llama", {0: "mlp.down_proj"}),
-        ("deepseek_v3", {0: "mlp.down_proj", 2: "mlp.shared_experts.down_proj"}),
-        ("jetmoe", {0: None}),
+        ("llama", dict.fromkeys(range(6), "mlp.down_proj")),
+        ("deepseek_v3", dict.fromkeys((0, 1), "mlp.down_proj") | dict.fromkeys((2, 3, 4, 5), "mlp.shared_experts.down_proj")),
+        ("jetmoe", dict.fromkeys(range(6))),
     ],
 )
 def test_survey_finds_sites_of_each_kind_of_layer(architecture: str, sites: dict[int, Any], tmp_path: Path) -> None:

@@ -72,6 +72,17 @@ def find_site(model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments
     )
 
 
+def check_gain(model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments: LayerArguments, site: Site) -> None:
+    """Raise `NoSiteError` where the gain of base layer `index`, with its own weights, is not that of the structure."""
+    import torch
+
+    if site.kind != "attention":
+        with torch.no_grad():
+            found = _Search(model, index, hidden, arguments).estimate_gain(site)
+        if abs(found / site.gain - 1) > 0.05:
+            raise NoSiteError(f"layer {index} scales what {site.name} adds by a weight; a correction cannot be folded into it")
+
+
 class _Search:
     def __init__(self, model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         import torch
@@ -81,8 +92,8 @@ class _Search:
         with torch.no_grad():
             self.plain = self._run()
         nudge = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(self.plain)
-        self.nudge = nudge * self.plain.abs().max()
-        self.tolerance = 8 * torch.finfo(hidden.dtype).eps
+        self.nudge = nudge * self.plain.float().square().mean().sqrt().to(nudge)  # of the stream's usual size, not of its peaks
+        self.tolerance = (32 if hidden.dtype == torch.float32 else 8) * torch.finfo(hidden.dtype).eps
 
     def _run(self) -> torch.Tensor:
         return self.model.run_layer(self.index, self.hidden, self.arguments)
@@ -114,10 +125,18 @@ class _Search:
 
     def measure_gain(self, site: Site) -> float:
         """The number times which a vector added to what a module returns reaches the layer's output; 0 if none does."""
+        moved = self._move(site)
+        return self._factor(moved, self.nudge.expand_as(moved), self.plain)
+
+    def estimate_gain(self, site: Site) -> float:
+        """That number where there is one, whatever rounding makes of it."""
+        moved, nudge = self._move(site).double(), self.nudge.double()
+        return float((moved * nudge).sum() / nudge.expand_as(moved).square().sum())
+
+    def _move(self, site: Site) -> torch.Tensor:
         written = self.layer.get_submodule(site.name)
         with _hooked(written.register_forward_hook(lambda _module, _input, output: output + self.nudge)):
-            moved = self._run() - self.plain
-        return self._factor(moved, self.nudge.expand_as(moved))
+            return self._run() - self.plain
 
     def measure_gain_inside(self, site: Site) -> float:
         """The number times which a module's output, added to the layer's input, is what a later module takes; 0 if none does."""
@@ -132,7 +151,7 @@ class _Search:
         def compare(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             taken = next((value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor)), None)
             if returned and taken is not None and taken.shape == self.hidden.shape and taken.dtype == self.hidden.dtype:
-                gains.append(self._factor(taken - self.hidden, returned[0]))
+                gains.append(self._factor(taken - self.hidden, returned[0], taken))
 
         own = {id(module) for module in self.layer.get_submodule(site.name).modules()}
         others = [module for module in self.layer.modules() if id(module) not in own and module is not self.layer]
@@ -141,13 +160,12 @@ class _Search:
             self._run()
         return next(filter(None, gains), 0.0)
 
-    def _factor(self, moved: torch.Tensor, vector: torch.Tensor) -> float:
-        """The factor between two tensors, 0 if there is none. Rounding goes by the size of the stream they are added to."""
+    def _factor(self, moved: torch.Tensor, vector: torch.Tensor, stream: torch.Tensor) -> float:
+        """The factor between two tensors, 0 if there is none. What rounding may do to an element goes by its size in the stream."""
         wide, other = moved.double(), vector.double()
         factor = float((wide * other).sum() / other.square().sum().clamp_min(1e-300))
-        scale = max(float(self.plain.abs().max()), float(self.hidden.abs().max()), float(moved.abs().max()))
-        exact = float((wide - factor * other).abs().max()) <= self.tolerance * scale
-        if not exact or abs(factor) < 1e-3:
+        size = stream.double().abs() + self.hidden.double().abs() + wide.abs()
+        if abs(factor) < 1e-3 or not bool(((wide - factor * other).abs() <= self.tolerance * size).all()):
             return 0.0
         return 1.0 if abs(factor - 1) < 1e-4 else factor
 

@@ -55,7 +55,7 @@ class Survey:
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
         dependent = {user for users in self._sources.values() for user in users}
-        for layer in self._one_of_each_kind():
+        for layer in self._kinds():
             if layer in dependent:
                 continue
             with self._model.layer(layer) as module:
@@ -91,20 +91,25 @@ class Survey:
             raise refusal
 
     def find_sites(self) -> dict[int, Site | None]:
-        """Where a correction could go in one layer of each kind, by layer; None where in no place. Empty if too large to try."""
+        """Where a correction could go, by layer; None where in no place. Without the layers that are too large to try.
+
+        Structure alone decides, in float32 and with made-up weights: in fewer digits, and among the few large values that real
+        streams have, what a norm or an expert does to a vector can be lost in rounding.
+        """
         from .hollow import make_up
         from .sites import NoSiteError, find_site
 
         found: dict[int, Site | None] = {}
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
-        for layer in self._one_of_each_kind():
+        for layer, alike in self._kinds().items():
             with self._model.layer(layer) as module:
                 make_up(module, 0.2)
                 try:
-                    found[layer] = find_site(self._model, layer, hidden, arguments[layer])
+                    site: Site | None = find_site(self._model, layer, hidden, arguments[layer])
                 except NoSiteError:
-                    found[layer] = None
+                    site = None
+            found |= dict.fromkeys(alike, site)
         return found
 
     def _normal(self, shape: Sequence[int]) -> torch.Tensor:
@@ -112,13 +117,13 @@ class Survey:
 
         return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
 
-    def _one_of_each_kind(self) -> list[int]:
-        """Layers that differ in the names or shapes of their tensors, if one of them fits into memory."""
-        kinds: dict[object, int] = {}
+    def _kinds(self) -> dict[int, list[int]]:
+        """Layers that are alike in the names and shapes of their tensors, by the first of them; those that fit into memory."""
+        kinds: dict[object, list[int]] = {}
         elements = self.graph.layer_elements()
         start = len(self.graph.base.layer_prefix) + 1
         for layer in self.graph.layers:
             tensors = self.graph.layer_tensors(layer)
             kind = tuple((name[start:].partition(".")[2], tensor.shape) for name, tensor in tensors.items())
-            kinds.setdefault(kind, layer)
-        return [layer for layer in kinds.values() if 4 * elements[layer] < self._memory // 2]
+            kinds.setdefault(kind, []).append(layer)
+        return {alike[0]: alike for alike in kinds.values() if 4 * elements[alike[0]] < self._memory // 2}
