@@ -130,8 +130,8 @@ class _Search:
 
     def estimate_gain(self, site: Site) -> float:
         """That number where there is one, whatever rounding makes of it."""
-        moved, nudge = self._move(site).double(), self.nudge.double()
-        return float((moved * nudge).sum() / nudge.expand_as(moved).square().sum())
+        along = (self._move(site) @ self.nudge).double()  # (B, T), summed up without a copy in more digits
+        return float(along.mean() / self.nudge.double().square().sum())
 
     def _move(self, site: Site) -> torch.Tensor:
         written = self.layer.get_submodule(site.name)

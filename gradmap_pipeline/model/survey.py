@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .graph import ModelGraph
-    from .hollow import HollowModel
+    from .hollow import ThinModel
     from .sites import Site
 
 _SHAPE = (2, 8)  # sequences, tokens
@@ -31,10 +31,10 @@ class Survey:
         self._memory = memory
 
     @cached_property
-    def _model(self) -> HollowModel:
-        from .hollow import HollowModel
+    def _model(self) -> ThinModel:
+        from .hollow import ThinModel
 
-        return HollowModel(self.graph, resident_bytes=0)
+        return ThinModel(self.graph, resident_bytes=0)
 
     @cached_property
     def _batch(self) -> Batch:
@@ -50,16 +50,13 @@ class Survey:
 
     def check_layerwise(self) -> None:
         """Raise `ModelError` where the model cannot be run one layer at a time; tries one layer of each kind."""
-        from .hollow import make_up
-
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
         dependent = {user for users in self._sources.values() for user in users}
         for layer in self._kinds():
             if layer in dependent:
                 continue
-            with self._model.layer(layer) as module:
-                make_up(module, 0.2)
+            with self._model.layer(layer):
                 self._model.try_layer(layer, hidden, arguments[layer])
 
     def check_gradients(self) -> None:
@@ -96,15 +93,13 @@ class Survey:
         Structure alone decides, in float32 and with made-up weights: in fewer digits, and among the few large values that real
         streams have, what a norm or an expert does to a vector can be lost in rounding.
         """
-        from .hollow import make_up
         from .sites import NoSiteError, find_site
 
         found: dict[int, Site | None] = {}
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
         for layer, alike in self._kinds().items():
-            with self._model.layer(layer) as module:
-                make_up(module, 0.2)
+            with self._model.layer(layer):
                 try:
                     site: Site | None = find_site(self._model, layer, hidden, arguments[layer])
                 except NoSiteError:
