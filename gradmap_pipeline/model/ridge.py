@@ -68,6 +68,7 @@ class Moments:
         """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums."""
         penalty = ridge * float(self.gram.diagonal().mean())
         x, value = solve_ridge(self.gram, self.cross, ridge)
+        self.gram = self.gram.new_empty(0)  # as large as the rest together, and used up
         left = self.missing + value - penalty * float(x.square().sum())
         return x, left / max(self.missing, 1e-300)
 
