@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TensorFile,
     )
     from .data import DatasetSource
+    from .environment import Environment
     from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
     from .estimate import Estimate
     from .exports import Export, OnnxFolder, TransformersFolder
@@ -46,6 +47,7 @@ _HOME = {
         "TensorFile",
     ),
     "data": ("DatasetSource",),
+    "environment": ("Environment",),
     "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
     "estimate": ("Estimate",),
     "exports": ("Export", "OnnxFolder", "TransformersFolder"),
@@ -64,6 +66,7 @@ __all__ = [
     "Context",
     "DatasetSource",
     "Decision",
+    "Environment",
     "Estimate",
     "Evaluation",
     "Export",

@@ -13,6 +13,7 @@ from types import ModuleType
 import pluggy
 
 from . import hookspecs
+from .artifacts import Artifact
 from .digests import sha256_of
 from .errors import GradmapError, PluginError
 from .stage import Stage
@@ -51,7 +52,7 @@ class Catalog:
         broken = "".join(f"; plugin {plugin!r} is left out: {reason}" for plugin, reason in self.broken.items())
         return f"no stage named {name!r}; {suggest(name, self.stages)}{broken}"
 
-    def producers(self, output: str, wanted: type) -> list[str]:
+    def producers(self, output: str, wanted: tuple[type[Artifact], ...]) -> list[str]:
         """Names of stages with an output that could fill an input."""
         return sorted(name for name, stage in self.stages.items() if issubclass(stage.output_fields().get(output, object), wanted))
 

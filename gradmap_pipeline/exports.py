@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .artifacts import LINEAGE, Artifact, ExportedFile, Model
 from .digests import sha256_of
+from .errors import StageError
 from .model.graph import ModelGraph
 
 if TYPE_CHECKING:
@@ -63,9 +66,8 @@ class TransformersFolder(Export, Model):
 
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
         import torch
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype="auto", device_map={"": device}).eval()
+        model = load_folder(self.folder, device_map={"": device}).eval()
 
         def run(batch: Batch) -> torch.Tensor:
             with torch.no_grad():
@@ -91,3 +93,24 @@ class OnnxFolder(Export, Model):
 
         session = OnnxSession(self.folder)
         return lambda batch: session.run(batch.input_ids, batch.mask.long(), session.start(len(batch.input_ids)))[0]
+
+
+def load_folder(folder: Path, loader: Any = None, **options: Any) -> Any:
+    """`from_pretrained` on a folder, in the types it is stored in, without the bars and warnings that libraries print.
+
+    `loader`: a class of transformers; None: the causal LM. Raises `StageError` where a library that it needs is not there.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):
+            return (loader or AutoModelForCausalLM).from_pretrained(folder, dtype="auto", **options)
+    except ImportError as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(f"{str(folder)!r} cannot be loaded here: {first_line}") from error
+    finally:
+        logging.set_verbosity(verbosity)

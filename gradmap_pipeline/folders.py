@@ -9,9 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import __version__
 from .artifacts import LINEAGE, Evaluation, ExportedFile
 from .digests import sha256_of
 from .errors import OptionError, StageError
+from .exports import load_folder
 from .report.model_card import make_model_card
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def make_lineage(
 ) -> dict[str, Any]:
     """How the folder came to be, for machines."""
     return {
-        "made_by": f"gradmap-pipeline {version('gradmap-pipeline')}",
+        "made_by": f"gradmap-pipeline {__version__}",
         "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
         "base": {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers},
         "layers_kept": model.layers,
@@ -85,21 +87,12 @@ def make_lineage(
 def check_loading(folder: Path) -> None:
     """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
     import transformers
-    from transformers.utils import logging
 
     from .model.source import load_config
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        named = (load_config(folder).get("architectures") or [""])[0]
-        whole = getattr(transformers, named, transformers.AutoModelForCausalLM)  # with the parts besides the text decoder
-        loaded: Any = whole.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        report = loaded[1]
-        del loaded
-    finally:
-        logging.set_verbosity(verbosity)
+    named = (load_config(folder).get("architectures") or [""])[0]
+    whole = getattr(transformers, named, transformers.AutoModelForCausalLM)  # with the parts besides the text decoder
+    _, report = load_folder(folder, whole, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise StageError(f"the exported folder does not load: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:5]}")

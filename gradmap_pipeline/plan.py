@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 from .artifacts import Artifact
 from .catalog import Catalog
+from .environment import Environment
 from .errors import GradmapError, ModelError, OptionError, PluginError, Problem, RecipeError
 from .extras import explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
 from .recipe import MODEL_STEP, Recipe, RecipeStep
-from .stage import Stage
+from .stage import Stage, name_types
 from .validation import Invalid, suggest, validate
 from .yaml_positions import Location
 
@@ -31,6 +33,10 @@ class PlannedStep:
     """Digest of the stage's source file."""
     forecasts: dict[str, Any]
     """What is known of each output before the run."""
+    environment: Environment | None = None
+    """What the Python it runs in must have; None: it runs in the one that is running."""
+    python: Path | None = None
+    """The Python to run it in, given by the recipe. Default: one made for `environment`."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,11 @@ def _plan_step(
     missing = explain_missing(stage_class.requires, stage_class.extra)
     if missing is not None:
         problems.append(Problem(recipe.where((*at, "use")), f"step {step.id!r} {missing}"))
+    python = step.run.python if step.run is not None else None
+    if python is not None and shutil.which(python) is None:
+        advice = "give the path of a Python, as in `run: {python: venv/bin/python}`"
+        message = f"step {step.id!r}: {str(python)!r} is not a program; {advice}"
+        problems.append(Problem(recipe.where((*at, "run", "python")), message))
     stage: Stage | None = None
     try:
         stage = validate(stage_class, step.options)
@@ -140,7 +151,8 @@ def _plan_step(
         board.forecasts[step.id, name] = forecasts.get(name)
     if stage is None:
         return None
-    return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts))
+    environment = stage_class.environment if python is None else stage_class.environment or Environment(())
+    return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts), environment, python)
 
 
 def _wire(
@@ -168,14 +180,16 @@ def _wire(
             elif source is not None and required:
                 kind = board.types[source].__name__
                 message = (
-                    f"step {step.id!r} takes a {wanted.__name__} as {name!r}, but after step {source[0]!r} it is a {kind}; "
+                    f"step {step.id!r} takes a {name_types(wanted)} as {name!r}, but after step {source[0]!r} it is a {kind}; "
                     f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
                 )
                 problems.append(Problem(recipe.where((*at, "use")), message))
             elif required:
                 producers = catalog.producers(name, wanted)
                 advice = f"put {' or '.join(producers)} before it" if producers else "no installed stage makes one"
-                message = f"step {step.id!r} needs an input {name!r} ({wanted.__name__}), and no earlier step makes one; {advice}"
+                message = (
+                    f"step {step.id!r} needs an input {name!r} ({name_types(wanted)}), and no earlier step makes one; {advice}"
+                )
                 problems.append(Problem(recipe.where((*at, "use")), message))
             continue
         from_step, _, output = chosen.partition(".")
@@ -186,7 +200,7 @@ def _wire(
             problems.append(Problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}"))
         elif not issubclass(board.types[source], wanted):
             found = board.types[source].__name__
-            problems.append(Problem(place, f"input {name!r} takes a {wanted.__name__}, but {chosen!r} is a {found}"))
+            problems.append(Problem(place, f"input {name!r} takes a {name_types(wanted)}, but {chosen!r} is a {found}"))
         else:
             wired[name] = source
     return wired

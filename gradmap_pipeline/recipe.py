@@ -18,6 +18,14 @@ MODEL_STEP = "model"
 """Id under which the recipe's model is the first output."""
 
 
+class RecipePlace(BaseModel):
+    """Where a step runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    python: Path = Field(description="Python to run the step in, where the libraries of its stage are installed.")
+
+
 class RecipeStep(BaseModel):
     """One use of a stage."""
 
@@ -32,6 +40,9 @@ class RecipeStep(BaseModel):
         default_factory=dict,
         alias="from",
         description="Input name to `step.output`. Default: the latest output of the input's name.",
+    )
+    run: RecipePlace | None = Field(
+        None, description="Another Python for this step. Default: for stages that need one, an environment in the store, made once."
     )
 
     @property

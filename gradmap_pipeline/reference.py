@@ -13,6 +13,7 @@ from .catalog import Catalog, load_catalog
 from .cli import app
 from .recipe import RecipeFile
 from .report.stage_help import list_options
+from .stage import name_types
 
 _NOTE = "<!-- Written by `make docs` from the code; do not edit. -->"
 
@@ -37,8 +38,8 @@ def make_stages_page(catalog: Catalog) -> str:
         if not catalog.plugin_of[name].startswith("gradmap_plugins."):
             continue
         takes = [
-            f"`{port}` ({kind.__name__}{'' if required else ', optional'})"
-            for port, (kind, required) in stage.input_fields().items()
+            f"`{port}` ({name_types(kinds)}{'' if required else ', optional'})"
+            for port, (kinds, required) in stage.input_fields().items()
         ]
         gives = [f"`{port}` ({kind.__name__})" for port, kind in stage.output_fields().items()]
         lines += ["", f"## {name}", "", inspect.cleandoc(stage.__doc__ or ""), ""]

@@ -7,21 +7,21 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
 
 from .artifacts import Artifact
-from .digests import sha256_of, sha256_of_value
+from .digests import sha256_of_value
+from .environment import Workplace
 from .errors import CapacityError, GradmapError, RecipeError, StageError, is_shortage
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
+from .isolation import WorkerCrash, run_elsewhere
+from .keys import digest_of_package, make_key, versions_of
 from .machine import ALONE, Machine
 from .memory import give_back, tune_allocator
 from .model.graph import ModelGraph, open_model
@@ -70,49 +70,12 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
     return ran
 
 
-def make_key(step: PlannedStep, inputs: dict[str, Artifact], seed: int, dtype: str, store: Store) -> str:
-    """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content."""
-    options = {name: _fingerprint(getattr(step.stage, name), store) for name in type(step.stage).model_fields}
-    return sha256_of_value(
-        {
-            "machinery": digest_of_package(),
-            "stage": step.stage.name,
-            "code": step.code,
-            "options": options,
-            "writes": [str(folder.resolve()) for folder in step.stage.writes()],
-            "inputs": {name: artifact.content() for name, artifact in inputs.items()},
-            "seed": seed,
-            "dtype": dtype,
-            "versions": {library: _version(library) for library in step.stage.libraries},
-        }
-    )
-
-
-@cache
-def digest_of_package() -> str:
-    """SHA-256 of the machinery's source, so that results of another version are not reused."""
-    folder = Path(__file__).parent
-    return sha256_of_value({str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*.py"))})
-
-
-def _fingerprint(value: Any, store: Store) -> Any:
-    """JSON of an option; what has a `fingerprint` counts by its content, wherever it stands."""
-    if hasattr(value, "fingerprint"):
-        return value.fingerprint(store.digest_of)
-    if isinstance(value, BaseModel):
-        return {name: _fingerprint(getattr(value, name), store) for name in type(value).model_fields}
-    if isinstance(value, dict):
-        return {str(key): _fingerprint(item, store) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_fingerprint(item, store) for item in value]
-    return to_jsonable_python(value)
-
-
 def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran, group: Group) -> None:
     name, started = step.stage.name, time.monotonic()
     reporter.step_started(StepStarted(step=step.id, stage=name))
     inputs = _find_inputs(step, ran)
-    key = make_key(step, inputs, plan.seed, machine.dtype, store)
+    workplace = _workplace_of(step, store)
+    key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace)
     lineage = _join(ran.lineage[source] for source, _ in step.inputs.values())
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
@@ -120,6 +83,9 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
         if not ran.inspected:
             rest = plan.steps[plan.steps.index(step) :]
             inspect_steps(plan, rest, ran.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
+            for later in rest:
+                if group.leads and (place := _workplace_of(later, store)) is not None:
+                    _prepare(place, later, reporter)
             ran.inspected = True
         together = group if step.stage.parallel else ALONE
         if group.leads or step.stage.parallel:
@@ -137,7 +103,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                     group=together,
                     lineage=lineage,
                 )
-                result = _call(step, step.stage.Inputs.model_validate(inputs), context, store)
+                result = _call(step, step.stage.Inputs.model_validate(inputs), context, store, workplace, machine.threads)
                 if group.leads:
                     record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
                     result = store.finish(folder, key, record, result)
@@ -186,11 +152,29 @@ def _at_base(artifact: Artifact, model: Artifact) -> Artifact:
     return artifact
 
 
-def _call(step: PlannedStep, inputs: BaseModel, context: Context, store: Store) -> BaseModel:
+def _workplace_of(step: PlannedStep, store: Store) -> Workplace | None:
+    """The other Python that a step runs in, if it does."""
+    return None if step.environment is None else Workplace(step.environment, store.environments, step.python)
+
+
+def _prepare(workplace: Workplace, step: PlannedStep, reporter: Reporter) -> None:
+    try:
+        workplace.prepare(lambda text: reporter.note(step.id, text))
+    except GradmapError as error:
+        error.where = f"step {step.id!r}"
+        raise
+
+
+def _call(
+    step: PlannedStep, inputs: BaseModel, context: Context, store: Store, workplace: Workplace | None, threads: int | None
+) -> BaseModel:
     """Run the stage; turn whatever goes wrong into an error that names the step."""
     where = f"step {step.id!r}"
     try:
-        result = step.stage.run(inputs, context)
+        if workplace is None:
+            result = step.stage.run(inputs, context)
+        else:
+            result = run_elsewhere(step.stage, inputs, context, workplace, threads, store.log)
     except GradmapError as error:
         failure = StageError(str(error)) if error.exit_code == RecipeError.exit_code else error
         failure.where = error.where or where
@@ -200,8 +184,9 @@ def _call(step: PlannedStep, inputs: BaseModel, context: Context, store: Store) 
             shortage = CapacityError(f"stage {step.stage.name!r} ran out of room: {str(error) or type(error).__name__}")
             shortage.where = where
             raise shortage from error
-        kept = store.save_traceback(traceback.format_exc())
-        failure = StageError(f"stage {step.stage.name!r} failed: {type(error).__name__}: {error}; traceback in {kept}")
+        told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
+        kept = store.save_traceback(told[1])
+        failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {error}; traceback in {kept}")
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):
@@ -220,7 +205,7 @@ def _scratch_step() -> Iterator[StepFolder]:
 
 def _memory_of(step: PlannedStep, dtype: str, store: Store, group: Group) -> Callable[[Any, Callable[[], Any]], Any]:
     """Units of a stage's work, kept under what the stage names as key and the code that made them."""
-    versions = {library: _version(library) for library in step.stage.libraries}
+    versions = versions_of(step, _workplace_of(step, store))
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
         whole = sha256_of_value([digest_of_package(), step.code, dtype, versions, key])
@@ -265,10 +250,3 @@ def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, .
     for lineage in lineages:
         seen |= {step.id: step for step in lineage}
     return tuple(seen.values())
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "missing"

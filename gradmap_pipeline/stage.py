@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 from pydantic import BaseModel, ConfigDict
 
 from .artifacts import Artifact
+from .environment import Environment
 from .errors import PluginError
 from .group import Group
 
@@ -82,6 +83,10 @@ class Stage(BaseModel):
     extra: ClassVar[str] = ""
     """The extra of the package that installs them."""
 
+    environment: ClassVar[Environment | None] = None
+    """What the stage needs of a Python of its own, where its libraries exclude those of the others. Its options, `forecast` and
+    `inspect` are asked here; `run` is called there. None: it runs in the Python that is running."""
+
     parallel: ClassVar[bool] = False
     """Whether all processes of a run do this step together, each on its share of the samples, with `context.group` to sum
     what they find. Otherwise one process does it."""
@@ -116,9 +121,9 @@ class Stage(BaseModel):
         return ()
 
     @classmethod
-    def input_fields(cls) -> dict[str, tuple[type[Artifact], bool]]:
-        """Input name to (artifact type, required)."""
-        return {name: (_artifact_type(info.annotation), info.is_required()) for name, info in cls.Inputs.model_fields.items()}
+    def input_fields(cls) -> dict[str, tuple[tuple[type[Artifact], ...], bool]]:
+        """Input name to (artifact types that it takes, required)."""
+        return {name: (_artifact_types(info.annotation), info.is_required()) for name, info in cls.Inputs.model_fields.items()}
 
     @classmethod
     def output_fields(cls) -> dict[str, type[Artifact]]:
@@ -134,6 +139,10 @@ class Stage(BaseModel):
         for required in ("name", "Inputs", "Outputs"):
             if not hasattr(cls, required):
                 raise PluginError(f"stage {cls.__name__} in {cls.__module__} must define {required!r}")
+        if cls.parallel and cls.environment is not None:
+            raise PluginError(
+                f"stage {cls.name!r} is parallel and has an environment; one process runs there, so it can be only one"
+            )
         if not cls.__doc__:
             raise PluginError(f"stage {cls.name!r} needs a docstring: its first line is shown by `gradmap stages`")
         for option, info in cls.model_fields.items():
@@ -149,9 +158,20 @@ class Stage(BaseModel):
                     ) from None
 
 
-def _artifact_type(annotation: Any) -> type[Artifact]:
-    """The artifact class in `X` or `X | None`; of `X | Y`, the nearest class that both derive from."""
+def _artifact_types(annotation: Any) -> tuple[type[Artifact], ...]:
+    """The artifact classes in `X`, `X | None` or `X | Y`."""
     found = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type) and issubclass(part, Artifact)]
     if not found:
         raise TypeError(annotation)
+    return tuple(found)
+
+
+def _artifact_type(annotation: Any) -> type[Artifact]:
+    """Of several artifact classes, the nearest that all derive from."""
+    found = _artifact_types(annotation)
     return next(base for base in found[0].__mro__ if all(issubclass(other, base) for other in found))
+
+
+def name_types(types: Sequence[type[Artifact]]) -> str:
+    """`ModelGraph or OnnxFolder`, for messages."""
+    return " or ".join(kind.__name__ for kind in types)

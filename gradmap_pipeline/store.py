@@ -32,6 +32,7 @@ class Store:
 
     steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests by size and time)
     traceback.txt (of the latest stage that failed unexpectedly)
+    environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
     """
 
     def __init__(self, root: Path) -> None:
@@ -40,10 +41,20 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folder, keep it out of git, and clear away what killed runs left."""
-        for name in ("steps", "units"):
+        for name in ("steps", "units", "environments"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         (self.root / ".gitignore").write_text("*\n")
         clear_partial_folders(self.root / "steps")
+
+    @property
+    def environments(self) -> Path:
+        """Folder of the virtual environments."""
+        return self.root / "environments"
+
+    @property
+    def log(self) -> Path:
+        """File for what a stage in another Python prints."""
+        return self.root / "stage.log"
 
     def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
         """Outputs of a finished step, or None when there is none, or when files it wrote elsewhere are gone."""

@@ -14,10 +14,11 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich"}
 ORDER = [
-    "errors", "extras", "digests", "group", "memory", "estimate", "machine", "partial", "artifacts", "yaml_positions", "validation",
-    "stage", "hookspecs", "removal", "builtin", "model", "exports", "ort", "data",
+    "errors", "extras", "digests", "group", "memory", "estimate", "machine", "partial", "environment", "artifacts",
+    "yaml_positions", "validation", "stage", "hookspecs", "removal", "builtin", "model", "exports", "ort", "data",
     "rates", "trial", "rehearsal", "catalog", "recipe", "plan",
-    "inspection", "costs", "store", "schema", "report", "folders", "verify", "runner", "testing", "cli", "__main__", "reference",
+    "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
+    "isolation", "worker", "keys", "runner", "testing", "cli", "__main__", "reference",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

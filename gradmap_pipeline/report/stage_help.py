@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from ..artifacts import Artifact
 from ..catalog import Catalog
 from ..errors import PluginError
-from ..stage import Stage
+from ..stage import Stage, name_types
 
 
 def list_stages(catalog: Catalog) -> str:
@@ -64,8 +65,8 @@ def _first_line(stage: type[Stage]) -> str:
     return (stage.__doc__ or "").strip().splitlines()[0]
 
 
-def _describe_ports(ports: dict[str, tuple[Any, bool]]) -> str:
-    return ", ".join(f"{port} ({kind.__name__}{'' if required else ', optional'})" for port, (kind, required) in ports.items())
+def _describe_ports(ports: dict[str, tuple[tuple[type[Artifact], ...], bool]]) -> str:
+    return ", ".join(f"{port} ({name_types(kinds)}{'' if required else ', optional'})" for port, (kinds, required) in ports.items())
 
 
 def _describe_type(annotation: Any) -> str:

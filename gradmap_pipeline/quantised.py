@@ -1,0 +1,97 @@
+"""Checkpoints that transformers loads with quantised weights: written, loaded back and compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import StageError
+from .exports import TransformersFolder, load_folder
+from .folders import check_loading, describe_file, finish_export, make_lineage, write_companions
+from .partial import partial_folder, replace_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from .model.graph import ModelGraph
+    from .stage import Context
+
+_CHECK_SHAPE = (2, 32)  # sequences, tokens
+
+
+def write_quantised(
+    graph: ModelGraph,
+    to: Path,
+    quantisation: str,
+    quantise: Callable[[Path], Any],
+    context: Context,
+    tolerance: float = 0.0,
+    **saving: Any,
+) -> TransformersFolder:
+    """Quantise a graph and write it as a folder for plain `from_pretrained`.
+
+    `quantise` gets a folder with the model as it is, and returns the quantised model. Loaded back, that must give the same
+    logits on random tokens, to `tolerance` times the largest. `saving` goes to `save_pretrained`. Raises `StageError`, and
+    writes nothing then.
+    """
+    from .model.checkpoint import write_folder
+
+    target = to.resolve()
+    if target == graph.base.folder or target in graph.base.folder.parents:
+        raise StageError(f"{str(to)!r} holds the model that is being read; write to another folder")
+    plain = context.folder / "plain"
+    plain.mkdir()
+    list(write_folder(graph.export_tensors(), plain, graph.dtype))
+    write_companions(graph, None, plain)
+    with partial_folder(target) as partial, context.progress(f"quantise to {quantisation}", 3, "step") as advance:
+        before = _logits(load_folder(plain), context.seed)
+        advance()
+        model = quantise(plain)
+        found = _logits(model, context.seed)
+        if not found.isfinite().all():
+            raise StageError("the quantised model computes values that are not finite; nothing was written")
+        write_companions(graph, None, partial)
+        ours = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        model.save_pretrained(partial, **saving)
+        del model
+        _complete_config(partial / "config.json", ours)
+        advance()
+        check_loading(partial)
+        again = _logits(load_folder(partial), context.seed)
+        apart = float((again - found).abs().max())
+        if not apart <= tolerance * float(found.abs().max()):
+            raise StageError(
+                f"the quantised folder does not compute what the quantised model does: logits differ by up to {apart:.2g}; "
+                "nothing was written"
+            )
+        difference = float((again - before).abs().max())
+        for file in partial.iterdir():
+            file.chmod(0o644)
+        files = {file.name: describe_file(file) for file in partial.iterdir()}
+        lineage = make_lineage(graph, None, files, difference, context) | {"quantisation": quantisation}
+        files = finish_export(partial, lineage, files)
+        replace_folder(partial, target)
+        advance()
+    shutil.rmtree(plain)
+    size = sum(file.size for file in files.values()) / 1e6
+    context.note(f"wrote {to}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")
+    return TransformersFolder(graph=graph, folder=target, files=files, max_logit_difference=difference, quantisation=quantisation)
+
+
+def _complete_config(file: Path, ours: dict[str, Any]) -> None:
+    """Add what the pruned model's config has and transformers left out: the older form of rotary parameters."""
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**ours, **written}, indent=2) + "\n", encoding="utf-8")
+
+
+def _logits(model: Any, seed: int) -> torch.Tensor:
+    import torch
+
+    words = int(model.config.get_text_config().vocab_size)
+    ids = torch.randint(words, _CHECK_SHAPE, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits.float().cpu()
+    return logits

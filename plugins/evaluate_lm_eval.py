@@ -1,0 +1,266 @@
+"""Measure a model on tasks of the Language Model Evaluation Harness: from the hub, or from a folder of one's own.
+
+Source: https://github.com/EleutherAI/lm-evaluation-harness
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
+
+from gradmap_pipeline import (
+    Artifact,
+    CapacityError,
+    Context,
+    Export,
+    ModelGraph,
+    OptionError,
+    QualityError,
+    Stage,
+    StageError,
+    Survey,
+    TransformersFolder,
+    hookimpl,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_RESAMPLES = 1000  # of documents, for the standard error of metrics that have no formula for it
+
+
+class TaskFolder(RootModel[Path]):
+    """A folder of tasks. It counts by the content of its files."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @field_validator("root")
+    @classmethod
+    def _must_be_there(cls, folder: Path) -> Path:
+        if not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is not a folder; name one that holds tasks as YAML files")
+        return folder
+
+    def fingerprint(self, digest_of: Callable[[Path], str]) -> Any:
+        """What the files hold."""
+        return {str(file.relative_to(self.root)): digest_of(file) for file in sorted(self.root.rglob("*")) if file.is_file()}
+
+
+class TaskScore(BaseModel):
+    """What a model reaches on one task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    metrics: dict[str, float]
+    """By lm-eval's name of the metric, and of its filter where there is one: `acc`, `exact_match,strict-match`."""
+    errors: dict[str, float]
+    """Standard errors, where there are any."""
+    higher_is_better: dict[str, bool]
+    samples: int
+    version: str
+
+
+class TaskScores(Artifact):
+    """What a model reaches on the tasks of a harness."""
+
+    model: str
+    """Digest of the model."""
+    label: str
+    scores: tuple[TaskScore, ...]
+
+
+class EvaluateLmEval(Stage):
+    """Measure the model on lm-eval tasks, and stop the run when a limit is not met."""
+
+    name = "evaluate_lm_eval"
+    libraries = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
+    requires = ("lm_eval",)
+    extra = "lm-eval"
+
+    tasks: list[str] = Field(description="Names of tasks or groups of tasks.", min_length=1)
+    task_folder: TaskFolder | None = Field(
+        None, description="Folder with tasks of your own, as lm-eval's YAML files; they may name data on this machine."
+    )
+    fewshot: int | None = Field(None, ge=0, description="Solved examples before each question. Default: what the task says.")
+    samples: int | None = Field(None, ge=1, description="Questions of each task, its first. Default: all.")
+    batch_size: int = Field(8, ge=1, description="Sequences that go through the model together.")
+    limits: dict[str, float] = Field(
+        default_factory=dict,
+        description="Worst value that passes, by `task.metric`: the least where higher is better, else the largest.",
+    )
+
+    class Inputs(BaseModel):
+        model: ModelGraph | TransformersFolder
+
+    class Outputs(BaseModel):
+        task_scores: TaskScores
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        for limit in self.limits:
+            if not any(limit.startswith(f"{task}.") for task in self.tasks):
+                raise OptionError(
+                    "limits", f"found {limit!r}; accepted: a task of this step, a point and a metric, as {self.tasks[0]}.acc"
+                )
+        return {}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        self._find_tasks()
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.data import load_tokenizer
+
+        model = inputs.model
+        graph = model.graph if isinstance(model, Export) else model
+        tasks, manager = self._find_tasks()
+        harness: Any = None
+        scores: list[TaskScore] = []
+        with context.progress("lm-eval", len(tasks), "task") as advance:
+            for task in tasks:
+
+                def measure(task: str = task) -> list[dict[str, Any]]:
+                    nonlocal harness
+                    with _quiet():
+                        harness = harness or _make_harness(model, load_tokenizer(graph.base), self.batch_size, context)
+                        return self._measure(harness, task, manager, context.seed)
+
+                key = {
+                    "model": model.model_copy(update={"label": ""}).content() if model is graph else model.content(),
+                    "task": task,
+                    "fewshot": self.fewshot,
+                    "samples": self.samples,
+                    "folder": None if self.task_folder is None else self.task_folder.fingerprint(_digest),
+                    "seed": context.seed,
+                }
+                scores += [TaskScore.model_validate(score) for score in context.remember(key, measure)]
+                advance()
+        for score in scores:
+            context.note(f"{score.task}: {', '.join(_show(score, metric) for metric in score.metrics)}")
+        self._check_limits(scores)
+        return self.Outputs(task_scores=TaskScores(model=model.digest, label=model.label, scores=tuple(scores)))
+
+    def _find_tasks(self) -> tuple[list[str], Any]:
+        """The tasks that the names stand for, and lm-eval's manager of them. Raises `OptionError`."""
+        from gradmap_pipeline.validation import suggest
+
+        folder = None if self.task_folder is None else str(self.task_folder.root)
+        manager = None if folder is None else _open_manager(folder, defaults=False)
+        if manager is None or not set(self.tasks) <= set(manager.all_tasks):
+            manager = _open_manager(folder, defaults=True)
+        for task in self.tasks:
+            if task not in manager.all_tasks:
+                near = suggest(task, manager.all_tasks)
+                advice = near if near.startswith("did") else "`lm-eval ls tasks` lists those it has; yours go into 'task_folder'"
+                raise OptionError("tasks", f"lm-eval has no task {task!r}; {advice}")
+        return list(self.tasks), manager
+
+    def _measure(self, harness: Any, task: str, manager: Any, seed: int) -> list[dict[str, Any]]:
+        import lm_eval
+
+        found = lm_eval.simple_evaluate(
+            model=harness,
+            tasks=[task],
+            task_manager=manager,
+            num_fewshot=self.fewshot,
+            limit=self.samples,
+            bootstrap_iters=_RESAMPLES,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+        return [make_score(name, found).model_dump() for name in found["results"]]
+
+    def _check_limits(self, scores: list[TaskScore]) -> None:
+        missed = []
+        for place, limit in self.limits.items():
+            score = next((score for score in scores if place.startswith(f"{score.task}.")), None)
+            metric = "" if score is None else place[len(score.task) + 1 :]
+            if score is None or metric not in score.metrics:
+                known = [f"{score.task}.{metric}" for score in scores for metric in score.metrics]
+                raise StageError(f"'limits' names {place!r}, which was not measured; measured: {', '.join(known)}")
+            value, higher = score.metrics[metric], score.higher_is_better.get(metric, True)
+            if not (value >= limit if higher else value <= limit):
+                missed.append(f"{place} is {value:.4g}, {'under' if higher else 'over'} the limit of {limit:g}")
+        if missed:
+            raise QualityError("; ".join(missed) + "; remove fewer layers, calibrate on more text, or change the limit")
+
+
+def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
+    """One task's part of what `simple_evaluate` returns. Its keys are `metric,filter`; filter `none` is left out here."""
+    results = {key.removesuffix(",none"): value for key, value in found["results"][task].items() if isinstance(value, float)}
+    errors = {key.replace("_stderr", "", 1): value for key, value in results.items() if "_stderr" in key}
+    metrics = {key: value for key, value in results.items() if "_stderr" not in key}
+    directions = found["higher_is_better"].get(task, {})
+    higher = {key: directions[key.partition(",")[0]] for key in metrics if directions.get(key.partition(",")[0]) is not None}
+    samples = found["n-samples"].get(task, {}).get("effective", 0)
+    version = str(found["versions"].get(task, ""))
+    return TaskScore(task=task, metrics=metrics, errors=errors, higher_is_better=higher, samples=samples, version=version)
+
+
+@cache
+def _open_manager(folder: str | None, *, defaults: bool) -> Any:
+    """lm-eval's manager of tasks; to look through its own takes it some ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        return TaskManager(include_path=folder, include_defaults=defaults)
+
+
+def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_size: int, context: Context) -> Any:
+    """The model as lm-eval takes it: whole, in memory."""
+    from lm_eval.models.huggingface import HFLM
+
+    from gradmap_pipeline.exports import load_folder
+    from gradmap_pipeline.memory import resident_bytes
+    from gradmap_pipeline.model.whole import load_whole
+
+    width = 4 if context.dtype == "float32" else 2
+    needed = model.count_parameters() * width if isinstance(model, ModelGraph) else model.count_bytes()
+    free = context.memory - resident_bytes(context.device)
+    if needed > free:
+        raise CapacityError(
+            f"lm-eval needs the whole model in memory, {needed / 2**30:.2f} GiB, and of the memory allowed "
+            f"{max(0, free) / 2**30:.2f} GiB are left; use --dtype bfloat16, allow more with --memory, or use evaluate"
+        )
+    if isinstance(model, ModelGraph):
+        loaded = load_whole(model, context.dtype, context.device)
+    else:
+        loaded = load_folder(model.folder, device_map={"": context.device})
+    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _show(score: TaskScore, metric: str) -> str:
+    error = score.errors.get(metric)
+    return f"{metric} {score.metrics[metric]:.4g}{f' ± {error:.2g}' if error is not None else ''}"
+
+
+def _digest(file: Path) -> str:
+    from gradmap_pipeline.digests import sha256_of
+
+    return sha256_of(file)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what lm-eval says to itself: every bar and log line it has is about its own work."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            yield
+    finally:
+        logging.disable(level)
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [EvaluateLmEval]
