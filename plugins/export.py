@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gradmap_pipeline import (
     Artifact,
+    CapacityError,
     Context,
     Estimate,
     Evaluation,
@@ -96,7 +97,17 @@ class ExportModel(Stage):
         size = rehearsal.count_bytes(model.layers)
         rates = rehearsal.rates
         if self.format == "onnx":
-            return None
+            from gradmap_pipeline.ort.apart import estimate_memory
+
+            weights = rehearsal.count_parameters(model.layers) * (4 if self.onnx.dtype == "float32" else 2)
+            needed = estimate_memory(weights, rehearsal.program_bytes)
+            if needed > rehearsal.memory:
+                raise CapacityError(
+                    f"tracing holds the weights once and a second program: {needed / 2**30:.2f} GiB, over the "
+                    f"{rehearsal.memory / 2**30:.2f} GiB allowed; use `onnx: {{dtype: float16}}`, or allow more with --memory"
+                )
+            moving = size * rates.read_again(size) + weights * (rates.digest + 2 * rates.write)
+            return Estimate(needed, size, weights, seconds=moving, how="seconds without those of tracing")
         copying = Estimate(0, size, size, seconds=size * (rates.read_again(size) + rates.digest + rates.write))
         return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
@@ -128,25 +139,12 @@ class ExportModel(Stage):
         self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context
     ) -> tuple[dict[str, ExportedFile], float]:
         """Trace, save, and run the graph beside the model; torch's weights are gone before ONNX Runtime reads its own."""
-        import onnx_ir
+        from gradmap_pipeline.ort.apart import write_graph
+        from gradmap_pipeline.ort.parity import check_parity
+        from gradmap_pipeline.ort.session import OnnxSession
 
-        from gradmap_pipeline.memory import give_back
-        from gradmap_pipeline.model.whole import load_whole
-        from gradmap_pipeline.ort.genai import make_genai_config
-        from gradmap_pipeline.ort.parity import check_parity, make_references
-        from gradmap_pipeline.ort.session import GRAPH, OnnxSession
-        from gradmap_pipeline.ort.trace import takes_positions, trace
-
-        with context.progress("export to ONNX", 4, "step") as advance:
-            whole = load_whole(model, self.onnx.dtype)
-            references = make_references(whole, context.seed)
-            advance()
-            graph = trace(whole)
-            genai = make_genai_config(whole.config.get_text_config(), positions=takes_positions(whole))
-            advance()
-            onnx_ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data")
-            del graph, whole
-            give_back()
+        with context.progress("export to ONNX", 2, "step") as advance:
+            references, genai = write_graph(model, self.onnx.dtype, context.seed, folder)
             advance()
             difference = check_parity(references, OnnxSession(folder, fast=False), self.onnx.dtype)
             advance()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from gradmap_plugins.prune import Prune
 from gradmap_plugins.quantize_onnx import QuantizeOnnx
 
 from gradmap_pipeline import ModelGraph, OnnxFolder, StageError
-from gradmap_pipeline.errors import ModelError
+from gradmap_pipeline.errors import CapacityError, ModelError
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.source import BUILTIN_FOLDER
 from gradmap_pipeline.model.survey import Survey
+from gradmap_pipeline.ort import apart
 from gradmap_pipeline.ort.session import GRAPH, OnnxSession
 from gradmap_pipeline.testing import run_stage
 
@@ -205,3 +208,73 @@ def test_genai_says_the_same(architecture: str, tmp_path: Path) -> None:
     found = [int(token) for token in generator.get_sequence(0)[12:]]
     run_stage(ExportModel(to=tmp_path / "torch"), tmp_path / "export-torch", model=graph)
     assert found == generate_with_torch(tmp_path / "torch", prompt, 64)
+
+
+def test_large_graphs_are_traced_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file, the same cases, and what goes wrong there arrives here."""
+    graph = make_pruned(tmp_path, "llama")
+    here = export(graph, tmp_path / "here")
+    monkeypatch.setattr(apart, "ROOM", 0)
+    there = export(graph, tmp_path / "there")
+    for name in here.files.keys() - {"gradmap.json"}:
+        assert there.files[name] == here.files[name], name
+    assert there.max_logit_difference == here.max_logit_difference
+    states = open_folder(make_model(tmp_path / "mamba", "mamba"))
+    with pytest.raises(StageError, match="the tracer ended with code 1: AttributeError: 'MambaCausalLMOutput' object has no"):
+        apart.write_graph(states, "float32", 0, tmp_path)
+    (tmp_path / "mamba" / "config.json").unlink()
+    with pytest.raises(ModelError, match="config.json"):
+        apart.write_graph(states, "float32", 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("program", "error", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", CapacityError, "the tracer was killed by signal 9, as the system does when memory"),
+        ("raise SystemExit('no such library')", StageError, "the tracer ended with code 1: no such library"),
+    ],
+)
+def test_a_tracer_that_dies(
+    program: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "ROOM", 0)
+    monkeypatch.setattr(apart, "_COMMAND", (sys.executable, "-c", program))
+    with pytest.raises(error, match=message):
+        export(make_pruned(tmp_path, "llama"), tmp_path)
+    assert not (tmp_path / "onnx").exists()
+    assert not list(tmp_path.glob(".onnx*"))
+
+
+@pytest.mark.slow
+def test_optimum_loads_the_folder(tmp_path: Path) -> None:
+    """`ORTModelForCausalLM`, in an environment of its own, generates what transformers does."""
+    graph = make_pruned(tmp_path, "llama")
+    exported = export(graph, tmp_path)
+    run_stage(ExportModel(to=tmp_path / "torch"), tmp_path / "export-torch", model=graph)
+    prompt = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(0))
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    (next(environment.glob("lib/python*/site-packages")) / "torch-from-there.pth").write_text(
+        f"{Path(torch.__file__).parent.parent}\n"
+    )
+    install = [
+        "install",
+        "--quiet",
+        "--no-deps",
+        "optimum-onnx==0.1.0",
+        "optimum==2.1.0",
+        "transformers==4.57.6",
+        "huggingface_hub<1",
+    ]
+    subprocess.run([python, "-m", "pip", *install, "tokenizers<0.23"], check=True)
+    code = (
+        "import sys, json, torch; from optimum.onnxruntime import ORTModelForCausalLM\n"
+        "model = ORTModelForCausalLM.from_pretrained(sys.argv[1]); ids = torch.tensor([json.loads(sys.argv[2])])\n"
+        "found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64)\n"
+        "print(json.dumps(found[0, ids.shape[1]:].tolist()))"
+    )
+    command = [str(python), "-c", code, str(exported.folder), json.dumps(prompt[0].tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == generate_with_torch(tmp_path / "torch", prompt, 64)

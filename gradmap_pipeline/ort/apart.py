@@ -1,0 +1,134 @@
+"""Write a model as an ONNX graph, in a process of its own where its weights are large.
+
+A tracer keeps more than its graph: rules that rewrite graphs hold on to the last one they saw, weights included. What
+another process held is gone when it ends, so the weights are never in memory twice.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from .. import errors
+from ..errors import CapacityError, GradmapError, StageError, is_shortage
+from ..memory import give_back, tune_allocator
+from ..model.graph import ModelGraph
+from .genai import make_genai_config
+from .parity import Reference, make_references
+from .session import GRAPH
+from .trace import takes_positions, trace
+
+if TYPE_CHECKING:
+    import torch
+
+ROOM = 1 << 28
+"""Bytes of weights from which a process of its own is worth the seconds it takes to start."""
+_COMMAND = (sys.executable, "-m", __name__)
+_REQUEST, _ANSWER, _TENSORS, _LOG = "request.json", "answer.json", "references.safetensors", "log.txt"
+
+
+_TRACER = 1 << 28
+"""Bytes of a traced graph of some dozens of layers, without its weights."""
+
+
+def estimate_memory(weights: int, program: int) -> int:
+    """Bytes resident at the peak, in all processes, for so many bytes of weights; `program`: of a process without a model."""
+    return weights + _TRACER + program * (1 if weights < ROOM else 2)
+
+
+def write_graph(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple[list[Reference], dict[str, Any]]:
+    """Write the graph and its weights into `folder`; return what torch computes in the cases to compare, and ONNX Runtime GenAI's
+    config.
+    """
+    if model.count_parameters() * (4 if dtype == "float32" else 2) < ROOM:
+        return _write_here(model, dtype, seed, folder)
+    with TemporaryDirectory() as place:
+        request = {"model": model.model_dump(mode="json"), "dtype": dtype, "seed": seed, "folder": str(folder)}
+        request["threads"] = _count_threads()
+        (Path(place) / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        with (Path(place) / _LOG).open("w") as log:
+            code = subprocess.run([*_COMMAND, place], stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
+        if not (Path(place) / _ANSWER).is_file():
+            if code < 0:
+                raise CapacityError(f"the tracer was killed by signal {-code}, as the system does when memory runs out")
+            last = (Path(place) / _LOG).read_text(errors="replace").strip().splitlines()[-1:]
+            raise StageError(f"the tracer ended with code {code}{f': {last[0]}' if last else ''}")
+        answer = json.loads((Path(place) / _ANSWER).read_text(encoding="utf-8"))
+        if "error" in answer:
+            raise getattr(errors, answer["error"], StageError)(answer["message"])
+        return _load_references(Path(place), answer["cases"]), answer["genai"]
+
+
+def _write_here(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple[list[Reference], dict[str, Any]]:
+    import onnx_ir
+
+    from ..model.whole import load_whole
+
+    whole = load_whole(model, dtype)
+    give_back()
+    references = make_references(whole, seed)
+    graph = trace(whole)
+    genai = make_genai_config(whole.config.get_text_config(), positions=takes_positions(whole))
+    onnx_ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data")
+    del graph, whole
+    give_back()
+    return references, genai
+
+
+def _count_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _save_references(references: list[Reference], place: Path) -> list[str]:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for number, reference in enumerate(references):
+        named = {"ids": reference.input_ids, "mask": reference.mask}
+        named |= {f"logits.{step}": logits for step, logits in enumerate(reference.logits)}
+        tensors |= {f"{number}.{name}": tensor.contiguous() for name, tensor in named.items()}
+    save_file(tensors, place / _TENSORS)
+    return [reference.name for reference in references]
+
+
+def _load_references(place: Path, cases: list[str]) -> list[Reference]:
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor.clone() for name, tensor in load_file(place / _TENSORS).items()}
+    found = []
+    for number, case in enumerate(cases):
+        steps = sum(name.startswith(f"{number}.logits.") for name in tensors)
+        logits = [tensors[f"{number}.logits.{step}"] for step in range(steps)]
+        found.append(Reference(case, tensors[f"{number}.ids"], tensors[f"{number}.mask"], logits))
+    return found
+
+
+def main() -> None:
+    """The other process."""
+    import torch
+
+    tune_allocator(tight=True)
+    place = Path(sys.argv[1])
+    request = json.loads((place / _REQUEST).read_text(encoding="utf-8"))
+    torch.set_num_threads(request["threads"])
+    try:
+        model = ModelGraph.model_validate(request["model"])
+        references, genai = _write_here(model, request["dtype"], request["seed"], Path(request["folder"]))
+        answer: dict[str, Any] = {"cases": _save_references(references, place), "genai": genai}
+    except GradmapError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        answer = {"error": CapacityError.__name__, "message": f"tracing ran out of room: {str(error) or type(error).__name__}"}
+    (place / _ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
