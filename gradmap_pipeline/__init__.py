@@ -16,8 +16,10 @@ if TYPE_CHECKING:
         LayerScores,
         Model,
         ModelForecast,
+        Round,
         ScoresForecast,
         TensorFile,
+        Work,
     )
     from .data import DatasetSource
     from .environment import Environment
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
     from .estimate import Estimate
     from .exports import Export, OnnxFolder, TransformersFolder
     from .hookspecs import hookimpl
+    from .model.correction import Compensation, CorrectedSite
     from .model.graph import ModelGraph
     from .model.survey import Survey
     from .rehearsal import Rehearsal
+    from .scoring import LayerScoring, Measure, take_lowest
     from .stage import Context, Stage
 
 __version__ = "0.1.0"
@@ -43,8 +47,10 @@ _HOME = {
         "LayerScores",
         "Model",
         "ModelForecast",
+        "Round",
         "ScoresForecast",
         "TensorFile",
+        "Work",
     ),
     "data": ("DatasetSource",),
     "environment": ("Environment",),
@@ -52,9 +58,11 @@ _HOME = {
     "estimate": ("Estimate",),
     "exports": ("Export", "OnnxFolder", "TransformersFolder"),
     "hookspecs": ("hookimpl",),
+    "model.correction": ("Compensation", "CorrectedSite"),
     "model.graph": ("ModelGraph",),
     "model.survey": ("Survey",),
     "rehearsal": ("Rehearsal",),
+    "scoring": ("LayerScoring", "Measure", "take_lowest"),
     "stage": ("Context", "Stage"),
 }
 
@@ -63,7 +71,9 @@ __all__ = [
     "CalibrationForecast",
     "CalibrationSet",
     "CapacityError",
+    "Compensation",
     "Context",
+    "CorrectedSite",
     "DatasetSource",
     "Decision",
     "Environment",
@@ -72,6 +82,8 @@ __all__ = [
     "Export",
     "ExportedFile",
     "LayerScores",
+    "LayerScoring",
+    "Measure",
     "Model",
     "ModelError",
     "ModelForecast",
@@ -80,13 +92,16 @@ __all__ = [
     "OptionError",
     "QualityError",
     "Rehearsal",
+    "Round",
     "ScoresForecast",
     "Stage",
     "StageError",
     "Survey",
     "TensorFile",
     "TransformersFolder",
+    "Work",
     "hookimpl",
+    "take_lowest",
 ]
 
 

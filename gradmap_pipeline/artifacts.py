@@ -154,11 +154,39 @@ class LayerScores(Artifact):
     decisions: tuple[Decision, ...]
     protected: tuple[int, ...] = ()
     """Base layers that are not to be removed, whatever their score."""
+    together: bool = False
+    """Whether the decisions are one choice, of layers that are only worth removing all together."""
 
     @property
     def order(self) -> tuple[int, ...]:
         """Base layers, least important first."""
         return tuple(decision.removed for decision in self.decisions)
+
+
+class Round(BaseModel):
+    """What one part of a step took. One layer forward or backward is a pass of all samples through one layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer_forwards: float
+    """Recomputation included; a pass of a share of the samples counts as that share."""
+    layer_backwards: float
+    seconds: float
+    reused_layers: int = 0
+    """Layers whose outputs were known from the round before, and were not computed again."""
+    saved: float = 0.0
+    """Share of the time without reuse that reuse saves, at the mean time of a layer forward."""
+
+
+class Work(Artifact):
+    """What a step took, part by part: pruning decisions in order, or all of a correction."""
+
+    rounds: tuple[Round, ...] = ()
+
+    @property
+    def layer_evaluations(self) -> float:
+        """Layer forwards and backwards."""
+        return sum(part.layer_forwards + part.layer_backwards for part in self.rounds)
 
 
 class Evaluation(Artifact):
@@ -218,3 +246,4 @@ class ScoresForecast(BaseModel):
     """What a plan knows of layer scores before anything runs. None: not known yet."""
 
     decisions: int | None = None
+    together: bool = False

@@ -87,6 +87,9 @@ class Stage(BaseModel):
     """What the stage needs of a Python of its own, where its libraries exclude those of the others. Its options, `forecast` and
     `inspect` are asked here; `run` is called there. None: it runs in the Python that is running."""
 
+    abstract: ClassVar[bool]
+    """Set on a class that is no stage but what several stages have in common."""
+
     parallel: ClassVar[bool] = False
     """Whether all processes of a run do this step together, each on its share of the samples, with `context.group` to sum
     what they find. Otherwise one process does it."""
@@ -136,6 +139,8 @@ class Stage(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if "abstract" in cls.__dict__:
+            return
         for required in ("name", "Inputs", "Outputs"):
             if not hasattr(cls, required):
                 raise PluginError(f"stage {cls.__name__} in {cls.__module__} must define {required!r}")

@@ -1,4 +1,4 @@
-"""GradMAP's second stage: correct the drift that removed layers leave, in closed form, inside a down-projection.
+"""GradMAP's second stage: correct the drift that removed layers leave, in closed form, inside projections that are there already.
 
 Source: https://arxiv.org/abs/2602.14649; here the exact ridge optimum stands in for a short training of the same objective.
 Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
@@ -6,17 +6,18 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from gradmap_pipeline import (
-    Artifact,
     CalibrationSet,
     CapacityError,
+    Compensation,
     Context,
+    CorrectedSite,
     Estimate,
     ModelError,
     ModelGraph,
@@ -25,54 +26,29 @@ from gradmap_pipeline import (
     StageError,
     Survey,
     TensorFile,
+    Work,
     hookimpl,
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.ridge import ChannelMoments, Moments
     from gradmap_pipeline.model.sites import NoSiteError, Site
     from gradmap_pipeline.model.streams import Drift, Streams
 
-Space = Literal["input", "output"]
-
-
-class CorrectedSite(BaseModel):
-    """What was done at one layer."""
-
-    layer: int
-    """Base layer whose down-projection takes the correction."""
-    parameter: str
-    kind: Literal["output", "norm", "attention"] = "output"
-    """`output`: a linear map that writes to the layer's output; `norm`: a norm that does; `attention`: a linear map before the
-    feed-forward part, corrected for what was missing when the layer began."""
-    shift: float
-    """‖E[h'] - E[h]‖ at the layer's output, before the correction."""
-    relative_shift: float
-    """Shift over the mean norm of h."""
-    missing_left: float
-    """Share of the squared missing residual that the correction leaves, on the calibration tokens."""
-
-
-class Compensation(Artifact):
-    """Where a pruned model was corrected, and how far it had drifted there."""
-
-    sites: tuple[CorrectedSite, ...]
-    shifts: dict[int, float]
-    """Mean shift by kept base layer, before any correction."""
-
 
 class ProjectCompensate(Stage):
-    """Fold a ridge correction of the drift after removed layers into down-projections; no parameter is added."""
+    """Fold a ridge correction of the drift after removed layers into projections; no parameter is added."""
 
     name = "project_compensate"
     parallel = True
 
-    space: Space = Field(
+    space: Literal["input", "output"] = Field(
         "input",
-        description="`input`: add a matrix to the down-projection. `output`: multiply it by one near the identity.",
+        description="`input`: add a matrix to the projection. `output`: multiply it by one near the identity.",
+    )
+    attention: bool = Field(
+        True,
+        description="Correct the attention's output projection too, before the down-projection: for what was missing when the "
+        "layer began. A layer that has no other place is corrected there in any case.",
     )
     site: Literal["largest_shift", "largest_relative_shift", "before_cuts", "every_layer"] = Field(
         "every_layer",
@@ -82,7 +58,7 @@ class ProjectCompensate(Stage):
     sites: int | None = Field(
         None, ge=1, description="How many layers to correct. Default: 1 for the largest shift, all of them otherwise."
     )
-    ridge: float = Field(0.1, gt=0, description="Regularisation, relative to the mean diagonal of the Gram matrix.")
+    ridge: float = Field(0.3, gt=0, description="Regularisation, relative to the mean diagonal of the Gram matrix.")
 
     class Inputs(BaseModel):
         model: ModelGraph
@@ -91,6 +67,7 @@ class ProjectCompensate(Stage):
     class Outputs(BaseModel):
         model: ModelGraph
         compensation: Compensation
+        work: Work
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ProjectCompensate:
@@ -123,9 +100,9 @@ class ProjectCompensate(Stage):
         size, width = self._size(rehearsal.graph)
         products = 2 * samples * tokens * size * (size + width)
         solution = size**3 / 3 + 2 * size**2 * width
-        flops = sites * (products + solution)
-        between = {"every_layer": sites, "before_cuts": model.layers}.get(self.site, (sites - 1) * model.layers)
-        again = sites + between  # a corrected layer runs again, with those above it that come before the next
+        flops = sites * (products + solution) * (2 if self.attention else 1)
+        between = {"every_layer": 0, "before_cuts": 0}.get(self.site, sites * model.layers)
+        again = sites * (2 if self.attention else 1) + between  # once for each correction, besides the pass that goes on
         try:
             both = rehearsal.two_streams(model.layers, samples, tokens, room_for(size, width), again)
         except CapacityError as error:
@@ -143,27 +120,28 @@ class ProjectCompensate(Stage):
         graph = inputs.model
         if not graph.removed:
             raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
+        started = time.perf_counter()
         sites = Survey(graph, context.memory).find_sites()
         give_back()
         streams = open_streams(graph, inputs.calibration, context, room_for(*self._size(graph)))
-        drift = streams.measure_drift()
+        planned = self._choose_all(graph)
+        drift = {} if planned else streams.measure_drift()
         corrected: list[CorrectedSite] = []
         left_out: list[NoSiteError] = []
         patches: dict[str, TensorFile] = {}
-        planned = self._choose_all(graph)
         count = len(planned) if planned else self.sites or 1
         with context.progress("correct layers", count, "layer") as advance:
             for number in range(count):
                 layer = planned[number] if planned else self._choose_largest(streams.measure_drift(), corrected)
                 try:
-                    site, new_patches = correct_layer(streams, layer, sites, self, context)
+                    done, new = correct_layer(streams, layer, sites, self, context)
                 except NoSiteError as error:
                     if not planned:
                         raise
                     left_out.append(error)
                 else:
-                    corrected.append(site)
-                    patches |= new_patches
+                    corrected += done
+                    patches |= new
                 advance()
         if not corrected:
             raise left_out[0]
@@ -177,29 +155,21 @@ class ProjectCompensate(Stage):
         return self.Outputs(
             model=graph.with_patches(patches, "compensated"),
             compensation=Compensation(sites=tuple(corrected), shifts={layer: at.shift for layer, at in drift.items()}),
+            work=Work(rounds=(streams.work(time.perf_counter() - started),)),
         )
 
     def _size(self, graph: ModelGraph) -> tuple[int, int]:
         """Inputs and outputs of a correction, by the matrix with the most inputs."""
-        shapes = [
-            tensor.shape for layer in graph.layers for tensor in graph.layer_tensors(layer).values() if len(tensor.shape) == 2
-        ]
-        dimensions = Counter(size for shape in shapes for size in shape)
-        width = dimensions.most_common(1)[0][0] if dimensions else 0  # hidden: what most matrices start from or end at
-        widest = max((inputs for _, inputs in shapes), default=width)
+        widest, width = graph.map_sizes()
         return widest if self.space == "input" else width, width
 
     def _choose_all(self, graph: ModelGraph) -> list[int]:
         """Layers to correct in order, where the options name them without a measurement."""
-        after_first_cut = [layer for layer in graph.layers if layer + 1 >= graph.removed[0]]
+        from gradmap_pipeline.model.correction import layers_before_cuts
+
         if self.site == "every_layer":
-            return after_first_cut
-        if self.site != "before_cuts":
-            return []
-        before = [layer for layer in after_first_cut if layer + 1 in graph.removed]
-        if not before:
-            raise StageError("site 'before_cuts' needs a kept layer below a removed one, and none is; use 'every_layer'")
-        return before
+            return [layer for layer in graph.layers if layer + 1 >= graph.removed[0]]
+        return layers_before_cuts(graph) if self.site == "before_cuts" else []
 
     def _choose_largest(self, drift: dict[int, Drift], corrected: list[CorrectedSite]) -> int:
         free = {layer: at for layer, at in drift.items() if layer not in {site.layer for site in corrected}}
@@ -211,110 +181,32 @@ class ProjectCompensate(Stage):
 
 
 def correct_layer(
-    streams: Streams, layer: int, sites: Mapping[int, Site | None], stage: ProjectCompensate, context: Context
-) -> tuple[CorrectedSite, dict[str, TensorFile]]:
-    """Solve for the correction at one layer, put it into the pruned stream, and write the patched tensors.
-
-    `sites`: by layer, those that are known already.
+    streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], stage: ProjectCompensate, context: Context
+) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
+    """Correct one layer at each of its sites that the options name, in the order in which they write.
 
     Raises `NoSiteError` where the layer has no place for it.
     """
-    import torch
-
+    from gradmap_pipeline.model.correction import correct_site, sites_of
     from gradmap_pipeline.model.sites import NoSiteError
 
-    model = streams.pruned.model
-    site, moments, drift = collect_moments(streams, layer, sites, stage.space, context)
-    if moments.missing == 0:
-        raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
-    new, left = solve_site(model, layer, site, moments, stage)
-    patches = {}
-    for parameter, value in new.items():
-        name = model.disk_name(layer, parameter)
-        stored = streams.graph.stored_tensor(name)
-        rounded = value.to(getattr(torch, streams.graph.dtype or stored.torch_dtype)).contiguous().cpu()
-        patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
-        model.override(layer, parameter, rounded)
-    streams.pruned.invalidate_from(layer)
-    corrected = CorrectedSite(
-        layer=layer,
-        parameter=f"{site.name}.weight",
-        kind=site.kind,
-        shift=drift.shift,
-        relative_shift=drift.relative_shift,
-        missing_left=left,
-    )
-    return corrected, patches
-
-
-def solve_site(
-    model: LayerwiseModel, layer: int, site: Site, moments: Moments | ChannelMoments, stage: ProjectCompensate
-) -> tuple[dict[str, torch.Tensor], float]:
-    """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums."""
-    from gradmap_pipeline.model.ridge import ChannelMoments
-
-    name = f"{site.name}.weight"
-    if isinstance(moments, ChannelMoments):
-        with model.layer(layer) as module:
-            parameters = {key: value.detach().double() for key, value in module.get_submodule(site.name).named_parameters()}
-        scale, shift, left = moments.solve(stage.ridge, shift="bias" in parameters)
-        new = {name: parameters["weight"] + scale}
-        if "bias" in parameters:
-            new[f"{site.name}.bias"] = parameters["bias"] + shift / site.gain
-        return new, left
-    x, left = moments.solve(stage.ridge)
-    with model.layer(layer) as module:
-        weight = module.get_parameter(name).detach().double()
-        weight = weight.T if site.transposed else weight  # (D, F)
-        new = {name: weight + (x.T if stage.space == "input" else x.T @ weight)}
-        bias = module.get_submodule(site.name).bias
-        if stage.space == "output" and bias is not None:
-            new[f"{site.name}.bias"] = bias.detach().double() + x.T @ bias.detach().double()
-        if site.transposed:
-            new[name] = new[name].T
-    return new, left
-
-
-def collect_moments(
-    streams: Streams, layer: int, sites: Mapping[int, Site | None], space: Space, context: Context
-) -> tuple[Site, Moments | ChannelMoments, Drift]:
-    """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
-    import torch
-
-    from gradmap_pipeline.model.ridge import ChannelMoments, Moments, check_room
-    from gradmap_pipeline.model.sites import NoSiteError, check_gain, find_site
-    from gradmap_pipeline.model.streams import Drift, capture
-
-    position = streams.graph.layers.index(layer)
-    streams.pruned.invalidate_from(layer)
-    for step in streams.pruned.forward():
-        if step.layer != layer:
-            continue
-        hidden = streams.pruned.boundary(position, 0)
-        call = (streams.pruned.model, layer, hidden, streams.pruned.arguments(0, layer))
-        site = sites[layer] if layer in sites else find_site(*call)
-        if site is None:
-            raise NoSiteError(f"layer {layer} has no linear map and no norm that writes to the residual stream unchanged")
-        check_gain(*call, site)
-        size, width = (site.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
-        zeros = {"dtype": torch.float64, "device": hidden.device}
-        moments: Moments | ChannelMoments
-        if site.kind == "norm":
-            moments = ChannelMoments(torch.zeros(4, width, **zeros))
+    sites = sites_of(streams, layer, known)
+    writing = [site for site in sites if site.kind != "attention"]
+    chosen = sites if stage.attention or not writing else writing
+    corrected: list[CorrectedSite] = []
+    patches: dict[str, TensorFile] = {}
+    refusal = NoSiteError(f"layer {layer} has no linear map and no norm that writes to the residual stream unchanged")
+    for site in chosen:
+        try:
+            done, new = correct_site(streams, layer, site, context, space=stage.space, ridge=stage.ridge)
+        except NoSiteError as error:
+            refusal = error
         else:
-            check_room(size, width, context.memory, context.device)
-            moments = Moments(torch.zeros(size, size, **zeros), torch.zeros(size, width, **zeros), 0.0)
-        drift = Drift()
-        with capture(streams.pruned.model, layer, site, space) as captured:
-            for visit in step:
-                drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
-                missing = target - drifted if site.kind != "attention" else streams.missing_before(layer, visit)
-                moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], missing)
-                drift.add(drifted, target)
-        moments.join(streams.group)
-        drift.join(streams.group)
-        return site, moments, drift
-    raise AssertionError(f"layer {layer} is not in the sweep")
+            corrected.append(done)
+            patches |= new
+    if not corrected:
+        raise refusal
+    return corrected, patches
 
 
 @hookimpl

@@ -158,6 +158,12 @@ class Prune(Stage):
             return 0
         else:
             count = count_removed(depth, 0.25 if self.ratio is None else self.ratio)
+        if scores is not None and scores.together and depth is not None and count != scores.decisions:
+            raise OptionError(
+                self._option,
+                f"removes {count} of {depth} layers, but {scores.decisions} were chosen to go together; set the same "
+                f"{self._option!r} on the step that scores (its default is ratio: 0.25)",
+            )
         if scores is not None and scores.decisions is not None and count > scores.decisions:
             of = f" of {depth}" if depth is not None else ""
             raise OptionError(

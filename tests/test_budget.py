@@ -115,7 +115,7 @@ def test_the_way_does_not_change_the_scores(forced: dict[str, int | bool], tmp_p
     text = make_text(tmp_path / "text.txt")
     stage = Calibrate.model_validate({"dataset": {"path": text}, "samples": 7, "sequence_length": 24})
     calibration = run_stage(stage, tmp_path / "calibration", model=model).calibration
-    stage = GradmapScore(layers=3, protect_first=0, protect_last=0)
+    stage = GradmapScore(sample_share=1.0, layers=3, protect_first=0, protect_last=0)
     plain = run_stage(stage, tmp_path / "plain", model=model, calibration=calibration)
 
     def forced_way(*arguments: object, **options: object) -> SweepWay:
@@ -134,7 +134,7 @@ def test_budget_reaches_the_stage(tmp_path: Path, llama: Path, text: Path) -> No
     calibration = run_stage(stage, tmp_path / "calibration", model=model).calibration
     context = make_context(tmp_path / "step", memory=1 << 20)
     with pytest.raises(CapacityError, match="or allow more with --memory"):
-        GradmapScore(layers=1).run(GradmapScore.Inputs(model=model, calibration=calibration), context)
+        GradmapScore(sample_share=1.0, layers=1).run(GradmapScore.Inputs(model=model, calibration=calibration), context)
 
 
 def test_saved_values_are_not_counted_twice(llama: Path) -> None:

@@ -96,7 +96,7 @@ def plain_scores(folder: Path, calibration: CalibrationSet, metric: str, kept: l
 def test_iterative_scores_equal_plain_backward(
     llama: Path, model: ModelGraph, calibration: CalibrationSet, metric: str, tmp_path: Path
 ) -> None:
-    stage = GradmapScore.model_validate({"metric": metric, "layers": 2})
+    stage = GradmapScore.model_validate({"metric": metric, "sample_share": 1.0, "layers": 2})
     scores = run_stage(stage, tmp_path, model=model, calibration=calibration).scores
     kept = [0, 1, 2, 3]
     for decision in scores.decisions:

@@ -84,12 +84,12 @@ def walk(model_type: str, folder: Path) -> Outcome:
         return Outcome("refused", note=str(error).replace(str(base), "it").removeprefix("'it' is ").replace("'it'", "the model"))
     calibration = make_calibration(graph, folder / "calibration")
     try:
-        GradmapScore(layers=2).inspect({}, survey)
+        GradmapScore(sample_share=1.0, layers=2).inspect({}, survey)
     except GradmapError as error:
         outcome.note = f"scores: {error}"
         pruned = run_stage(Prune(layers=LISTED), folder / "prune", model=graph).model
     else:
-        scores = run_stage(GradmapScore(layers=2), folder / "score", model=graph, calibration=calibration).scores
+        scores = run_stage(GradmapScore(sample_share=1.0, layers=2), folder / "score", model=graph, calibration=calibration).scores
         plain = score_by_backward(base, graph, calibration)
         outcome.scores = {layer: (score, plain[layer]) for layer, score in scores.decisions[0].scores.items()}
         pruned = run_stage(pruning, folder / "prune", model=graph, scores=scores).model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +122,13 @@ class ModelGraph(Model):
     def layer_elements(self) -> dict[int, int]:
         """Parameters of each kept layer, by base layer."""
         return {layer: sum(tensor.elements for tensor in self.layer_tensors(layer).values()) for layer in self.layers}
+
+    def map_sizes(self) -> tuple[int, int]:
+        """Most inputs that a matrix of a kept layer has, and the hidden size: what most of them start from or end at."""
+        shapes = [tensor.shape for layer in self.layers for tensor in self.layer_tensors(layer).values() if len(tensor.shape) == 2]
+        dimensions = Counter(size for shape in shapes for size in shape)
+        width = dimensions.most_common(1)[0][0] if dimensions else 0
+        return max((inputs for _, inputs in shapes), default=width), width
 
     def other_tensors(self) -> dict[str, StoredTensor]:
         """Embeddings, final norm, head: all that belongs to no layer."""

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 class PartedSweep:
-    """Backward sweeps over samples, as one `Sweep` where they fit into memory together, else one for each part.
+    """Sweeps over samples, forward and back, as one `Sweep` where they fit into memory together, else one for each part.
 
     What is computed must be a sum over samples, unless `divisible` is False. In a group, each process brings its share.
+    `backward` False: for forward passes alone.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class PartedSweep:
         dtype: str,
         memory: int,
         folder: Path,
+        backward: bool = True,
         weight_gradients: bool = False,
         divisible: bool = True,
         group: Group | None = None,
@@ -45,7 +47,7 @@ class PartedSweep:
     ) -> None:
         self.model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0)
         samples, tokens = input_ids.shape
-        needs = measure_needs(self.model, samples, tokens, weight_gradients=weight_gradients)
+        needs = measure_needs(self.model, samples, tokens, backward=backward, weight_gradients=weight_gradients)
         self.way = choose_way(needs, memory - resident_bytes(device), divisible=divisible)
         self.model.resident, self.model.prefetch = self.way.resident, self.way.prefetch
         self._folder, self._advance, self._weight_gradients = folder, advance, weight_gradients

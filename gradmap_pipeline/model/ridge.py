@@ -72,6 +72,20 @@ class Moments:
         left = self.missing + value - penalty * float(x.square().sum())
         return x, left / max(self.missing, 1e-300)
 
+    def solve_factor(self, ridge: float) -> tuple[torch.Tensor, float]:
+        """As `solve` in output space, but the factor I + X is kept small, not X: X = (AᵀA + λI)⁻¹ Aᵀ(R + A) - I.
+
+        `ridge` may be 0 where the outputs determine the factor. Overwrites the sums.
+        """
+        penalty = ridge * float(self.gram.diagonal().mean())
+        squares = self.missing + 2 * float(self.cross.diagonal().sum()) + float(self.gram.diagonal().sum())  # ‖R + A‖²
+        self.cross += self.gram
+        factor, value = solve_ridge(self.gram, self.cross, ridge)
+        self.gram = self.gram.new_empty(0)
+        left = squares + value - penalty * float(factor.square().sum())
+        factor.diagonal().sub_(1)
+        return factor, left / max(self.missing, 1e-300)
+
 
 @dataclass
 class ChannelMoments:

@@ -1,19 +1,19 @@
 """Find, by structure, where a layer takes a correction of the residual stream exactly.
 
-Three kinds of site, in order of preference:
+Three kinds of site:
 
 - a linear map that writes to the layer's output (a down-projection): what is added to its output is added to the layer's,
   times a constant gain;
 - a norm that does (architectures with a norm after each part): what is added to its weight scales single channels;
-- a linear map that writes to the residual stream before the feed-forward part (an attention output projection), where the
-  feed-forward part ends in experts, none of which sees every token. It can make up for what was missing when the layer began.
+- a linear map that writes to the residual stream before the feed-forward part (an attention output projection). It can make up
+  for what was missing when the layer began.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import StageError
@@ -45,12 +45,15 @@ class Site:
     """Whether its weight is (inputs, hidden), as in GPT-2's Conv1D, instead of (hidden, inputs)."""
     gain: float = 1.0
     """Factor between what the module returns and what arrives in the residual stream."""
+    bias: bool = field(default=False, compare=False)
+    """Whether it has one."""
 
 
-def find_site(model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> Site:
-    """The site of base layer `index`: of its kind the widest, the last of equals. `hidden` is (B, T, D).
+def find_sites(model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> tuple[Site, ...]:
+    """The sites of base layer `index`, in the order in which they write. `hidden` is (B, T, D); the layer's weights must be in.
 
-    The layer's weights must be in. Raises `NoSiteError` where there is none.
+    Of those that write to the layer's output, the widest linear map, the last of equals, else the last norm; before it the
+    linear map that writes to the residual stream ahead of the feed-forward part, if any. Raises `NoSiteError` where none does.
     """
     import torch
 
@@ -58,14 +61,19 @@ def find_site(model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments
     with torch.no_grad():
         linear = [site for site in search.linear_maps() if site.inputs * _NARROWEST >= hidden.shape[-1]]
         linear.sort(key=lambda site: site.inputs)  # stable: the last called of the widest comes last
-        for site in [*reversed(linear), *reversed(search.norms())]:
-            gain = search.measure_gain(site)
-            if gain:
-                return Site(site.name, site.kind, site.inputs, site.transposed, gain)
+        found: list[Site] = []
         for site in reversed(linear):
             gain = search.measure_gain_inside(site)
             if gain:
-                return Site(site.name, "attention", site.inputs, site.transposed, gain)
+                found.append(replace(site, kind="attention", gain=gain))
+                break
+        for site in [*reversed(linear), *reversed(search.norms())]:
+            gain = search.measure_gain(site)
+            if gain:
+                found.append(replace(site, gain=gain))
+                break
+    if found:
+        return tuple(found)
     raise NoSiteError(
         f"layer {index} of {type(model.module).__name__} has no linear map and no norm that writes to the residual stream "
         "unchanged; a correction cannot be folded into it"
@@ -108,7 +116,8 @@ class _Search:
             transposed = isinstance(self.layer.get_submodule(name), Conv1D)
             weight = self.layer.get_parameter(f"{name}.weight")
             if weight.ndim == 2:
-                maps.append(Site(name, "output", weight.shape[0 if transposed else 1], transposed))
+                bias = self.layer.get_submodule(name).bias is not None
+                maps.append(Site(name, "output", weight.shape[0 if transposed else 1], transposed, bias=bias))
         return maps
 
     def norms(self) -> list[Site]:
@@ -120,7 +129,7 @@ class _Search:
         for name in self._called_once((nn.Module,)):
             parameters = dict(self.layer.get_submodule(name).named_parameters())
             if {"weight"} <= parameters.keys() <= {"weight", "bias"} and all(p.shape == (width,) for p in parameters.values()):
-                found.append(Site(name, "norm", width))
+                found.append(Site(name, "norm", width, bias="bias" in parameters))
         return found
 
     def measure_gain(self, site: Site) -> float:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..artifacts import Round
 from ..group import Group
 from ..memory import give_back, resident_bytes
 from .batches import make_batches
@@ -51,9 +52,14 @@ class Drift:
         self.norm, self.tokens = sums["norm"], int(sums["tokens"])
 
     @property
+    def mean(self) -> torch.Tensor:
+        """E[h' - h], (D,)"""
+        return self.difference / self.tokens  # type: ignore[return-value]
+
+    @property
     def shift(self) -> float:
         """‖E[h'] - E[h]‖"""
-        return float((self.difference / self.tokens).norm())  # type: ignore[union-attr]
+        return float(self.mean.norm())
 
     @property
     def relative_shift(self) -> float:
@@ -71,7 +77,7 @@ def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepWay, 
 
 
 def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
-    """Run the original model, keep what enters its kept layers, and get the pruned one ready; one model is in memory at a time.
+    """Run the original model, keep what enters its kept layers, and open the pruned one; one model is in memory at a time.
 
     `reserve`: bytes to leave free for what is done with them.
     """
@@ -85,8 +91,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
     needs = measure_needs(model, samples, tokens, backward=False)
     way, limit = plan_streams(needs, context.memory - resident_bytes(context.device), reserve)
     batches = make_batches(ids, mask, way.batch_samples * tokens)
-    layers = graph.base.layers + len(graph.layers)
-    with context.progress("run both models", layers * len(batches), "layer batch") as advance:
+    with context.progress("run the original model", graph.base.layers * len(batches), "layer batch") as advance:
         targets = Boundaries(limit, context.folder)
         model.resident, model.prefetch = way.resident, way.prefetch
         original = Sweep(model, batches, boundaries=targets, advance=advance)
@@ -100,11 +105,9 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
         give_back()
         model = open_model(graph)
         model.resident, model.prefetch = way.resident, way.prefetch
-        pruned = Sweep(model, batches, boundaries=Boundaries(limit, context.folder), advance=advance)
+        pruned = Sweep(model, batches, boundaries=Boundaries(limit, context.folder))
         model.forget_rest()
-        pruned.run_forward()
-    pruned.advance = lambda units=1, /: None
-    return Streams(targets, pruned, graph, context.group)
+    return Streams(targets, pruned, graph, context.group, graph.base.layers)
 
 
 @dataclass
@@ -116,6 +119,12 @@ class Streams:
     pruned: Sweep
     graph: ModelGraph
     group: Group
+    original_forwards: int = 0
+    """Layer forwards of the original model."""
+
+    def work(self, seconds: float) -> Round:
+        """What both models have computed so far."""
+        return Round(layer_forwards=self.original_forwards + self.pruned.layer_forwards, layer_backwards=0, seconds=seconds)
 
     def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""

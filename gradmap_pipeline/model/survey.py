@@ -87,24 +87,24 @@ class Survey:
         if refusal is not None:
             raise refusal
 
-    def find_sites(self) -> dict[int, Site | None]:
-        """Where a correction could go, by layer; None where in no place. Without the layers that are too large to try.
+    def find_sites(self) -> dict[int, tuple[Site, ...]]:
+        """Where corrections could go, by layer, in the order in which they write. Without the layers that are too large to try.
 
         Structure alone decides, in float32 and with made-up weights: in fewer digits, and among the few large values that real
         streams have, what a norm or an expert does to a vector can be lost in rounding.
         """
-        from .sites import NoSiteError, find_site
+        from .sites import NoSiteError, find_sites
 
-        found: dict[int, Site | None] = {}
+        found: dict[int, tuple[Site, ...]] = {}
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
         for layer, alike in self._kinds().items():
             with self._model.layer(layer):
                 try:
-                    site: Site | None = find_site(self._model, layer, hidden, arguments[layer])
+                    sites = find_sites(self._model, layer, hidden, arguments[layer])
                 except NoSiteError:
-                    site = None
-            found |= dict.fromkeys(alike, site)
+                    sites = ()
+            found |= dict.fromkeys(alike, sites)
         return found
 
     def _normal(self, shape: Sequence[int]) -> torch.Tensor:

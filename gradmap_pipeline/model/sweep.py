@@ -68,9 +68,10 @@ class Sweep:
         """By position and batch: a layer's input and output, joined by autograd."""
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
-        self._predicted = predicted or sum(int(predicted_tokens(batch).sum()) for batch in self.batches)
+        self.predicted = predicted or sum(int(predicted_tokens(batch).sum()) for batch in self.batches)
+        """Tokens that the mean loss is over."""
         # Gradients of a mean are too small for float16; those of the sum, nearly, are not.
-        self._scale = 2.0 ** round(math.log2(max(self._predicted, 1))) if str(model.dtype) == "torch.float16" else 1.0
+        self._scale = 2.0 ** round(math.log2(max(self.predicted, 1))) if str(model.dtype) == "torch.float16" else 1.0
 
     def boundary(self, position: int, batch: int) -> torch.Tensor:
         """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm."""
@@ -92,7 +93,10 @@ class Sweep:
 
     def forward(self) -> Iterator[ForwardLayer]:
         """Go up from the first layer whose output is not known. A layer that is not iterated is run all the same."""
-        for position in range(self.done, len(self.layers)):
+        yield from self._forward_to(len(self.layers))
+
+    def _forward_to(self, end: int) -> Iterator[ForwardLayer]:
+        for position in range(self.done, end):
             layer = self.layers[position]
             with self.model.layer(layer) as module, self._parameters(module, position):
                 if position + 1 < len(self.layers):
@@ -111,20 +115,62 @@ class Sweep:
         for _ in self.forward():
             pass
 
+    def run_up_to(self, layer: int) -> None:
+        """Go up to what enters a base layer."""
+        for _ in self._forward_to(self.layers.index(layer)):
+            pass
+
+    @contextmanager
+    def look(self, layer: int) -> Iterator[ForwardLayer]:
+        """Stand at a base layer to see what it computes now, and keep none of it."""
+        self.run_up_to(layer)
+        with self.model.layer(layer) as module:
+            yield ForwardLayer(layer, module, self._forward_visits(self.layers.index(layer), keep=False))
+        self.layer_forwards += 1
+
     def losses(self) -> Iterator[torch.Tensor]:
         """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
+        self.run_forward()
+        for index, batch in enumerate(self.batches):
+            yield self._losses_of(batch, self._boundaries.get(len(self.layers), index))
+            self.advance()
+
+    def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
+        """Sum of the losses of all tokens with one base layer left out; what lies below it is not computed again.
+
+        `from_bottom`: compute it again all the same.
+        """
         import torch
 
-        self.run_forward()
+        self.run_up_to(layer)
+        position = self.layers.index(layer)
+        start = 0 if from_bottom else position
+        left = [other for other in self.layers[start:] if other != layer]
+        # Layers that stay in memory cost nothing to use again, so one batch at a time is enough.
+        batches = range(len(self.batches))
+        total = 0.0
         with torch.no_grad():
-            for index, batch in enumerate(self.batches):
-                hidden = self._boundaries.get(len(self.layers), index)
-                parts = [
-                    next_token_losses(self.model.head(batch, hidden, positions), batch, positions.start)
-                    for positions in self.model.head_slices(batch)
-                ]
-                yield torch.cat(parts, dim=1)
-                self.advance()
+            for group in ([index] for index in batches) if self.model.resident else [list(batches)]:
+                hidden = [self._boundaries.get(start, index) for index in group]
+                for other in left:
+                    with self.model.layer(other):
+                        for place, index in enumerate(group):
+                            hidden[place] = self.model.run_layer(other, hidden[place], self._arguments[index][other])
+                for index in reversed(group):
+                    total += float(self._losses_of(self.batches[index], hidden.pop()).double().sum())
+        self.layer_forwards += len(left)
+        return total
+
+    def _losses_of(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each token (B, T-1) from what leaves the last layer."""
+        import torch
+
+        with torch.no_grad():
+            parts = [
+                next_token_losses(self.model.head(batch, hidden, positions), batch, positions.start)
+                for positions in self.model.head_slices(batch)
+            ]
+        return torch.cat(parts, dim=1)
 
     def logits(self) -> Iterator[torch.Tensor]:
         """Logits (B, T, V) of each batch."""
@@ -180,18 +226,19 @@ class Sweep:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
 
-    def _forward_visits(self, position: int) -> Iterator[ForwardVisit]:
+    def _forward_visits(self, position: int, *, keep: bool = True) -> Iterator[ForwardVisit]:
         import torch
 
         for index, batch in enumerate(self.batches):
             hidden = self._boundaries.get(position, index)
-            if self.keep_graphs and self._needs_gradient(position):
+            if keep and self.keep_graphs and self._needs_gradient(position):
                 output = self._run_with_graph(position, index, hidden).detach()
             else:
                 with torch.no_grad():
                     layer = self.layers[position]
                     output = self.model.run_layer(layer, hidden, self._arguments[index][layer])
-            self._boundaries.put(position + 1, index, output)
+            if keep:
+                self._boundaries.put(position + 1, index, output)
             yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
             self.advance()
 
@@ -216,7 +263,7 @@ class Sweep:
             for positions in self.model.head_slices(batch):
                 with torch.enable_grad():
                     logits = self.model.head(batch, leaf, positions)
-                    loss = next_token_losses(logits, batch, positions.start).sum() * (self._scale / self._predicted)
+                    loss = next_token_losses(logits, batch, positions.start).sum() * (self._scale / self.predicted)
                 part = torch.autograd.grad(loss, leaf)[0]
                 gradient = part if gradient is None else gradient.add_(part)
             assert gradient is not None

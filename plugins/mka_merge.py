@@ -1,0 +1,235 @@
+"""MKA: neighbouring layers that say the same are merged into one.
+
+Source: https://arxiv.org/abs/2406.16330. What leaves a layer, one vector a sample, is laid out in two dimensions by a diffusion
+map; two layers are alike by S = I / √(H₁H₂), mutual information over entropies there. The most alike neighbours are merged,
+θ ← Sθ₁ + (1 - S)θ₂, until enough are gone. The published program merges nothing, and is last_layers_score.
+Sizes: n samples, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from gradmap_pipeline import (
+    Artifact,
+    CalibrationSet,
+    Context,
+    Estimate,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    Rehearsal,
+    Round,
+    Stage,
+    StageError,
+    Survey,
+    TensorFile,
+    Work,
+    hookimpl,
+)
+from gradmap_pipeline.removal import count_removed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    import torch
+
+_WIDTH, _DENSITY, _DIMENSIONS = 8.0, 0.5, 2
+_ENTROPY_NEIGHBOURS, _INFORMATION_NEIGHBOURS = 50, 5
+
+
+def diffusion_map(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Coordinates (n, 2) of points (n, D): the leading eigenvectors, after the constant one, of a Markov chain between them.
+
+    Kernel exp(-√(distance / 8)), density taken out with exponent 1/2. Source: https://doi.org/10.1016/j.acha.2006.04.006
+    """
+    import numpy as np
+    from scipy.spatial.distance import cdist
+
+    kernel = np.exp(-np.sqrt(cdist(points, points) / _WIDTH))
+    density = kernel.sum(1)
+    kernel = kernel / np.outer(density, density) ** _DENSITY
+    degree = kernel.sum(1)
+    values, vectors = np.linalg.eigh(kernel / np.sqrt(np.outer(degree, degree)))
+    order = np.argsort(values)[::-1][1 : _DIMENSIONS + 1]
+    coordinates: np.ndarray[Any, Any] = vectors[:, order] / np.sqrt(degree)[:, None] * values[order]
+    return coordinates / np.maximum(coordinates.std(0), 1e-12)
+
+
+def entropy(points: np.ndarray[Any, Any]) -> float:
+    """Kozachenko and Leonenko's estimate, in nats, from the distance to the 50th nearest neighbour. points (n, d)."""
+    from scipy.spatial import cKDTree
+    from scipy.special import digamma, gammaln
+
+    samples, dimensions = points.shape
+    neighbours = min(_ENTROPY_NEIGHBOURS, samples - 1)
+    distances, _ = cKDTree(points).query(points, k=neighbours + 1)
+    ball = dimensions / 2 * math.log(math.pi) - float(gammaln(dimensions / 2 + 1))
+    logs = sum(math.log(max(distance, 1e-12)) for distance in distances[:, -1])
+    return float(digamma(samples) - digamma(neighbours)) + ball + dimensions * logs / samples
+
+
+def likeness(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """I / √(H₁H₂) between coordinates (n, 2) of two layers, I the mean over pairs of coordinates; between 0 and 1."""
+    import numpy as np
+    from sklearn.feature_selection import mutual_info_regression
+
+    found = [mutual_info_regression(one, column, n_neighbors=_INFORMATION_NEIGHBOURS, random_state=0).mean() for column in other.T]
+    entropies = entropy(one) * entropy(other)
+    if entropies <= 0:
+        raise StageError("entropies of these layers cannot be compared; use more calibration samples")
+    return float(np.clip(np.mean(found) / math.sqrt(entropies), 0.0, 1.0))
+
+
+class Merge(BaseModel):
+    """One layer merged into the one below it."""
+
+    into: int
+    """Base layer that is left."""
+    merged: int
+    """Base layer that is gone."""
+    share: float
+    """Of the layer that is left."""
+
+
+class Merges(Artifact):
+    """Layers merged, in order."""
+
+    merges: tuple[Merge, ...]
+
+
+class MkaMerge(Stage):
+    """Merge neighbouring layers whose outputs are most alike (MKA)."""
+
+    name = "mka_merge"
+    requires = ("sklearn",)
+    extra = "mka"
+    libraries = ("torch", "transformers", "scikit-learn")
+
+    ratio: float | None = Field(None, gt=0, lt=1, description="Share of the layers to merge away. Default: 0.25.")
+    layers: int | None = Field(None, ge=1, description="How many layers to merge away, instead of `ratio`.")
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+        calibration: CalibrationSet
+
+    class Outputs(BaseModel):
+        model: ModelGraph
+        merges: Merges
+        work: Work
+
+    @model_validator(mode="after")
+    def _check_count(self) -> MkaMerge:
+        if self.ratio is not None and self.layers is not None:
+            raise ValueError("give 'ratio' or 'layers', not both")
+        return self
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        model = inputs.get("model") or ModelForecast()
+        count = None if model.layers is None else self._count(model.layers)
+        layers = None if model.layers is None or count is None else model.layers - count
+        return {"model": model.model_copy(update={"layers": layers, "kept": None})}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        survey.check_layerwise()
+        survey.check_removable()
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        model, calibration = inputs.get("model"), inputs.get("calibration")
+        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
+            return None
+        return rehearsal.forward_sweep(model.layers, calibration.samples, calibration.sequence_length)
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.data import check_tokenizer
+        from gradmap_pipeline.model.twins import check_twins
+
+        check_tokenizer(inputs.calibration, inputs.model)
+        graph = inputs.model
+        count = self._count(len(graph.layers))
+        places, work = self._place_layers(graph, inputs.calibration, context)
+        shares = {(low, high): likeness(places[low], places[high]) for low, high in pairwise(graph.layers)}
+        kept, merges = list(graph.layers), []
+        with context.progress("merge layers", count, "layer") as advance:
+            for _ in range(count):
+                pairs = list(pairwise(kept))
+                for pair in pairs:
+                    if pair not in shares:
+                        shares[pair] = likeness(places[pair[0]], places[pair[1]])
+                low, high = max(pairs, key=shares.__getitem__)
+                merges.append(Merge(into=low, merged=high, share=shares[low, high]))
+                kept.remove(high)
+                places[low] = places[high]  # what leaves the merged layer stands for what left the upper one
+                shares = {pair: share for pair, share in shares.items() if low not in pair and high not in pair}
+                advance()
+        check_twins(graph.base, tuple(kept))
+        patches = merge_weights(graph, merges, context)
+        for merge in merges:
+            context.note(f"layer {merge.merged} merged into {merge.into}, which keeps a share of {merge.share:.3f}")
+        merged = graph.with_patches(patches, "merged").without_layers({merge.merged for merge in merges}, "merged")
+        return self.Outputs(model=merged, merges=Merges(merges=tuple(merges)), work=Work(rounds=(work,)))
+
+    def _count(self, depth: int) -> int:
+        count = self.layers if self.layers is not None else count_removed(depth, 0.25 if self.ratio is None else self.ratio)
+        if count >= depth:
+            raise OptionError(
+                "layers" if self.layers is not None else "ratio", f"merging away {count} of {depth} layers leaves none"
+            )
+        return count
+
+    def _place_layers(
+        self, graph: ModelGraph, calibration: CalibrationSet, context: Context
+    ) -> tuple[dict[int, np.ndarray[Any, Any]], Round]:
+        """Coordinates of every sample by layer, from the mean over tokens of what leaves the layer."""
+        import torch
+
+        from gradmap_pipeline.model.parts import PartedSweep
+
+        started = time.perf_counter()
+        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in graph.layers}
+        options = {"device": context.device, "dtype": context.dtype, "memory": context.memory, "folder": context.folder}
+        sweeps = PartedSweep(graph, *calibration.load(), backward=False, **options)
+        for sweep in sweeps:
+            for step in sweep.forward():
+                for visit in step:
+                    real = visit.mask[..., None]
+                    found[step.layer].append(((visit.output * real).sum(1) / real.sum(1)).float().cpu())
+        work = Round(layer_forwards=sweeps.layer_forwards, layer_backwards=0, seconds=time.perf_counter() - started)
+        return {layer: diffusion_map(torch.cat(vectors).double().numpy()) for layer, vectors in found.items()}, work
+
+
+def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> dict[str, TensorFile]:
+    """θ_low ← Sθ_low + (1 - S)θ_high, one merge after another, for all tensors of a layer, written as the checkpoint is."""
+    import torch
+
+    from gradmap_pipeline.model.checkpoint import load_tensor
+
+    values: dict[int, dict[str, torch.Tensor]] = {}
+
+    def weights_of(layer: int) -> dict[str, torch.Tensor]:
+        start = len(f"{graph.base.layer_prefix}.{layer}.")
+        return {name[start:]: load_tensor(tensor) for name, tensor in graph.layer_tensors(layer).items() if tensor.is_float}
+
+    for merge in merges:
+        low, high = values.get(merge.into) or weights_of(merge.into), values.pop(merge.merged, None) or weights_of(merge.merged)
+        if {name: tensor.shape for name, tensor in low.items()} != {name: tensor.shape for name, tensor in high.items()}:
+            raise StageError(f"layers {merge.into} and {merge.merged} are not of one kind and cannot be merged; merge fewer layers")
+        values[merge.into] = {name: merge.share * low[name].double() + (1 - merge.share) * high[name].double() for name in low}
+    patches = {}
+    for layer, tensors in values.items():
+        for tail, value in tensors.items():
+            name = f"{graph.base.layer_prefix}.{layer}.{tail}"
+            dtype: torch.dtype = getattr(torch, graph.dtype or graph.stored_tensor(name).torch_dtype)
+            patches[name] = TensorFile.save({name: value.to(dtype).contiguous()}, context.folder / f"{name}.safetensors")
+    return patches
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [MkaMerge]

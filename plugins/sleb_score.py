@@ -1,0 +1,55 @@
+"""SLEB: remove the layer without which the loss is least, and search again in what is left.
+
+Source: https://arxiv.org/abs/2402.09025. The first and the last layer stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, Rehearsal, Stage, hookimpl, take_lowest
+
+if TYPE_CHECKING:
+    from gradmap_pipeline.model.sweep import Sweep
+
+
+class SlebScore(LayerScoring):
+    """Rank layers by the loss of the model without each of them, again after each removal (SLEB)."""
+
+    name = "sleb_score"
+    parallel = True
+
+    prefix: Literal["kept", "computed"] = Field(
+        "kept",
+        description="`kept`: what lies below a layer left out is computed once. `computed`: for each candidate again, as in "
+        "the published program. The choice is the same.",
+    )
+
+    def measure(self, context: Context) -> Measure:
+        return Measure(self._measure_losses, ["loss without a layer", self.prefix, self.protect_first, self.protect_last])
+
+    def describe(self) -> str:
+        return "loss without a layer, greedy"
+
+    def decide(self, kept: Sequence[int], scores: dict[int, float], wanted: int, protected: Collection[int]) -> list[Decision]:
+        return take_lowest(kept, scores, 1, protected)
+
+    def estimate_sweeps(self, depth: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate | None:
+        free = depth - self.protect_first - self.protect_last
+        layers = sum((free - done) * (depth - done) for done in range(self.count_decisions(depth)))
+        share = 1 if self.prefix == "computed" else 0.5
+        return rehearsal.forward_sweep(depth, samples, tokens) * max(1, round(layers * share / depth))
+
+    def _measure_losses(self, sweep: Sweep) -> dict[int, float]:
+        """Mean loss in nats without each layer that may go."""
+        candidates = sweep.layers[self.protect_first : len(sweep.layers) - self.protect_last]
+        again = self.prefix == "computed"
+        return {layer: sweep.loss_without(layer, from_bottom=again) / sweep.predicted for layer in candidates}
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [SlebScore]
