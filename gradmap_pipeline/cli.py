@@ -168,6 +168,46 @@ def plan(
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files.", show_default=False)],
+    grids: Annotated[
+        list[str], typer.Option("--grid", metavar="STEP.OPTION=A,B,C", help="Try each value. Repeatable: all combinations.")
+    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path, typer.Option("--out", help="Folder for the table and the plot.")] = Path("out/comparison"),
+    store: StorePath = Path(".gradmap"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    memory: MemorySize = None,
+    threads: Threads = None,
+    plugins: PluginFiles = [],  # noqa: B006
+) -> None:
+    """Run several recipes, or one over a grid of options, and put them into one table and one plot.
+
+    What they share is computed once. Steps that write folders are left out. A variant that fails does not stop the others.
+    """
+    with _errors():
+        from .comparison import make_variants, run_variants
+        from .report.comparison_files import print_comparison, save_comparison
+        from .report.reporters import CompareReporter
+        from .store import Store
+
+        variants = make_variants(recipes, grids, overrides, _catalog(plugins))
+        left_out = sorted({step for variant in variants for step in variant.left_out})
+        if left_out:
+            typer.echo(f"left out, as variants would write over each other: {', '.join(left_out)}")
+        reporter = CompareReporter([variant.name for variant in variants])
+        comparison = run_variants(variants, Store(store), _machine(device, dtype, threads, memory), reporter)
+        print_comparison(comparison)
+        for file in save_comparison(comparison, out):
+            typer.echo(f"wrote {file}")
+        for name, error in comparison.failures.items():
+            reporter.error(error.exit_code, f"{name}: {error}", error.where)
+        if comparison.failures:
+            sys.exit(next(iter(comparison.failures.values())).exit_code)
+
+
+@app.command()
 def stages(
     name: Annotated[str | None, typer.Argument(help="Stage to describe.", show_default=False)] = None,
     plugins: PluginFiles = [],  # noqa: B006

@@ -91,6 +91,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
         if group.leads or step.stage.parallel:
             with store.step(name, key) if group.leads else _scratch_step() as folder:
                 device = machine.prepare_torch(group)
+                found_finished: list[float] = []
                 context = Context(
                     folder=folder.path,
                     seed=plan.seed,
@@ -99,13 +100,14 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                     memory=machine.budget(device, group),
                     progress=_progress_of(step.id, reporter),
                     note=lambda text: reporter.note(step.id, text),
-                    remember=_memory_of(step, machine.dtype, store, together),
+                    remember=_memory_of(step, machine.dtype, store, together, found_finished),
                     group=together,
                     lineage=lineage,
                 )
                 result = _call(step, step.stage.Inputs.model_validate(inputs), context, store, workplace, machine.threads)
                 if group.leads:
-                    record = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
+                    record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
+                    record["seconds"] = time.monotonic() - started + sum(found_finished)
                     result = store.finish(folder, key, record, result)
             give_back(between_steps=True)
         group.tell("the result is in the store")
@@ -125,6 +127,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
         stage=name,
         cached=cached,
         seconds=time.monotonic() - started,
+        computed_seconds=store.seconds_of(name, key),
         outputs={output: artifact.model_dump(mode="json") for output, artifact in outputs.items()},
     )
     ran.finished.append(finished)
@@ -203,18 +206,26 @@ def _scratch_step() -> Iterator[StepFolder]:
         yield StepFolder(Path(folder), Path(folder))
 
 
-def _memory_of(step: PlannedStep, dtype: str, store: Store, group: Group) -> Callable[[Any, Callable[[], Any]], Any]:
-    """Units of a stage's work, kept under what the stage names as key and the code that made them."""
+def _memory_of(
+    step: PlannedStep, dtype: str, store: Store, group: Group, found_finished: list[float]
+) -> Callable[[Any, Callable[[], Any]], Any]:
+    """Units of a stage's work, kept under what the stage names as key and the code that made them.
+
+    `found_finished`: gets the seconds of those that earlier runs have computed.
+    """
     versions = versions_of(step, _workplace_of(step, store))
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
         whole = sha256_of_value([digest_of_package(), step.code, dtype, versions, key])
         found = group.tell(store.load_unit(step.stage.name, whole))
-        if found is None:
-            found = compute()
-            if group.leads:
-                store.save_unit(step.stage.name, whole, found)
-        return found
+        if found is not None:
+            found_finished.append(found["seconds"])
+            return found["value"]
+        started = time.monotonic()
+        value = compute()
+        if group.leads:
+            store.save_unit(step.stage.name, whole, value, time.monotonic() - started)
+        return value
 
     return remember
 

@@ -93,13 +93,18 @@ class Store:
         replace_folder(folder.path, folder.final)
         return type(outputs).model_validate(json.loads(text)["outputs"], context={"store": self.root})
 
-    def load_unit(self, stage: str, key: str) -> Any | None:
-        """JSON value of a finished unit of work, or None."""
-        return _read_object(self._unit(stage, key)).get("value")
+    def seconds_of(self, stage: str, key: str) -> float:
+        """What a finished step took when it ran, with the units it found finished."""
+        return float(_read_object(self._step(stage, key) / _OUTPUTS).get("seconds", 0.0))
 
-    def save_unit(self, stage: str, key: str, value: Any) -> None:
+    def load_unit(self, stage: str, key: str) -> dict[str, Any] | None:
+        """A finished unit of work: `value` (JSON) and the `seconds` it took; or None."""
+        found = _read_object(self._unit(stage, key))
+        return found if found.keys() == {"value", "seconds"} else None
+
+    def save_unit(self, stage: str, key: str, value: Any, seconds: float) -> None:
         """Keep a unit of work, even if its step does not finish."""
-        _write_whole(self._unit(stage, key), json.dumps({"value": value}))
+        _write_whole(self._unit(stage, key), json.dumps({"value": value, "seconds": seconds}))
 
     def save_traceback(self, text: str) -> Path:
         """Keep the traceback of the latest failure for whoever wrote the stage."""

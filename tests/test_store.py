@@ -149,8 +149,8 @@ def test_only_dead_runs_are_cleared_away(store: Store) -> None:
 
 def test_units_are_kept_one_by_one(store: Store) -> None:
     assert store.load_unit("score", "key") is None
-    store.save_unit("score", "key", {"loss": 1.5})
-    assert Store(store.root).load_unit("score", "key") == {"loss": 1.5}
+    store.save_unit("score", "key", {"loss": 1.5}, 2.0)
+    assert Store(store.root).load_unit("score", "key") == {"value": {"loss": 1.5}, "seconds": 2.0}
     assert store.load_unit("other", "key") is None
     assert not list(store.root.rglob("*.partial-*"))
 
@@ -193,7 +193,7 @@ def test_damaged_list_of_digests_is_made_again(store: Store, tmp_path: Path, con
 
 
 def test_damaged_unit_is_made_again(store: Store) -> None:
-    store.save_unit("score", "key", 1)
+    store.save_unit("score", "key", 1, 0.5)
     (unit,) = (store.root / "units").iterdir()
     unit.write_text("{")
     assert store.load_unit("score", "key") is None

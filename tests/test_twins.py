@@ -92,20 +92,20 @@ def test_survey_answers_before_a_run(architecture: str, question: str, message: 
 @pytest.mark.parametrize(
     ("architecture", "sites"),
     [
-        ("llama", dict.fromkeys(range(6), ["self_attn.o_proj", "mlp.down_proj"])),
+        ("llama", dict.fromkeys(range(6), ("self_attn.o_proj", "mlp.down_proj"))),
         (
             "deepseek_v3",
-            dict.fromkeys((0, 1), ["self_attn.o_proj", "mlp.down_proj"])
-            | dict.fromkeys((2, 3, 4, 5), ["self_attn.o_proj", "mlp.shared_experts.down_proj"]),
+            dict.fromkeys((0, 1), ("self_attn.o_proj", "mlp.down_proj"))
+            | dict.fromkeys((2, 3, 4, 5), ("self_attn.o_proj", "mlp.shared_experts.down_proj")),
         ),
-        ("gptj", dict.fromkeys(range(6), ["mlp.fc_out"])),
-        ("jetmoe", dict.fromkeys(range(6), [])),
+        ("gptj", dict.fromkeys(range(6), ("mlp.fc_out",))),
+        ("jetmoe", dict.fromkeys(range(6), ())),
     ],
 )
 def test_survey_finds_sites_of_each_kind_of_layer(architecture: str, sites: dict[int, Any], tmp_path: Path) -> None:
     graph = open_folder(make_model(tmp_path, architecture))
     found = Survey(graph, MEMORY).find_sites()
-    assert {layer: [site.name for site in there] for layer, there in found.items()} == sites
+    assert {layer: tuple(site.name for site in there) for layer, there in found.items()} == sites
     assert Survey(graph, 1000).find_sites() == {}  # no room to try
 
 

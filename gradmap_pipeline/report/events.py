@@ -40,6 +40,8 @@ class StepFinished:
     cached: bool
     """Taken from the store."""
     seconds: float
+    computed_seconds: float
+    """What the result took when it was computed, in this run or before."""
     outputs: dict[str, Any]
     """Each artifact's JSON."""
 

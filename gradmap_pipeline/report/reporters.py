@@ -113,6 +113,24 @@ class LineReporter(QuietReporter):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class CompareReporter(QuietReporter):
+    """One line for each recipe of several."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.console = make_console()
+        self._names, self._number = names, 0
+
+    def run_started(self, event: RunStarted) -> None:
+        self._number += 1
+        name = self._names[self._number - 1]
+        self.console.print(f"{self._number}/{len(self._names)} {name}", markup=False, highlight=False, soft_wrap=True)
+
+    def step_finished(self, event: StepFinished) -> None:
+        if not event.cached:
+            text = f"  {event.step}: done ({format_seconds(event.seconds)})"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class TerminalReporter(LineReporter):
     """Lines, with a bar for whatever takes longer than a second."""
 

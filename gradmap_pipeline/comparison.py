@@ -1,0 +1,159 @@
+"""Several recipes, or one over a grid of options, through one store: what each comes to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .artifacts import Evaluation, Work
+from .catalog import Catalog
+from .errors import GradmapError, Problem, RecipeError
+from .exports import Export
+from .machine import Machine
+from .model.graph import ModelGraph
+from .plan import Plan, make_plan
+from .recipe import MODEL_STEP, load_recipe
+from .report.events import Reporter
+from .runner import Ran, run_plan
+from .store import Store
+from .yaml_positions import load_yaml
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recipe with its options."""
+
+    name: str
+    plan: Plan
+    left_out: tuple[str, ...] = ()
+    """Steps that write outside the store, where variants would write over each other, and those that take from them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one variant comes to: its last model that was measured."""
+
+    name: str
+    label: str
+    """What was done to the model last."""
+    layers: int
+    parameters: int
+    bytes: int
+    perplexity: dict[str, float] = field(default_factory=dict)
+    """By data set."""
+    seconds: float = 0.0
+    """Of the steps that led to the model, when they were computed."""
+    layer_evaluations: float | None = None
+    """Passes of all samples through one layer, forward or backward, that those steps report."""
+
+
+def make_variants(recipes: Sequence[Path], grids: Sequence[str], overrides: Sequence[str], catalog: Catalog) -> list[Variant]:
+    """Plan everything before anything runs. Raises `RecipeError` with the problems of the first variant that has any.
+
+    A grid is `STEP.OPTION=A,B,C`; several options before the `=`, with commas between, take each value together.
+    """
+    axes = [list(_read_grid(grid)) for grid in grids]
+    variants = []
+    for path in recipes:
+        for choice in itertools.product(*axes):
+            settings = [setting for group in choice for setting in group]
+            plan = make_plan(load_recipe(path, [*overrides, *settings]), catalog)
+            shown = ", ".join(_shorten(group) for group in choice)
+            name = ": ".join(filter(None, [path.stem if len(recipes) > 1 or not shown else "", shown]))
+            variants.append(_without_writers(Variant(name, plan)))
+    names = [variant.name for variant in variants]
+    return [
+        replace(variant, name=str(variant.plan.recipe_path)) if names.count(variant.name) > 1 else variant for variant in variants
+    ]
+
+
+def _read_grid(grid: str) -> Iterator[list[str]]:
+    """For each value, the `--set` options that give it."""
+    targets, equals, values = grid.partition("=")
+    where = f"--grid {grid}"
+    if not equals or not values or not all("." in target for target in targets.split(",")):
+        raise RecipeError([Problem(where, "must look like STEP.OPTION=A,B,C, for example prune.ratio=0.1,0.25")])
+    import json
+
+    for value in load_yaml(f"[{values}]", where).data:
+        yield [f"{target}={json.dumps(value)}" for target in targets.split(",")]
+
+
+def _shorten(settings: list[str]) -> str:
+    """`ratio 0.25` for `gradmap_score.ratio=0.25` and `prune.ratio=0.25`."""
+    options = dict.fromkeys(setting.partition("=")[0].rpartition(".")[2] for setting in settings)
+    value = settings[0].partition("=")[2].strip('"')
+    return f"{'/'.join(options)} {value}"
+
+
+def _without_writers(variant: Variant) -> Variant:
+    kept, left_out = [], set()
+    for step in variant.plan.steps:
+        if step.stage.writes() or any(source in left_out for source, _ in step.inputs.values()):
+            left_out.add(step.id)
+        else:
+            kept.append(step)
+    return replace(variant, plan=replace(variant.plan, steps=kept), left_out=tuple(left_out))
+
+
+@dataclass
+class Comparison:
+    """Rows in the order of the variants, whole models first; and what went wrong."""
+
+    rows: list[Row] = field(default_factory=list)
+    failures: dict[str, GradmapError] = field(default_factory=dict)
+    """By variant."""
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.perplexity))
+
+
+def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, reporter: Reporter) -> Comparison:
+    """Run each; what they share is computed once. A variant that fails is told at the end, and the others go on."""
+    found = Comparison()
+    dense: dict[tuple[Any, ...], Row] = {}
+    for variant in variants:
+        try:
+            ran = run_plan(variant.plan, store, machine, reporter)
+        except GradmapError as error:
+            found.failures[variant.name] = error
+            continue
+        rows = list(_measured(ran, variant.name))
+        for row in rows:
+            if row.label == "dense":
+                dense.setdefault((row.parameters, tuple(row.perplexity.items())), replace(row, name=variant.plan.model.name))
+        found.rows += [row for row in rows if row.label != "dense"][-1:]
+    found.rows[:0] = dense.values()
+    return found
+
+
+def _measured(ran: Ran, name: str) -> Iterator[Row]:
+    """Each model of a run that was evaluated, in order."""
+    evaluations = [artifact for given in ran.outputs.values() for artifact in given.values() if isinstance(artifact, Evaluation)]
+    seen: set[str] = set()
+    seconds = {step.step: step.computed_seconds for step in ran.finished}
+    for step, given in ran.outputs.items():
+        for model in given.values():
+            if not isinstance(model, ModelGraph | Export) or model.digest in seen:
+                continue
+            seen.add(model.digest)
+            measured = {found.dataset: found.perplexity for found in evaluations if found.model == model.digest}
+            if not measured:
+                continue
+            graph = model.graph if isinstance(model, Export) else model
+            path = [] if step == MODEL_STEP else [finished.id for finished in ran.lineage[step]]
+            works = [work for before in path for work in ran.outputs[before].values() if isinstance(work, Work)]
+            yield Row(
+                name=name,
+                label=model.label,
+                layers=len(graph.layers),
+                parameters=graph.count_parameters(),
+                bytes=model.count_bytes(),
+                perplexity=measured,
+                seconds=sum(seconds[before] for before in path),
+                layer_evaluations=sum(work.layer_evaluations for work in works) if works else None,
+            )

@@ -1,0 +1,84 @@
+"""A comparison as a table on the terminal, as files, and as a plot."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..extras import explain_missing
+from .reporters import make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..comparison import Comparison, Row
+
+
+def _headings(comparison: Comparison) -> list[str]:
+    perplexities = [f"perplexity on {name}" for name in comparison.datasets]
+    return ["variant", "model", "layers", "parameters", "bytes", *perplexities, "seconds", "layer evaluations"]
+
+
+def _cells(row: Row, comparison: Comparison) -> list[str]:
+    perplexities = [f"{row.perplexity[name]:.3f}" if name in row.perplexity else "" for name in comparison.datasets]
+    work = "" if row.layer_evaluations is None else f"{row.layer_evaluations:g}"
+    sizes = [str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}"]
+    return [row.name, row.label, *sizes, *perplexities, f"{row.seconds:.1f}", work]
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """One table: a row for each variant, after the models they start from."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for place, heading in enumerate(_headings(comparison)):
+        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
+    for row in comparison.rows:
+        table.add_row(*_cells(row, comparison))
+    (console or make_console()).print(table)
+
+
+def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write `comparison.csv` and `comparison.md`, and `comparison.svg` where matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headings, rows = _headings(comparison), [_cells(row, comparison) for row in comparison.rows]
+    written = [folder / "comparison.csv", folder / "comparison.md"]
+    with written[0].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(headings)
+        writer.writerows([cell.replace(",", "") if place >= 2 else cell for place, cell in enumerate(row)] for row in rows)
+    lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2), *rows]
+    written[1].write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+    if explain_missing(("matplotlib",), "plot") is None and comparison.rows:
+        written.append(_draw(comparison, folder / "comparison.svg"))
+    return written
+
+
+def _draw(comparison: Comparison, file: Path) -> Path:
+    """Perplexity against seconds, and against size; one row of plots for each data set."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    datasets = comparison.datasets
+    figure = Figure(figsize=(11, 4.2 * len(datasets)), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(len(datasets), 2, squeeze=False)
+    for (by_seconds, by_size), name in zip(axes, datasets, strict=True):
+        rows = [row for row in comparison.rows if name in row.perplexity]
+        for number, row in enumerate(rows):
+            style = {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5], "label": row.name, "linestyle": "none"}
+            if row.seconds:
+                by_seconds.plot([row.seconds], [row.perplexity[name]], **style)
+            else:
+                by_seconds.axhline(row.perplexity[name], color="grey", linewidth=0.8, linestyle="--")
+            by_size.plot([row.bytes / 1e6], [row.perplexity[name]], **style)
+        by_seconds.set_xlabel("seconds to make")
+        by_size.set_xlabel("size in MB (10⁶ bytes)")
+        for plot in (by_seconds, by_size):
+            plot.set_ylabel(f"perplexity on {name}")
+            plot.grid(alpha=0.3)
+        by_size.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(file, metadata={"Date": None})
+    return file
