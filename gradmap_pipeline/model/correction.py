@@ -86,9 +86,9 @@ def correct_site(
     Raises `NoSiteError` where it has no place or no target there.
     """
     model = streams.pruned.model
-    moments, drift = collect_moments(streams, layer, site, space, context)
-    if moments.missing == 0:
+    if site.kind == "attention" and layer < streams.graph.removed[0]:
         raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
+    moments, drift = collect_moments(streams, layer, site, space, context)
     new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, towards=towards)
     patches = write_patches(streams, layer, new, context)
     corrected = CorrectedSite(

@@ -60,8 +60,17 @@ CORRECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "replaceme": ("replaceme_compensate", {}),
     "linearpatch, folded": ("linearpatch_compensate", {"tolerance": 1.0}),
 }
-ALL_CORRECTIONS = ("gradmap", "sleb", "shortgpt", "angular, last token")
-"""Selections that every correction is tried on; the others get GradMAP's alone."""
+CORRECTED = ("gradmap", "sleb", "shortgpt", "angular, last token")
+"""Selections that are corrected."""
+
+
+def corrections_of(selection: str, seed: int) -> tuple[str, ...]:
+    """GradMAP's own variants on its own selection, and the peers' on four, with the first seed; two for the other seeds."""
+    if selection not in CORRECTED:
+        return ()
+    if seed:
+        return "gradmap", "replaceme"
+    return tuple(CORRECTIONS) if selection == "gradmap" else ("gradmap", "replaceme", "linearpatch, folded")
 
 
 @dataclass(frozen=True)
@@ -156,10 +165,9 @@ class Bench:
                 except OptionError:
                     continue  # too few layers that are not protected
                 yield plain
-                if selection != "mka":
-                    for correction in CORRECTIONS if selection in ALL_CORRECTIONS else ("gradmap",):
-                        if done := self._correct(plain, correction):
-                            yield done
+                for correction in corrections_of(selection, self.seed):
+                    if done := self._correct(plain, correction):
+                        yield done
 
     def _run(self, name: str, options: dict[str, Any], place: str, **inputs: Any) -> tuple[Any, float]:
         stage: Stage = self.stages[name].model_validate(options)
