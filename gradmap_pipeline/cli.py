@@ -199,8 +199,8 @@ def compare(
         reporter = CompareReporter([variant.name for variant in variants])
         comparison = run_variants(variants, Store(store), _machine(device, dtype, threads, memory), reporter)
         print_comparison(comparison)
-        for file in save_comparison(comparison, out):
-            typer.echo(f"wrote {file}")
+        for line in save_comparison(comparison, out):
+            typer.echo(line)
         for name, error in comparison.failures.items():
             reporter.error(error.exit_code, f"{name}: {error}", error.where)
         if comparison.failures:

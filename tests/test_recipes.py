@@ -34,8 +34,33 @@ def test_recipe_starts_with_what_needs_and_command(file: Path) -> None:
     assert lines[3] == "version: 1"
 
 
+@pytest.mark.parametrize("file", [file for file in RECIPES if "builtin" in file.read_text()], ids=lambda file: file.stem)
+def test_recipe_of_the_builtin_model_runs(file: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it ships, on fewer samples; what comes out is a folder that verifies."""
+    if file.stem == "prune-quantize-onnx":
+        pytest.skip("runs as it ships in test_chains.py")
+    monkeypatch.chdir(tmp_path)
+    steps = [step.id for step in load_recipe(file).content.steps]
+    smaller = [f"--set={step}.samples=24" for step in steps if step.startswith(("evaluate", "calibrate"))]
+    result = CliRunner().invoke(app, ["run", str(file), "--store", str(store), "--json", *smaller])
+    assert result.exit_code == 0, result.output
+    events = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    models = events[-1]["summary"]["models"]
+    assert [models[0]["layers"], models[-1]["layers"]] == [12, 9]
+    verified = CliRunner().invoke(app, ["verify", str(next((tmp_path / "out").iterdir()))])
+    assert verified.exit_code == 0, verified.output
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all recipes, which share their first steps."""
+    return tmp_path_factory.mktemp("store")
+
+
 def test_there_is_one_for_each_promised_model() -> None:
     assert {file.stem for file in RECIPES} >= {"quickstart", "llama-2-7b", "llama-3.1-8b", "qwen3-8b", "mistral-7b"}
+    published = {"sleb", "shortgpt", "angular", "taylor", "perplexity", "magnitude", "mka", "replaceme", "linearpatch"}
+    assert {file.stem for file in RECIPES} >= {*published, "gradmap-paper"}
 
 
 def test_hub_model_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

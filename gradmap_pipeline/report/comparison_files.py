@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,20 +41,23 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     (console or make_console()).print(table)
 
 
-def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write `comparison.csv` and `comparison.md`, and `comparison.svg` where matplotlib is installed."""
+def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:
+    """Write `comparison.csv` and `comparison.md`, and `comparison.svg` where matplotlib is installed; tell what was done."""
     folder.mkdir(parents=True, exist_ok=True)
     headings, rows = _headings(comparison), [_cells(row, comparison) for row in comparison.rows]
-    written = [folder / "comparison.csv", folder / "comparison.md"]
-    with written[0].open("w", newline="", encoding="utf-8") as file:
+    with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(headings)
         writer.writerows([cell.replace(",", "") if place >= 2 else cell for place, cell in enumerate(row)] for row in rows)
     lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2), *rows]
-    written[1].write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
-    if explain_missing(("matplotlib",), "plot") is None and comparison.rows:
-        written.append(_draw(comparison, folder / "comparison.svg"))
-    return written
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    yield f"wrote {folder / 'comparison.csv'} and {folder / 'comparison.md'}"
+    missing = explain_missing(("matplotlib",), "plot")
+    if missing is not None:
+        yield f"no plot: it {missing}"
+    elif comparison.rows:
+        yield f"wrote {_draw(comparison, folder / 'comparison.svg')}"
 
 
 def _draw(comparison: Comparison, file: Path) -> Path:
