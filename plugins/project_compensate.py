@@ -58,7 +58,13 @@ class ProjectCompensate(Stage):
     sites: int | None = Field(
         None, ge=1, description="How many layers to correct. Default: 1 for the largest shift, all of them otherwise."
     )
-    ridge: float = Field(0.3, gt=0, description="Regularisation, relative to the mean diagonal of the Gram matrix.")
+    ridge: float = Field(0.1, gt=0, description="Regularisation, relative to the mean diagonal of the Gram matrix.")
+    shrink: float = Field(
+        0.4,
+        ge=0,
+        description="How far a correction that explains little is held back: it is scaled by e / (e + shrink), e the share of the "
+        "squared missing residual that it explains.",
+    )
 
     class Inputs(BaseModel):
         model: ModelGraph
@@ -198,7 +204,7 @@ def correct_layer(
     refusal = NoSiteError(f"layer {layer} has no linear map and no norm that writes to the residual stream unchanged")
     for site in chosen:
         try:
-            done, new = correct_site(streams, layer, site, context, space=stage.space, ridge=stage.ridge)
+            done, new = correct_site(streams, layer, site, context, space=stage.space, ridge=stage.ridge, shrink=stage.shrink)
         except NoSiteError as error:
             refusal = error
         else:

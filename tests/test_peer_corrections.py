@@ -168,7 +168,7 @@ def test_attention_is_corrected_for_what_was_missing_before(text: Path, tmp_path
     """Each layer in order, attention first; by independent least squares on whole models that have all corrections so far."""
     model, calibration = make_inputs(tmp_path, text)
     pruned = model.without_layers([1])
-    result = run_stage(ProjectCompensate(ridge=0.2), tmp_path, model=pruned, calibration=calibration)
+    result = run_stage(ProjectCompensate(ridge=0.2, shrink=0.4), tmp_path, model=pruned, calibration=calibration)
     sites = [(site.layer, site.parameter.removesuffix(".weight")) for site in result.compensation.sites]
     assert sites == [(0, "mlp.down_proj")] + [(n, name) for n in (2, 3, 4) for name in ("self_attn.o_proj", "mlp.down_proj")]
     whole = AutoModelForCausalLM.from_pretrained(model.base.folder, dtype=torch.float64).eval()
@@ -183,6 +183,11 @@ def test_attention_is_corrected_for_what_was_missing_before(text: Path, tmp_path
         penalty = math.sqrt(0.2 * float(inputs.square().sum()) / inputs.shape[1])
         augmented = torch.cat([inputs, penalty * torch.eye(inputs.shape[1]).double()])
         x = torch.linalg.lstsq(augmented, torch.cat([missing, torch.zeros(inputs.shape[1], 32).double()])).solution
+        explained = 1 - float((missing - inputs @ x).square().sum() / missing.square().sum())
+        x = x * explained / (explained + 0.4)  # what explains little is held back
+        (told,) = [site for site in result.compensation.sites if (site.layer, site.parameter) == (layer, f"{name}.weight")]
+        left = float((missing - inputs @ x).square().sum() / missing.square().sum())
+        assert told.missing_left == pytest.approx(left, rel=1e-4)
         weight = whole.model.layers[layer].get_submodule(name).weight
         full = f"model.layers.{layer}.{name}.weight"
         found = result.model.patches[full].load()[full].double()

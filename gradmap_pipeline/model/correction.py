@@ -77,11 +77,20 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
 
 
 def correct_site(
-    streams: Streams, layer: int, site: Site, context: Context, *, space: Space, ridge: float, towards: Towards = "identity"
+    streams: Streams,
+    layer: int,
+    site: Site,
+    context: Context,
+    *,
+    space: Space,
+    ridge: float,
+    shrink: float = 0.0,
+    towards: Towards = "identity",
 ) -> tuple[CorrectedSite, dict[str, TensorFile]]:
     """Solve for the correction at one site, put it into the pruned stream, and write the patched tensors.
 
-    `ridge`: regularisation relative to the mean diagonal of the Gram matrix.
+    `ridge`: regularisation relative to the mean diagonal of the Gram matrix. `shrink`: how far corrections that explain little
+    are held back (`ridge.hold_back`).
 
     Raises `NoSiteError` where it has no place or no target there.
     """
@@ -89,7 +98,7 @@ def correct_site(
     if site.kind == "attention" and layer < streams.graph.removed[0]:
         raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
     moments, drift = collect_moments(streams, layer, site, space, context)
-    new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, towards=towards)
+    new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
     patches = write_patches(streams, layer, new, context)
     corrected = CorrectedSite(
         layer=layer,
@@ -125,6 +134,7 @@ def solve_site(
     *,
     space: Space,
     ridge: float,
+    shrink: float = 0.0,
     towards: Towards = "identity",
 ) -> tuple[dict[str, torch.Tensor], float]:
     """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums."""
@@ -134,12 +144,12 @@ def solve_site(
     if isinstance(moments, ChannelMoments):
         with model.layer(layer) as module:
             parameters = {key: value.detach().double() for key, value in module.get_submodule(site.name).named_parameters()}
-        scale, shift, left = moments.solve(ridge, shift="bias" in parameters)
+        scale, shift, left = moments.solve(ridge, "bias" in parameters, shrink)
         new = {name: parameters["weight"] + scale}
         if "bias" in parameters:
             new[f"{site.name}.bias"] = parameters["bias"] + shift / site.gain
         return new, left
-    x, left = moments.solve(ridge) if towards == "identity" else moments.solve_factor(ridge)
+    x, left = moments.solve(ridge, shrink) if towards == "identity" else moments.solve_factor(ridge)
     with model.layer(layer) as module:
         weight = module.get_parameter(name).detach().double()
         weight = weight.T if site.transposed else weight  # (D, F)

@@ -39,6 +39,19 @@ def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[
     return cross, -gained
 
 
+def hold_back(missing: float, along: float, squares: float, shrink: float) -> tuple[float, float]:
+    """The factor e / (e + shrink) for a correction that explains a share e of ‖R‖², and the share that is left with it.
+
+    `missing` is ‖R‖², `along` ⟨AX, R⟩, `squares` ‖AX‖². A correction that explains little is mostly fitted to these very tokens,
+    and does harm on others. Like the factor of Stein's estimator, https://www.jstor.org/stable/2284155, it is close to 1 where the
+    signal is large against the noise.
+    """
+    total = max(missing, 1e-300)
+    explained = max(0.0, (2 * along - squares) / total)
+    factor = explained / (explained + shrink) if shrink else 1.0
+    return factor, (missing - 2 * factor * along + factor**2 * squares) / total
+
+
 @dataclass
 class Moments:
     """Sums over tokens, fp64, from which a correction at one layer follows."""
@@ -64,13 +77,17 @@ class Moments:
         group.sum(self.cross)
         self.missing = group.sum_values({"missing": self.missing})["missing"]
 
-    def solve(self, ridge: float) -> tuple[torch.Tensor, float]:
-        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums."""
+    def solve(self, ridge: float, shrink: float = 0.0) -> tuple[torch.Tensor, float]:
+        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums.
+
+        `shrink`: as in `hold_back`.
+        """
         penalty = ridge * float(self.gram.diagonal().mean())
         x, value = solve_ridge(self.gram, self.cross, ridge)
         self.gram = self.gram.new_empty(0)  # as large as the rest together, and used up
-        left = self.missing + value - penalty * float(x.square().sum())
-        return x, left / max(self.missing, 1e-300)
+        # ⟨X, AᵀR⟩ = -value, and (AᵀA + λI) X = AᵀR
+        factor, left = hold_back(self.missing, -value, -value - penalty * float(x.square().sum()), shrink)
+        return x.mul_(factor), left
 
     def solve_factor(self, ridge: float) -> tuple[torch.Tensor, float]:
         """As `solve` in output space, but the factor I + X is kept small, not X: X = (AᵀA + λI)⁻¹ Aᵀ(R + A) - I.
@@ -112,10 +129,10 @@ class ChannelMoments:
         sums = group.sum_values({"missing": self.missing, "tokens": self.tokens})
         self.missing, self.tokens = sums["missing"], int(sums["tokens"])
 
-    def solve(self, ridge: float, shift: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def solve(self, ridge: float, shift: bool, shrink: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Scale x (D,), shift b (D,), zero unless wanted, and the share of ‖R‖² that is left after them.
 
-        Minimises ‖R - A·x - b‖² + λ‖x‖²; λ is `ridge` times the mean of Σa² over channels.
+        Minimises ‖R - A·x - b‖² + λ‖x‖²; λ is `ridge` times the mean of Σa² over channels. `shrink`: as in `hold_back`.
         """
         import torch
 
@@ -124,8 +141,10 @@ class ChannelMoments:
         penalty = ridge * float(square.mean())
         x = (product - mean_r * a) / (square - mean_a * a + penalty).clamp_min(1e-300)
         b = mean_r - x * mean_a
-        gained = 2 * (x * product + b * r) - x.square() * square - 2 * x * b * a - self.tokens * b.square()
-        return x, b, (self.missing - float(gained.sum())) / max(self.missing, 1e-300)
+        along = float((x * product + b * r).sum())
+        squares = float((x.square() * square + 2 * x * b * a + self.tokens * b.square()).sum())
+        factor, left = hold_back(self.missing, along, squares, shrink)
+        return x * factor, b * factor, left
 
 
 def room_for(inputs: int, width: int) -> int:

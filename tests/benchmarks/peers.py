@@ -15,7 +15,7 @@ import argparse
 import csv
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ SELECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CORRECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradmap": ("project_compensate", {}),
+    "gradmap, nothing held back": ("project_compensate", {"shrink": 0.0, "ridge": 0.3}),
     "gradmap, down-projection only": ("project_compensate", {"attention": False}),
-    "gradmap, largest shift": ("project_compensate", {"attention": False, "site": "largest_shift"}),
+    "gradmap, largest shift": ("project_compensate", {"attention": False, "site": "largest_shift", "shrink": 0.0}),
     "replaceme": ("replaceme_compensate", {}),
     "linearpatch, folded": ("linearpatch_compensate", {"tolerance": 1.0}),
 }
@@ -142,7 +143,8 @@ def write_samples(graph: ModelGraph, folder: Path) -> list[Path]:
 class Bench:
     """All cells of one subject and one calibration seed."""
 
-    def __init__(self, subject: Subject, seed: int, work: Path) -> None:
+    def __init__(self, subject: Subject, seed: int, work: Path, known: Sequence[dict[str, str]] = ()) -> None:
+        """`known`: rows of an earlier run, whose selections are not made again."""
         self.subject, self.seed, self.work = subject, seed, work
         self.stages = load_catalog().stages
         options = {"dataset": subject.calibration, "samples": SAMPLES, "sequence_length": LENGTH}
@@ -150,6 +152,8 @@ class Bench:
         folder = work / "steps" / subject.name / str(seed)
         self.folder = folder
         self.calibration: CalibrationSet = run_stage(stage, folder / "calibrate", seed=seed, model=subject.graph).calibration
+        plain = [row for row in known if row["correction"] == "none" and row["seed"] == str(seed)]
+        self._known = {(row["selection"], row["ratio"]): row for row in plain}
         self._chosen: dict[tuple[str, int], Any] = {}
         self._corrected: dict[tuple[str, str], Cell] = {}
 
@@ -177,6 +181,11 @@ class Bench:
         return result, time.perf_counter() - started
 
     def _select(self, selection: str, count: int, ratio: float) -> Cell:
+        found = self._known.get((selection, str(ratio)))
+        if found is not None and selection != "mka":  # which does more than remove
+            graph = self.subject.graph.without_layers({int(layer) for layer in found["removed"].split()})
+            took = float(found["select evaluations"]), float(found["select seconds"])
+            return Cell(self.subject.name, self.seed, ratio, selection, "none", graph, found["removed"], *took)
         result = self._choose(selection, count)
         graph = getattr(result, "model", None) or self.subject.graph.without_layers(result.scores.order[:count])
         rounds = result.work.rounds if hasattr(result, "work") else ()
@@ -242,7 +251,8 @@ def main() -> None:
     readings.mkdir(parents=True, exist_ok=True)
     seen: dict[str, dict[str, Any]] = {}
     file = work / f"peers-{subject.name}.csv"
-    done = {tuple(row[:5]) for row in csv.reader(file.open())} if file.is_file() else set()
+    known = list(csv.DictReader(file.open())) if file.is_file() else []
+    done = {tuple(row.values())[:5] for row in known}
     with file.open("a", newline="") as table:
         writer = csv.writer(table)
         if not done:
@@ -256,7 +266,7 @@ def main() -> None:
             values = [value for reading in dense.values() for value in reading.summary().values()]
             writer.writerow([subject.name, 0, 0, "none", "none", "", 0, 0, 0, 0, f"{subject.name} dense", *values])
         for seed in range(arguments.seeds):
-            for cell in Bench(subject, seed, work).cells():
+            for cell in Bench(subject, seed, work, known).cells():
                 if cell.key in done:
                     continue
                 label = f"{subject.name} {cell.graph.digest[:16]}"
