@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         TensorFile,
         Work,
     )
+    from .compensating import LayerCompensation
     from .data import DatasetSource
     from .environment import Environment
     from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
@@ -52,6 +53,7 @@ _HOME = {
         "TensorFile",
         "Work",
     ),
+    "compensating": ("LayerCompensation",),
     "data": ("DatasetSource",),
     "environment": ("Environment",),
     "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
@@ -81,6 +83,7 @@ __all__ = [
     "Evaluation",
     "Export",
     "ExportedFile",
+    "LayerCompensation",
     "LayerScores",
     "LayerScoring",
     "Measure",

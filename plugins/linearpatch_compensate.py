@@ -9,30 +9,14 @@ Sizes: B sequences, T tokens, N tokens that are not padding, D hidden.
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from gradmap_pipeline import (
-    CalibrationSet,
-    Compensation,
-    Context,
-    CorrectedSite,
-    Estimate,
-    ModelGraph,
-    Rehearsal,
-    Stage,
-    StageError,
-    Survey,
-    TensorFile,
-    Work,
-    hookimpl,
-)
+from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelGraph, Stage, StageError, TensorFile, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
     from gradmap_pipeline.model.sites import Site
@@ -90,78 +74,42 @@ def channel_ratios(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor
     return ratios.sum(0)
 
 
-class LinearpatchCompensate(Stage):
+class LinearpatchCompensate(LayerCompensation):
     """Fold a channel-wise rescaling of the rotated stream into the layer before each cut (LinearPatch)."""
 
     name = "linearpatch_compensate"
-    parallel = True
 
     tolerance: float = Field(
         0.1, gt=0, le=1, description="Largest share of what the patch adds that folding may leave out before the step is refused."
     )
 
-    class Inputs(BaseModel):
-        model: ModelGraph
-        calibration: CalibrationSet
-
-    class Outputs(BaseModel):
-        model: ModelGraph
-        compensation: Compensation
-        work: Work
-
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"model": inputs.get("model")}
-
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
-
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
-        model, calibration = inputs.get("model"), inputs.get("calibration")
-        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
-            return None
+    def room(self, graph: ModelGraph) -> int:
         from gradmap_pipeline.model.ridge import room_for
 
-        cuts = min(len(rehearsal.graph.layers) - model.layers, model.layers)
-        room = room_for(*rehearsal.graph.map_sizes())
-        return rehearsal.two_streams(model.layers, calibration.samples, calibration.sequence_length, room, 2 * cuts)
+        return room_for(*graph.map_sizes())
 
-    def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.model.correction import layers_before_cuts, sites_of
-        from gradmap_pipeline.model.ridge import room_for
-        from gradmap_pipeline.model.streams import open_streams
+    def tell(self, site: CorrectedSite) -> str:
+        return f"layer {site.layer}: {1 - site.missing_left:.1%} of the patch folded into {site.parameter}"
 
-        check_tokenizer(inputs.calibration, inputs.model)
-        started = time.perf_counter()
-        graph = inputs.model
-        layers = layers_before_cuts(graph)
-        sizes = graph.map_sizes()
-        rotation = make_hadamard(sizes[1]) / sizes[1] ** 0.5
-        known = Survey(graph, context.memory).find_sites()
-        streams = open_streams(graph, inputs.calibration, context, room_for(*sizes))
-        corrected: list[CorrectedSite] = []
-        patches: dict[str, TensorFile] = {}
-        with context.progress("patch cuts", len(layers), "cut") as advance:
-            for layer in layers:
-                writing = [site for site in sites_of(streams, layer, known) if site.kind == "output"]
-                if not writing:
-                    raise StageError(f"layer {layer} has no linear map that writes to its output, which a patch is folded into")
-                patch = find_patch(streams, layer, rotation)
-                done, new = fold_patch(streams, layer, writing[-1], patch, context)
-                if done.missing_left > self.tolerance:
-                    raise StageError(
-                        f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
-                        f"adds would be left out, over 'tolerance' ({self.tolerance:g}); raise it to take the nearest fold"
-                    )
-                corrected.append(done)
-                patches |= new
-                context.note(f"layer {layer}: {1 - done.missing_left:.1%} of the patch folded into {done.parameter}")
-                advance()
-        return self.Outputs(
-            model=graph.with_patches(patches, "compensated"),
-            compensation=Compensation(sites=tuple(corrected)),
-            work=Work(rounds=(streams.work(time.perf_counter() - started),)),
-        )
+    def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+        from gradmap_pipeline.model.correction import layers_before_cuts
+
+        yield from layers_before_cuts(streams.graph)
+
+    def correct(
+        self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
+    ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
+        from gradmap_pipeline.model.correction import find_output
+
+        width = streams.graph.map_sizes()[1]
+        patch = find_patch(streams, layer, make_hadamard(width) / width**0.5)
+        done, patches = fold_patch(streams, layer, find_output(streams, layer, known), patch, context)
+        if done.missing_left > self.tolerance:
+            raise StageError(
+                f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
+                f"adds would be left out, over 'tolerance' ({self.tolerance:g}); raise it to take the nearest fold"
+            )
+        return [done], patches
 
 
 def find_patch(streams: Streams, layer: int, rotation: torch.Tensor) -> torch.Tensor:

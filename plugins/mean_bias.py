@@ -7,52 +7,20 @@ Sizes: N tokens that are not padding, D hidden.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from gradmap_pipeline import (
-    CalibrationSet,
-    Compensation,
-    Context,
-    CorrectedSite,
-    Estimate,
-    ModelError,
-    ModelGraph,
-    Rehearsal,
-    Stage,
-    StageError,
-    Survey,
-    TensorFile,
-    Work,
-    hookimpl,
-)
+from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelError, Stage, Survey, TensorFile, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from gradmap_pipeline.model.sites import Site
     from gradmap_pipeline.model.streams import Streams
 
 
-class MeanBias(Stage):
+class MeanBias(LayerCompensation):
     """Add the mean of what is missing to the biases of projections, from the first removed layer up."""
 
     name = "mean_bias"
-    parallel = True
-
-    class Inputs(BaseModel):
-        model: ModelGraph
-        calibration: CalibrationSet
-
-    class Outputs(BaseModel):
-        model: ModelGraph
-        compensation: Compensation
-        work: Work
-
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"model": inputs.get("model")}
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
         survey.check_layerwise()
@@ -63,38 +31,15 @@ class MeanBias(Stage):
                 "use project_compensate"
             )
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
-        model, calibration = inputs.get("model"), inputs.get("calibration")
-        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
-            return None
-        return rehearsal.two_streams(model.layers, calibration.samples, calibration.sequence_length, 0, model.layers)
+    def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+        graph = streams.graph
+        yield from (layer for layer in graph.layers if layer + 1 >= graph.removed[0] and _find_bias(known.get(layer, ())))
 
-    def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.model.streams import open_streams
-
-        check_tokenizer(inputs.calibration, inputs.model)
-        started = time.perf_counter()
-        graph = inputs.model
-        if not graph.removed:
-            raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
-        known = Survey(graph, context.memory).find_sites()
-        layers = [layer for layer in graph.layers if layer + 1 >= graph.removed[0] and _find_bias(known.get(layer, ()))]
-        streams = open_streams(graph, inputs.calibration, context, 0)
-        corrected: list[CorrectedSite] = []
-        patches: dict[str, TensorFile] = {}
-        with context.progress("correct layers", len(layers), "layer") as advance:
-            for layer in layers:
-                done, new = move_bias(streams, layer, known[layer], context)
-                corrected.append(done)
-                patches |= new
-                advance()
-        context.note(f"biases of {len(corrected)} layers moved by the mean of what is missing")
-        return self.Outputs(
-            model=graph.with_patches(patches, "compensated"),
-            compensation=Compensation(sites=tuple(corrected)),
-            work=Work(rounds=(streams.work(time.perf_counter() - started),)),
-        )
+    def correct(
+        self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
+    ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
+        done, patches = move_bias(streams, layer, known[layer], context)
+        return [done], patches
 
 
 def _find_bias(sites: Sequence[Site]) -> Site | None:

@@ -1,7 +1,7 @@
 """MKA: neighbouring layers that say the same are merged into one.
 
 Source: https://arxiv.org/abs/2406.16330. What leaves a layer, one vector a sample, is laid out in two dimensions by a diffusion
-map; two layers are alike by S = I / √(H₁H₂), mutual information over entropies there. The most alike neighbours are merged,
+map; two layers are alike by S = I₁₂ / √(H₁H₂), mutual information over entropies there. The most alike neighbours are merged,
 θ ← Sθ₁ + (1 - S)θ₂, until enough are gone. The published program merges nothing, and is last_layers_score.
 Sizes: n samples, D hidden.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 _WIDTH, _DENSITY, _DIMENSIONS = 8.0, 0.5, 2
-_ENTROPY_NEIGHBOURS, _INFORMATION_NEIGHBOURS = 50, 5
+_NEIGHBOURS = 5
 
 
 def diffusion_map(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -62,29 +62,22 @@ def diffusion_map(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return coordinates / np.maximum(coordinates.std(0), 1e-12)
 
 
-def entropy(points: np.ndarray[Any, Any]) -> float:
-    """Kozachenko and Leonenko's estimate, in nats, from the distance to the 50th nearest neighbour. points (n, d)."""
-    from scipy.spatial import cKDTree
-    from scipy.special import digamma, gammaln
+def information(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """Mutual information in nats between coordinates (n, 2), by five nearest neighbours; the mean over pairs of coordinates."""
+    from sklearn.feature_selection import mutual_info_regression
 
-    samples, dimensions = points.shape
-    neighbours = min(_ENTROPY_NEIGHBOURS, samples - 1)
-    distances, _ = cKDTree(points).query(points, k=neighbours + 1)
-    ball = dimensions / 2 * math.log(math.pi) - float(gammaln(dimensions / 2 + 1))
-    logs = sum(math.log(max(distance, 1e-12)) for distance in distances[:, -1])
-    return float(digamma(samples) - digamma(neighbours)) + ball + dimensions * logs / samples
+    found = [mutual_info_regression(one, column, n_neighbors=_NEIGHBOURS, random_state=0).mean() for column in other.T]
+    return float(sum(found) / len(found))
 
 
 def likeness(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    """I / √(H₁H₂) between coordinates (n, 2) of two layers, I the mean over pairs of coordinates; between 0 and 1."""
-    import numpy as np
-    from sklearn.feature_selection import mutual_info_regression
+    """I₁₂ / √(I₁₁I₂₂) between coordinates (n, 2) of two layers, between 0 and 1.
 
-    found = [mutual_info_regression(one, column, n_neighbors=_INFORMATION_NEIGHBOURS, random_state=0).mean() for column in other.T]
-    entropies = entropy(one) * entropy(other)
-    if entropies <= 0:
-        raise StageError("entropies of these layers cannot be compared; use more calibration samples")
-    return float(np.clip(np.mean(found) / math.sqrt(entropies), 0.0, 1.0))
+    An entropy is a variable's information about itself. Estimated so it is of the same kind as I₁₂, and cannot be negative, as the
+    differential entropy of clustered points is.
+    """
+    whole = information(one, one) * information(other, other)
+    return min(1.0, information(one, other) / math.sqrt(whole)) if whole > 0 else 0.0
 
 
 class Merge(BaseModel):

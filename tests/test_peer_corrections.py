@@ -13,7 +13,7 @@ from gradmap_plugins.calibrate import Calibrate
 from gradmap_plugins.export import ExportModel
 from gradmap_plugins.linearpatch_compensate import LinearpatchCompensate, make_hadamard
 from gradmap_plugins.mean_bias import MeanBias
-from gradmap_plugins.mka_merge import Merge, MkaMerge, diffusion_map, entropy, likeness, merge_weights
+from gradmap_plugins.mka_merge import Merge, MkaMerge, diffusion_map, information, likeness, merge_weights
 from gradmap_plugins.project_compensate import ProjectCompensate
 from gradmap_plugins.replaceme_compensate import ReplacemeCompensate
 from tiny import make_model
@@ -205,17 +205,22 @@ def test_diffusion_map_keeps_neighbours_together() -> None:
     assert abs(first.mean() - second.mean()) > 5 * max(first.std(), second.std())
 
 
-def test_entropy_of_a_known_density() -> None:
-    """Of a normal density in two dimensions, log(2πe)."""
-    points = np.random.default_rng(0).normal(size=(4000, 2))
-    assert entropy(points) == pytest.approx(math.log(2 * math.pi * math.e), abs=0.08)
+def test_information_of_a_known_density() -> None:
+    """Of normal variables with correlation r, -log(1 - r²) / 2; here the other three pairs of coordinates are independent."""
+    generator = np.random.default_rng(0)
+    one, noise = generator.normal(size=(3000, 2)), generator.normal(size=(3000, 2))
+    other = np.stack([0.8 * one[:, 0] + 0.6 * noise[:, 0], noise[:, 1]], axis=1)
+    assert information(one, other) == pytest.approx(-math.log(1 - 0.8**2) / 2 / 4, abs=0.02)
 
 
 def test_likeness_orders_pairs() -> None:
     generator = np.random.default_rng(0)
     one = generator.normal(size=(200, 2))
     near, far = one + 0.1 * generator.normal(size=one.shape), generator.normal(size=one.shape)
-    assert 1 >= likeness(one, near) > likeness(one, far) >= 0
+    assert likeness(one, one) == pytest.approx(1, abs=1e-6)
+    assert 1 > likeness(one, near) > likeness(one, far) >= 0
+    clustered = np.round(one) + 1e-4 * generator.normal(size=one.shape)  # whose differential entropy is negative
+    assert 0 < likeness(one, clustered) < 1
 
 
 def test_mka_merges_weights(text: Path, tmp_path: Path) -> None:

@@ -56,9 +56,7 @@ class Compensation(Artifact):
 
 
 def layers_before_cuts(graph: ModelGraph) -> list[int]:
-    """Kept layers right below removed ones. Raises `StageError` where there is nothing to correct or nothing below it."""
-    if not graph.removed:
-        raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
+    """Kept layers right below removed ones. Raises `StageError` where there are none."""
     found = [layer for layer in graph.layers if layer + 1 in graph.removed]
     if not found:
         raise StageError("this correction needs a kept layer below a removed one, and none is")
@@ -74,6 +72,14 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
     hidden = pruned.boundary(streams.graph.layers.index(layer), 0)
     with pruned.model.layer(layer):
         return find_sites(pruned.model, layer, hidden, pruned.arguments(0, layer))
+
+
+def find_output(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
+    """The linear map that writes to a layer's output. Raises `StageError` where there is none."""
+    writing = [site for site in sites_of(streams, layer, known) if site.kind == "output"]
+    if not writing:
+        raise StageError(f"layer {layer} has no linear map that writes to its output, which this correction needs")
+    return writing[-1]
 
 
 def correct_site(

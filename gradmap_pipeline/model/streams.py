@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..artifacts import Round
@@ -121,6 +121,8 @@ class Streams:
     group: Group
     original_forwards: int = 0
     """Layer forwards of the original model."""
+    measured: dict[int, Drift] = field(default_factory=dict)
+    """The drift of every layer, as it was first measured; empty until then."""
 
     def work(self, seconds: float) -> Round:
         """What both models have computed so far."""
@@ -150,6 +152,7 @@ class Streams:
                     mask = batch.mask.to(target.device)
                     found[layer].add(drifted[mask].double(), target[mask].double())
                 found[layer].join(self.group)
+        self.measured = self.measured or found
         return found
 
 

@@ -49,8 +49,6 @@ class Results:
         return [key[:3] for key in self._by_key if key[3:] == ("gradmap", "gradmap") and (subject is None or key[0] == subject)]
 
     def row(self, cell: tuple[str, str, str], selection: str, correction: str) -> Row | None:
-        if selection in ("magnitude", "last layers"):
-            cell = (*cell[:2], "0")
         return self._by_key.get((*cell, selection, correction))
 
     def dense(self, subject: str) -> Row:

@@ -16,7 +16,7 @@ import csv
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from quality import LENGTH, Text
 
-from gradmap_pipeline import CalibrationSet, DatasetSource, ModelGraph, OptionError, Stage
+from gradmap_pipeline import CalibrationSet, DatasetSource, ModelGraph, OptionError, Stage, StageError
 from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.source import BUILTIN_FOLDER
@@ -63,13 +63,15 @@ CORRECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CORRECTED = ("gradmap", "sleb", "shortgpt", "angular, last token")
 """Selections that are corrected."""
+MAIN = (*CORRECTED, "taylor+")
+"""Selections that are made with every seed; the others with the first."""
 
 
-def corrections_of(selection: str, seed: int) -> tuple[str, ...]:
-    """GradMAP's own variants on its own selection, and the peers' on four, with the first seed; two for the other seeds."""
+def corrections_of(selection: str, brief: bool) -> tuple[str, ...]:
+    """GradMAP's own variants on its own selection, and the peers' on four."""
     if selection not in CORRECTED:
         return ()
-    if seed:
+    if brief:
         return "gradmap", "replaceme"
     return tuple(CORRECTIONS) if selection == "gradmap" else ("gradmap", "replaceme", "linearpatch, folded")
 
@@ -143,8 +145,9 @@ def write_samples(graph: ModelGraph, folder: Path) -> list[Path]:
 class Bench:
     """All cells of one subject and one calibration seed."""
 
-    def __init__(self, subject: Subject, seed: int, work: Path, known: Sequence[dict[str, str]] = ()) -> None:
-        """`known`: rows of an earlier run, whose selections are not made again."""
+    def __init__(self, subject: Subject, seed: int, work: Path, known: Sequence[dict[str, str]] = (), brief: bool = False) -> None:
+        """`known`: rows of an earlier run, whose selections are not made again. `brief`: as the option."""
+        self.brief = brief or seed > 0
         self.subject, self.seed, self.work = subject, seed, work
         self.stages = load_catalog().stages
         options = {"dataset": subject.calibration, "samples": SAMPLES, "sequence_length": LENGTH}
@@ -161,15 +164,15 @@ class Bench:
         depth = len(self.subject.graph.layers)
         counts = {max(1, round(ratio * depth)): ratio for ratio in reversed(RATIOS)}
         for selection in SELECTIONS:
-            if self.seed and selection in ("magnitude", "last layers"):
-                continue  # no data, no seed
+            if self.brief and selection not in MAIN:
+                continue
             for count, ratio in sorted(counts.items()):
                 try:
                     plain = self._select(selection, count, ratio)
-                except OptionError:
-                    continue  # too few layers that are not protected
+                except (OptionError, StageError):
+                    continue  # too few layers that are not protected, or too few samples for this method
                 yield plain
-                for correction in corrections_of(selection, self.seed):
+                for correction in corrections_of(selection, self.brief):
                     if done := self._correct(plain, correction):
                         yield done
 
@@ -208,10 +211,6 @@ class Bench:
 
     def _correct(self, plain: Cell, correction: str) -> Cell | None:
         """The same correction of the same layers is computed once for all selections."""
-        from dataclasses import replace
-
-        from gradmap_pipeline import StageError
-
         key = plain.removed, correction
         if key not in self._corrected:
             name, options = CORRECTIONS[correction]
@@ -239,6 +238,7 @@ def main() -> None:
     parser.add_argument("--other", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=96)
+    parser.add_argument("--brief", action="store_true", help="with the first seed too, only what is made with every seed")
     arguments = parser.parse_args()
 
     import torch
@@ -266,7 +266,7 @@ def main() -> None:
             values = [value for reading in dense.values() for value in reading.summary().values()]
             writer.writerow([subject.name, 0, 0, "none", "none", "", 0, 0, 0, 0, f"{subject.name} dense", *values])
         for seed in range(arguments.seeds):
-            for cell in Bench(subject, seed, work, known).cells():
+            for cell in Bench(subject, seed, work, known, arguments.brief).cells():
                 if cell.key in done:
                     continue
                 label = f"{subject.name} {cell.graph.digest[:16]}"
