@@ -162,7 +162,8 @@ class Bench:
 
     def cells(self) -> Iterator[Cell]:
         depth = len(self.subject.graph.layers)
-        counts = {max(1, round(ratio * depth)): ratio for ratio in reversed(RATIOS)}
+        numbers = {max(1, round(ratio * depth)) for ratio in RATIOS}
+        counts = {count: min(RATIOS, key=lambda ratio: abs(ratio - count / depth)) for count in numbers}
         for selection in SELECTIONS:
             if self.brief and selection not in MAIN:
                 continue
