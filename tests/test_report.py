@@ -65,7 +65,7 @@ def summary(dense: ModelGraph, tmp_path: Path) -> Summary:
         "last": {"evaluation": evaluate(corrected, 24.0, "other")},
     }
     return summarise(
-        outputs, [StepFinished("prune", "prune", False, 0.25, {}), StepFinished("evaluate", "evaluate", True, 0.0, {})]
+        outputs, [StepFinished("prune", "prune", False, 0.25, 0.25, {}), StepFinished("evaluate", "evaluate", True, 0.0, 0.5, {})]
     )
 
 
@@ -162,7 +162,7 @@ def test_lines_of_long_work_are_far_between(capsys: pytest.CaptureFixture[str], 
         clock[0] += 1.0
         reporter.progress(Progress("score", "score layers", done, 100, "layer", 1.0, 100.0 - done))
     reporter.note("score", "found it")
-    reporter.step_finished(StepFinished("score", "gradmap_score", False, 25.0, {}))
+    reporter.step_finished(StepFinished("score", "gradmap_score", False, 25.0, 25.0, {}))
     assert capsys.readouterr().out.splitlines() == [
         "score: score layers 1/100, 1 layer/s, 1 min 39 s left",
         "score: score layers 11/100, 1 layer/s, 1 min 29 s left",

@@ -112,7 +112,7 @@ def test_json_events(folder: Path) -> None:
         "run_finished",
     ]
     finished = {event["step"]: event for event in found if event["event"] == "step_finished"}
-    assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "seconds", "outputs"}
+    assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "seconds", "computed_seconds", "outputs"}
     decisions = finished["gradmap_score"]["outputs"]["scores"]["decisions"]
     assert [len(decision["scores"]) for decision in decisions] == [4, 3]
     assert finished["evaluate"]["outputs"]["evaluation"]["perplexity"] > 1
@@ -194,15 +194,15 @@ def test_interruption_keeps_what_is_finished(folder: Path, monkeypatch: pytest.M
     """Interrupted during the second decision, a run goes on with the second decision."""
     from gradmap_plugins.gradmap_score import GradmapScore
 
-    score_layers, calls = GradmapScore.score_layers, []
+    score, calls = GradmapScore._score_updates, []
 
-    def interrupt_second(self: GradmapScore, sweep: Any, group: Any) -> Any:
+    def interrupt_second(self: GradmapScore, sweep: Any) -> Any:
         calls.append(len(sweep.layers))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score_layers(self, sweep, group)
+        return score(self, sweep)
 
-    monkeypatch.setattr(GradmapScore, "score_layers", interrupt_second)
+    monkeypatch.setattr(GradmapScore, "_score_updates", interrupt_second)
     result = gradmap("run", "r.yaml")
     assert result.exit_code == 130
     assert "error: interrupted; what is finished is kept: run the same command to go on" in result.stderr
