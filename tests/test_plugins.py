@@ -16,8 +16,8 @@ from gradmap_pipeline.catalog import Catalog, load_catalog
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import PluginError
 
-THIRD_PARTY = Path(__file__).parent / "third_party" / "gradmap-last-layers"
-RECIPE = "version: 1\nmodel: {path: MODEL}\nsteps:\n  - use: last_layers_score\n  - use: prune\n    with: {layers: 2}\n"
+THIRD_PARTY = Path(__file__).parent / "third_party" / "gradmap-top-layers"
+RECIPE = "version: 1\nmodel: {path: MODEL}\nsteps:\n  - use: top_layers_score\n  - use: prune\n    with: {layers: 2}\n"
 STAGE = '''
 from pydantic import BaseModel, Field
 from gradmap_pipeline import ModelGraph, Stage, hookimpl
@@ -49,7 +49,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path) -> Path
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the third-party distribution is installed, and a broken one too."""
     target = tmp_path_factory.mktemp("site")
-    source = tmp_path_factory.mktemp("source") / "gradmap-last-layers"
+    source = tmp_path_factory.mktemp("source") / "gradmap-top-layers"
     shutil.copytree(THIRD_PARTY, source)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(target), str(source)], check=True)
@@ -79,7 +79,7 @@ def test_installed_plugin_runs_in_a_recipe(recipe: Path, installed: dict[str, st
 
 
 def test_same_file_without_packaging(recipe: Path) -> None:
-    file = THIRD_PARTY / "gradmap_last_layers.py"
+    file = THIRD_PARTY / "gradmap_top_layers.py"
     result = CliRunner().invoke(app, ["run", str(recipe), "--json", "--plugin", str(file)])
     assert result.exit_code == 0, result.stdout
     assert kept_layers(result.stdout) == [0, 3]
@@ -87,11 +87,11 @@ def test_same_file_without_packaging(recipe: Path) -> None:
 
 def test_broken_plugin_is_reported_and_stops_only_its_users(recipe: Path, installed: dict[str, str]) -> None:
     shown = run_gradmap(installed, "stages").stdout
-    assert "last_layers_score: from plugin gradmap_last_layers" in shown
+    assert "top_layers_score: from plugin gradmap_top_layers" in shown
     reason = "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"
     assert f"left out: plugin broken_plugin: {reason}" in shown
     assert run_gradmap(installed, "check", str(recipe)).returncode == 0
-    recipe.write_text(recipe.read_text().replace("last_layers_score", "broken_stage"))
+    recipe.write_text(recipe.read_text().replace("top_layers_score", "broken_stage"))
     done = run_gradmap(installed, "check", str(recipe))
     assert done.returncode == 2
     assert "r.yaml:4:5: no stage named 'broken_stage'" in done.stderr

@@ -5,10 +5,10 @@ from pydantic import BaseModel, Field
 from gradmap_pipeline import Context, Decision, LayerScores, ModelGraph, ScoresForecast, Stage, hookimpl
 
 
-class LastLayersScore(Stage):
+class TopLayersScore(Stage):
     """Remove layers from the top, whatever they do."""
 
-    name = "last_layers_score"
+    name = "top_layers_score"
     keep_last: int = Field(1, ge=0, description="Layers at the very top that stay.")
 
     class Inputs(BaseModel):
@@ -33,4 +33,4 @@ class LastLayersScore(Stage):
 
 @hookimpl
 def gradmap_stages():
-    return [LastLayersScore]
+    return [TopLayersScore]
