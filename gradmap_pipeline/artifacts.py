@@ -139,7 +139,7 @@ class Decision(BaseModel):
     removed: int
     """Base layer chosen by this decision."""
     scores: dict[int, float]
-    """Importance by base layer, for every layer still there. Higher means keep."""
+    """Importance by base layer, for the layers still there that were scored. Higher means keep."""
     unguarded: int
     """Base layer that the ranking alone, without protected layers, would have chosen."""
 

@@ -201,10 +201,10 @@ def compare(
         print_comparison(comparison)
         for line in save_comparison(comparison, out):
             typer.echo(line)
-        for name, error in comparison.failures.items():
+        for name, error in comparison.failures:
             reporter.error(error.exit_code, f"{name}: {error}", error.where)
         if comparison.failures:
-            sys.exit(next(iter(comparison.failures.values())).exit_code)
+            sys.exit(comparison.failures[0][1].exit_code)
 
 
 @app.command()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .artifacts import Evaluation, Work
 from .catalog import Catalog
-from .errors import GradmapError, Problem, RecipeError
+from .errors import GradmapError, Problem, RecipeError, StageError
 from .exports import Export
 from .machine import Machine
 from .model.graph import ModelGraph
 from .plan import Plan, make_plan
 from .recipe import MODEL_STEP, load_recipe
 from .report.events import Reporter
+from .report.summary import name_settings, setting_of
 from .runner import Ran, run_plan
 from .store import Store
 from .yaml_positions import load_yaml
@@ -43,7 +44,7 @@ class Row:
     parameters: int
     bytes: int
     perplexity: dict[str, float] = field(default_factory=dict)
-    """By data set."""
+    """By data set, with samples and length where it was cut in several ways."""
     seconds: float = 0.0
     """Of the steps that led to the model, when they were computed."""
     layer_evaluations: float | None = None
@@ -56,18 +57,16 @@ def make_variants(recipes: Sequence[Path], grids: Sequence[str], overrides: Sequ
     A grid is `STEP.OPTION=A,B,C`; several options before the `=`, with commas between, take each value together.
     """
     axes = [list(_read_grid(grid)) for grid in grids]
-    variants = []
+    variants, stems = [], [path.stem for path in recipes]
     for path in recipes:
         for choice in itertools.product(*axes):
             settings = [setting for group in choice for setting in group]
             plan = make_plan(load_recipe(path, [*overrides, *settings]), catalog)
             shown = ", ".join(_shorten(group) for group in choice)
-            name = ": ".join(filter(None, [path.stem if len(recipes) > 1 or not shown else "", shown]))
+            recipe = path.stem if stems.count(path.stem) == 1 else str(path)
+            name = ": ".join(filter(None, [recipe if len(recipes) > 1 or not shown else "", shown]))
             variants.append(_without_writers(Variant(name, plan)))
-    names = [variant.name for variant in variants]
-    return [
-        replace(variant, name=str(variant.plan.recipe_path)) if names.count(variant.name) > 1 else variant for variant in variants
-    ]
+    return variants
 
 
 def _read_grid(grid: str) -> Iterator[list[str]]:
@@ -104,8 +103,8 @@ class Comparison:
     """Rows in the order of the variants, whole models first; and what went wrong."""
 
     rows: list[Row] = field(default_factory=list)
-    failures: dict[str, GradmapError] = field(default_factory=dict)
-    """By variant."""
+    failures: list[tuple[str, GradmapError]] = field(default_factory=list)
+    """Variant, and what went wrong."""
 
     @property
     def datasets(self) -> list[str]:
@@ -115,25 +114,35 @@ class Comparison:
 def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, reporter: Reporter) -> Comparison:
     """Run each; what they share is computed once. A variant that fails is told at the end, and the others go on."""
     found = Comparison()
-    dense: dict[tuple[Any, ...], Row] = {}
+    ended: list[tuple[Variant, Ran]] = []
     for variant in variants:
         try:
-            ran = run_plan(variant.plan, store, machine, reporter)
+            ended.append((variant, run_plan(variant.plan, store, machine, reporter)))
         except GradmapError as error:
-            found.failures[variant.name] = error
-            continue
-        rows = list(_measured(ran, variant.name))
+            found.failures.append((variant.name, error))
+    names = name_settings([evaluation for _, ran in ended for evaluation in _evaluations(ran)])
+    dense: dict[tuple[Any, ...], Row] = {}
+    for variant, ran in ended:
+        rows = list(_measured(ran, variant.name, names))
         for row in rows:
             if row.label == "dense":
                 dense.setdefault((row.parameters, tuple(row.perplexity.items())), replace(row, name=variant.plan.model.name))
-        found.rows += [row for row in rows if row.label != "dense"][-1:]
+        made = [row for row in rows if row.label != "dense"]
+        if not made:
+            advice = "put evaluate before the step that writes"
+            found.failures.append((variant.name, StageError(f"evaluates no model that it makes, besides those left out; {advice}")))
+        found.rows += made[-1:]
     found.rows[:0] = dense.values()
     return found
 
 
-def _measured(ran: Ran, name: str) -> Iterator[Row]:
-    """Each model of a run that was evaluated, in order."""
-    evaluations = [artifact for given in ran.outputs.values() for artifact in given.values() if isinstance(artifact, Evaluation)]
+def _evaluations(ran: Ran) -> list[Evaluation]:
+    return [artifact for given in ran.outputs.values() for artifact in given.values() if isinstance(artifact, Evaluation)]
+
+
+def _measured(ran: Ran, name: str, names: Mapping[tuple[str, int, int], str]) -> Iterator[Row]:
+    """Each model of a run that was evaluated, in order. `names`: of the settings of evaluations."""
+    evaluations = _evaluations(ran)
     seen: set[str] = set()
     seconds = {step.step: step.computed_seconds for step in ran.finished}
     for step, given in ran.outputs.items():
@@ -141,7 +150,7 @@ def _measured(ran: Ran, name: str) -> Iterator[Row]:
             if not isinstance(model, ModelGraph | Export) or model.digest in seen:
                 continue
             seen.add(model.digest)
-            measured = {found.dataset: found.perplexity for found in evaluations if found.model == model.digest}
+            measured = {names[setting_of(found)]: found.perplexity for found in evaluations if found.model == model.digest}
             if not measured:
                 continue
             graph = model.graph if isinstance(model, Export) else model

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
 from .artifacts import CalibrationSet, TensorFile, Work
-from .errors import StageError
+from .errors import ModelError, StageError
 from .model.correction import Compensation, CorrectedSite
 from .model.graph import ModelGraph
 from .model.survey import Survey
@@ -62,8 +62,21 @@ class LayerCompensation(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"model": inputs.get("model")}
 
+    def check(self, graph: ModelGraph) -> None:
+        """Raise `StageError` where this pruned model cannot be corrected, before either model runs."""
+
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
         survey.check_layerwise()
+        sites = survey.find_sites()
+        if sites and not any(self.takes(found) for found in sites.values()):
+            raise ModelError(f"no layer has a place that {self.name} could correct: {self.wanted}; use project_compensate")
+
+    wanted: ClassVar[str] = "a linear map that writes to the layer's output"
+    """The place that a correction needs, for people."""
+
+    def takes(self, sites: Sequence[Site]) -> bool:
+        """Whether a layer with these sites can be corrected."""
+        return any(site.kind == "output" for site in sites)
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model, calibration = inputs.get("model"), inputs.get("calibration")
@@ -85,6 +98,7 @@ class LayerCompensation(Stage):
         graph: ModelGraph = inputs.model
         if not graph.removed:
             raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
+        self.check(graph)
         started = time.perf_counter()
         known = Survey(graph, context.memory).find_sites()
         give_back()

@@ -104,10 +104,11 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                     group=together,
                     lineage=lineage,
                 )
+                called = time.monotonic()
                 result = _call(step, step.stage.Inputs.model_validate(inputs), context, store, workplace, machine.threads)
                 if group.leads:
                     record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
-                    record["seconds"] = time.monotonic() - started + sum(found_finished)
+                    record["seconds"] = time.monotonic() - called + sum(found_finished)
                     result = store.finish(folder, key, record, result)
             give_back(between_steps=True)
         group.tell("the result is in the store")

@@ -29,7 +29,7 @@ def angular_distance(before: torch.Tensor, after: torch.Tensor, mask: torch.Tens
     import torch.nn.functional as F  # noqa: N812 - the name everybody knows it by
 
     cosine = F.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1, 1)
-    angles = torch.arccos(cosine) / math.pi
+    angles, mask = torch.arccos(cosine) / math.pi, mask.to(before.device)
     if tokens == "last":
         places = torch.arange(mask.shape[1], device=mask.device)
         last = (mask * places).argmax(dim=1)

@@ -37,7 +37,7 @@ def make_hadamard(size: int) -> torch.Tensor:
         return torch.ones(1, 1, dtype=torch.float64)
     matrix = _make_paley(size)
     if matrix is None and size % 2:
-        raise StageError("no Hadamard matrix of the hidden size is known here, and linearpatch_compensate needs one")
+        raise StageError(f"linearpatch_compensate needs a Hadamard matrix of the hidden size; none of size {size} is known here")
     return torch.kron(doubled, make_hadamard(size // 2)) if matrix is None else matrix
 
 
@@ -91,6 +91,12 @@ class LinearpatchCompensate(LayerCompensation):
     def tell(self, site: CorrectedSite) -> str:
         return f"layer {site.layer}: {1 - site.missing_left:.1%} of the patch folded into {site.parameter}"
 
+    def check(self, graph: ModelGraph) -> None:
+        from gradmap_pipeline.model.correction import layers_before_cuts
+
+        layers_before_cuts(graph)
+        make_hadamard(graph.map_sizes()[1])
+
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
         from gradmap_pipeline.model.correction import layers_before_cuts
 
@@ -136,6 +142,7 @@ def fold_patch(
 
     from gradmap_pipeline.model.correction import solve_site, write_patches
     from gradmap_pipeline.model.ridge import Moments, check_room
+    from gradmap_pipeline.model.sites import check_gain
     from gradmap_pipeline.model.streams import Drift, capture
 
     position, width = streams.graph.layers.index(layer), len(patch)
@@ -147,11 +154,13 @@ def fold_patch(
     moments, drift = Moments(zeros(site.inputs, site.inputs), zeros(site.inputs, width), 0.0), Drift()
     change = patch - torch.eye(width, dtype=torch.float64, device=patch.device)
     pruned = streams.pruned
-    with pruned.look(layer) as step, capture(pruned.model, layer, site, "input") as captured:
-        for visit in step:
-            leaving = visit.output[visit.mask].double()
-            moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], leaving @ change)
-            drift.add(leaving, streams.target(position, visit.batch)[visit.mask].double())
+    with pruned.look(layer) as step:
+        check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
+        with capture(pruned.model, layer, site, "input") as captured:
+            for visit in step:
+                leaving = visit.output[visit.mask].double()
+                moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], leaving @ change)
+                drift.add(leaving, streams.target(position, visit.batch)[visit.mask].double())
     moments.join(streams.group)
     drift.join(streams.group)
     new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)

@@ -8,9 +8,9 @@ Sizes: N tokens that are not padding, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelError, Stage, Survey, TensorFile, hookimpl
+from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, Stage, TensorFile, hookimpl
 
 if TYPE_CHECKING:
     from gradmap_pipeline.model.sites import Site
@@ -22,14 +22,10 @@ class MeanBias(LayerCompensation):
 
     name = "mean_bias"
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
-        sites = survey.find_sites()
-        if sites and not any(_find_bias(found) for found in sites.values()):
-            raise ModelError(
-                "no layer has a bias where it writes to its output, so a mean cannot be added without changing the architecture; "
-                "use project_compensate"
-            )
+    wanted = "a bias where it writes to its output, without which a mean would need a new parameter"
+
+    def takes(self, sites: Sequence[Site]) -> bool:
+        return _find_bias(sites) is not None
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
         graph = streams.graph
@@ -49,12 +45,15 @@ def _find_bias(sites: Sequence[Site]) -> Site | None:
 def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:
     """b ← b + E[h - h'] / gain at one layer, in the pruned stream and in a file."""
     from gradmap_pipeline.model.correction import write_patches
+    from gradmap_pipeline.model.sites import check_gain
     from gradmap_pipeline.model.streams import Drift
 
     site = _find_bias(sites)
     assert site is not None
     position, drift, missing = streams.graph.layers.index(layer), Drift(), 0.0
-    with streams.pruned.look(layer) as step:
+    pruned = streams.pruned
+    with pruned.look(layer) as step:
+        check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
         for visit in step:
             drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
             drift.add(drifted, target)

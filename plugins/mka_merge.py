@@ -103,7 +103,7 @@ class MkaMerge(Stage):
     name = "mka_merge"
     requires = ("sklearn",)
     extra = "mka"
-    libraries = ("torch", "transformers", "scikit-learn")
+    libraries = ("torch", "transformers", "numpy", "scikit-learn", "scipy")
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the layers to merge away. Default: 0.25.")
     layers: int | None = Field(None, ge=1, description="How many layers to merge away, instead of `ratio`.")
@@ -124,7 +124,10 @@ class MkaMerge(Stage):
         return self
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        model = inputs.get("model") or ModelForecast()
+        model, calibration = inputs.get("model") or ModelForecast(), inputs.get("calibration")
+        if calibration is not None and calibration.samples <= _NEIGHBOURS:
+            option = "layers" if self.layers is not None else "ratio"
+            raise OptionError(option, f"layers are compared by {_NEIGHBOURS} neighbours of each sample; calibrate on more samples")
         count = None if model.layers is None else self._count(model.layers)
         layers = None if model.layers is None or count is None else model.layers - count
         return {"model": model.model_copy(update={"layers": layers, "kept": None})}
@@ -192,9 +195,9 @@ class MkaMerge(Stage):
             for step in sweep.forward():
                 for visit in step:
                     real = visit.mask[..., None]
-                    found[step.layer].append(((visit.output * real).sum(1) / real.sum(1)).float().cpu())
+                    found[step.layer].append(((visit.output.double() * real).sum(1) / real.sum(1)).cpu())
         work = Round(layer_forwards=sweeps.layer_forwards, layer_backwards=0, seconds=time.perf_counter() - started)
-        return {layer: diffusion_map(torch.cat(vectors).double().numpy()) for layer, vectors in found.items()}, work
+        return {layer: diffusion_map(torch.cat(vectors).numpy()) for layer, vectors in found.items()}, work
 
 
 def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> dict[str, TensorFile]:

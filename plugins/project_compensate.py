@@ -93,6 +93,15 @@ class ProjectCompensate(LayerCompensation):
             raise CapacityError(f"{error}, or use space: output" if self.space == "input" else str(error)) from None
         return both + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
 
+    def check(self, graph: ModelGraph) -> None:
+        from gradmap_pipeline.model.correction import layers_before_cuts
+
+        drifting = sum(layer + 1 >= graph.removed[0] for layer in graph.layers)
+        if self.site == "before_cuts":
+            layers_before_cuts(graph)
+        if self.sites is not None and self.sites > drifting:
+            raise StageError(f"'sites' is {self.sites}, but the model has only {drifting} layers that drift")
+
     def room(self, graph: ModelGraph) -> int:
         from gradmap_pipeline.model.ridge import room_for
 
@@ -125,8 +134,6 @@ class ProjectCompensate(LayerCompensation):
         for _ in range(self.sites or 1):
             drift = streams.measure_drift()
             free = {layer: at for layer, at in drift.items() if layer not in tried}
-            if not free:
-                raise StageError(f"'sites' is {self.sites}, but the model has only {len(drift)} layers that drift")
             relative = self.site == "largest_relative_shift"
             tried.append(max(free, key=lambda layer: free[layer].relative_shift if relative else free[layer].shift))
             yield tried[-1]

@@ -138,7 +138,10 @@ class Prune(Stage):
             return list(scores.order[:count])
         config = full_config(model.base.folder)
         fixed = {*scores.protected, *find_sources(config)} & set(model.layers)
-        kept = choose_kept(config, model.base.layers, len(model.layers) - count, scores.decisions[0].scores, fixed)
+        importance = {
+            layer: scores.decisions[0].scores.get(layer, 0.0) for layer in model.layers
+        }  # some leave protected layers out
+        kept = choose_kept(config, model.base.layers, len(model.layers) - count, importance, fixed)
         if not kept:
             raise StageError(
                 f"every removal of {count} of {len(model.layers)} layers that a config can express takes one of layers "
@@ -158,6 +161,8 @@ class Prune(Stage):
             return 0
         else:
             count = count_removed(depth, 0.25 if self.ratio is None else self.ratio)
+        if scores is not None and scores.together and self.among == "expressible":
+            raise OptionError("among", "the scored layers were chosen to go together, and 'expressible' would choose among them")
         if scores is not None and scores.together and depth is not None and count != scores.decisions:
             raise OptionError(
                 self._option,

@@ -38,6 +38,11 @@ class ReplacemeCompensate(LayerCompensation):
         passes = rehearsal.two_streams(layers, samples, tokens, self.room(rehearsal.graph), cuts)
         return passes + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
 
+    def check(self, graph: ModelGraph) -> None:
+        from gradmap_pipeline.model.correction import layers_before_cuts
+
+        layers_before_cuts(graph)
+
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
         from gradmap_pipeline.model.correction import layers_before_cuts
 

@@ -130,3 +130,24 @@ def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "no plot: " in output
     assert "pip install 'gradmap-pipeline[plot]'" in output
     assert not (folder / "out/comparison/comparison.svg").exists()
+
+
+def test_one_text_cut_in_two_ways_is_two_columns(folder: Path) -> None:
+    code, output = compare("one.yaml", "--grid", "evaluate.samples=2,3")
+    assert code == 0, output
+    with (folder / "out/comparison/comparison.csv").open() as file:
+        headings = next(csv.reader(file))
+    assert "perplexity on text.txt, 2 x 32 tokens" in headings
+    assert "perplexity on text.txt, 3 x 32 tokens" in headings
+
+
+def test_recipes_of_one_name_and_one_that_measures_nothing(folder: Path) -> None:
+    (folder / "more").mkdir()
+    recipe = json.loads((folder / "one.yaml").read_text())
+    del recipe["steps"][5]
+    (folder / "more/one.yaml").write_text(json.dumps(recipe))
+    code, output = compare("one.yaml", "more/one.yaml", "--grid", "project_compensate.ridge=0.1,0.2")
+    assert code == 4
+    assert list(rows_of(folder)) == ["model", "one.yaml: ridge 0.1", "one.yaml: ridge 0.2"]
+    for ridge in ("0.1", "0.2"):
+        assert f"error: more/one.yaml: ridge {ridge}: evaluates no model that it makes, besides those left out" in output

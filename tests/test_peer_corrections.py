@@ -18,8 +18,9 @@ from gradmap_plugins.project_compensate import ProjectCompensate
 from gradmap_plugins.replaceme_compensate import ReplacemeCompensate
 from tiny import make_model
 from transformers import AutoModelForCausalLM
+from walk import make_model as make_any_model
 
-from gradmap_pipeline import CalibrationSet, ModelError, ModelGraph, StageError
+from gradmap_pipeline import CalibrationForecast, CalibrationSet, ModelError, ModelForecast, ModelGraph, OptionError, StageError
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.survey import Survey
 from gradmap_pipeline.testing import make_context, run_stage
@@ -106,7 +107,7 @@ def test_hadamard_matrices(size: int) -> None:
 
 
 def test_no_hadamard_matrix() -> None:
-    with pytest.raises(StageError, match="no Hadamard matrix of the hidden size is known here"):
+    with pytest.raises(StageError, match="needs a Hadamard matrix of the hidden size; none of size 3 is known here"):
         make_hadamard(6)
 
 
@@ -160,7 +161,9 @@ def test_mean_bias_takes_the_mean_away(architecture: str, layers: str, bias: str
 
 def test_mean_bias_adds_no_parameter(text: Path, tmp_path: Path) -> None:
     model, _ = make_inputs(tmp_path, text)
-    with pytest.raises(ModelError, match="no layer has a bias where it writes to its output, so a mean cannot be added without"):
+    with pytest.raises(
+        ModelError, match="no layer has a place that mean_bias could correct: a bias where it writes to its output, without which"
+    ):
         MeanBias().inspect({}, Survey(model, 1 << 30))
 
 
@@ -242,3 +245,29 @@ def test_merging_twice_into_one_layer(text: Path, tmp_path: Path) -> None:
     expected = 0.5 * weights[1] + 0.5 * (0.75 * weights[2] + 0.25 * weights[3])
     torch.testing.assert_close(patches[name].load()[name].double(), expected, rtol=1e-6, atol=1e-7)
     assert not any(".layers.2." in name for name in patches)
+
+
+@pytest.mark.parametrize("stage", [ReplacemeCompensate(), LinearpatchCompensate()])
+def test_no_linear_map_to_the_output_is_told_before_a_step_runs(stage: Any, tmp_path: Path) -> None:
+    """OLMo 2 writes to the residual stream through norms alone."""
+    model = open_folder(make_any_model(tmp_path / "model", "olmo2"))
+    with pytest.raises(ModelError, match=f"no layer has a place that {stage.name} could correct: a linear map that writes to the"):
+        stage.inspect({}, Survey(model, 1 << 30))
+
+
+def test_corrections_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:
+    from gradmap_pipeline.model.correction import write_patches
+    from gradmap_pipeline.model.streams import open_streams
+
+    model, calibration = make_inputs(tmp_path, text)
+    context = make_context(tmp_path / "out")
+    streams = open_streams(model.without_layers([1]), calibration, context, 0)
+    broken = {"mlp.down_proj.weight": torch.full((32, 64), torch.nan)}
+    with pytest.raises(StageError, match=r"correction of 'model.layers.0.mlp.down_proj.weight' is not finite in torch.float32"):
+        write_patches(streams, 0, broken, context)
+
+
+def test_too_few_samples_to_compare_layers() -> None:
+    known = {"model": ModelForecast(layers=6), "calibration": CalibrationForecast(samples=5)}
+    with pytest.raises(OptionError, match="layers are compared by 5 neighbours of each sample; calibrate on more samples"):
+        MkaMerge().forecast(known)

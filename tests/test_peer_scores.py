@@ -142,6 +142,8 @@ def test_a_window_is_removed_whole(model: ModelGraph, calibration: CalibrationSe
     known = {"model": ModelForecast(layers=6), "scores": ScoresForecast(decisions=3, together=True)}
     with pytest.raises(OptionError, match="removes 2 of 6 layers, but 3 were chosen to go together; set the same 'layers'"):
         Prune(layers=2).forecast(known)
+    with pytest.raises(OptionError, match="the scored layers were chosen to go together, and 'expressible' would choose among"):
+        Prune(layers=3, among="expressible").forecast(known)
     pruned = run_stage(Prune(layers=3), tmp_path, model=model, scores=scores).model
     assert pruned.removed == scores.order
     with pytest.raises(StageError, match="no 3 neighbouring layers are free of protected ones"):
@@ -185,6 +187,9 @@ def test_greedy_search(prefix: str, model: ModelGraph, calibration: CalibrationS
         assert decision.removed == min(expected, key=expected.__getitem__)
         removed.append(decision.removed)
     published = sum((LAYERS - 2 - done) * (LAYERS - 1 - done) for done in range(3))
+    chosen = run_stage(Prune(layers=2, among="expressible"), tmp_path, model=model, scores=result.scores).model
+    first = result.scores.decisions[0].scores
+    assert set(chosen.removed) == set(sorted(first, key=first.__getitem__)[:2])  # protected layers stay, though they have no score
     if prefix == "computed":
         bottom = sum(part.layer_forwards for part in result.work.rounds) - published
         assert 0 < bottom <= 3 * LAYERS  # what enters each candidate is still computed, once a round at most

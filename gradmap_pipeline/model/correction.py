@@ -126,6 +126,11 @@ def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor],
         name = streams.pruned.model.disk_name(layer, parameter)
         stored = streams.graph.stored_tensor(name)
         rounded = value.to(getattr(torch, streams.graph.dtype or stored.torch_dtype)).contiguous().cpu()
+        if not rounded.isfinite().all():
+            raise StageError(
+                f"the correction of {name!r} is not finite in {rounded.dtype}, computed in {context.dtype}; use --dtype float32 or "
+                "bfloat16, or raise 'ridge'"
+            )
         patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
         streams.pruned.model.override(layer, parameter, rounded)
     streams.pruned.invalidate_from(layer)

@@ -87,7 +87,7 @@ def check_gain(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
     if site.kind != "attention":
         with torch.no_grad():
             found = _Search(model, index, hidden, arguments).estimate_gain(site)
-        if abs(found / site.gain - 1) > 0.05:
+        if not abs(found / site.gain - 1) <= 0.05:
             raise NoSiteError(f"layer {index} scales what {site.name} adds by a weight; a correction cannot be folded into it")
 
 
@@ -139,8 +139,10 @@ class _Search:
 
     def estimate_gain(self, site: Site) -> float:
         """That number where there is one, whatever rounding makes of it."""
-        along = (self._move(site) @ self.nudge).double()  # (B, T), summed up without a copy in more digits
-        return float(along.mean() / self.nudge.double().square().sum())
+        size = self.nudge.double().norm()
+        unit = (self.nudge.double() / size).to(self.nudge)  # whose products fit into half precision
+        along = (self._move(site) @ unit).double()  # (B, T), summed up without a copy in more digits
+        return float(along.mean() / size)
 
     def _move(self, site: Site) -> torch.Tensor:
         written = self.layer.get_submodule(site.name)

@@ -7,6 +7,7 @@ another process held is gone when it ends, so the weights are never in memory tw
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def write_graph(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple
         with (Path(place) / _LOG).open("w") as log:
             code = subprocess.run([*_COMMAND, place], stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
         if not (Path(place) / _ANSWER).is_file():
-            if code < 0:
+            if code == -signal.SIGKILL:
                 raise CapacityError(f"the tracer was killed by signal {-code}, as the system does when memory runs out")
             last = (Path(place) / _LOG).read_text(errors="replace").strip().splitlines()[-1:]
             raise StageError(f"the tracer ended with code {code}{f': {last[0]}' if last else ''}")

@@ -80,7 +80,7 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
                 models.setdefault(artifact.digest, (step, artifact))
             elif isinstance(artifact, Evaluation):
                 evaluations.append(artifact)
-    names = _name_settings(evaluations)
+    names = name_settings(evaluations)
     rows = []
     for digest, (step, model) in models.items():
         found = [evaluation for evaluation in evaluations if evaluation.model == digest]
@@ -97,20 +97,21 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
                 patched=len(graph.patches),
                 parameters=graph.count_parameters(),
                 bytes=model.count_bytes(),
-                perplexity={names[_setting(evaluation)]: evaluation.perplexity for evaluation in found},
+                perplexity={names[setting_of(evaluation)]: evaluation.perplexity for evaluation in found},
                 tokens_per_second=found[-1].tokens_per_second if found else None,
             )
         )
     return Summary(rows, [StepRow(step.step, step.stage, step.seconds, step.cached) for step in finished])
 
 
-def _setting(evaluation: Evaluation) -> tuple[str, int, int]:
+def setting_of(evaluation: Evaluation) -> tuple[str, int, int]:
+    """What an evaluation was made on: data set, samples, length."""
     return evaluation.dataset, evaluation.samples, evaluation.sequence_length
 
 
-def _name_settings(evaluations: list[Evaluation]) -> dict[tuple[str, int, int], str]:
+def name_settings(evaluations: list[Evaluation]) -> dict[tuple[str, int, int], str]:
     """The name of the data set, with samples and length where that alone says too little."""
-    settings = list(dict.fromkeys(map(_setting, evaluations)))
+    settings = list(dict.fromkeys(map(setting_of, evaluations)))
     datasets = [dataset for dataset, _, _ in settings]
     return {
         (dataset, samples, length): dataset if datasets.count(dataset) == 1 else f"{dataset}, {samples} x {length} tokens"

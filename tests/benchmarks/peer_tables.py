@@ -20,14 +20,14 @@ from quality import compare_losses, load_reading
 
 Row = dict[str, str]
 DOMAINS = ("in domain", "out of domain")
-OPPONENTS = [
-    ("sleb", "none"),
-    ("sleb", "gradmap"),
-    ("shortgpt", "none"),
-    ("taylor+", "none"),
-    ("angular, last token", "replaceme"),
-    ("sleb", "replaceme"),
-]
+OPPONENTS = {
+    "SLEB": ("sleb", "none"),
+    "ShortGPT": ("shortgpt", "none"),
+    "Taylor+": ("taylor+", "none"),
+    "ReplaceMe": ("angular, last token", "replaceme"),
+    "SLEB's selection, ReplaceMe's correction": ("sleb", "replaceme"),
+    "SLEB's selection, GradMAP's correction": ("sleb", "gradmap"),
+}
 LAYERS = {"builtin": 12, "docs": 12, "stories": 5, "deep": 24}
 
 
@@ -77,7 +77,7 @@ def sleb_as_published(layers: int, removed: int) -> int:
 def describe_opponents(results: Results) -> str:
     """Cells in which GradMAP, scored and corrected by default, is better, not worse, or worse."""
     rows = []
-    for selection, correction in OPPONENTS:
+    for name, (selection, correction) in OPPONENTS.items():
         for domain in DOMAINS:
             counts, differences = defaultdict(int), []
             for cell in results.cells():
@@ -88,7 +88,6 @@ def describe_opponents(results: Results) -> str:
                 differences.append(difference)
                 counts["below" if high < 0 else "above" if low > 0 else "equal"] += 1
             if differences:
-                name = selection if correction == "none" else f"{selection} + {correction}"
                 verdicts = [counts[verdict] for verdict in ("below", "equal", "above")]
                 rows.append([name, domain, len(differences), *verdicts, f"{math.exp(mean(differences)):.3f}"])
     headings = ["GradMAP against", "text", "cells", "interval below 0", "around 0", "above 0", "perplexity ratio, geometric mean"]
@@ -187,7 +186,6 @@ def draw(results: Results, file: Path) -> None:
         ("shortgpt", "none"): ("ShortGPT", "C2", "x"),
         ("taylor+", "none"): ("Taylor+", "C3", "x"),
         ("angular, last token", "replaceme"): ("ReplaceMe", "C4", "s"),
-        ("mka", "none"): ("MKA", "C5", "x"),
     }
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasSVG(figure)
@@ -201,7 +199,9 @@ def draw(results: Results, file: Path) -> None:
                 ratios = [float(row["in domain, perplexity"]) / dense for row in found]
                 plot.plot(list(map(evaluations, found)), ratios, marker, color=colour, label=label, alpha=0.8)
         plot.set_xscale("log")
-        plot.set_yscale("log")
+        plot.xaxis.set_major_formatter("{x:.0f}")
+        plot.xaxis.set_minor_formatter("{x:.0f}")
+        plot.tick_params(axis="x", which="minor", labelsize=6)
         plot.set_title(f"{subject}, a quarter of {LAYERS[subject]} layers removed", fontsize=10)
         plot.set_xlabel("layer evaluations (passes of all samples through one layer)")
         plot.set_ylabel("perplexity / dense, in domain")
