@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	$(BIN)/gradmap run recipes/quickstart.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
