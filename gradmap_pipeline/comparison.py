@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,8 +76,6 @@ def _read_grid(grid: str) -> Iterator[list[str]]:
     where = f"--grid {grid}"
     if not equals or not values or not all("." in target for target in targets.split(",")):
         raise RecipeError([Problem(where, "must look like STEP.OPTION=A,B,C, for example prune.ratio=0.1,0.25")])
-    import json
-
     for value in load_yaml(f"[{values}]", where).data:
         yield [f"{target}={json.dumps(value)}" for target in targets.split(",")]
 
