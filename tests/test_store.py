@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -132,18 +129,11 @@ def test_export_that_is_gone_is_not_served(store: Store, tmp_path: Path) -> None
     assert store.load("export", KEY, Exports) is None
 
 
-def test_only_dead_runs_are_cleared_away(store: Store) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    steps, host = store.root / "steps", platform.node()
-    for process in (dead.pid, os.getpid(), 1):
-        (steps / f".make-0123.partial-{host}-{process}").mkdir()
-    (steps / f".make-0123.partial-elsewhere-{dead.pid}").mkdir()
-    store.prepare()
-    assert {path.name for path in steps.iterdir()} == {
-        f".make-0123.partial-{host}-1",
-        f".make-0123.partial-elsewhere-{dead.pid}",
-    }
+def test_step_that_is_being_made_survives_the_start_of_another_run(store: Store) -> None:
+    with store.step("make", KEY) as folder:
+        Store(store.root).prepare()
+        assert folder.path.is_dir()
+    assert list((store.root / "steps").iterdir()) == []
     assert (store.root / ".gitignore").read_text() == "*\n"
 
 
