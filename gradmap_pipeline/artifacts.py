@@ -60,9 +60,9 @@ class Artifact(BaseModel):
         """SHA-256 of the content, in hexadecimal."""
         return sha256_of_value(self.content())
 
-    def is_present(self) -> bool:
-        """Whether the files that belong to it are still there."""
-        return all(file.path.is_file() for file in find_tensor_files(self))
+    def files_by_path(self) -> dict[Path, str]:
+        """SHA-256 of every file that belongs to it."""
+        return {file.path: file.sha256 for file in find_tensor_files(self)}
 
 
 class Model(Artifact):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +13,9 @@ import pluggy
 
 from . import hookspecs
 from .artifacts import Artifact
-from .digests import sha256_of
 from .errors import GradmapError, PluginError
 from .stage import Stage
+from .stage_code import StageCode
 from .validation import suggest
 
 GROUP = "gradmap"
@@ -28,13 +27,16 @@ class Catalog:
     def __init__(self) -> None:
         self.stages: dict[str, type[Stage]] = {}
         self.plugin_of: dict[str, str] = {}
-        self.code_of: dict[str, str] = {}
-        """By stage: SHA-256 of the source file that defines it, so that editing a stage runs it again."""
+        self.code_of: dict[str, StageCode] = {}
+        """By stage: the code that makes its results, so that editing it, or installing another version, runs the stage again."""
         self.broken: dict[str, str] = {}
         """By plugin: why it is left out."""
 
-    def add(self, plugin: str, module: ModuleType) -> None:
-        """Take in the stages of a plugin. Raises `PluginError` and changes nothing when it breaks the contract."""
+    def add(self, plugin: str, module: ModuleType, distribution: Distribution | None = None) -> None:
+        """Take in the stages of a plugin. Raises `PluginError` and changes nothing when it breaks the contract.
+
+        `distribution`: what installed the plugin, if anything did.
+        """
         found = _stages_of(plugin, module)
         for stage in found:
             if stage.name in self.stages:
@@ -45,7 +47,7 @@ class Catalog:
         for stage in found:
             self.stages[stage.name] = stage
             self.plugin_of[stage.name] = plugin
-            self.code_of[stage.name] = sha256_of(Path(inspect.getfile(stage)))
+            self.code_of[stage.name] = StageCode.of(stage.__module__, distribution)
 
     def explain_unknown(self, name: str) -> str:
         """What to say about a stage that is not there."""
@@ -65,7 +67,7 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
     catalog = Catalog()
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.value.split(".")[0] != "gradmap_plugins", entry.name)):
         try:
-            catalog.add(entry.value, entry.load())
+            catalog.add(entry.value, entry.load(), entry.dist)
         except Exception as error:  # whatever a stranger's module does, only recipes that use it stop
             catalog.broken[entry.value] = _describe(error)
     for file in plugin_files:

@@ -8,8 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .artifacts import LINEAGE, Artifact, ExportedFile, Model
-from .digests import sha256_of
+from .artifacts import Artifact, ExportedFile, Model
 from .errors import StageError
 from .model.graph import ModelGraph
 
@@ -31,12 +30,8 @@ class Export(Artifact):
     quantisation: str | None = None
     """What was done to its weights, for tables: `int8`."""
 
-    def is_present(self) -> bool:
-        """Compare names and sizes with the folder, and the lineage, which holds the digests of all other files, by its digest."""
-        files = {self.folder / name: file for name, file in self.files.items()}
-        same = all(path.is_file() and path.stat().st_size == file.size for path, file in files.items())
-        lineage = self.folder / LINEAGE
-        return same and (lineage not in files or sha256_of(lineage) == files[lineage].sha256)
+    def files_by_path(self) -> dict[Path, str]:
+        return super().files_by_path() | {self.folder / name: file.sha256 for name, file in self.files.items()}
 
     @property
     def label(self) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from .artifacts import Artifact
-from .digests import sha256_of, sha256_of_value
+from .digests import sha256_of_value
 from .environment import Workplace
 from .plan import PlannedStep
 from .store import Store
@@ -24,9 +22,8 @@ def make_key(
     options = {name: _fingerprint(getattr(step.stage, name), store) for name in type(step.stage).model_fields}
     return sha256_of_value(
         {
-            "machinery": digest_of_package(),
             "stage": step.stage.name,
-            "code": step.code,
+            "code": step.code.digest,
             "options": options,
             "writes": [str(folder.resolve()) for folder in step.stage.writes()],
             "inputs": {name: artifact.content() for name, artifact in inputs.items()},
@@ -35,13 +32,6 @@ def make_key(
             "versions": versions_of(step, workplace),
         }
     )
-
-
-@cache
-def digest_of_package() -> str:
-    """SHA-256 of the machinery's source, so that results of another version are not reused."""
-    folder = Path(__file__).parent
-    return sha256_of_value({str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*.py"))})
 
 
 def _fingerprint(value: Any, store: Store) -> Any:

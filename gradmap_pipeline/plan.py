@@ -17,6 +17,7 @@ from .model.graph import ModelGraph
 from .model.source import ModelSource
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .stage import Stage, name_types
+from .stage_code import StageCode
 from .validation import Invalid, suggest, validate
 from .yaml_positions import Location
 
@@ -29,8 +30,8 @@ class PlannedStep:
     stage: Stage
     inputs: dict[str, tuple[str, str]]
     """Input name to (step id, output name)."""
-    code: str
-    """Digest of the stage's source file."""
+    code: StageCode
+    """The code that makes its results."""
     forecasts: dict[str, Any]
     """What is known of each output before the run."""
     environment: Environment | None = None

@@ -7,8 +7,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel
@@ -21,10 +19,11 @@ from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
 from .isolation import WorkerCrash, run_elsewhere
-from .keys import digest_of_package, make_key, versions_of
+from .keys import make_key, versions_of
 from .machine import ALONE, Machine
 from .memory import give_back, tune_allocator
 from .model.graph import ModelGraph, open_model
+from .partial import scratch_folder
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .report.summary import summarise
@@ -50,10 +49,17 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
 
     All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
     """
-    started = time.monotonic()
     tune_allocator(tight=machine.memory is not None)
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
+    try:
+        return _run_steps(plan, store, machine, reporter, group)
+    finally:
+        store.close()
+
+
+def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: Group) -> Ran:
+    started = time.monotonic()
     if group.leads:
         store.prepare()
         reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
@@ -109,7 +115,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 if group.leads:
                     record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
                     record["seconds"] = time.monotonic() - called + sum(found_finished)
-                    result = store.finish(folder, key, record, result)
+                    result = _keep(result, step, store, folder, key, record)
             give_back(between_steps=True)
         group.tell("the result is in the store")
     if not group.leads:
@@ -200,11 +206,21 @@ def _call(
     return result
 
 
+def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder, key: str, record: dict[str, Any]) -> BaseModel:
+    """Put outputs into the store; return them as stored."""
+    try:
+        return store.finish(folder, key, record, result)
+    except StageError as error:
+        failure = StageError(f"stage {step.stage.name!r}: {error}")
+        failure.where = f"step {step.id!r}"
+        raise failure from error
+
+
 @contextmanager
 def _scratch_step() -> Iterator[StepFolder]:
     """A folder for what another process writes into the store."""
-    with TemporaryDirectory() as folder:
-        yield StepFolder(Path(folder), Path(folder))
+    with scratch_folder() as folder:
+        yield StepFolder(folder, folder)
 
 
 def _memory_of(
@@ -217,7 +233,7 @@ def _memory_of(
     versions = versions_of(step, _workplace_of(step, store))
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
-        whole = sha256_of_value([digest_of_package(), step.code, dtype, versions, key])
+        whole = sha256_of_value([step.code.digest, dtype, versions, key])
         found = group.tell(store.load_unit(step.stage.name, whole))
         if found is not None:
             found_finished.append(found["seconds"])

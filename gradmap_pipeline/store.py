@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
+import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
+from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
-from .partial import clear_partial_folders, partial_folder, replace_folder
+from .errors import StageError
+from .partial import clear_partial_folders, partial_folder, replace_folder, write_file
 
 _OUTPUTS = "outputs.json"
 _SHORT = 16  # hexadecimal digits of a key in a folder's name
+_DIGEST = "sha256"
+"""Key under which a JSON file of the store has the digest of all that it holds besides."""
+_UNSETTLED_NS = 2 * 10**9
+"""A file that has just changed may change again within one tick of its file system's clock, and keep its time."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +38,29 @@ class StepFolder:
 class Store:
     """A folder of results, shared by all recipes that use it.
 
-    steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests by size and time)
+    steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests of files elsewhere)
     traceback.txt (of the latest stage that failed unexpectedly)
     environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
+
+    Whatever is read is compared with its digest first. What does not fit counts as not there, so it is made again.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._digests: dict[str, Any] | None = None
+        self._whole: set[tuple[Path, str]] = set()
+        """Files of the store that had their digest when they were read in this process."""
+        self._drafts: Path | None = None
+        self._resources = ExitStack()
+        weakref.finalize(self, self._resources.close)
 
     def prepare(self) -> None:
         """Make the folder, keep it out of git, and clear away what killed runs left."""
         for name in ("steps", "units", "environments"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         (self.root / ".gitignore").write_text("*\n")
-        clear_partial_folders(self.root / "steps")
+        for folder in (self.root, self.root / "steps", self.root / "environments"):
+            clear_partial_folders(folder)
 
     @property
     def environments(self) -> Path:
@@ -57,19 +73,29 @@ class Store:
         return self.root / "stage.log"
 
     def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
-        """Outputs of a finished step, or None when there is none, or when files it wrote elsewhere are gone."""
+        """Outputs of a finished step, or None when there is none, or when a file of theirs is gone or not as it was written."""
         return self._load_from(self._step(stage, key), key, outputs)
 
     def _load_from(self, folder: Path, key: str, outputs: type[BaseModel]) -> BaseModel | None:
-        saved = _read_object(folder / _OUTPUTS)
-        if saved.get("key") != key:
+        record = _read_object(folder / _OUTPUTS)
+        if record.get("key") != key:
             return None
         try:
-            found = outputs.model_validate(saved.get("outputs"), context={"store": self.root})
+            result = outputs.model_validate(record.get("outputs"), context={"store": self.root})
         except ValueError:
             return None
-        artifacts = [artifact for name in type(found).model_fields if (artifact := getattr(found, name)) is not None]
-        return found if all(artifact.is_present() for artifact in artifacts) else None
+        return result if all(self._is_whole(path, digest) for path, digest in _files_of(result).items()) else None
+
+    def _is_whole(self, file: Path, digest: str) -> bool:
+        """Whether a file has this digest. One inside the store is read once in a process, so damage of the disk is noticed too."""
+        try:
+            if not file.is_relative_to(self.root):
+                return self.digest_of(file) == digest
+            if (file, digest) not in self._whole and sha256_of(file) == digest:
+                self._whole.add((file, digest))
+        except OSError:
+            return False
+        return (file, digest) in self._whole
 
     @contextmanager
     def step(self, stage: str, key: str) -> Iterator[StepFolder]:
@@ -81,17 +107,41 @@ class Store:
     def finish(self, folder: StepFolder, key: str, record: dict[str, Any], outputs: BaseModel) -> BaseModel:
         """Write the outputs and move the folder into place, as the last thing. Returns the outputs as stored.
 
-        Where another run has finished the same step meanwhile, its result stays: somebody may be reading it.
+        Where another run has finished the same step meanwhile, its result stays: somebody may be reading it. Raises
+        `StageError` where the outputs cannot be stored, or their files are not as the outputs say.
         """
-        dumped = json.dumps(outputs.model_dump(mode="json", context={"store": self.root}), indent=2)
-        inside, final = (path.relative_to(self.root).as_posix() for path in (folder.path, folder.final))
-        text = json.dumps({"key": key, **record, "outputs": json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))}, indent=2)
-        (folder.path / _OUTPUTS).write_text(text + "\n", encoding="utf-8")
+        try:
+            dumped = json.dumps(outputs.model_dump(mode="json", context={"store": self.root}), allow_nan=False)
+            described = json.loads(json.dumps({"key": key, **record}, allow_nan=False))
+        except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
+            raise StageError(f"its outputs cannot be stored: {_first_line(error)}") from error
+        inside, final = (json.dumps(str(path.relative_to(self.root)))[1:-1] for path in (folder.path, folder.final))
+        stored = json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))
+        content = _with_digest({**described, "outputs": stored})
+        (folder.path / _OUTPUTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        self._check_stored(outputs, folder)
         finished = self._load_from(folder.final, key, type(outputs))
         if finished is not None:
             return finished
         replace_folder(folder.path, folder.final)
-        return type(outputs).model_validate(json.loads(text)["outputs"], context={"store": self.root})
+        self._whole = {(path, digest) for path, digest in self._whole if not path.is_relative_to(folder.final)}
+        return type(outputs).model_validate(stored, context={"store": self.root})
+
+    def _check_stored(self, outputs: BaseModel, folder: StepFolder) -> None:
+        """Raise `StageError` unless what was written gives these outputs again."""
+        dumped = _read_object(folder.path / _OUTPUTS)["outputs"]
+        try:
+            again = type(outputs).model_validate(dumped, context={"store": self.root})
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+            place = ".".join(map(str, detail["loc"]))
+            raise StageError(f"its outputs cannot be stored: {place} cannot be read back ({detail['msg']})") from error
+        files = _files_of(outputs)
+        if len(_files_of(again)) != len(files):
+            raise StageError("its outputs cannot be stored: some of their files are gone when they are read back")
+        for path, digest in files.items():
+            if path.is_relative_to(folder.path) and (not path.is_file() or sha256_of(path) != digest):
+                raise StageError(f"its output file {path.name!r} is not what its digest says; write a file before it is hashed")
 
     def seconds_of(self, stage: str, key: str) -> float:
         """What a finished step took when it ran, with the units it found finished."""
@@ -99,33 +149,54 @@ class Store:
 
     def load_unit(self, stage: str, key: str) -> dict[str, Any] | None:
         """A finished unit of work: `value` (JSON) and the `seconds` it took; or None."""
-        found = _read_object(self._unit(stage, key))
-        return found if found.keys() == {"value", "seconds"} else None
+        unit = _read_object(self._unit(stage, key))
+        return {name: unit[name] for name in ("value", "seconds")} if unit.get("key") == key else None
 
     def save_unit(self, stage: str, key: str, value: Any, seconds: float) -> None:
-        """Keep a unit of work, even if its step does not finish."""
-        _write_whole(self._unit(stage, key), json.dumps({"value": value, "seconds": seconds}))
+        """Keep a unit of work, even if its step does not finish. Raises `StageError` where the value is no JSON."""
+        try:
+            text = json.dumps({"key": key, "value": value, "seconds": seconds}, allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise StageError(f"a value that it wants remembered cannot be stored: {_first_line(error)}") from error
+        self._write(self._unit(stage, key), json.dumps(_with_digest(json.loads(text))))
 
     def save_traceback(self, text: str) -> Path:
         """Keep the traceback of the latest failure for whoever wrote the stage."""
         file = self.root / "traceback.txt"
-        _write_whole(file, text)
+        self._write(file, text)
         return file
 
     def digest_of(self, file: Path) -> str:
-        """SHA-256 of a file, remembered as long as its size and time of change stay the same."""
+        """SHA-256 of a file, remembered as long as the system says that nobody has touched it.
+
+        The system sets the time of the latest change of a file's data or attributes (ctime) itself. Programs that keep a
+        file's size and time of modification cannot keep that one.
+        """
         resolved = file.resolve()
-        if len(resolved.name) == 64 and resolved.parent.name == "blobs":
-            return resolved.name  # the hub's cache names large files by their SHA-256
         if self._digests is None:
             self._digests = _read_object(self.root / "files.json")
         status = resolved.stat()
-        state = [status.st_size, status.st_mtime_ns]
+        state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         remembered = self._digests.get(str(resolved))
-        if not isinstance(remembered, list) or remembered[:2] != state:
-            self._digests[str(resolved)] = remembered = [*state, sha256_of(resolved)]
-            _write_whole(self.root / "files.json", json.dumps(self._digests))
-        return str(remembered[2])
+        if isinstance(remembered, list) and remembered[:-1] == state:
+            return str(remembered[-1])
+        settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _UNSETTLED_NS
+        digest = sha256_of(resolved)
+        if settled:
+            self._digests[str(resolved)] = [*state, digest]
+            content = {name: value for name, value in self._digests.items() if name != _DIGEST}
+            self._write(self.root / "files.json", json.dumps(_with_digest(content)))
+        return digest
+
+    def close(self) -> None:
+        """Leave nothing behind but results."""
+        self._resources.close()
+        self._drafts = None
+
+    def _write(self, file: Path, text: str) -> None:
+        if self._drafts is None:
+            self._drafts = self._resources.enter_context(partial_folder(self.root / "drafts"))
+        write_file(file, text, self._drafts)
 
     def _step(self, stage: str, key: str) -> Path:
         return self.root / "steps" / f"{stage}-{key[:_SHORT]}"
@@ -134,16 +205,25 @@ class Store:
         return self.root / "units" / f"{stage}-{sha256_of_value([stage, key])[: 2 * _SHORT]}.json"
 
 
+def _files_of(outputs: BaseModel) -> dict[Path, str]:
+    """SHA-256 by path of all files that artifacts among the outputs rest on."""
+    artifacts = [getattr(outputs, name) for name in type(outputs).model_fields]
+    return {path: digest for value in artifacts if isinstance(value, Artifact) for path, digest in value.files_by_path().items()}
+
+
+def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, _DIGEST: sha256_of_value(content)}
+
+
 def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty when there is none, so that whatever it held is made again."""
+    """The JSON object in a file of the store; empty when there is none, or when it is not what was written."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = {name: part for name, part in value.items() if name != _DIGEST}
+        return content if value[_DIGEST] == sha256_of_value(content) else {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -135,9 +135,9 @@ def test_whole_plugin_file(tmp_path: Path) -> None:
     file.write_text(STAGE)
     catalog = load_catalog([file])
     assert catalog.plugin_of["do_nothing"] == str(file)
-    code = catalog.code_of["do_nothing"]
+    code = catalog.code_of["do_nothing"].digest
     file.write_text(STAGE + "# edited\n")
-    assert load_catalog([file]).code_of["do_nothing"] != code
+    assert load_catalog([file]).code_of["do_nothing"].digest != code
 
 
 @pytest.mark.parametrize("name", ["missing.py", "notes.txt"])

@@ -282,7 +282,7 @@ def test_killed_run_leaves_no_finished_step(folder: Path) -> None:
     (folder / "k.yaml").write_text(text.replace("  - use: project_compensate", "  - use: fail\n  - use: project_compensate"))
     command = [sys.executable, "-m", "gradmap_pipeline", "run", "k.yaml", "--plugin", "kills.py", "--quiet"]
     assert subprocess.run(command, check=False).returncode == -9
-    assert len(list((folder / ".gradmap" / "steps").glob(".fail-*.partial-*"))) == 1
+    assert len(list((folder / ".gradmap" / "steps").glob(".fail-*.partial-*.lock"))) == 1
     result = gradmap("run", "r.yaml", "--json")
     assert result.exit_code == 0
     assert cached(result)["evaluate_pruned"]
