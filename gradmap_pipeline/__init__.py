@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .environment import Environment
     from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
     from .estimate import Estimate
+    from .exporting import FolderExport
     from .exports import Export, OnnxFolder, TransformersFolder
     from .hookspecs import hookimpl
     from .model.correction import Compensation, CorrectedSite
@@ -58,6 +59,7 @@ _HOME = {
     "environment": ("Environment",),
     "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
     "estimate": ("Estimate",),
+    "exporting": ("FolderExport",),
     "exports": ("Export", "OnnxFolder", "TransformersFolder"),
     "hookspecs": ("hookimpl",),
     "model.correction": ("Compensation", "CorrectedSite"),
@@ -83,6 +85,7 @@ __all__ = [
     "Evaluation",
     "Export",
     "ExportedFile",
+    "FolderExport",
     "LayerCompensation",
     "LayerScores",
     "LayerScoring",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -11,27 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .artifacts import LINEAGE, Evaluation, ExportedFile
-from .digests import sha256_of
-from .errors import OptionError, StageError
+from .errors import StageError
 from .exports import load_folder
 from .report.model_card import make_model_card
 
 if TYPE_CHECKING:
     from .model.graph import ModelGraph
     from .stage import Context
-
-
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise `OptionError` unless an export can be written there."""
-    if folder.is_file():
-        raise OptionError("to", f"{str(folder)!r} is a file; name a folder")
-    above = next((parent for parent in folder.resolve().parents if parent.exists()), folder.resolve())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OptionError("to", f"{str(folder)!r} cannot be made: {str(above)!r} is not a folder that can be written to")
-    foreign = find_foreign_files(folder) if folder.is_dir() and not overwrite else []
-    if foreign:
-        found = f"folder {str(folder)!r} holds {foreign[0]!r}, which is not part of an export"
-        raise OptionError("to", f"{found}; choose another, or set overwrite: true to delete it")
 
 
 def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: Path) -> None:
@@ -48,22 +33,6 @@ def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: P
     (folder / "README.md").write_text(make_model_card(model, evaluation), encoding="utf-8")
     for companion in model.base.companion_files():
         shutil.copyfile(companion, folder / companion.name)
-
-
-def finish_export(folder: Path, lineage: dict[str, Any], files: dict[str, ExportedFile]) -> dict[str, ExportedFile]:
-    """Write how the folder came to be; return all files, that one included."""
-    (folder / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
-    return {**files, LINEAGE: describe_file(folder / LINEAGE)}
-
-
-def find_foreign_files(folder: Path) -> list[str]:
-    """Names in a folder that no export wrote there."""
-    try:
-        lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
-        written = {LINEAGE, *lineage["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        written = set()
-    return sorted(path.name for path in folder.iterdir() if path.name not in written)
 
 
 def make_lineage(
@@ -106,8 +75,3 @@ def extend_lineage(
     lineage["steps"].append({"id": stage, "stage": stage, "options": options, "outputs": {}})
     lineage |= {"max_logit_difference": difference, "files": {name: file.model_dump() for name, file in sorted(files.items())}}
     return lineage
-
-
-def describe_file(file: Path) -> ExportedFile:
-    """Its size and digest."""
-    return ExportedFile(size=file.stat().st_size, sha256=sha256_of(file))

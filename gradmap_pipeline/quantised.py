@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import StageError
 from .exports import TransformersFolder, load_folder
-from .folders import check_loading, describe_file, finish_export, make_lineage, write_companions
-from .partial import partial_folder, replace_folder
+from .folders import check_loading, make_lineage, write_companions
+from .targets import NewFolder, describe_folder
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +24,14 @@ _CHECK_SHAPE = (2, 32)  # sequences, tokens
 
 def write_quantised(
     graph: ModelGraph,
-    to: Path,
+    new: NewFolder,
     quantisation: str,
     quantise: Callable[[Path], Any],
     context: Context,
     tolerance: float = 0.0,
     **saving: Any,
 ) -> TransformersFolder:
-    """Quantise a graph and write it as a folder for plain `from_pretrained`.
+    """Quantise a graph and write it as a new folder for plain `from_pretrained`.
 
     `quantise` gets a folder with the model as it is, and returns the quantised model. Loaded back, that must give the same
     logits on random tokens, to `tolerance` times the largest. `saving` goes to `save_pretrained`. Raises `StageError`, and
@@ -39,14 +39,12 @@ def write_quantised(
     """
     from .model.checkpoint import write_folder
 
-    target = to.resolve()
-    if target == graph.base.folder or target in graph.base.folder.parents:
-        raise StageError(f"{str(to)!r} holds the model that is being read; write to another folder")
     plain = context.folder / "plain"
     plain.mkdir()
     list(write_folder(graph.export_tensors(), plain, graph.dtype))
     write_companions(graph, None, plain)
-    with partial_folder(target) as partial, context.progress(f"quantise to {quantisation}", 3, "step") as advance:
+    partial = new.path
+    with context.progress(f"quantise to {quantisation}", 3, "step") as advance:
         before = _logits(load_folder(plain), context.seed)
         advance()
         model = quantise(plain)
@@ -68,17 +66,18 @@ def write_quantised(
                 "nothing was written"
             )
         difference = float((again - before).abs().max())
-        for file in partial.iterdir():
-            file.chmod(0o644)
-        files = {file.name: describe_file(file) for file in partial.iterdir()}
+        files = describe_folder(partial)
+        for name in files:
+            (partial / name).chmod(0o644)
         lineage = make_lineage(graph, None, files, difference, context) | {"quantisation": quantisation}
-        files = finish_export(partial, lineage, files)
-        replace_folder(partial, target)
+        files = new.finish(lineage, files)
         advance()
     shutil.rmtree(plain)
     size = sum(file.size for file in files.values()) / 1e6
-    context.note(f"wrote {to}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")
-    return TransformersFolder(graph=graph, folder=target, files=files, max_logit_difference=difference, quantisation=quantisation)
+    context.note(f"wrote {new.target}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")
+    return TransformersFolder(
+        graph=graph, folder=new.target, files=files, max_logit_difference=difference, quantisation=quantisation
+    )
 
 
 def _complete_config(file: Path, ours: dict[str, Any]) -> None:

@@ -6,46 +6,52 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .artifacts import LINEAGE
+from .artifacts import LINEAGE, ExportedFile
 from .digests import sha256_of
 from .errors import StageError
-from .folders import check_loading, find_foreign_files
+from .folders import check_loading
+from .targets import OWN_DIGEST, find_foreign_files, read_written_files
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """How an export came to be. Raises `StageError` where the folder does not say."""
+    """How an export came to be. Raises `StageError` where the folder does not say, or says something else than was written."""
+    file = folder / LINEAGE
     try:
-        lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
-        if not isinstance(lineage["files"], dict):
-            raise TypeError(f"'files' is a {type(lineage['files']).__name__}")
+        lineage = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise StageError(f"{str(folder)!r} is no export: {LINEAGE} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise StageError(f"{str(folder / LINEAGE)!r} is damaged: {error}") from error
-    return dict(lineage)
+    except (ValueError, RecursionError) as error:
+        raise StageError(f"{str(file)!r} is damaged: it is no JSON") from error
+    if not isinstance(lineage, dict) or OWN_DIGEST not in lineage or read_written_files(folder) is None:
+        raise StageError(f"{str(file)!r} is damaged: it is not what was written when the folder was exported")
+    return lineage
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """Hash every file and load the model; return what was found, a line each. Raises `StageError` with all that is wrong."""
+    """Hash every file and load the model; return what was seen, a line each. Raises `StageError` with all that is wrong."""
     lineage = read_lineage(folder)
-    wrong = []
-    for name, written in lineage["files"].items():
-        file = folder / name
-        if not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif file.stat().st_size != written["size"]:
-            wrong.append(f"{name} has {file.stat().st_size:,} bytes, not {written['size']:,}")
-        elif sha256_of(file) != written["sha256"]:
-            wrong.append(f"{name} has been changed since it was written")
+    written = read_written_files(folder) or {}
+    wrong = [f"{name} {reason}" for name, written_file in written.items() if (reason := _explain(folder / name, written_file))]
     if wrong:
         raise StageError("\n".join(f"{folder}: {problem}" for problem in wrong))
-    size = sum(written["size"] for written in lineage["files"].values())
-    found = [f"{len(lineage['files'])} files, {size:,} bytes, as they were written by {lineage['made_by']}"]
-    foreign = [name for name in find_foreign_files(folder) if name != LINEAGE]
+    size = sum(file.size for file in written.values())
+    lines = [f"{len(written)} files, {size:,} bytes, as they were written by {lineage.get('made_by', 'an unknown program')}"]
+    foreign = [name for name, _ in find_foreign_files(folder)]
     if foreign:
-        found.append(f"besides, not part of the export: {', '.join(foreign)}")
-    found.append(_load(folder, set(lineage["files"])))
-    return found
+        lines.append(f"besides, not part of the export: {', '.join(foreign)}")
+    lines.append(_load(folder, set(written)))
+    return lines
+
+
+def _explain(file: Path, written: ExportedFile) -> str | None:
+    """What is wrong with a file of an export, if anything."""
+    if not file.is_file():
+        return "is missing"
+    if file.is_symlink():
+        return "is a link, not the file that was written"
+    if file.stat().st_size != written.size:
+        return f"has {file.stat().st_size:,} bytes, not {written.size:,}"
+    return None if sha256_of(file) == written.sha256 else "has been changed since it was written"
 
 
 def _load(folder: Path, names: set[str]) -> str:

@@ -16,6 +16,7 @@ from gradmap_pipeline import (
     Estimate,
     Evaluation,
     ExportedFile,
+    FolderExport,
     ModelGraph,
     OnnxFolder,
     OptionError,
@@ -27,8 +28,8 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, check_target, describe_file, finish_export, make_lineage, write_companions
-from gradmap_pipeline.partial import partial_folder, replace_folder
+from gradmap_pipeline.folders import check_loading, make_lineage, write_companions
+from gradmap_pipeline.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
 
@@ -41,7 +42,7 @@ class OnnxOptions(BaseModel):
     dtype: Literal["float32", "float16"] = Field("float32", description="Floating-point type of weights and activations.")
 
 
-class ExportModel(Stage):
+class ExportModel(FolderExport):
     """Write the model as a folder that other programs load, and check it by loading it back."""
 
     name = "export"
@@ -51,8 +52,6 @@ class ExportModel(Stage):
         description="`safetensors`: a Hugging Face folder. `onnx`: one graph with a cache of keys and "
         "values, for ONNX Runtime, Optimum and ONNX Runtime GenAI.",
     )
-    to: Path = Field(description="Folder to write.")
-    overwrite: bool = Field(False, description="Replace a folder even if it is not an earlier export.")
     max_shard_gigabytes: float = Field(5.0, gt=0, description="Size of the largest weights file, in 10⁹ bytes.")
     onnx: OnnxOptions = Field(default_factory=OnnxOptions, description="Options of `format: onnx`.")
 
@@ -75,7 +74,7 @@ class ExportModel(Stage):
         return {"exported": OnnxFolder if self.format == "onnx" else TransformersFolder}
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        check_target(self.to, self.overwrite)
+        super().forecast(inputs)
         if self.format == "onnx":
             missing = explain_missing(("onnxscript", "onnxruntime"), "onnx")
             if missing is not None:
@@ -83,6 +82,7 @@ class ExportModel(Stage):
         return {}
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        super().inspect(inputs, survey)
         survey.check_layerwise()
         if self.format == "onnx":
             from gradmap_pipeline.model.skeleton import make_config
@@ -111,23 +111,17 @@ class ExportModel(Stage):
         copying = Estimate(0, size, size, seconds=size * (rates.read_again(size) + rates.digest + rates.write))
         return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
-    def writes(self) -> tuple[Path, ...]:
-        return (self.to,)
-
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        model, target = inputs.model, self.to.resolve()
-        if target == model.base.folder or target in model.base.folder.parents:
-            raise StageError(f"{str(self.to)!r} holds the model that is being read; export to another folder")
+        model = inputs.model
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
-        with partial_folder(target) as partial:
+        with self.new_folder(model.base.folder) as new:
             if self.format == "onnx":
-                files, difference = self._write_onnx(model, evaluation, partial, context)
+                files, difference = self._write_onnx(model, evaluation, new.path, context)
             else:
-                files = self._write(model, evaluation, partial, context)
-                difference = check_export(model, partial, context.seed)
-            files = finish_export(partial, make_lineage(model, evaluation, files, difference, context), files)
-            replace_folder(partial, target)
-        made: dict[str, Any] = {"graph": model, "folder": target, "files": files, "max_logit_difference": difference}
+                files = self._write(model, evaluation, new.path, context)
+                difference = check_export(model, new.path, context.seed)
+            files = new.finish(make_lineage(model, evaluation, files, difference, context), files)
+        made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
         if self.format == "onnx":
             context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
@@ -150,7 +144,7 @@ class ExportModel(Stage):
             advance()
         (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
         write_companions(model, evaluation, folder)
-        return {file.name: describe_file(file) for file in folder.iterdir()}, difference
+        return describe_folder(folder), difference
 
     def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
         from gradmap_pipeline.model.checkpoint import split_shards, write_folder
@@ -163,7 +157,7 @@ class ExportModel(Stage):
                 files[name] = written
                 advance()
         write_companions(model, evaluation, folder)
-        return {file.name: files.get(file.name) or describe_file(file) for file in folder.iterdir()}
+        return describe_folder(folder, files)
 
 
 def check_export(model: ModelGraph, folder: Path, seed: int) -> float:

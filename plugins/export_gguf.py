@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Evaluation, Export, ModelGraph, OptionError, Stage, StageError, hookimpl
-from gradmap_pipeline.folders import check_target, describe_file, finish_export, make_lineage, write_companions
-from gradmap_pipeline.partial import partial_folder, replace_folder
+from gradmap_pipeline import Context, Evaluation, Export, FolderExport, ModelGraph, OptionError, Stage, StageError, hookimpl
+from gradmap_pipeline.folders import make_lineage, write_companions
+from gradmap_pipeline.targets import describe_folder
 
 CONVERTER = "convert_hf_to_gguf.py"
 _MAGIC = b"GGUF"
@@ -31,14 +31,12 @@ class GgufFolder(Export):
     """Of its weights, by llama.cpp's name."""
 
 
-class ExportGguf(Stage):
+class ExportGguf(FolderExport):
     """Write the model as a GGUF file for llama.cpp, with llama.cpp's own converter."""
 
     name = "export_gguf"
     libraries = ("safetensors",)
 
-    to: Path = Field(description="Folder to write.")
-    overwrite: bool = Field(False, description="Replace a folder even if it is not an earlier export.")
     type: Literal["f32", "f16", "bf16", "q8_0"] = Field("f16", description="Type of the weights in the file.")
     converter: Path | None = Field(
         None, description=f"Where llama.cpp's `{CONVERTER}` is. Default: the one that is found on the search path for programs."
@@ -55,37 +53,34 @@ class ExportGguf(Stage):
         exported: GgufFolder
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        check_target(self.to, self.overwrite)
+        super().forecast(inputs)
         if self.python is not None and not self.python.is_file():
             raise OptionError("python", f"there is no file {str(self.python)!r}")
         self._find_converter()
         return {}
 
-    def writes(self) -> tuple[Path, ...]:
-        return (self.to,)
-
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.model.checkpoint import write_folder
 
-        graph, target = inputs.model, self.to.resolve()
+        graph = inputs.model
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == graph.digest else None
         plain = context.folder / "plain"
         plain.mkdir()
         try:
             list(write_folder(graph.export_tensors(), plain, graph.dtype))
             write_companions(graph, None, plain)
-            with partial_folder(target) as partial:
+            with self.new_folder(graph.base.folder) as new:
+                partial = new.path
                 self._convert(plain, partial / f"model-{self.type}.gguf")
                 for companion in graph.base.companion_files():
                     if companion.name.startswith(("LICENSE", "NOTICE", "USE_POLICY")):
                         shutil.copyfile(companion, partial / companion.name)
-                files = {file.name: describe_file(file) for file in partial.iterdir()}
-                files = finish_export(partial, make_lineage(graph, evaluation, files, None, context), files)
-                replace_folder(partial, target)
+                files = describe_folder(partial)
+                files = new.finish(make_lineage(graph, evaluation, files, None, context), files)
         finally:
             shutil.rmtree(plain)
         context.note(f"wrote {self.to}: {sum(file.size for file in files.values()) / 1e6:.1f} MB, converted by llama.cpp, not run")
-        return self.Outputs(exported=GgufFolder(graph=graph, folder=target, files=files, type=self.type))
+        return self.Outputs(exported=GgufFolder(graph=graph, folder=new.target, files=files, type=self.type))
 
     def _find_converter(self) -> Path:
         if self.converter is not None:

@@ -12,9 +12,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from gradmap_pipeline import CalibrationSet, Context, Environment, ModelGraph, OptionError, Stage, TransformersFolder, hookimpl
+from gradmap_pipeline import (
+    CalibrationSet,
+    Context,
+    Environment,
+    FolderExport,
+    ModelGraph,
+    OptionError,
+    Stage,
+    TransformersFolder,
+    hookimpl,
+)
 from gradmap_pipeline.exports import load_folder
-from gradmap_pipeline.folders import check_target
 from gradmap_pipeline.quantised import write_quantised
 
 _GROUP_SIZES = (128, 64, 32, 16)
@@ -22,7 +31,7 @@ _ROUNDING = 0.02
 """Activations are rounded again on loading, and a value between two steps may fall to the other side."""
 
 
-class QuantizeLlmcompressor(Stage):
+class QuantizeLlmcompressor(FolderExport):
     """Quantise linear layers with llm-compressor (GPTQ, round to nearest, SmoothQuant, FP8) to compressed-tensors."""
 
     name = "quantize_llmcompressor"
@@ -49,8 +58,6 @@ class QuantizeLlmcompressor(Stage):
         description="Inputs that share a scale in w4a16 and w8a16. Default: the largest of 128, 64, 32, 16 that divides.",
     )
     ignore: list[str] = Field(["lm_head"], description="Modules to leave as they are: names, or `re:` and a regular expression.")
-    to: Path = Field(description="Folder to write.")
-    overwrite: bool = Field(False, description="Replace a folder even if it is not an earlier export.")
 
     class Inputs(BaseModel):
         model: ModelGraph
@@ -82,14 +89,11 @@ class QuantizeLlmcompressor(Stage):
         return self._method == "gptq" or self.smoothquant is not None
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        check_target(self.to, self.overwrite)
+        super().forecast(inputs)
         if self._needs_data and "calibration" not in inputs:
             option = "method" if self._method == "gptq" else "smoothquant"
             raise OptionError(option, "needs a calibration set; put calibrate before this step, or use method: rtn")
         return {"model": inputs.get("model")}
-
-    def writes(self) -> tuple[Path, ...]:
-        return (self.to,)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
@@ -108,7 +112,8 @@ class QuantizeLlmcompressor(Stage):
             return model
 
         label = " ".join(filter(None, [self.scheme, self._method, "smoothquant" if self.smoothquant is not None else None]))
-        exported = write_quantised(inputs.model, self.to, label, quantise, context, tolerance=_ROUNDING, save_compressed=True)
+        with self.new_folder(inputs.model.base.folder) as new:
+            exported = write_quantised(inputs.model, new, label, quantise, context, tolerance=_ROUNDING, save_compressed=True)
         return self.Outputs(model=exported)
 
     def _make_recipe(self, model: Any) -> list[Any]:

@@ -6,17 +6,15 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from gradmap_pipeline import Artifact, Context, OnnxFolder, Stage, StageError, hookimpl
+from gradmap_pipeline import Artifact, Context, FolderExport, OnnxFolder, Stage, StageError, hookimpl
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.folders import check_target, describe_file, extend_lineage, finish_export
-from gradmap_pipeline.partial import partial_folder, replace_folder
+from gradmap_pipeline.folders import extend_lineage
+from gradmap_pipeline.targets import copy_files, describe_folder
 
 _BITS = {"int4": 4, "int8": 8}
 
@@ -32,7 +30,7 @@ class QuantizedMatrices(Artifact):
     """Products that were brought into the form that can be quantised."""
 
 
-class QuantizeOnnx(Stage):
+class QuantizeOnnx(FolderExport):
     """Quantise the weights of an exported ONNX graph to 8 or 4 bits."""
 
     name = "quantize_onnx"
@@ -48,8 +46,6 @@ class QuantizeOnnx(Stage):
     block_size: int | None = Field(
         None, ge=16, le=256, description="Weights that share a scale; a power of two. For `int4` and `int8`. Default: 32."
     )
-    to: Path = Field(description="Folder to write.")
-    overwrite: bool = Field(False, description="Replace a folder even if it is not an earlier export.")
 
     class Inputs(BaseModel):
         exported: OnnxFolder
@@ -66,25 +62,17 @@ class QuantizeOnnx(Stage):
             raise ValueError(f"'block_size' must be a power of two, found {self.block_size}")
         return self
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        check_target(self.to, self.overwrite)
-        return {}
-
-    def writes(self) -> tuple[Path, ...]:
-        return (self.to,)
-
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.ort.parity import measure_difference
         from gradmap_pipeline.ort.session import GRAPH, OnnxSession
 
-        source, target = inputs.exported, self.to.resolve()
+        source = inputs.exported
         if source.quantisation is not None:
             raise StageError(
                 f"{str(source.folder)!r} is quantised already ({source.quantisation}); quantise the export it was made from"
             )
-        if target == source.folder:
-            raise StageError(f"{str(self.to)!r} holds the graph that is being read; write to another folder")
-        with partial_folder(target) as partial:
+        with self.new_folder(source.folder, source.graph.base.folder) as new:
+            partial = new.path
             rewritten = self._quantise(source.folder / GRAPH, partial, context)
             matrices = count_matrices(partial / GRAPH, rewritten)
             if not matrices.quantised:
@@ -94,20 +82,17 @@ class QuantizeOnnx(Stage):
             difference = measure_difference(
                 OnnxSession(source.folder, fast=False), OnnxSession(partial, fast=False), source.graph.base.folder, context.seed
             )
-            for file in source.folder.iterdir():
-                if file.name != LINEAGE and not file.name.startswith(GRAPH):
-                    shutil.copyfile(file, partial / file.name)
-            files = {file.name: describe_file(file) for file in partial.iterdir()}
+            copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.startswith(GRAPH)), partial)
+            files = describe_folder(partial)
             lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, difference)
-            files = finish_export(partial, lineage, files)
-            replace_folder(partial, target)
+            files = new.finish(lineage, files)
         size = sum(file.size for file in files.values()) / 1e6
         context.note(
             f"wrote {self.to}: {size:.1f} MB, {matrices.quantised} matrices quantised, {len(matrices.left)} not"
             f"{f' ({matrices.left[0]}, …)' if matrices.left else ''}, logits differ by up to {difference:.2g}"
         )
         exported = source.model_copy(
-            update={"folder": target, "files": files, "max_logit_difference": difference, "quantisation": self.method}
+            update={"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.method}
         )
         return self.Outputs(exported=exported, matrices=matrices)
 

@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, ModelGraph, Stage, TransformersFolder, hookimpl
+from gradmap_pipeline import Context, FolderExport, ModelGraph, Stage, TransformersFolder, hookimpl
 from gradmap_pipeline.exports import load_folder
-from gradmap_pipeline.folders import check_target
 from gradmap_pipeline.quantised import write_quantised
 
 
-class QuantizeTorchao(Stage):
+class QuantizeTorchao(FolderExport):
     """Quantise linear layers to int8 with torchao; plain transformers loads the folder where torchao is installed."""
 
     name = "quantize_torchao"
@@ -29,8 +28,6 @@ class QuantizeTorchao(Stage):
         "int8",
         description="`int8`: weights alone, by output channel. `int8_dynamic`: activations too, a scale for each token (W8A8).",
     )
-    to: Path = Field(description="Folder to write.")
-    overwrite: bool = Field(False, description="Replace a folder even if it is not an earlier export.")
 
     class Inputs(BaseModel):
         model: ModelGraph
@@ -39,17 +36,14 @@ class QuantizeTorchao(Stage):
         model: TransformersFolder
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        check_target(self.to, self.overwrite)
-        return {"model": inputs.get("model")}
-
-    def writes(self) -> tuple[Path, ...]:
-        return (self.to,)
+        return {**super().forecast(inputs), "model": inputs.get("model")}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         def quantise(folder: Path) -> Any:
             return load_folder(folder, quantization_config=self._config())
 
-        return self.Outputs(model=write_quantised(inputs.model, self.to, f"{self.method} torchao", quantise, context))
+        with self.new_folder(inputs.model.base.folder) as new:
+            return self.Outputs(model=write_quantised(inputs.model, new, f"{self.method} torchao", quantise, context))
 
     def _config(self) -> Any:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig

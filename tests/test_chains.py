@@ -144,7 +144,7 @@ def test_torchao_will_not_write_over_its_model(tmp_path: Path) -> None:
     from gradmap_pipeline.errors import StageError
 
     folder = make_model(tmp_path / "model")
-    with pytest.raises(StageError, match="holds the model that is being read; write to another folder"):
+    with pytest.raises(StageError, match="which is being read; write to another folder"):
         run_stage(QuantizeTorchao(to=folder, overwrite=True), tmp_path / "step", model=open_folder(folder))
 
 
@@ -163,7 +163,10 @@ def export_llama(folder: Path, **changes: Any) -> Path:
             lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace("silu", "gelu")),
             "config.json has been changed since it was written",
         ),
-        (lambda folder: (folder / "gradmap.json").write_text("{}"), "is damaged: 'files'"),
+        (
+            lambda folder: (folder / "gradmap.json").write_text("{}"),
+            "is damaged: it is not what was written when the folder was exported",
+        ),
         (
             lambda folder: (folder / "gradmap.json").unlink(),
             "is no export: gradmap.json cannot be read (No such file or directory)",

@@ -140,7 +140,7 @@ def test_export_that_was_edited_since_is_made_again_when_its_files_are_known_as_
     flip_bit(folder / "out" / "config.json")
     result = gradmap("run", "r.yaml")
     assert result.exit_code == 2, result.stdout
-    assert "'config.json' has been changed since it was exported" in result.stderr
+    assert "holds 'config.json', which has been changed since it was exported" in result.stderr
     assert gradmap("run", "r.yaml", "--set", "export.overwrite=true").exit_code == 0
     assert gradmap("verify", "out").exit_code == 0
 
