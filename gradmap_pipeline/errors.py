@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class GradmapError(Exception):
@@ -21,6 +21,8 @@ class Problem:
     where: str
     """`file:line:column`, or the command-line option that brought it in."""
     message: str
+    order: tuple[int, int, int] = field(default=(0, 0, 0), compare=False)
+    """Where it is listed among others: the file's by line and column, then those of the command line."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"

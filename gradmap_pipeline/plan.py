@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class _Board:
     types: dict[tuple[str, str], type[Artifact]] = field(default_factory=dict)
     """By step id and output."""
     forecasts: dict[tuple[str, str], Any] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)
+    """Ids of steps whose stage is not known, nor, therefore, what they make."""
 
     def latest(self, name: str) -> tuple[str, str] | None:
         """The last output of this name."""
@@ -65,86 +68,83 @@ class _Board:
 
 
 def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
-    """Check everything that can be checked before the run. Raises `RecipeError` with every problem found."""
-    problems: list[Problem] = []
+    """Check everything that can be checked before the run. Raises `RecipeError` with every problem found, in order of place."""
+    problems = list(recipe.problems)
     board = _Board(types={(MODEL_STEP, "model"): ModelGraph})
-    try:
-        forecast = recipe.content.model.forecast()
-    except ModelError as error:
-        given = "path" if recipe.content.model.path is not None else "id"
-        problems.append(Problem(recipe.where(("model", given)), str(error)))
-        forecast = None
-    board.forecasts[MODEL_STEP, "model"] = forecast
+    board.forecasts[MODEL_STEP, "model"] = forecast = _forecast_model(recipe, problems)
     steps = []
     seen: set[str] = {MODEL_STEP}
-    for index, step in enumerate(recipe.content.steps):
+    for index, step in enumerate(recipe.steps):
         at: Location = ("steps", index)
         if step.id in seen:
             reserved = step.id == MODEL_STEP
             advice = "this name stands for the recipe's model" if reserved else "an earlier step has this id"
-            problems.append(Problem(recipe.where((*at, "id")), f"{advice}; give this step another, as in `id: {step.id}_2`"))
+            problems.append(recipe.problem((*at, "id"), f"{advice}; give this step another, as in `id: {step.id}_2`"))
         seen.add(step.id)
         planned = _plan_step(step, at, recipe, catalog, board, problems)
         if planned is not None:
             steps.append(planned)
     problems += _find_clashes(steps, recipe)
-    if problems:
-        raise RecipeError(problems)
-    return Plan(recipe.content.model, recipe.content.seed, steps, recipe.path, forecast)
+    if problems or recipe.model is None:
+        raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
+    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast)
+
+
+def _forecast_model(recipe: Recipe, problems: list[Problem]) -> Any:
+    if recipe.model is None:
+        return None
+    try:
+        return recipe.model.forecast()
+    except (ModelError, OSError, ValueError) as error:
+        given = "path" if recipe.model.path is not None else "id"
+        place = ("model", given) if isinstance(recipe.document.data["model"], dict) else ("model",)
+        problems.append(recipe.problem(place, str(error)))
+        return None
 
 
 def _find_clashes(steps: list[PlannedStep], recipe: Recipe) -> list[Problem]:
     """Steps that write where another step of the recipe writes too."""
     problems = []
-    writers: dict[Path, str] = {}
-    numbers = {step.id: number for number, step in enumerate(recipe.content.steps)}
+    writers: dict[str, str] = {}
+    numbers = {step.id: number for number, step in enumerate(recipe.steps)}
     for step in steps:
         for place in step.stage.writes():
-            other = writers.setdefault(place.resolve(), step.id)
+            other = writers.setdefault(os.path.realpath(place), step.id)
             if other != step.id:
-                where = recipe.where(("steps", numbers[step.id], "with"))
-                problems.append(Problem(where, f"step {step.id!r} writes {str(place)!r}, as step {other!r} does; choose another"))
+                message = f"step {step.id!r} writes {str(place)!r}, as step {other!r} does; choose another"
+                problems.append(recipe.problem(("steps", numbers[step.id], "with"), message))
     return problems
 
 
 def _plan_step(
     step: RecipeStep, at: Location, recipe: Recipe, catalog: Catalog, board: _Board, problems: list[Problem]
 ) -> PlannedStep | None:
-    if step.stage not in catalog.stages:
-        problems.append(Problem(recipe.where((*at, "use")), catalog.explain_unknown(step.stage)))
+    stage_class = catalog.stages.get(step.stage)
+    if stage_class is None:
+        board.unknown.add(step.id)
+        if step.stage:
+            problems.append(recipe.problem((*at, "use"), catalog.explain_unknown(step.stage)))
         return None
-    stage_class = catalog.stages[step.stage]
-    before = len(problems)
-    missing = explain_missing(stage_class.requires, stage_class.extra)
-    if missing is not None:
-        problems.append(Problem(recipe.where((*at, "use")), f"step {step.id!r} {missing}"))
-    python = step.run.python if step.run is not None else None
-    if python is not None and shutil.which(python) is None:
-        advice = "give the path of a Python, as in `run: {python: venv/bin/python}`"
-        message = f"step {step.id!r}: {str(python)!r} is not a program; {advice}"
-        problems.append(Problem(recipe.where((*at, "run", "python")), message))
     stage: Stage | None = None
-    try:
-        stage = validate(stage_class, step.options)
-    except Invalid as invalid:
-        for location, message in invalid.complaints:
-            problems.append(recipe.problem((*at, "with", *location), _name_option(step, location, message)))
-    inputs = _wire(step, stage_class, at, recipe, catalog, board, problems)
+    inputs: dict[str, tuple[str, str]] = {}
     forecasts: Mapping[str, Any] = {}
-    if stage is not None and len(problems) == before:
-        known = {name: board.forecasts.get(source) for name, source in inputs.items()}
+    before = len(problems)
+    if at[1] not in recipe.broken:
+        problems += _check_place(step, at, stage_class, recipe)
         try:
-            forecasts = stage.forecast(known)
-            if not isinstance(forecasts, Mapping):
-                raise TypeError(f"it must return a mapping of output names, got {type(forecasts).__name__}")
-        except OptionError as error:
-            place = recipe.where((*at, "with", error.option))
-            problems.append(Problem(place, _name_option(step, (error.option,), str(error))))
-        except GradmapError:
-            raise
-        except Exception as error:
-            plugin = catalog.plugin_of[step.stage]
-            raise PluginError(f"forecast() of stage {step.stage!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
+            stage = validate(stage_class, step.options)
+        except Invalid as invalid:
+            for location, message in invalid.complaints:
+                problems.append(recipe.problem((*at, "with", *location), _name_option(step, location, message)))
+        inputs = _wire(step, stage_class, at, recipe, catalog, board, problems)
+        is_wired = not board.unknown or len(inputs) == len(stage_class.input_fields())
+        if stage is not None and is_wired and len(problems) == before:
+            known = {name: board.forecasts.get(source) for name, source in inputs.items()}
+            try:
+                forecasts = _forecast(stage, known, catalog)
+            except OptionError as error:
+                place = (*at, "with", *error.option.split("."))
+                problems.append(recipe.problem(place, _name_option(step, (error.option,), str(error))))
     kinds = stage_class.output_fields() if stage is None else stage.output_types()
     for name, kind in kinds.items():
         board.types.pop((step.id, name), None)
@@ -152,8 +152,34 @@ def _plan_step(
         board.forecasts[step.id, name] = forecasts.get(name)
     if stage is None:
         return None
+    python = step.run.python if step.run is not None else None
     environment = stage_class.environment if python is None else stage_class.environment or Environment(())
     return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts), environment, python)
+
+
+def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe) -> Iterator[Problem]:
+    """What is missing where the step is to run."""
+    missing = explain_missing(stage_class.requires, stage_class.extra)
+    if missing is not None:
+        yield recipe.problem((*at, "use"), f"step {step.id!r} {missing}")
+    python = step.run.python if step.run is not None else None
+    if python is not None and shutil.which(python) is None:
+        advice = "give the path of a Python, as in `run: {python: venv/bin/python}`"
+        yield recipe.problem((*at, "run", "python"), f"step {step.id!r}: {str(python)!r} is not a program; {advice}")
+
+
+def _forecast(stage: Stage, known: Mapping[str, Any], catalog: Catalog) -> Mapping[str, Any]:
+    """What a stage knows of its outputs. Raises `OptionError`, or `PluginError` where the stage itself fails."""
+    try:
+        forecasts = stage.forecast(known)
+        if not isinstance(forecasts, Mapping):
+            raise TypeError(f"it must return a mapping of output names, got {type(forecasts).__name__}")
+        return forecasts
+    except GradmapError:
+        raise
+    except Exception as error:
+        plugin = catalog.plugin_of[stage.name]
+        raise PluginError(f"forecast() of stage {stage.name!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
 
 
 def _wire(
@@ -170,7 +196,7 @@ def _wire(
     for name in step.sources:
         if name not in inputs:
             message = f"stage {step.stage!r} has no input {name!r}; {suggest(name, inputs)}"
-            problems.append(Problem(recipe.where((*at, "from", name)), message))
+            problems.append(recipe.problem((*at, "from", name), message))
     wired: dict[str, tuple[str, str]] = {}
     for name, (wanted, required) in inputs.items():
         chosen = step.sources.get(name)
@@ -184,24 +210,28 @@ def _wire(
                     f"step {step.id!r} takes a {name_types(wanted)} as {name!r}, but after step {source[0]!r} it is a {kind}; "
                     f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
                 )
-                problems.append(Problem(recipe.where((*at, "use")), message))
-            elif required:
+                problems.append(recipe.problem((*at, "use"), message))
+            elif required and not board.unknown:  # a step whose stage is not known may have been meant to make it
                 producers = catalog.producers(name, wanted)
                 advice = f"put {' or '.join(producers)} before it" if producers else "no installed stage makes one"
                 message = (
                     f"step {step.id!r} needs an input {name!r} ({name_types(wanted)}), and no earlier step makes one; {advice}"
                 )
-                problems.append(Problem(recipe.where((*at, "use")), message))
+                problems.append(recipe.problem((*at, "use"), message))
             continue
         from_step, _, output = chosen.partition(".")
         source = (from_step, output or name)
-        place = recipe.where((*at, "from", name))
+        place = (*at, "from", name)
+        if source not in board.types and from_step in board.unknown:
+            continue
         if source not in board.types:
             offered = [".".join(known) for known in board.types]
-            problems.append(Problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}"))
+            problems.append(
+                recipe.problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}")
+            )
         elif not issubclass(board.types[source], wanted):
             found = board.types[source].__name__
-            problems.append(Problem(place, f"input {name!r} takes a {name_types(wanted)}, but {chosen!r} is a {found}"))
+            problems.append(recipe.problem(place, f"input {name!r} takes a {name_types(wanted)}, but {chosen!r} is a {found}"))
         else:
             wired[name] = source
     return wired

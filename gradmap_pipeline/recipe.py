@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import codecs
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import Problem, RecipeError
 from .model.source import ModelSource
-from .validation import Invalid, suggest, validate
+from .validation import LARGEST_INTEGER, Invalid, suggest, validate
 from .yaml_positions import Document, Location, load_yaml
 
+MAX_BYTES = 1 << 20
+"""Size of a recipe file."""
 MODEL_STEP = "model"
 """Id under which the recipe's model is the first output."""
 
@@ -57,26 +60,30 @@ class RecipeFile(BaseModel):
 
     version: Literal[1] = Field(description="Version of the recipe language.")
     model: ModelSource = Field(description="The model to start from.")
-    seed: int = Field(0, ge=0, description="Seed of all that is drawn at random.")
+    seed: int = Field(0, ge=0, le=LARGEST_INTEGER, description="Seed of all that is drawn at random.")
     steps: list[RecipeStep] = Field(min_length=1, description="Steps, in order.")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as its author wrote it, with the place of every value."""
+    """A recipe as its author wrote it, with the place of every value, and what is wrong with it in itself."""
 
     path: Path
-    content: RecipeFile
     document: Document
     overrides: dict[Location, str]
     """`--set` options, by the location they replace."""
+    model: ModelSource | None = None
+    """None where it is invalid."""
+    seed: int = 0
+    steps: tuple[RecipeStep, ...] = ()
+    broken: frozenset[int] = frozenset()
+    """Steps that are invalid in themselves: of these, only the stage and the id are known."""
+    problems: tuple[Problem, ...] = ()
 
     def where(self, location: Location) -> str:
         """`file:line:column` of a value, or the command-line option that set it."""
-        for place, override in self.overrides.items():
-            if place == location[: len(place)]:
-                return f"--set {override}"
-        return self.document.where(location)
+        place = self._override_at(location)
+        return self.document.where(location) if place is None else f"--set {self.overrides[place]}"
 
     def problem(self, location: Location, message: str) -> Problem:
         """What is wrong with a value; with advice where a `--set` option clashes with what the file says beside it."""
@@ -84,24 +91,61 @@ class Recipe:
         if inside:
             group = inside[0].partition("=")[0].rpartition(".")[0]
             message += f"; an option of the file is unset by --set {group}.OPTION=null"
-        return Problem(self.where(location), message)
+        place = self._override_at(location)
+        order = (0, *self.document.position(location)) if place is None else (1, list(self.overrides).index(place), 0)
+        return Problem(self.where(location), message, order)
+
+    def _override_at(self, location: Location) -> Location | None:
+        places = [place for place in self.overrides if place == location[: len(place)]]
+        return max(places, key=len, default=None)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `--set` options. Raises `RecipeError` with every problem."""
+    """Read a recipe and apply `--set` options. Raises `RecipeError` where it cannot be read; else notes every problem."""
     document = load_yaml(_read_text(path), str(path))
     if not isinstance(document.data, dict):
         kind = "a list" if isinstance(document.data, list) else repr(document.data)
         message = f"a recipe is a mapping with the keys version, model and steps; found {kind}"
         raise RecipeError([Problem(document.where(()), message)])
-    applied = {_apply(document.data, override): override for override in overrides}
-    recipe = Recipe(path, RecipeFile.model_construct(), document, applied)
+    applied: dict[Location, str] = {}
+    problems: list[Problem] = []
+    faulty: set[Location] = set()
+    for override in overrides:
+        try:
+            applied[_apply(document.data, override)] = override
+        except RecipeError as error:
+            problems += [replace(problem, order=(1, len(applied), 0)) for problem in error.problems]
+            faulty.add(_find_target(document.data, override))  # as it stands in the file, it is not what is meant
+    recipe = Recipe(path, document, applied)
     try:
-        content = validate(RecipeFile, document.data)
+        validate(RecipeFile, document.data)
     except Invalid as invalid:
-        problems = [recipe.problem(at, _name_key(at, message)) for at, message in invalid.complaints]
-        raise RecipeError(problems) from None
-    return Recipe(path, content, document, applied)
+        problems += [recipe.problem(at, _name_key(at, message)) for at, message in invalid.complaints]
+        faulty |= {at for at, _ in invalid.complaints}
+    return replace(recipe, problems=tuple(problems), **_read_valid_parts(document.data, faulty))
+
+
+def _read_valid_parts(data: dict[str, Any], faulty: Collection[Location]) -> dict[str, Any]:
+    """The fields of a Recipe, as far as they are valid, so that what stands beside a fault is checked too."""
+
+    def is_valid(*location: int | str) -> bool:
+        return not any(at[: len(location)] == location for at in faulty)
+
+    model = validate(ModelSource, data["model"]) if "model" in data and is_valid("model") else None
+    steps: list[RecipeStep] = []
+    broken: set[int] = set()
+    written = data.get("steps")
+    for index, step in enumerate(written if isinstance(written, list) else []):
+        if is_valid("steps", index):
+            steps.append(validate(RecipeStep, step))
+            continue
+        broken.add(index)
+        given = step if isinstance(step, dict) else {}
+        stage, step_id = given.get("use"), given.get("id")
+        known_id = step_id if isinstance(step_id, str) else None
+        steps.append(RecipeStep.model_construct(stage=stage if isinstance(stage, str) else "", given_id=known_id))
+    seed = data.get("seed", 0) if is_valid("seed") else 0
+    return {"model": model, "seed": seed, "steps": tuple(steps), "broken": frozenset(broken)}
 
 
 def _name_key(location: Location, message: str) -> str:
@@ -112,11 +156,21 @@ def _name_key(location: Location, message: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError([Problem(str(path), f"cannot be read: {error.strerror}")]) from error
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError([Problem(str(path), f"cannot be read: {reason}")]) from error
+    if len(content) > MAX_BYTES:
+        raise RecipeError([Problem(str(path), f"is no recipe: it holds more than {MAX_BYTES >> 20} MiB")])
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RecipeError([Problem(str(path), "is not text in UTF-8 but in UTF-16; save it as UTF-8")])
+    try:
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError([Problem(str(path), "is not text in UTF-8")]) from error
+        line = content.count(b"\n", 0, error.start) + 1
+        message = f"is not text in UTF-8: byte 0x{content[error.start]:02X} on line {line}; save it as UTF-8"
+        raise RecipeError([Problem(str(path), message)]) from error
 
 
 def _apply(data: dict[str, Any], override: str) -> Location:
@@ -130,23 +184,35 @@ def _apply(data: dict[str, Any], override: str) -> Location:
     if keys[0] in ("model", "seed"):
         location: Location = tuple(keys)
     else:
-        steps = data.get("steps") if isinstance(data.get("steps"), list) else []
-        ids = [str(step.get("id") or step.get("use")) if isinstance(step, dict) else "" for step in steps or []]
+        ids = _list_ids(data)
         if keys[0] not in ids:
             raise RecipeError([Problem(where, f"no step {keys[0]!r} in this recipe; {suggest(keys[0], [*ids, 'model', 'seed'])}")])
         if len(keys) == 1:
             raise RecipeError([Problem(where, f"names no option of step {keys[0]!r}; write {keys[0]}.OPTION=VALUE")])
         location = ("steps", ids.index(keys[0]), "with", *keys[1:])
     inner: Any = data
-    for depth, key in enumerate(location):
-        if isinstance(inner, list) and not isinstance(key, int):
-            written = ".".join(map(str, location[3:depth])) or keys[0]
-            raise RecipeError([Problem(where, f"{written!r} is a list; replace the whole of it")])
-        if depth == len(location) - 1:
-            inner[key] = value
-        elif isinstance(inner, dict) and not isinstance(inner.get(str(key)), dict | list):
+    for depth, key in enumerate(location[:-1]):
+        if isinstance(inner, dict) and inner.get(str(key)) is None:
             inner[str(key)] = {}
-            inner = inner[str(key)]
-        else:
-            inner = inner[key]
+        inner = inner[key]
+        if not isinstance(inner, dict) and not isinstance(location[depth + 1], int):
+            written = ".".join(map(str, location[3 : depth + 1])) or keys[0]
+            kind = "a list" if isinstance(inner, list) else "no mapping"
+            raise RecipeError([Problem(where, f"{written!r} is {kind}; replace the whole of it")])
+    inner[location[-1]] = value
     return location
+
+
+def _find_target(data: dict[str, Any], override: str) -> Location:
+    """What an option means to change: a step, or a value beside the steps."""
+    name = override.partition("=")[0].partition(".")[0]
+    ids = _list_ids(data)
+    return ("steps", ids.index(name), "with") if name in ids else (name,)
+
+
+def _list_ids(data: dict[str, Any]) -> list[str]:
+    steps = data.get("steps")
+    return [
+        str(step.get("id") or step.get("use")) if isinstance(step, dict) else ""
+        for step in (steps if isinstance(steps, list) else [])
+    ]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import re
 from collections.abc import Collection
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_args
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from .yaml_positions import Location
 
 M = TypeVar("M", bound=BaseModel)
+
+LARGEST_INTEGER = 2**63 - 1
+"""Largest whole number in a recipe: what torch takes for a seed, and a tensor for a size."""
 
 _KINDS = {
     "int": "a whole number",
@@ -36,11 +44,78 @@ class Invalid(Exception):  # noqa: N818 - carries complaints; the caller raises 
 
 
 def validate(model: type[M], data: Any) -> M:
-    """Make a model from plain data. Nothing is converted: "128" is no number, and 1 is not true."""
+    """Make a model from plain data. Nothing is converted: "128" is no number, and 1 is not true.
+
+    Paths are the exception: `~` at their start becomes the home folder. Numbers must be finite.
+    """
+    complaints: list[tuple[Location, str]] = []
+    prepared = _prepare(data, model, (), complaints)
     try:
-        return model.model_validate_json(json.dumps(data), strict=True)
+        made = model.model_validate_json(json.dumps(prepared), strict=True)
     except ValidationError as error:
-        raise Invalid(_explain_all(error, model)) from None
+        places = [place for place, _ in complaints]
+        # What a validator says of a whole whose part is refused already adds nothing.
+        complaints += [(at, said) for at, said in _explain_all(error, model) if not any(at == place[: len(at)] for place in places)]
+    except OSError as error:  # from a validator that looks at a file
+        complaints = complaints or [((), f"{error.strerror}: {str(error.filename)!r}")]
+    if complaints:
+        raise Invalid(complaints) from None
+    return made
+
+
+def _prepare(value: Any, annotation: Any, location: Location, complaints: list[tuple[Location, str]]) -> Any:
+    """The value with `~` expanded where it is a path. Notes paths and numbers that nothing can work with."""
+    members = _members(annotation)
+    if Any in members or not members:
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        complaints.append((location, f"found {_show(value)}, accepted: a finite number"))
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        sign, side = ("-", "least") if value < 0 else ("", "most")
+        complaints.append((location, f"found {_show(value)}, accepted: at {side} {sign}{LARGEST_INTEGER}"))
+    elif isinstance(value, str) and Path in members:
+        value = os.path.expanduser(value)
+        fault = _find_fault(value)
+        if fault is not None:
+            complaints.append((location, fault))
+    elif isinstance(value, list):
+        items = [argument for member in members if get_origin(member) in (list, tuple) for argument in get_args(member)]
+        return [_prepare(item, _union(items), (*location, number), complaints) for number, item in enumerate(value)]
+    elif isinstance(value, dict):
+        fields = _fields_of(annotation) or {}
+        others = [get_args(member)[1] for member in members if get_origin(member) is dict]
+        return {key: _prepare(item, fields.get(key, _union(others)), (*location, key), complaints) for key, item in value.items()}
+    return value
+
+
+def _find_fault(path: str) -> str | None:
+    """Why no file can have this path."""
+    if not path:
+        return "found '', accepted: a path"
+    if "\0" in path:
+        return f"found {_show(path)}; a path cannot hold a NUL character"
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            said = "it cannot be encoded" if isinstance(error, ValueError) else error.strerror
+            return f"found {_show(path)}; this system has no such paths ({said})"
+    return None
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a union is made of; what a root model holds stands for it."""
+    if isinstance(annotation, tuple):
+        return [inner for member in annotation for inner in _members(member)]
+    if isinstance(annotation, type) and issubclass(annotation, RootModel):
+        return _members(annotation.model_fields["root"].annotation)
+    if get_origin(annotation) in (list, tuple, dict) or not get_args(annotation) or isinstance(annotation, type):
+        return [annotation]
+    return [inner for member in get_args(annotation) for inner in _members(member)]
+
+
+def _union(annotations: list[Any]) -> Any:
+    return tuple(annotations)
 
 
 def suggest(name: str, accepted: Collection[str]) -> str:
@@ -63,6 +138,8 @@ def _explain_all(error: ValidationError, model: type[BaseModel]) -> list[tuple[L
 
 def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location, is_branch: bool) -> str:
     kind, found, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    if kind == "model_type" and isinstance(found, str):
+        return f"found {_show(found)}, accepted: a mapping{_advise_mapping(found, model, location)}"
     if kind == "extra_forbidden":
         accepted = _accepted_keys(model, location[:-1])
         return f"unknown key {str(location[-1])!r}; {suggest(str(location[-1]), accepted)}"
@@ -86,6 +163,8 @@ def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location,
         return f"found {_show(found)}, accepted: {words[kind]} {limit}"
     if kind == "string_pattern_mismatch":
         return f"found {_show(found)}, accepted: letters, digits, '-' and '_', starting with a letter"
+    if kind == "string_too_short":
+        return f"found {_show(found)}, accepted: text that is not empty"
     if kind == "too_short":
         return "found an empty list; give at least one entry"
     wanted = next((words for prefix, words in _KINDS.items() if kind.startswith(prefix)), None)
@@ -93,6 +172,21 @@ def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location,
         return f"found {_show(found)}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
     quotes = "; put quotes around it" if wanted in ("text", "a path") and isinstance(found, int | float) and not is_branch else ""
     return f"found {_show(found)}, accepted: {wanted}{quotes}"
+
+
+def _advise_mapping(found: str, model: type[BaseModel], location: Location) -> str:
+    """How to write, as a mapping, the one word that stands for a model or a data set."""
+    fields = _fields_of(_annotation_at(model, location)) or {}
+    key = next((str(part) for part in reversed(location) if isinstance(part, str)), "")
+    if found in _members(fields.get("builtin")):
+        name = "builtin"
+    elif "path" in fields and os.path.exists(os.path.expanduser(found)):
+        name = "path"
+    elif "id" in fields and re.fullmatch(r"[\w.-]+/[\w.-]+", found):
+        name = "id"
+    else:
+        return ""
+    return f"; write `{key}: {{{name}: {found if re.fullmatch(r'[A-Za-z][A-Za-z0-9./_-]*', found) else json.dumps(found)}}}`"
 
 
 def _without_branches(raw: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Location, bool]:
@@ -104,30 +198,35 @@ def _without_branches(raw: tuple[int | str, ...], model: type[BaseModel]) -> tup
             location.append(part)
             continue
         fields = _fields_of(current)
-        if part in fields or (fields and len(location) + 1 == len(raw)):
+        if fields is None:
+            return tuple(location), True
+        if part in fields or len(location) + 1 == len(raw):
             location.append(part)
             current = fields.get(part)
-        elif not fields:
-            return tuple(location), True
     return tuple(location), len(location) < len(raw)
 
 
-def _fields_of(annotation: Any) -> dict[str, Any]:
-    """Keys and annotations of the model inside an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _fields_of(annotation: Any) -> dict[str, Any] | None:
+    """Keys and annotations of the model inside an annotation; None where there is no model in it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, RootModel):
         return {info.alias or name: info.annotation for name, info in annotation.model_fields.items()}
-    for member in get_args(annotation):
-        if fields := _fields_of(member):
+    for member in annotation if isinstance(annotation, tuple) else get_args(annotation):
+        fields = _fields_of(member)
+        if fields is not None:
             return fields
-    return {}
+    return None
+
+
+def _annotation_at(model: type[BaseModel], location: Location) -> Any:
+    annotation: Any = model
+    for part in location:
+        if isinstance(part, str):
+            annotation = (_fields_of(annotation) or {}).get(part)
+    return annotation
 
 
 def _accepted_keys(model: type[BaseModel], location: Location) -> list[str]:
-    fields = _fields_of(model)
-    for part in location:
-        if isinstance(part, str):
-            fields = _fields_of(fields.get(part))
-    return list(fields)
+    return list(_fields_of(_annotation_at(model, location)) or {})
 
 
 def _join(sentences: list[str]) -> str:
@@ -141,5 +240,7 @@ def _join(sentences: list[str]) -> str:
 
 def _show(value: Any) -> str:
     """A value as YAML writes it, cut short."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     text = repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

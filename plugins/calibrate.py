@@ -55,15 +55,15 @@ class Calibrate(Stage):
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import torch
 
-        from gradmap_pipeline.data import load_tokenizer, make_sequences
+        from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
 
         base = inputs.model.base
         seed = context.seed if self.shuffle else None
         length = self.sequence_length or base.default_sequence_length
         with context.progress("read and tokenise", 1, "data set") as advance:
-            input_ids, mask = make_sequences(
-                load_tokenizer(base), self.dataset.documents(seed), length, self.samples, self.packing, seed
-            )
+            documents, embeddings = self.dataset.documents(seed), count_embeddings(base)
+            tokenizer = load_tokenizer(base)
+            input_ids, mask = make_sequences(tokenizer, documents, length, self.samples, self.packing, seed, embeddings)
             advance()
         tensors = {"input_ids": input_ids.to(torch.int32), "attention_mask": mask.to(torch.uint8)}
         return self.Outputs(

@@ -26,7 +26,6 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.data import check_length
-from gradmap_pipeline.digests import sha256_of_value
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +83,7 @@ class Evaluate(Stage):
         return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import load_tokenizer, make_sequences
+        from gradmap_pipeline.data import count_embeddings, digest_sequences, load_tokenizer, make_sequences
 
         model = inputs.model
         graph = model.graph if isinstance(model, Export) else model
@@ -93,8 +92,9 @@ class Evaluate(Stage):
         base = graph.base
         length = self.sequence_length or base.default_sequence_length
         samples = None if self.samples == "all" else self.samples
-        ids, mask = make_sequences(load_tokenizer(base), self.dataset.documents(), length, samples, self.packing)
-        text = sha256_of_value([ids.tolist(), mask.tolist()])
+        tokenizer, embeddings = load_tokenizer(base), count_embeddings(base)
+        ids, mask = make_sequences(tokenizer, self.dataset.documents(), length, samples, self.packing, embeddings=embeddings)
+        text = digest_sequences(ids, mask)
 
         def measure(model: Model) -> dict[str, Any]:
             content = model.model_copy(update={"label": ""}) if isinstance(model, ModelGraph) else model

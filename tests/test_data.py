@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gradmap_pipeline import CalibrationSet, DatasetSource, StageError, data
+from gradmap_pipeline import CalibrationSet, DatasetSource, StageError
 from gradmap_pipeline.builtin.text import load_documents, load_training_documents
-from gradmap_pipeline.data import check_tokenizer, load_tokenizer, make_sequences
+from gradmap_pipeline.data import check_tokenizer, encoding, load_tokenizer, make_sequences
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import run_stage
@@ -144,7 +144,7 @@ def test_texts_are_tokenised_once_however_many_go_together(
     together: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = make_sequences(tokenizer, TEXTS * 3, 8, None)
-    monkeypatch.setattr(data, "_ENCODE_TOGETHER", together)
+    monkeypatch.setattr(encoding, "ENCODE_TOGETHER", together)
     few = make_sequences(tokenizer, TEXTS * 3, 8, None)
     assert torch.equal(at_once[0], few[0])
 

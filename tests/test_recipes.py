@@ -40,7 +40,7 @@ def test_recipe_of_the_builtin_model_runs(file: Path, store: Path, tmp_path: Pat
     if file.stem == "prune-quantize-onnx":
         pytest.skip("runs as it ships in test_chains.py")
     monkeypatch.chdir(tmp_path)
-    steps = [step.id for step in load_recipe(file).content.steps]
+    steps = [step.id for step in load_recipe(file).steps]
     smaller = [f"--set={step}.samples=24" for step in steps if step.startswith(("evaluate", "calibrate"))]
     result = CliRunner().invoke(app, ["run", str(file), "--store", str(store), "--json", *smaller])
     assert result.exit_code == 0, result.output

@@ -54,7 +54,7 @@ CASES = {
     ),
     "out of range": (
         HEAD + "seed: -1\nsteps:\n  - use: prune\n",
-        ["3:1: seed: found -1, accepted: at least 0"],
+        ["3:1: seed: found -1, accepted: at least 0", "5:5: step 'prune': option 'layers': nothing says which layers to remove"],
     ),
     "option out of range": (
         HEAD + "steps:\n  - use: prune\n    with: {ratio: 1.5}\n",

@@ -1,0 +1,18 @@
+"""Text for calibration and evaluation: where it comes from, and how it becomes token ids."""
+
+from __future__ import annotations
+
+from .sequences import POOL, digest_sequences, make_sequences
+from .sources import DatasetSource
+from .tokenizer import check_length, check_tokenizer, count_embeddings, load_tokenizer
+
+__all__ = [
+    "POOL",
+    "DatasetSource",
+    "check_length",
+    "check_tokenizer",
+    "count_embeddings",
+    "digest_sequences",
+    "load_tokenizer",
+    "make_sequences",
+]

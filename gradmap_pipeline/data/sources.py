@@ -1,0 +1,144 @@
+"""Data sets as recipes name them: local files, the hub, the built-in text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..digests import sha256_of_value
+from ..errors import StageError
+from .documents import LONG_BYTES, Document, LongText, make_documents, shuffle_documents
+from .files import compression_of, find_files, kind_of
+from .readers import Row, read_rows, read_text
+
+
+class DatasetSource(BaseModel):
+    """A text data set: exactly one of `path`, `id` and `builtin`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path | None = Field(
+        None,
+        description="A .txt, .jsonl, .json, .csv, .parquet or .arrow file, or a folder of one of these kinds; "
+        "text may be compressed (.gz, .bz2, .xz, .zst).",
+    )
+    id: str | None = Field(None, description="Data set on the Hugging Face hub, `owner/name`; read as a stream.", min_length=1)
+    builtin: Literal["calibration", "heldout"] | None = Field(
+        None, description="Text of the running Python's standard library: the part for calibration, or the part held out."
+    )
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
+    column: str = Field("text", description="Column that holds the text, or chat messages: lists of {role, content}.")
+    revision: str | None = Field(
+        None, description="Commit, tag or branch of a hub data set. Without it, changes there go unnoticed."
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DatasetSource:
+        given = [name for name in ("path", "id", "builtin") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of 'path', 'id' and 'builtin'; found {' and '.join(map(repr, given)) or 'none'}")
+        for name in ("config", "split", "revision"):
+            if name in self.model_fields_set and self.id is None:
+                raise ValueError(f"{name!r} belongs to a hub data set, given by 'id'")
+        if self.builtin is not None and "column" in self.model_fields_set:
+            raise ValueError("'column' does not go with 'builtin'")
+        if self.id is not None:
+            from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+            validate_repo_id(self.id)
+        if self.path is not None:
+            self.files()
+        return self
+
+    @property
+    def name(self) -> str:
+        """As people would say it."""
+        if self.id is not None:
+            return " ".join(filter(None, (self.id, self.config, self.split)))
+        return str(self.path or f"builtin {self.builtin}")
+
+    def files(self) -> list[Path]:
+        """The local files, all of one kind. Raises `ValueError`."""
+        assert self.path is not None
+        return find_files(self.path)
+
+    def local_paths(self) -> list[Path]:
+        """Files and folders on this machine that are read."""
+        return [] if self.path is None else [self.path, *self.files()]
+
+    def fingerprint(self, digest_of: Callable[[Path], str]) -> Any:
+        """What the text depends on, as JSON: part of the key of every step that reads it."""
+        if self.builtin is not None:
+            from ..builtin.text import load_documents
+
+            return {"builtin": sha256_of_value(load_documents(self.builtin))}
+        if self.path is not None:
+            files = self.files()
+            suffixes = ["".join(file.suffixes[-2:]) if compression_of(file) else file.suffix for file in files]
+            return {"files": [digest_of(file) for file in files], "suffixes": suffixes, "column": self.column}
+        return self.model_dump(mode="json")
+
+    def documents(self, shuffle_seed: int | None = None) -> Iterator[Document]:
+        """Stream the texts and chats, shuffled in a buffer when a seed is given. Raises `StageError`."""
+        if self.builtin is not None:
+            from ..builtin.text import load_documents
+
+            texts = load_documents(self.builtin)
+            if shuffle_seed is not None:
+                random.Random(shuffle_seed).shuffle(texts)
+            yield from texts
+            return
+        if self.path is not None:
+            documents = self._read_files(shuffle_seed)
+            if shuffle_seed is not None:
+                documents = shuffle_documents(documents, shuffle_seed)
+        else:
+            documents = make_documents(self._stream_rows(shuffle_seed))
+        is_empty = True
+        for document in documents:
+            is_empty = False
+            yield document
+        if is_empty:
+            raise StageError(f"data set {self.name!r} holds no text: every row is empty or null")
+
+    def _read_files(self, shuffle_seed: int | None) -> Iterator[Document]:
+        files = self.files()
+        if shuffle_seed is not None:
+            random.Random(shuffle_seed).shuffle(files)
+        for file in files:
+            if kind_of(file) != "text":
+                yield from make_documents(read_rows(file, self.column))
+            elif file.stat().st_size >= LONG_BYTES or compression_of(file):
+                if any(part.strip() for part in read_text(file)):
+                    yield LongText(file)
+            else:
+                text = "".join(read_text(file))
+                if text.strip():
+                    yield text
+
+    def _stream_rows(self, shuffle_seed: int | None) -> Iterator[Row]:
+        """Rows from the hub."""
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self.id, name=self.config, split=self.split, revision=self.revision, streaming=True)
+            if shuffle_seed is not None:
+                rows = rows.shuffle(seed=shuffle_seed, buffer_size=1000)
+            for number, row in enumerate(rows, 1):
+                place = f"data set {self.name!r}, row {number}"
+                if self.column not in row:
+                    raise StageError(f"{place}: has no column {self.column!r}; its columns are {sorted(row)}; set 'column'")
+                yield Row(row[self.column], place)
+        except StageError:
+            raise
+        except Exception as error:  # the hub client raises a dozen unrelated types for the same user-facing fact
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            raise StageError(
+                f"cannot read data set {self.name!r} from the Hugging Face hub ({type(error).__name__}: {first_line}); "
+                "check the name and the network, or use a local file: `dataset: {path: FILE}`"
+            ) from error

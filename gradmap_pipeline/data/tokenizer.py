@@ -1,0 +1,72 @@
+"""The tokenizer of a model: loaded, compared, and held against the rows of its embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, OptionError, StageError
+from ..model.graph import LONGEST_DEFAULT_SEQUENCE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..artifacts import CalibrationSet, ModelForecast
+    from ..model.graph import BaseCheckpoint, ModelGraph
+
+
+def check_length(sequence_length: int | None, model: ModelForecast | None) -> int | None:
+    """Tokens in a sequence, as far as the plan knows. Raises `OptionError` where that is longer than the model is made for."""
+    positions = model.positions if model else None
+    if positions and sequence_length and sequence_length > positions:
+        found = f"found {sequence_length}, but the model is made for {positions} tokens"
+        raise OptionError("sequence_length", f"{found}; accepted: 2 to {positions}")
+    if sequence_length or model is None or model.layers is None:
+        return sequence_length
+    return min(positions or LONGEST_DEFAULT_SEQUENCE, LONGEST_DEFAULT_SEQUENCE)
+
+
+def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the weights."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.folder)
+    except (OSError, ValueError) as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{str(base.folder)!r} has no tokenizer that transformers can load ({first_line}); "
+            "put the model's tokenizer files beside its weights"
+        ) from error
+    tokenizer.model_max_length = 10**30  # documents are cut into sequences here, not by the tokenizer
+    return tokenizer
+
+
+def check_tokenizer(calibration: CalibrationSet, model: ModelGraph) -> None:
+    """Refuse token ids that another model's tokenizer made."""
+    if calibration.tokenizer != model.base.tokenizer_sha256:
+        raise StageError(f"the calibration set was made with another tokenizer than that of {model.base.name!r}; calibrate on it")
+
+
+def count_embeddings(base: BaseCheckpoint) -> int:
+    """Rows of the token embeddings as they lie in the checkpoint, whatever config.json says of the vocabulary."""
+    from ..model.skeleton import build_skeleton, make_config
+
+    skeleton = build_skeleton(make_config(base.folder))
+    table: Any = skeleton.get_input_embeddings().weight
+    name = next(name for name, parameter in skeleton.named_parameters(remove_duplicate=False) if parameter is table)
+    ending = ".".join(name.split(".")[-2:])  # prefixes differ between the module and the disk
+    stored = [tensor for at, tensor in base.tensors.items() if at == ending or at.endswith(f".{ending}")]
+    return int(stored[0].shape[0] if len(stored) == 1 else table.shape[0])
+
+
+def check_ids(rows: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raise `StageError` where a token has no row in the embeddings."""
+    beyond = next((token for row in rows if max(row, default=0) >= embeddings for token in row if token >= embeddings), None)
+    if beyond is not None:
+        token = tokenizer.convert_ids_to_tokens(beyond)
+        raise StageError(
+            f"token {token!r} has the id {beyond}, but the model has {embeddings} token embeddings (ids 0 to {embeddings - 1}); "
+            "tokens were added to the tokenizer and not to the model: use the tokenizer the model was trained with, "
+            f"or call resize_token_embeddings({len(tokenizer)}) on the model and train it"
+        )
