@@ -29,6 +29,8 @@ class Catalog:
         self.plugin_of: dict[str, str] = {}
         self.code_of: dict[str, StageCode] = {}
         """By stage: the code that makes its results, so that editing it, or installing another version, runs the stage again."""
+        self.plugin_files: list[Path] = []
+        """Single files that were given on the command line."""
         self.broken: dict[str, str] = {}
         """By plugin: why it is left out."""
 
@@ -72,6 +74,7 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
             catalog.broken[entry.value] = _describe(error)
     for file in plugin_files:
         catalog.add(str(file), _import_file(file))
+        catalog.plugin_files.append(file)
     return catalog
 
 

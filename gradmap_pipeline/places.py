@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from .stage import Stage
-from .targets import overlaps
+
+DEFAULT_STORE = Path(".gradmap")
+"""Folder for results, where the command line names no other."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,14 @@ class Place:
     holds_outputs: bool = False
     """Whether steps may write inside it, as into the current folder."""
 
-    def is_hit_by(self, target: Path) -> bool:
-        """Whether writing `target`, an absolute path, would change it."""
+    def find_relation(self, target: Path) -> str | None:
+        """How writing `target`, an absolute path, would change it: `is`, `holds` or `lies in`; None where it would not."""
         mine = self.path.resolve()
-        return mine.is_relative_to(target) if self.holds_outputs else overlaps(mine, target)
+        if target == mine:
+            return "is"
+        if mine.is_relative_to(target):
+            return "holds"
+        return "lies in" if target.is_relative_to(mine) and not self.holds_outputs else None
 
 
 def find_machine_places(store: Path, recipe: Path, plugins: Sequence[Path] = ()) -> list[Place]:

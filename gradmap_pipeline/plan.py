@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,11 @@ from .errors import GradmapError, ModelError, OptionError, PluginError, Problem,
 from .extras import explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
+from .places import DEFAULT_STORE, Place, find_machine_places, find_read_places
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .stage import Stage, name_types
 from .stage_code import StageCode
+from .targets import overlaps
 from .validation import Invalid, suggest, validate
 from .yaml_positions import Location
 
@@ -67,8 +68,11 @@ class _Board:
         return next((at for at in reversed(self.types) if at[1] == name), None)
 
 
-def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
-    """Check everything that can be checked before the run. Raises `RecipeError` with every problem found, in order of place."""
+def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> Plan:
+    """Check everything that can be checked before the run. Raises `RecipeError` with every problem found, in order of place.
+
+    `store`: the folder for results, which no step may write over.
+    """
     problems = list(recipe.problems)
     board = _Board(types={(MODEL_STEP, "model"): ModelGraph})
     board.forecasts[MODEL_STEP, "model"] = forecast = _forecast_model(recipe, problems)
@@ -84,7 +88,7 @@ def make_plan(recipe: Recipe, catalog: Catalog) -> Plan:
         planned = _plan_step(step, at, recipe, catalog, board, problems)
         if planned is not None:
             steps.append(planned)
-    problems += _find_clashes(steps, recipe)
+    problems += _find_clashes(steps, recipe, find_machine_places(store, recipe.path, catalog.plugin_files))
     if problems or recipe.model is None:
         raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
     return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast)
@@ -102,18 +106,34 @@ def _forecast_model(recipe: Recipe, problems: list[Problem]) -> Any:
         return None
 
 
-def _find_clashes(steps: list[PlannedStep], recipe: Recipe) -> list[Problem]:
-    """Steps that write where another step of the recipe writes too."""
-    problems = []
-    writers: dict[str, str] = {}
-    numbers = {step.id: number for number, step in enumerate(recipe.steps)}
+def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place]) -> Iterator[Problem]:
+    """Steps that would write over each other, over what the recipe reads, or over `places`."""
+    taken = [*places, *_find_model_places(recipe)]
     for step in steps:
-        for place in step.stage.writes():
-            other = writers.setdefault(os.path.realpath(place), step.id)
-            if other != step.id:
-                message = f"step {step.id!r} writes {str(place)!r}, as step {other!r} does; choose another"
-                problems.append(recipe.problem(("steps", numbers[step.id], "with"), message))
-    return problems
+        taken += find_read_places(step.stage, step.id)
+    numbers = {step.id: number for number, step in enumerate(recipe.steps)}
+    written: list[tuple[Path, str]] = []
+    for step in steps:
+        where: Location = ("steps", numbers[step.id], "with")
+        for folder in step.stage.writes():
+            target = folder.resolve()
+            other = next((by for place, by in written if overlaps(place, target)), None)
+            if other is not None:
+                message = f"writes {str(folder)!r}, which is, holds or lies in what step {other!r} writes; choose another folder"
+                yield recipe.problem(where, f"step {step.id!r} {message}")
+            elif (hit := next((place for place in taken if place.find_relation(target)), None)) is not None:
+                message = f"would write {str(folder)!r}, which {hit.find_relation(target)} {hit.name}; choose another folder"
+                yield recipe.problem(where, f"step {step.id!r} {message}")
+            written.append((target, step.id))
+
+
+def _find_model_places(recipe: Recipe) -> Iterator[Place]:
+    try:
+        folder = None if recipe.model is None else recipe.model.find_folder()
+    except (GradmapError, OSError, ValueError):  # told already
+        return
+    if folder is not None:
+        yield Place(folder, "the model")
 
 
 def _plan_step(

@@ -136,7 +136,7 @@ def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_base_model_is_never_overwritten(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="is, holds or lies in .* which is being read; write to another folder"):
+    with pytest.raises(StageError, match=r"is, holds or lies in .* which is being read; write to another folder"):
         run_stage(ExportModel(to=llama, overwrite=True), tmp_path, model=open_folder(llama))
 
 
