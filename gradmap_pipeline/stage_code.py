@@ -76,8 +76,8 @@ class StageCode:
     def _find_file(self, name: str) -> Path | None:
         """Source file of a module that counts; None for other libraries, and for names that are no modules."""
         top, *parts = name.split(".")
-        root = _find_root(top)
-        if root is None or not (top in (_PACKAGE, *self.packages) or root in self._neighbours):
+        root = _find_root(top) if top in (_PACKAGE, *self.packages) else self._neighbours.get(top)
+        if root is None:
             return None
         if not parts:
             return root
@@ -86,26 +86,23 @@ class StageCode:
         return next((file for file in candidates if file.is_file()), None)
 
     @cached_property
-    def _neighbours(self) -> set[Path]:
-        """Modules and packages in the folder of a stage that no distribution installs."""
+    def _neighbours(self) -> dict[str, Path]:
+        """By name: modules and packages in the folder of a stage that no distribution installs."""
         own = None if self.distribution is not None or self.module.startswith(f"{_OURS}.") else _find_root(self.module)
         if own is None:
-            return set()
-        return {*own.parent.glob("*.py"), *own.parent.glob("*/__init__.py")}
+            return {}
+        packages = {file.parent.name: file for file in own.parent.glob("*/__init__.py")}
+        return packages | {file.stem: file for file in own.parent.glob("*.py")}
 
 
 def _find_root(top: str) -> Path | None:
     """Source file of a top-level module or package, which is not imported for it."""
-    file = getattr(sys.modules[top], "__file__", None) if top in sys.modules else _find_unloaded(top)
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if file is None:
+        with suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(top)
+            file = None if spec is None else spec.origin
     return Path(file) if file and file.endswith(".py") and Path(file).is_file() else None
-
-
-@cache
-def _find_unloaded(top: str) -> str | None:
-    with suppress(ImportError, ValueError):
-        spec = importlib.util.find_spec(top)
-        return None if spec is None else spec.origin
-    return None
 
 
 @cache

@@ -119,7 +119,7 @@ class Store:
         stored = json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))
         content = _with_digest({**described, "outputs": stored})
         (folder.path / _OUTPUTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        self._check_stored(outputs, folder)
+        self._check_stored(outputs, json.loads(dumped), folder)
         finished = self._load_from(folder.final, key, type(outputs))
         if finished is not None:
             return finished
@@ -127,19 +127,19 @@ class Store:
         self._whole = {(path, digest) for path, digest in self._whole if not path.is_relative_to(folder.final)}
         return type(outputs).model_validate(stored, context={"store": self.root})
 
-    def _check_stored(self, outputs: BaseModel, folder: StepFolder) -> None:
-        """Raise `StageError` unless what was written gives these outputs again."""
-        dumped = _read_object(folder.path / _OUTPUTS)["outputs"]
+    def _check_stored(self, outputs: BaseModel, dumped: Any, folder: StepFolder) -> None:
+        """Raise `StageError` unless the JSON of these outputs gives them again, and their files have the digests they say."""
         try:
             again = type(outputs).model_validate(dumped, context={"store": self.root})
         except ValidationError as error:
             detail = error.errors(include_url=False)[0]
             place = ".".join(map(str, detail["loc"]))
             raise StageError(f"its outputs cannot be stored: {place} cannot be read back ({detail['msg']})") from error
-        files = _files_of(outputs)
-        if len(_files_of(again)) != len(files):
-            raise StageError("its outputs cannot be stored: some of their files are gone when they are read back")
-        for path, digest in files.items():
+        for name in type(outputs).model_fields:
+            if getattr(again, name) != getattr(outputs, name):
+                change = f"{getattr(outputs, name)!r} would be read back as {getattr(again, name)!r}"
+                raise StageError(f"its outputs cannot be stored: {name!r} changes on the way, {change}")
+        for path, digest in _files_of(outputs).items():
             if path.is_relative_to(folder.path) and (not path.is_file() or sha256_of(path) != digest):
                 raise StageError(f"its output file {path.name!r} is not what its digest says; write a file before it is hashed")
 

@@ -179,3 +179,15 @@ def test_what_gets_its_name_is_on_disk_before(tmp_path: Path, monkeypatch: pytes
     at = events.index("rename to out")
     assert {"file", "inside", partial.name} <= set(events[:at])
     assert events[at + 1] == tmp_path.name
+
+
+def test_run_in_another_process_namespace_deletes_nothing(tmp_path: Path) -> None:
+    """Process ids mean nothing there: a container that shares the folder sees other ones."""
+    elsewhere = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*elsewhere, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this user may not make process namespaces")
+    clear = "import sys; from pathlib import Path; from gradmap_pipeline.partial import clear_partial_folders as clear; "
+    with partial_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("half")
+        subprocess.run([*elsewhere, sys.executable, "-c", clear + "clear(Path(sys.argv[1]))", str(tmp_path)], check=True)
+        assert (partial / "file").read_text() == "half"

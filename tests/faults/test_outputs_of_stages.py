@@ -1,0 +1,83 @@
+"""What a stage returns is stored as it is, or refused in one line that names the stage; the store never holds half of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gradmap_pipeline.cli import app
+
+STAGE = '''
+import math
+from pathlib import Path
+from typing import Any
+import torch
+from pydantic import BaseModel, ConfigDict, field_serializer
+from gradmap_pipeline import Artifact, ModelGraph, Stage, TensorFile, hookimpl
+
+class Thing(Artifact):
+    model_config = ConfigDict(allow_inf_nan=True)
+    value: Any
+    file: TensorFile | None = None
+
+class Odd(Stage):
+    """Return something odd."""
+    name = "make_odd"
+    class Inputs(BaseModel):
+        model: ModelGraph
+    class Outputs(BaseModel):
+        thing: Thing
+    def run(self, inputs, context):
+        return self.Outputs(thing=make(context.folder))
+
+def make(folder):
+    RETURN
+
+@hookimpl
+def gradmap_stages():
+    return [Odd]
+'''
+CASES = {
+    "not finite": ("return Thing(value=math.nan)", "its outputs cannot be stored: 'thing' changes on the way"),
+    "object": ("return Thing(value=object())", "its outputs cannot be stored"),
+    "tensor": ("return Thing(value=torch.zeros(2))", "its outputs cannot be stored"),
+    "itself": ("x = []; x.append(x); return Thing(value=x)", "its outputs cannot be stored"),
+    "file that is not there": (
+        "return Thing(value=1, file=TensorFile(path=folder / 'x.safetensors', sha256='0' * 64))",
+        "its output file 'x.safetensors' is not what its digest says",
+    ),
+    "file that changed after it was hashed": (
+        "file = TensorFile.save({'x': torch.zeros(2)}, folder / 'x.safetensors'); file.path.write_text('')\n"
+        "    return Thing(value=1, file=file)",
+        "its output file 'x.safetensors' is not what its digest says; write a file before it is hashed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_that_cannot_be_stored(case: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, message = CASES[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.py").write_text(STAGE.replace("RETURN", code))
+    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: make_odd\n")
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "odd.py"])
+    assert result.exit_code == 4, result.output
+    assert result.stderr.startswith("error: step 'make_odd': stage 'make_odd': ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list((tmp_path / ".gradmap" / "steps").iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "object()", "{1, 2}"])
+def test_units_that_cannot_be_stored(value: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "return Thing(value=1)"
+    text = STAGE.replace("RETURN", code).replace("make(context.folder)", f"make(context.remember('x', lambda: {value}))")
+    (tmp_path / "odd.py").write_text(text)
+    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: make_odd\n")
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "odd.py"])
+    assert result.exit_code == 4, result.output
+    assert "step 'make_odd': a value that it wants remembered cannot be stored" in result.stderr
+    assert list((tmp_path / ".gradmap" / "units").iterdir()) == []
