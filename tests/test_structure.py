@@ -15,7 +15,7 @@ PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
     "errors", "extras", "digests", "group", "memory", "estimate", "machine", "partial", "environment", "artifacts",
-    "yaml_positions", "validation", "stage", "hookspecs", "removal", "builtin", "model", "exports", "ort", "data",
+    "yaml_positions", "validation", "stage", "hookspecs", "removal", "builtin", "model", "exports", "ort", "data", "tasks",
     "rates", "trial", "rehearsal", "scoring", "compensating", "catalog", "recipe", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
     "isolation", "worker", "keys", "runner", "comparison", "testing", "cli", "__main__", "reference",
