@@ -6,14 +6,14 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from gradmap_pipeline import (
     Artifact,
@@ -29,28 +29,12 @@ from gradmap_pipeline import (
     TransformersFolder,
     hookimpl,
 )
+from gradmap_pipeline.tasks import TaskFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _RESAMPLES = 1000  # of documents, for the standard error of metrics that have no formula for it
-
-
-class TaskFolder(RootModel[Path]):
-    """A folder of tasks. It counts by the content of its files."""
-
-    model_config = ConfigDict(frozen=True)
-
-    @field_validator("root")
-    @classmethod
-    def _must_be_there(cls, folder: Path) -> Path:
-        if not folder.is_dir():
-            raise ValueError(f"{str(folder)!r} is not a folder; name one that holds tasks as YAML files")
-        return folder
-
-    def fingerprint(self, digest_of: Callable[[Path], str]) -> Any:
-        """What the files hold."""
-        return {str(file.relative_to(self.root)): digest_of(file) for file in sorted(self.root.rglob("*")) if file.is_file()}
 
 
 class TaskScore(BaseModel):
@@ -89,6 +73,9 @@ class EvaluateLmEval(Stage):
     task_folder: TaskFolder | None = Field(
         None, description="Folder with tasks of your own, as lm-eval's YAML files; they may name data on this machine."
     )
+    allow_code: bool = Field(
+        False, description="Run Python that the tasks of `task_folder` name (`!function`, other people's metrics and templates)."
+    )
     fewshot: int | None = Field(None, ge=0, description="Solved examples before each question. Default: what the task says.")
     samples: int | None = Field(None, ge=1, description="Questions of each task, its first. Default: all.")
     batch_size: int = Field(8, ge=1, description="Sequences that go through the model together.")
@@ -109,6 +96,8 @@ class EvaluateLmEval(Stage):
                 raise OptionError(
                     "limits", f"found {limit!r}; accepted: a task of this step, a point and a metric, as {self.tasks[0]}.acc"
                 )
+        if self.task_folder is not None:
+            self._check_folder(self.task_folder)
         return {}
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
@@ -116,6 +105,7 @@ class EvaluateLmEval(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import load_tokenizer
+        from gradmap_pipeline.tasks.guard import guarded
 
         model = inputs.model
         graph = model.graph if isinstance(model, Export) else model
@@ -127,7 +117,7 @@ class EvaluateLmEval(Stage):
 
                 def measure(task: str = task) -> list[dict[str, Any]]:
                     nonlocal harness
-                    with _quiet():
+                    with _quiet(), guarded(self.task_folder, allow_code=self.allow_code):
                         harness = harness or _make_harness(model, load_tokenizer(graph.base), self.batch_size, context)
                         return self._measure(harness, task, manager, context.seed)
 
@@ -138,6 +128,7 @@ class EvaluateLmEval(Stage):
                     "samples": self.samples,
                     "folder": None if self.task_folder is None else self.task_folder.fingerprint(_digest),
                     "seed": context.seed,
+                    "allow_code": self.allow_code,
                 }
                 scores += [TaskScore.model_validate(score) for score in context.remember(key, measure)]
                 advance()
@@ -146,14 +137,36 @@ class EvaluateLmEval(Stage):
         self._check_limits(scores)
         return self.Outputs(task_scores=TaskScores(model=model.digest, label=model.label, scores=tuple(scores)))
 
+    def _check_folder(self, folder: TaskFolder) -> None:
+        """Raise `OptionError` where the folder cannot be read, or would have Python run that nobody allowed."""
+        try:
+            code = [] if self.allow_code else list(folder.find_code())
+            folder.outside_files()
+        except (ValueError, OSError) as error:
+            raise OptionError("task_folder", str(error)) from error
+        if code:
+            others = f" (and {len(code) - 1} more)" if len(code) > 1 else ""
+            advice = "read it, and set `allow_code: true` if it may run"
+            raise OptionError("task_folder", f"would run Python code: {code[0]}{others}; {advice}")
+
     def _find_tasks(self) -> tuple[list[str], Any]:
         """The tasks that the names stand for, and lm-eval's manager of them. Raises `OptionError`."""
+        from gradmap_pipeline.digests import sha256_of_value
+        from gradmap_pipeline.tasks.guard import check_metrics
         from gradmap_pipeline.validation import suggest
 
-        folder = None if self.task_folder is None else str(self.task_folder.root)
-        manager = None if folder is None else _open_manager(folder, defaults=False)
+        if self.task_folder is not None:
+            self._check_folder(self.task_folder)
+            if not self.allow_code:
+                try:
+                    check_metrics(self.task_folder)
+                except StageError as error:
+                    raise OptionError("task_folder", f"{error}; set `allow_code: true` if it may run") from error
+        folder = None if self.task_folder is None else str(self.task_folder.root.resolve())
+        content = None if self.task_folder is None else sha256_of_value(self.task_folder.fingerprint(_digest))
+        manager = None if folder is None else _open_manager(folder, content, defaults=False)
         if manager is None or not set(self.tasks) <= set(manager.all_tasks):
-            manager = _open_manager(folder, defaults=True)
+            manager = _open_manager(folder, content, defaults=True)
         for task in self.tasks:
             if task not in manager.all_tasks:
                 near = suggest(task, manager.all_tasks)
@@ -173,7 +186,7 @@ class EvaluateLmEval(Stage):
             bootstrap_iters=_RESAMPLES,
             log_samples=False,
             random_seed=seed,
-            numpy_random_seed=seed,
+            numpy_random_seed=seed % 2**32,  # it takes no more
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
@@ -207,8 +220,8 @@ def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
 
 
 @cache
-def _open_manager(folder: str | None, *, defaults: bool) -> Any:
-    """lm-eval's manager of tasks; to look through its own takes it some ten seconds."""
+def _open_manager(folder: str | None, content: str | None, *, defaults: bool) -> Any:
+    """lm-eval's manager of tasks; to look through its own takes it some ten seconds. `content`: digest of the folder."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
@@ -235,7 +248,19 @@ def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_
         loaded = load_whole(model, context.dtype, context.device)
     else:
         loaded = load_folder(model.folder, device_map={"": context.device})
+    _guard_embeddings(loaded, tokenizer)
     return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _guard_embeddings(loaded: Any, tokenizer: Any) -> None:
+    """Have ids that the model has no embedding for refused by name, and padding done with one that it has."""
+    from gradmap_pipeline.data.tokenizer import check_ids
+
+    table = loaded.get_input_embeddings()
+    rows = int(table.weight.shape[0])
+    if isinstance(tokenizer.pad_token_id, int) and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    table.register_forward_pre_hook(lambda _, inputs: check_ids(inputs[0].tolist(), tokenizer, rows))
 
 
 def _show(score: TaskScore, metric: str) -> str:

@@ -156,7 +156,9 @@ def test_in_a_recipe(llama: Path, tasks: Path, tmp_path: Path, monkeypatch: pyte
     assert cached == [True, False, True, False], "tasks count by what their folder holds"
 
     opened = evaluate_lm_eval._open_manager  # without lm-eval's own tasks, which take it ten seconds to list
-    monkeypatch.setattr(evaluate_lm_eval, "_open_manager", lambda folder, *, defaults: opened(folder, defaults=False))
+    monkeypatch.setattr(
+        evaluate_lm_eval, "_open_manager", lambda folder, content, *, defaults: opened(folder, content, defaults=False)
+    )
     result = gradmap("run", "r.yaml", "--set", "again.tasks=[local_chance]")
     assert result.exit_code == 2
     assert "step 'again', option 'tasks': lm-eval has no task 'local_chance'; did you mean" in " ".join(result.stderr.split())
