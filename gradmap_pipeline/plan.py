@@ -139,9 +139,9 @@ def _plan_step(
         except OptionError as error:
             place = recipe.where((*at, "with", error.option))
             problems.append(Problem(place, _name_option(step, (error.option,), str(error))))
-        except GradmapError:
+        except (GradmapError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:
             plugin = catalog.plugin_of[step.stage]
             raise PluginError(f"forecast() of stage {step.stage!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
     kinds = stage_class.output_fields() if stage is None else stage.output_types()

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from gradmap_pipeline import Context, Evaluation, Export, ModelGraph, OptionError, Stage, StageError, hookimpl
 from gradmap_pipeline.folders import check_target, describe_file, finish_export, make_lineage, write_companions
 from gradmap_pipeline.partial import partial_folder, replace_folder
+from gradmap_pipeline.processes import explain_end, tie
 
 CONVERTER = "convert_hf_to_gguf.py"
 _MAGIC = b"GGUF"
@@ -105,11 +106,14 @@ class ExportGguf(Stage):
     def _convert(self, folder: Path, file: Path) -> None:
         command = [str(self.python or sys.executable), str(self._find_converter()), str(folder)]
         done = subprocess.run(
-            [*command, "--outfile", str(file), "--outtype", self.type], capture_output=True, text=True, check=False
+            tie([*command, "--outfile", str(file), "--outtype", self.type]),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            raise StageError(f"llama.cpp's converter ended with code {done.returncode}: {said[-1] if said else 'it said nothing'}")
+            raise explain_end("llama.cpp's converter", done.returncode, done.stderr or "it said nothing")
         if not file.is_file() or not file.open("rb").read(4) == _MAGIC:
             raise StageError("llama.cpp's converter ended without an error, and without a GGUF file; nothing was written")
 
