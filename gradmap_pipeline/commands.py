@@ -250,7 +250,9 @@ def _catalog(plugins: list[Path]) -> Catalog:
 def _machine(device: str, dtype: str, threads: int | None, memory: str | None) -> Machine:
     from .machine import Machine
     from .memory import parse_size
+    from .supervision import check_address_space
 
+    check_address_space()
     return Machine(device, dtype, threads, None if memory is None else parse_size(memory))
 
 

@@ -171,6 +171,7 @@ def finish(code: Any) -> NoReturn:
     """End the process: what is printed is out, and a signal that still comes changes nothing."""
     exit_code = code if isinstance(code, int) else _UNFORESEEN
     _state.exit_code = exit_code
+    sys.unraisablehook = lambda _: None  # all is told; what exit handlers of libraries still meet is nobody's matter
     with suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -45,6 +45,7 @@ def run_elsewhere(
         "current_folder": str(Path.cwd()),
         "module": type(stage).__module__,
         "class": type(stage).__name__,
+        "stage": stage.name,
         "options": stage.model_dump(mode="json", by_alias=True),
         "inputs": inputs.model_dump(mode="json", serialize_as_any=True),
         "folder": str(context.folder),

@@ -26,6 +26,7 @@ _MEMORY = re.compile(
     rf"|pthread_create failed|(?:os error|errno) {errno.ENOMEM}\b",
     re.IGNORECASE,
 )
+_SHORT = 1 << 26
 _FULL = 1 << 24
 """Bytes: a disk with less than this free is taken for the full one, where the error does not name it."""
 
@@ -62,7 +63,7 @@ def find_shortage(error: BaseException) -> Shortage | None:
         resource = _resource_of(cause)
         if resource is not None:
             path = next((path for one in chain if (path := _path_of(one))), None) if resource == "disk" else None
-            return Shortage(resource, _first_line(cause), path)
+            return Shortage(resource, _telling_line(cause), path)
     return None
 
 
@@ -101,7 +102,23 @@ def _resource_of(error: BaseException) -> Literal["memory", "disk"] | None:
         if error.errno in _DISK_NUMBERS:
             return "disk"
         return "memory" if error.errno == errno.ENOMEM else None
+    if isinstance(error, SystemError | ImportError) and _is_address_space_used_up():
+        return "memory"  # C code that cannot allocate breaks in many ways
     return _resource_in(str(error))
+
+
+def _is_address_space_used_up() -> bool:
+    """Whether this process has next to nothing left of the address space that a limit (`ulimit -v`) allows it."""
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return False
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return False
+    import psutil
+
+    return limit - int(psutil.Process().memory_info().vms) < _SHORT
 
 
 def _resource_in(text: str) -> Literal["memory", "disk"] | None:
@@ -128,6 +145,7 @@ def _find_full(places: Sequence[Path]) -> str | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _telling_line(error: BaseException) -> str:
+    """The line of an error that says what ran out, else its first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line.strip() for line in lines if _resource_in(line)), lines[0])

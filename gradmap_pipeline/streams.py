@@ -25,15 +25,15 @@ class _Sink(io.FileIO):
     def __init__(self, descriptor: int, *, tells: bool) -> None:
         """`tells`: whether a full disk is an error; on standard error there is nobody to tell."""
         super().__init__(descriptor, "w", closefd=False)
-        self._tells, self._lost = tells, False
+        self._tells, self.is_lost = tells, False
 
     def write(self, data: ReadableBuffer, /) -> int:
         size = memoryview(data).nbytes
-        while not self._lost:
+        while not self.is_lost:
             try:
                 written: int | None = super().write(data)
             except OSError as error:
-                self._lost = True
+                self.is_lost = True
                 if self._tells and error.errno in _SHORTAGES:
                     raise CapacityError(f"standard output cannot be written: {error.strerror}; free space on its disk") from error
             else:
@@ -41,6 +41,12 @@ class _Sink(io.FileIO):
                     return written
                 select.select([], [self.fileno()], [])  # somebody has made it non-blocking
         return size
+
+
+def is_lost(stream: IO[str]) -> bool:
+    """Whether nobody gets any more what is written to a stream."""
+    sink = getattr(getattr(stream, "buffer", None), "raw", None)
+    return isinstance(sink, _Sink) and sink.is_lost
 
 
 def guard_streams() -> None:

@@ -103,7 +103,7 @@ def work(request: dict[str, Any], line: Line) -> None:
     except BaseException as error:
         shortage = None if isinstance(error, CapacityError) else find_shortage(error)
         if shortage is not None:
-            message = f"stage {request['class']!r} {shortage.explain([Path(request['folder'])])}"
+            message = f"stage {request['stage']!r} {shortage.explain([Path(request['folder'])])}"
             line.tell(error={"kind": CapacityError.__name__, "message": message, "option": None})
         elif isinstance(error, GradmapError):
             option = error.option if isinstance(error, OptionError) else None

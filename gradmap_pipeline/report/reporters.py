@@ -7,6 +7,7 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
+from ..streams import is_lost
 from .events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .summary import Summary
 from .text import add_row, dump_json, make_console, make_table, say, show
@@ -78,6 +79,8 @@ class JsonReporter(QuietReporter):
 
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         self._print({"event": "error", "exit_code": exit_code, "message": message, "where": where})
+        if is_lost(self._stream):
+            super().error(exit_code, message, where)
 
     def _write(self, name: str, event: Any) -> None:
         self._print({"event": name, **dataclasses.asdict(event)})
