@@ -14,6 +14,7 @@ import pluggy
 from . import hookspecs
 from .artifacts import Artifact
 from .errors import GradmapError, PluginError
+from .shortages import is_shortage
 from .stage import Stage
 from .stage_code import StageCode
 from .validation import suggest
@@ -70,7 +71,11 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.value.split(".")[0] != "gradmap_plugins", entry.name)):
         try:
             catalog.add(entry.value, entry.load(), entry.dist)
-        except Exception as error:  # whatever a stranger's module does, only recipes that use it stop
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a stranger's module does, only recipes that use it stop
+            if is_shortage(error):
+                raise
             catalog.broken[entry.value] = _describe(error)
     for file in plugin_files:
         catalog.add(str(file), _import_file(file))
@@ -90,9 +95,9 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
         raise PluginError(f"plugin {plugin!r} has no function gradmap_stages() marked with @hookimpl")
     try:
         (found,) = manager.hook.gradmap_stages()
-    except GradmapError:
+    except (GradmapError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {_describe(error)}") from error
     if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {found!r}")
@@ -110,12 +115,12 @@ def _import_file(file: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except GradmapError:
+    except (GradmapError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise PluginError(f"plugin {str(file)!r} cannot be imported: {_describe(error)}") from error
     return module
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return str(error) if isinstance(error, GradmapError) else f"{type(error).__name__}: {error}"

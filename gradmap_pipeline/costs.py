@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import CapacityError, GradmapError, ModelError, PluginError, is_shortage
+from .errors import CapacityError, GradmapError, ModelError, PluginError
 from .estimate import Estimate
 from .inspection import inspect_steps
 from .machine import Machine
 from .plan import Plan, PlannedStep
 from .recipe import MODEL_STEP
 from .rehearsal import Rehearsal
+from .shortages import find_shortage
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         return None
     try:
         rehearsal = Rehearsal(folder, plan.model.name, plan.model.dtype, machine, store)
-    except GradmapError:
+    except (GradmapError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise _explain(error, f"model {plan.model.name!r} cannot be tried") from error
     inspect_steps(plan, plan.steps, rehearsal.graph, rehearsal.memory)
     stored = rehearsal.stored_layer_bytes + rehearsal.stored_rest_bytes
@@ -88,16 +89,19 @@ def _ask(step: PlannedStep, inputs: dict[str, Any], rehearsal: Rehearsal) -> Est
     where = f"estimate() of stage {step.stage.name!r}"
     try:
         estimate: object = step.stage.estimate(inputs, rehearsal)
-    except GradmapError:
+    except (GradmapError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise _explain(error, f"{where} failed", PluginError) from error
     if estimate is not None and not isinstance(estimate, Estimate):
         raise PluginError(f"{where} must return an Estimate or None, got {type(estimate).__name__}")
     return estimate
 
 
-def _explain(error: Exception, what: str, kind: type[GradmapError] = ModelError) -> GradmapError:
+def _explain(error: BaseException, what: str, kind: type[GradmapError] = ModelError) -> GradmapError:
     """One line for an error that nobody foresaw."""
     first_line = (str(error).strip().splitlines() or [""])[0]
-    return (CapacityError if is_shortage(error) else kind)(f"{what}: {type(error).__name__}: {first_line}")
+    shortage = find_shortage(error)
+    if shortage is not None:
+        return CapacityError(f"{what}: {shortage.explain()}")
+    return kind(f"{what}: {type(error).__name__}: {first_line}")

@@ -16,6 +16,8 @@ from typing import Any
 from .digests import sha256_of_value
 from .errors import StageError
 from .partial import partial_folder, replace_folder
+from .processes import explain_end, tie
+from .shortages import find_shortage_in
 
 MACHINERY = ("pluggy", "psutil", "pydantic", "safetensors")
 """Distributions that gradmap-pipeline itself needs where a stage runs."""
@@ -148,9 +150,14 @@ def _executable_in(folder: Path) -> Path:
 def _run(command: list[str], log: Path, what: str) -> None:
     """Run a program with its output in a log. Raises `StageError` with the last line of it."""
     with log.open("w") as output:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            tie(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False
+        ).returncode
     if code:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = log.read_text(encoding="utf-8", errors="replace")
+        if code < 0 or find_shortage_in(said):
+            raise explain_end(f"{what}: {Path(command[0]).name}", code, said, f"; all of its output is in {str(log)!r}")
+        lines = [line for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines or [f"exit code {code}"]
         raise StageError(f"{what}: {errors[-1].removeprefix('ERROR: ')}; all of its output is in {str(log)!r}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass, field
 
 
@@ -49,6 +48,12 @@ class OptionError(GradmapError):
         super().__init__(message)
 
 
+class CommandError(GradmapError):
+    """An option of the command line, or a variable of its environment, cannot be used."""
+
+    exit_code = 2
+
+
 class PluginError(GradmapError):
     """A plugin breaks the stage contract."""
 
@@ -79,11 +84,7 @@ class QualityError(GradmapError):
     exit_code = 5
 
 
-def is_shortage(error: Exception) -> bool:
-    """Whether memory or disk ran out."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM))
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
+class Interruption(GradmapError):  # noqa: N818 - nothing went wrong
+    """Somebody ended a process of this run from outside."""
+
+    exit_code = 130

@@ -62,7 +62,7 @@ class TransformersFolder(Export, Model):
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
         import torch
 
-        model = load_folder(self.folder, device_map={"": device}).eval()
+        model = load_folder(self.folder).to(device).eval()
 
         def run(batch: Batch) -> torch.Tensor:
             with torch.no_grad():

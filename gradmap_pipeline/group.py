@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .errors import StageError
+from .errors import CommandError, StageError
 
 if TYPE_CHECKING:
     import torch
 
 _PATIENCE = timedelta(days=7)
 """A process may wait this long for the others; one that has died is noticed at once."""
+
+
+_MOST = 1 << 20
+_ADVICE = "let torchrun set them, or unset them all for a run in one process"
 
 
 @dataclass(frozen=True)
@@ -81,24 +85,43 @@ class Group:
         return f"cuda:{self.local_rank}" if dist.get_backend() == "nccl" else "cpu"
 
 
+def read_place(variables: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, as `torchrun` sets them. Raises `CommandError` where they are odd."""
+
+    def read(name: str, default: int, least: int, below: int) -> int:
+        text = variables.get(name, str(default))
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) < below):
+            accepted = f"{least} to {below - 1}" if below < _MOST else f"{least} or more"
+            raise CommandError(f"the environment variable {name} is {text!r}, accepted: {accepted}; {_ADVICE}")
+        return int(text)
+
+    size = read("WORLD_SIZE", 1, 1, _MOST)
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ()
+    missing = [name for name in needed if not variables.get(name)]
+    if missing:
+        raise CommandError(f"the environment variable WORLD_SIZE is {size}, but {' and '.join(missing)} not set; {_ADVICE}")
+    if size > 1:
+        read("MASTER_PORT", 0, 0, 65536)
+    return read("RANK", 0, 0, size), size, read("LOCAL_RANK", 0, 0, size)
+
+
 @contextmanager
 def open_group(device: str) -> Iterator[Group]:
     """Join the processes that `torchrun` started, if it did."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size, local = read_place(os.environ)
     if size == 1:
         yield Group()
         return
     import torch
     import torch.distributed as dist
 
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local)
     with _others_may_end():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
-        yield Group(int(os.environ["RANK"]), size, local)
+        yield Group(rank, size, local)
         with _others_may_end():
             dist.barrier()
     finally:

@@ -34,5 +34,7 @@ def _inspect(step: PlannedStep, inputs: dict[str, object], survey: Survey) -> No
             where += f", option {error.option!r}"
         error.where = error.where or where
         raise
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginError(f"inspect() of stage {step.stage.name!r} failed: {type(error).__name__}: {error}") from error

@@ -9,15 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel
 
 from . import errors
 from .environment import Workplace
-from .errors import CapacityError, GradmapError, OptionError, StageError
+from .errors import GradmapError, OptionError, StageError
 from .memory import resident_bytes
+from .partial import scratch_folder
+from .processes import explain_end, tie
 from .stage import Advance, Context, Stage
 
 _PATIENCE = 10
@@ -44,6 +45,7 @@ def run_elsewhere(
         "current_folder": str(Path.cwd()),
         "module": type(stage).__module__,
         "class": type(stage).__name__,
+        "stage": stage.name,
         "options": stage.model_dump(mode="json", by_alias=True),
         "inputs": inputs.model_dump(mode="json", serialize_as_any=True),
         "folder": str(context.folder),
@@ -53,7 +55,7 @@ def run_elsewhere(
         "memory": max(0, context.memory - resident_bytes()),
         "lineage": [vars(step) for step in context.lineage],
     }
-    with TemporaryDirectory() as folder, _start(Path(folder), request, stage, workplace, threads, log) as process:
+    with scratch_folder() as folder, _start(folder, request, stage, workplace, threads, log) as process:
         final = _Relay(process, context).run()
         code = process.wait()
     if "outputs" in final:
@@ -62,13 +64,8 @@ def run_elsewhere(
         raise _make_error(**final["error"])
     if "crash" in final:
         raise WorkerCrash(**final["crash"])
-    where = f"; what it printed is in {str(log)!r}"
-    if code < 0:
-        raise CapacityError(
-            f"the process of the stage was killed by signal {-code}, as the system does when memory runs out{where}"
-        )
-    last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-    raise StageError(f"the process of the stage ended with code {code}{f': {last[0].strip()}' if last else ''}{where}")
+    said = log.read_text(encoding="utf-8", errors="replace")
+    raise explain_end("the process of the stage", code, said, f"; what it printed is in {str(log)!r}")
 
 
 @contextmanager
@@ -90,7 +87,13 @@ def _start(
     with ExitStack() as stack:
         output = stack.enter_context(log.open("w"))
         process = subprocess.Popen(
-            command, cwd=folder, env=surroundings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, encoding="utf-8"
+            tie(command),
+            cwd=folder,
+            env=surroundings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            encoding="utf-8",
         )
         stack.callback(_end, process)
         yield process
@@ -99,7 +102,8 @@ def _start(
 def _end(process: subprocess.Popen[str]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
+            with suppress(OSError):  # it has died before it took what was written
+                pipe.close()
     if process.poll() is None:
         process.terminate()
         try:

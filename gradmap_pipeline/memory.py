@@ -16,16 +16,22 @@ DEFAULT_SHARE = 0.8
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
+_MOST = 2**60
+"""Bytes that somebody may mean."""
 
 
 def parse_size(text: str) -> int:
     """Bytes in `3GiB`, `512M`, `2.5 GB` (10⁹) or a plain number. Raises `ValueError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE)
+    accepted = f"found {text[:40]!r}, accepted: a size such as 3GiB, 512MiB or 2.5GB"
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([KMGT]?)(i?B)?\s*", text, re.IGNORECASE | re.ASCII)
     if match is None:
-        raise ValueError(f"found {text!r}, accepted: a size such as 3GiB, 512MiB or 2.5GB")
+        raise ValueError(accepted)
     unit = _UNITS[match[2].upper()]
     decimal = (match[3] or "").upper() == "B" and unit > 1
-    return int(float(match[1]) * (1000 ** (unit.bit_length() // 10) if decimal else unit))
+    size = int(float(match[1]) * (1000 ** (unit.bit_length() // 10) if decimal else unit))
+    if size > _MOST:
+        raise ValueError(f"{accepted}, up to {_MOST >> 40}TiB")
+    return size
 
 
 def resident_bytes(device: str = "cpu") -> int:
@@ -85,7 +91,19 @@ def free_bytes(device: str = "cpu") -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return min([int(psutil.virtual_memory().available), *_free_in_control_groups()])
+    return min([int(psutil.virtual_memory().available), *_free_in_control_groups(), *_free_in_address_space()])
+
+
+def _free_in_address_space() -> list[int]:
+    """What the limit on this process's address space (`ulimit -v`) leaves, where there is one."""
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    import psutil
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return [] if limit == resource.RLIM_INFINITY else [max(0, limit - int(psutil.Process().memory_info().vms))]
 
 
 def _free_in_control_groups() -> list[int]:

@@ -195,9 +195,9 @@ def _forecast(stage: Stage, known: Mapping[str, Any], catalog: Catalog) -> Mappi
         if not isinstance(forecasts, Mapping):
             raise TypeError(f"it must return a mapping of output names, got {type(forecasts).__name__}")
         return forecasts
-    except GradmapError:
+    except (GradmapError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: a plugin does not end the program
         plugin = catalog.plugin_of[stage.name]
         raise PluginError(f"forecast() of stage {stage.name!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from .artifacts import Artifact
 from .digests import sha256_of_value
 from .environment import Workplace
-from .errors import CapacityError, GradmapError, RecipeError, StageError, is_shortage
+from .errors import CapacityError, GradmapError, RecipeError, StageError
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
@@ -27,6 +27,7 @@ from .partial import scratch_folder
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .report.summary import summarise
+from .shortages import find_shortage
 from .stage import Advance, Context, FinishedStep
 from .store import StepFolder, Store
 
@@ -185,15 +186,18 @@ def _call(
             result = step.stage.run(inputs, context)
         else:
             result = run_elsewhere(step.stage, inputs, context, workplace, threads, store.log)
-    except GradmapError as error:
-        failure = StageError(str(error)) if error.exit_code == RecipeError.exit_code else error
-        failure.where = error.where or where
-        raise failure from error
-    except Exception as error:
-        if is_shortage(error):
-            shortage = CapacityError(f"stage {step.stage.name!r} ran out of room: {str(error) or type(error).__name__}")
-            shortage.where = where
-            raise shortage from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        shortage = None if isinstance(error, CapacityError) else find_shortage(error)
+        if shortage is not None:
+            shortage_error = CapacityError(f"stage {step.stage.name!r} {shortage.explain([context.folder, *step.stage.writes()])}")
+            shortage_error.where = where
+            raise shortage_error from error
+        if isinstance(error, GradmapError):
+            failure = StageError(str(error)) if error.exit_code == RecipeError.exit_code else error
+            failure.where = error.where or where
+            raise failure from error
         told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
         kept = store.save_traceback(told[1])
         failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {error}; traceback in {kept}")

@@ -58,7 +58,9 @@ class Store:
         """Make the folder, keep it out of git, and clear away what killed runs left."""
         for name in ("steps", "units", "environments"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
-        (self.root / ".gitignore").write_text("*\n")
+        ignore = self.root / ".gitignore"
+        if not ignore.exists() or not ignore.stat().st_size:
+            ignore.write_text("*\n")
         for folder in (self.root, self.root / "steps", self.root / "environments"):
             clear_partial_folders(folder)
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -20,7 +21,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .errors import CapacityError, GradmapError, OptionError, is_shortage
+from .errors import CapacityError, GradmapError, OptionError
+from .shortages import find_shortage
 from .stage import Advance, Context, FinishedStep, Stage
 
 
@@ -96,12 +98,16 @@ def work(request: dict[str, Any], line: Line) -> None:
         result = stage.run(inputs, make_worker_context(request, line))
         if not isinstance(result, BaseModel) or not isinstance(result, stage.Outputs):
             raise TypeError(f"it must return its Outputs, got {type(result).__name__}")
-    except GradmapError as error:
-        option = error.option if isinstance(error, OptionError) else None
-        line.tell(error={"kind": type(error).__name__, "message": str(error), "option": option})
-    except Exception as error:
-        if is_shortage(error):
-            line.tell(error={"kind": CapacityError.__name__, "message": str(error) or type(error).__name__, "option": None})
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        shortage = None if isinstance(error, CapacityError) else find_shortage(error)
+        if shortage is not None:
+            message = f"stage {request['stage']!r} {shortage.explain([Path(request['folder'])])}"
+            line.tell(error={"kind": CapacityError.__name__, "message": message, "option": None})
+        elif isinstance(error, GradmapError):
+            option = error.option if isinstance(error, OptionError) else None
+            line.tell(error={"kind": type(error).__name__, "message": str(error), "option": option})
         else:
             line.tell(crash={"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()})
     else:
@@ -111,7 +117,11 @@ def work(request: dict[str, Any], line: Line) -> None:
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.chdir(request["current_folder"])
-    work(request, Line())
+    try:
+        work(request, Line())
+    except KeyboardInterrupt:  # ends as by the signal, which says why
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 
 from gradmap_pipeline import Context, Evaluation, Export, FolderExport, ModelGraph, OptionError, Stage, StageError, hookimpl
 from gradmap_pipeline.folders import make_lineage, write_companions
+from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import describe_folder
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -100,11 +101,14 @@ class ExportGguf(FolderExport):
     def _convert(self, folder: Path, file: Path) -> None:
         command = [str(self.python or sys.executable), str(self._find_converter()), str(folder)]
         done = subprocess.run(
-            [*command, "--outfile", str(file), "--outtype", self.type], capture_output=True, text=True, check=False
+            tie([*command, "--outfile", str(file), "--outtype", self.type]),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            raise StageError(f"llama.cpp's converter ended with code {done.returncode}: {said[-1] if said else 'it said nothing'}")
+            raise explain_end("llama.cpp's converter", done.returncode, done.stderr or "it said nothing")
         if not file.is_file() or not file.open("rb").read(4) == _MAGIC:
             raise StageError("llama.cpp's converter ended without an error, and without a GGUF file; nothing was written")
 

@@ -211,8 +211,8 @@ def test_output_that_is_not_made(tmp_path: Path, llama: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        ("MemoryError()", 3, "stage 'do_nothing' ran out of room: MemoryError"),
-        ("OSError(28, 'No space left on device')", 3, "ran out of room: [Errno 28] No space left on device"),
+        ("MemoryError()", 3, "stage 'do_nothing' ran out of memory: MemoryError"),
+        ("OSError(28, 'No space left on device')", 3, "ran out of disk: [Errno 28] No space left on device"),
         ("__import__('gradmap_pipeline').OptionError('x', 'cannot be')", 4, "step 'do_nothing': cannot be"),
     ],
 )

@@ -95,7 +95,7 @@ def test_moved_model_is_the_same_model(folder: Path, llama: Path, tmp_path: Path
         (["--device", "gpu"], 2, "found 'gpu', accepted: auto, cpu, cuda, cuda:1"),
         (["--device", "cuda:99"], 3, "--device cuda:99: torch sees"),
         (["--dtype", "int8"], 2, "'int8' is not one of"),
-        (["--threads", "0"], 2, "greater than or equal to 1"),
+        (["--threads", "0"], 2, "found 0, accepted: 1 to "),
     ],
 )
 def test_impossible_machine(folder: Path, arguments: list[str], code: int, message: str) -> None:

@@ -14,12 +14,14 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
-    "errors", "extras", "digests", "group", "memory", "estimate", "machine", "partial", "environment", "artifacts",
+    "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "group", "memory", "estimate",
+    "machine", "partial", "environment", "artifacts",
     "yaml_positions", "validation", "targets", "stage", "places", "exporting", "hookspecs", "removal", "builtin", "model",
     "exports", "ort", "data", "tasks",
     "rates", "trial", "rehearsal", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
-    "isolation", "worker", "keys", "runner", "comparison", "testing", "cli", "__main__", "reference",
+    "isolation", "worker", "keys", "runner", "comparison", "testing",
+    "ending", "command_options", "commands", "cli", "__main__", "reference",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

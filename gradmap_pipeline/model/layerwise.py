@@ -9,7 +9,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, is_shortage
+from ..errors import ModelError
+from ..shortages import is_shortage
 from .batches import Batch
 from .calls import LayerArguments, OutputShape, hidden_of
 from .checkpoint import StoredTensor, load_tensor

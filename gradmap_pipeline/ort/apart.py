@@ -7,17 +7,20 @@ another process held is gone when it ends, so the weights are never in memory tw
 from __future__ import annotations
 
 import json
-import signal
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..errors import CapacityError, GradmapError, StageError, is_shortage
+from ..errors import CapacityError, GradmapError, StageError
 from ..memory import give_back, tune_allocator
 from ..model.graph import ModelGraph
+from ..partial import scratch_folder
+from ..processes import explain_end, tie
+from ..shortages import find_shortage
 from .genai import make_genai_config
 from .parity import Reference, make_references
 from .session import GRAPH
@@ -47,21 +50,30 @@ def write_graph(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple
     """
     if model.count_parameters() * (4 if dtype == "float32" else 2) < ROOM:
         return _write_here(model, dtype, seed, folder)
-    with TemporaryDirectory() as place:
+    with scratch_folder() as place:
         request = {"model": model.model_dump(mode="json"), "dtype": dtype, "seed": seed, "folder": str(folder)}
         request["threads"] = _count_threads()
-        (Path(place) / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
-        with (Path(place) / _LOG).open("w") as log:
-            code = subprocess.run([*_COMMAND, place], stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
-        if not (Path(place) / _ANSWER).is_file():
-            if code == -signal.SIGKILL:
-                raise CapacityError(f"the tracer was killed by signal {-code}, as the system does when memory runs out")
-            last = (Path(place) / _LOG).read_text(errors="replace").strip().splitlines()[-1:]
-            raise StageError(f"the tracer ended with code {code}{f': {last[0]}' if last else ''}")
-        answer = json.loads((Path(place) / _ANSWER).read_text(encoding="utf-8"))
+        (place / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        code = _run([*_COMMAND, str(place)], place / _LOG)
+        if not (place / _ANSWER).is_file():
+            raise explain_end("the tracer", code, (place / _LOG).read_text(encoding="utf-8", errors="replace"))
+        answer = json.loads((place / _ANSWER).read_text(encoding="utf-8"))
         if "error" in answer:
             raise getattr(errors, answer["error"], StageError)(answer["message"])
-        return _load_references(Path(place), answer["cases"]), answer["genai"]
+        return _load_references(place, answer["cases"]), answer["genai"]
+
+
+def _run(command: list[str], log: Path) -> int:
+    """Run a program that ends when its standard input does, which this process holds open. Returns its exit code."""
+    with log.open("w") as output:
+        process = subprocess.Popen(tie(command), stdin=subprocess.PIPE, stdout=output, stderr=output)
+        try:
+            return process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def _write_here(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple[list[Reference], dict[str, Any]]:
@@ -112,6 +124,7 @@ def _load_references(place: Path, cases: list[str]) -> list[Reference]:
 
 def main() -> None:
     """The other process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     tune_allocator(tight=True)
@@ -122,13 +135,20 @@ def main() -> None:
         model = ModelGraph.model_validate(request["model"])
         references, genai = _write_here(model, request["dtype"], request["seed"], Path(request["folder"]))
         answer: dict[str, Any] = {"cases": _save_references(references, place), "genai": genai}
-    except GradmapError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
     except Exception as error:
-        if not is_shortage(error):
+        shortage = None if isinstance(error, CapacityError) else find_shortage(error)
+        if shortage is not None:
+            answer = {"error": CapacityError.__name__, "message": f"tracing {shortage.explain([Path(request['folder'])])}"}
+        elif isinstance(error, GradmapError):
+            answer = {"error": type(error).__name__, "message": str(error)}
+        else:
             raise
-        answer = {"error": CapacityError.__name__, "message": f"tracing ran out of room: {str(error) or type(error).__name__}"}
     (place / _ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..extras import explain_missing
-from .reporters import make_console
+from .text import add_row, make_console, make_table, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,14 +30,10 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """One table: a row for each variant, after the models they start from."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(box=SIMPLE, pad_edge=False)
-    for place, heading in enumerate(_headings(comparison)):
-        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
+    headings = _headings(comparison)
+    table = make_table(*headings, right=headings[2:], fold=True)
     for row in comparison.rows:
-        table.add_row(*_cells(row, comparison))
+        add_row(table, *_cells(row, comparison))
     (console or make_console()).print(table)
 
 
@@ -50,7 +46,7 @@ def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:
         writer.writerow(headings)
         writer.writerows([cell.replace(",", "") if place >= 2 else cell for place, cell in enumerate(row)] for row in rows)
     lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = "".join(f"| {' | '.join(show(cell).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
     (folder / "comparison.md").write_text(text, encoding="utf-8")
     yield f"wrote {folder / 'comparison.csv'} and {folder / 'comparison.md'}"
     missing = explain_missing(("matplotlib",), "plot")
@@ -72,7 +68,12 @@ def _draw(comparison: Comparison, file: Path) -> Path:
     for (by_seconds, by_size), name in zip(axes, datasets, strict=True):
         rows = [row for row in comparison.rows if name in row.perplexity]
         for number, row in enumerate(rows):
-            style = {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5], "label": row.name, "linestyle": "none"}
+            style = {
+                "color": f"C{number % 10}",
+                "marker": "os^Dv"[number // 10 % 5],
+                "label": _as_label(row.name),
+                "linestyle": "none",
+            }
             if row.seconds:
                 by_seconds.plot([row.seconds], [row.perplexity[name]], **style)
             else:
@@ -81,8 +82,14 @@ def _draw(comparison: Comparison, file: Path) -> Path:
         by_seconds.set_xlabel("seconds to make")
         by_size.set_xlabel("size in MB (10⁶ bytes)")
         for plot in (by_seconds, by_size):
-            plot.set_ylabel(f"perplexity on {name}")
+            plot.set_ylabel(_as_label(f"perplexity on {name}"))
             plot.grid(alpha=0.3)
         by_size.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, metadata={"Date": None})
     return file
+
+
+def _as_label(name: str) -> str:
+    """Text for matplotlib, which reads formulas between dollar signs and leaves out labels that begin with an underscore."""
+    shown = show(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown

@@ -2,49 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 from ..costs import PlanCosts
 from ..estimate import Estimate
 from ..model.budget import format_size
-from .reporters import format_seconds, make_console
+from .reporters import format_seconds
+from .text import add_row, dump_json, make_console, make_table
 
 
 def print_costs(costs: PlanCosts | None) -> None:
     """A row a step, their sum, and what the figures do not know."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     console = make_console()
     if costs is None:
         console.print("What it takes can be said when the model is on this machine.")
         return
-    table = Table(box=SIMPLE, pad_edge=False)
-    table.add_column("step")
-    for name in ("parameters", "memory", "read", "written", "FLOPs", "time"):
-        table.add_column(name, justify="right")
-    table.add_column("how", overflow="fold")
+    columns = ("parameters", "memory", "read", "written", "FLOPs", "time")
+    table = make_table("step", *columns, "how", right=columns, fold=True)
     for step in costs.steps:
         parameters = "" if step.parameters is None else f"{step.parameters:,}"
         if step.estimate is None:
-            table.add_row(step.step, parameters, *["?"] * 5, "does not fit" if step.obstacle else "")
+            add_row(table, step.step, parameters, *["?"] * 5, "does not fit" if step.obstacle else "")
         else:
-            table.add_row(step.step, parameters, *_cells(step.estimate), step.estimate.how)
+            add_row(table, step.step, parameters, *_cells(step.estimate), step.estimate.how)
     table.add_section()
     known = all(step.estimate for step in costs.steps)
-    table.add_row("all" if known else "all that is known", "", *_cells(costs.total), "")
+    add_row(table, "all" if known else "all that is known", "", *_cells(costs.total), "")
     console.print(table)
     console.print(
         f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
-        "downloads are not in them.",
-        highlight=False,
+        "downloads are not in them."
     )
 
 
 def costs_as_json(costs: PlanCosts | None) -> str:
     """`memory` and `steps`, each with `step`, `parameters`, `obstacle` and `estimate`; `null` where nothing is known."""
-    return json.dumps(None if costs is None else asdict(costs))
+    return dump_json(None if costs is None else asdict(costs))
 
 
 def _cells(estimate: Estimate) -> list[str]:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from ..artifacts import Evaluation
 from ..model.graph import ModelGraph
+from .text import show
 
 
 def make_model_card(model: ModelGraph, evaluation: Evaluation | None) -> str:
     """Markdown with the metadata block that the Hugging Face hub reads."""
     from_hub = model.base.from_hub
-    base = model.base.name if from_hub else Path(model.base.name).name
+    base = show(model.base.name if from_hub else Path(model.base.name).name)
     metadata = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gradmap, depth-pruning]"]
     if from_hub:
         metadata += [f"base_model: {base}", "base_model_relation: finetune"]
@@ -33,7 +34,7 @@ def make_model_card(model: ModelGraph, evaluation: Evaluation | None) -> str:
             "",
             "| text | tokens | perplexity |",
             "|---|---|---|",
-            f"| {evaluation.dataset} | {evaluation.tokens:,} | {evaluation.perplexity:.3f} |",
+            f"| {show(evaluation.dataset)} | {evaluation.tokens:,} | {evaluation.perplexity:.3f} |",
         ]
     lines += [
         "",

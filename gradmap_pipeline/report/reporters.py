@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
+from ..streams import is_lost
 from .events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .summary import Summary
+from .text import add_row, dump_json, make_console, make_table, say, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,10 +22,10 @@ _SECONDS_BETWEEN_EVENTS = 0.5
 _SECONDS_BEFORE_BAR = 1.0
 
 
-def make_reporter(*, json: bool = False, quiet: bool = False) -> Reporter:
-    """The reporter that fits the options and what standard output is."""
+def make_reporter(*, json: bool = False, quiet: bool = False, stream: IO[str] | None = None) -> Reporter:
+    """The reporter that fits the options and what standard output is. `stream`: gets the JSON."""
     if json:
-        return JsonReporter(sys.stdout)
+        return JsonReporter(stream or sys.stdout)
     if quiet:
         return QuietReporter()
     return TerminalReporter() if sys.stdout.isatty() else LineReporter()
@@ -32,6 +33,8 @@ def make_reporter(*, json: bool = False, quiet: bool = False) -> Reporter:
 
 class QuietReporter:
     """Says nothing but errors."""
+
+    is_for_programs = False
 
     def run_started(self, event: RunStarted) -> None: ...
     def step_started(self, event: StepStarted) -> None: ...
@@ -43,12 +46,14 @@ class QuietReporter:
 
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         place = f"{where}: " if where and not message.startswith(where) else ""
-        for line in message.splitlines():
-            print(f"error: {place}{line}", file=sys.stderr)
+        for line in filter(str.strip, message.split("\n")):
+            print(show(f"error: {place}{line}"), file=sys.stderr)
 
 
 class JsonReporter(QuietReporter):
     """One JSON object a line."""
+
+    is_for_programs = True
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -74,12 +79,14 @@ class JsonReporter(QuietReporter):
 
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         self._print({"event": "error", "exit_code": exit_code, "message": message, "where": where})
+        if is_lost(self._stream):
+            super().error(exit_code, message, where)
 
     def _write(self, name: str, event: Any) -> None:
         self._print({"event": name, **dataclasses.asdict(event)})
 
     def _print(self, value: dict[str, Any]) -> None:
-        print(json.dumps(value), file=self._stream, flush=True)
+        print(dump_json(value), file=self._stream, flush=True)
 
 
 class LineReporter(QuietReporter):
@@ -110,7 +117,7 @@ class LineReporter(QuietReporter):
         print_summary(self.console, event.summary, event.seconds)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
 
 class CompareReporter(QuietReporter):
@@ -123,12 +130,11 @@ class CompareReporter(QuietReporter):
     def run_started(self, event: RunStarted) -> None:
         self._number += 1
         name = self._names[self._number - 1]
-        self.console.print(f"{self._number}/{len(self._names)} {name}", markup=False, highlight=False, soft_wrap=True)
+        say(self.console, f"{self._number}/{len(self._names)} {name}")
 
     def step_finished(self, event: StepFinished) -> None:
         if not event.cached:
-            text = f"  {event.step}: done ({format_seconds(event.seconds)})"
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(self.console, f"  {event.step}: done ({format_seconds(event.seconds)})")
 
 
 class TerminalReporter(LineReporter):
@@ -146,7 +152,7 @@ class TerminalReporter(LineReporter):
         if self._bars is None and now - self._since >= _SECONDS_BEFORE_BAR:
             self._start_bar(event)
         if self._bars is not None and self._task is not None:
-            rate = f"{event.rate:.3g} {event.unit}/s" if event.rate else ""
+            rate = show(f"{event.rate:.3g} {event.unit}/s") if event.rate else ""
             self._bars.update(self._task, completed=event.done, rate=rate)
 
     def progress_ended(self, step: str, description: str) -> None:
@@ -163,41 +169,33 @@ class TerminalReporter(LineReporter):
         from rich.progress import Progress as Bars
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
         )
         self._bars = Bars(*columns, console=self.console, transient=True)
-        self._task = self._bars.add_task(f"{event.step}: {event.description}", total=event.total, rate="")
+        self._task = self._bars.add_task(show(f"{event.step}: {event.description}"), total=event.total, rate="")
         self._bars.start()
 
 
 def print_summary(console: Console, summary: Summary, seconds: float) -> None:
     """Two tables, and how much of the damage a correction repaired."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    models = Table(box=SIMPLE, pad_edge=False)
-    models.add_column("model")
-    for name in ("layers", "parameters", "bytes", *(f"perplexity on {dataset}" for dataset in summary.datasets), "tokens/s"):
-        models.add_column(name, justify="right")
+    columns = ("layers", "parameters", "bytes", *(f"perplexity on {dataset}" for dataset in summary.datasets), "tokens/s")
+    models = make_table("model", *columns, right=columns)
     for row in summary.models:
         perplexities = [f"{row.perplexity[name]:.3f}" if name in row.perplexity else "" for name in summary.datasets]
         rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-        models.add_row(row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *perplexities, rate)
-    steps = Table(box=SIMPLE, pad_edge=False)
-    for name in ("step", "stage", "time"):
-        steps.add_column(name, justify="right" if name == "time" else "left")
+        add_row(models, row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *perplexities, rate)
+    steps = make_table("step", "stage", "time", right=("time",))
     for step in summary.steps:
-        steps.add_row(step.step, step.stage, "from the store" if step.cached else format_seconds(step.seconds))
+        add_row(steps, step.step, step.stage, "from the store" if step.cached else format_seconds(step.seconds))
     steps.add_section()
-    steps.add_row("all", "", format_seconds(seconds))
+    add_row(steps, "all", "", format_seconds(seconds))
     console.print(models)
     for dataset, model, share in summary.closed_gaps():
-        text = f"{model.step} closes {share:.1%} of the gap in log-perplexity that pruning opened on {dataset}."
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{model.step} closes {share:.1%} of the gap in log-perplexity that pruning opened on {dataset}.")
     console.print(steps)
 
 
@@ -213,10 +211,3 @@ def format_seconds(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def make_console() -> Console:
-    """A console as wide as the terminal, or wide enough that a log loses nothing."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=200, force_terminal=False)

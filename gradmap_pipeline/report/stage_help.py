@@ -12,6 +12,7 @@ from ..artifacts import Artifact
 from ..catalog import Catalog
 from ..errors import PluginError
 from ..stage import Stage, name_types
+from .text import show, show_lines
 
 
 def list_stages(catalog: Catalog) -> str:
@@ -23,7 +24,7 @@ def list_stages(catalog: Catalog) -> str:
         names = ", ".join(name for name, owner in catalog.plugin_of.items() if owner == plugin)
         lines.append(f"{names}: from plugin {plugin}")
     lines += [f"left out: plugin {plugin}: {reason}" for plugin, reason in catalog.broken.items()]
-    return "\n".join(lines)
+    return "\n".join(map(show, lines))
 
 
 def describe_stage(catalog: Catalog, name: str) -> str:
@@ -42,7 +43,7 @@ def describe_stage(catalog: Catalog, name: str) -> str:
         lines += ["", "options:"]
         for option, kind, default, description in rows:
             lines += [f"  {option}: {kind}{f' = {default}' if default else ''}", f"      {description}"]
-    return "\n".join(lines)
+    return show_lines("\n".join(lines))
 
 
 def list_options(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:

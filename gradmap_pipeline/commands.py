@@ -1,0 +1,285 @@
+"""The commands and their options. Imports typer alone until one runs, so that `gradmap --help` answers at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from os import environ
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .command_options import CommandGroup, check_device, check_size, check_threads, parse_store
+from .ending import endings
+from .streams import sole_output
+
+if TYPE_CHECKING:
+    from .catalog import Catalog
+    from .machine import Machine
+    from .plan import Plan
+    from .store import Store
+
+app = typer.Typer(
+    name="gradmap",
+    cls=CommandGroup,
+    help="Turn a Hugging Face causal LM into a smaller one that still loads everywhere.",
+    epilog="Exit codes: 0 done, 2 recipe or command invalid, 3 does not fit this machine, 4 a stage failed, "
+    "5 a quality limit is not met, 130 interrupted (run the same command to go on).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Replace one option of the recipe. Repeatable.")
+]
+PluginFiles = Annotated[list[Path], typer.Option("--plugin", metavar="FILE", help="Python file with stages to use. Repeatable.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gradmap-pipeline {version('gradmap-pipeline')}")
+        raise typer.Exit
+
+
+StorePath = Annotated[
+    Path, typer.Option("--store", metavar="FOLDER", parser=parse_store, help="Folder for results, shared by all recipes.")
+]
+DeviceName = Annotated[
+    str, typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
+]
+DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type to compute in.")]
+MemorySize = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        callback=check_size,
+        help="Memory this process may use, as 3GiB; of the GPU, where there is one. Default: 80 % of what is free.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", callback=check_threads, help="CPU threads. Default: all cores.", show_default=False)
+]
+
+
+@app.callback()
+def start(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default
+    store: StorePath = Path(".gradmap"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    memory: MemorySize = None,
+    threads: Threads = None,
+    plugins: PluginFiles = [],  # noqa: B006
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line on standard output, and nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Run a recipe. Steps whose results are in the store are not run again."""
+    from .report.reporters import make_reporter
+
+    leads = environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one reports
+    with sole_output(json or quiet) as output:
+        reporter = make_reporter(json=json and leads, quiet=quiet or not leads, stream=output)
+        with endings(reporter, store):
+            from .group import open_group
+            from .runner import run_plan
+
+            plan = _plan(recipe, overrides, plugins, store)
+            machine = _machine(device, dtype, threads, memory)
+            with open_group(device) as group:
+                run_plan(plan, _open_store(store), machine, reporter, group)
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    store: StorePath = Path(".gradmap"),
+    plugins: PluginFiles = [],  # noqa: B006
+) -> None:
+    """Check a recipe without running it: options, wiring, files. Prints every problem with its place."""
+    from .report.text import show
+
+    with endings():
+        plan = _plan(recipe, overrides, plugins, store)
+        typer.echo(show(f"{recipe}: no problems in {len(plan.steps)} steps"))
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer reads the default
+    store: StorePath = Path(".gradmap"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    memory: MemorySize = None,
+    threads: Threads = None,
+    plugins: PluginFiles = [],  # noqa: B006
+    json: Annotated[bool, typer.Option("--json", help="Print what each step takes as one JSON object, and nothing else.")] = False,
+) -> None:
+    """Show what a recipe will do: steps, options, layers left; and what it takes: memory, bytes, operations, time.
+
+    Times come from one layer, tried on this machine with made-up weights. Exit code 3: a step does not fit.
+    """
+    from .report.reporters import make_reporter
+
+    with sole_output(json) as output:
+        with endings(make_reporter(json=json, quiet=True, stream=output), store):
+            from .costs import estimate_plan
+            from .report.cost_table import costs_as_json, print_costs
+            from .report.plan_table import print_plan
+
+            planned = _plan(recipe, overrides, plugins, store)
+            if not json:
+                print_plan(planned)
+            costs = estimate_plan(planned, _machine(device, dtype, threads, memory), store)
+            if json:
+                print(costs_as_json(costs), file=output, flush=True)
+            else:
+                print_costs(costs)
+        with endings(make_reporter(quiet=True)):  # the one JSON object holds the obstacles
+            from .errors import CapacityError
+
+            if costs is not None and costs.obstacles:
+                raise CapacityError("\n".join(costs.obstacles))
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files.", show_default=False)],
+    grids: Annotated[
+        list[str], typer.Option("--grid", metavar="STEP.OPTION=A,B,C", help="Try each value. Repeatable: all combinations.")
+    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path, typer.Option("--out", help="Folder for the table and the plot.")] = Path("out/comparison"),
+    store: StorePath = Path(".gradmap"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    memory: MemorySize = None,
+    threads: Threads = None,
+    plugins: PluginFiles = [],  # noqa: B006
+) -> None:
+    """Run several recipes, or one over a grid of options, and put them into one table and one plot.
+
+    What they share is computed once. Steps that write folders are left out. A variant that fails does not stop the others.
+    """
+    with endings(store=store):
+        from .comparison import make_variants, run_variants
+        from .report.comparison_files import print_comparison, save_comparison
+        from .report.reporters import CompareReporter
+        from .report.text import show
+
+        variants = make_variants(recipes, grids, overrides, _catalog(plugins))
+        left_out = sorted({step for variant in variants for step in variant.left_out})
+        if left_out:
+            typer.echo(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
+        reporter = CompareReporter([variant.name for variant in variants])
+        comparison = run_variants(variants, _open_store(store), _machine(device, dtype, threads, memory), reporter)
+        print_comparison(comparison)
+        for line in save_comparison(comparison, out):
+            typer.echo(show(line))
+        for name, error in comparison.failures:
+            reporter.error(error.exit_code, f"{name}: {error}", error.where)
+    if comparison.failures:
+        sys.exit(comparison.failures[0][1].exit_code)
+
+
+@app.command()
+def stages(
+    name: Annotated[str | None, typer.Argument(help="Stage to describe.", show_default=False)] = None,
+    plugins: PluginFiles = [],  # noqa: B006
+) -> None:
+    """List the stages that recipes can use, or describe one."""
+    with endings():
+        from .report.stage_help import describe_stage, list_stages
+
+        catalog = _catalog(plugins)
+        typer.echo(list_stages(catalog) if name is None else describe_stage(catalog, name))
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="An exported folder.", show_default=False)]) -> None:
+    """Check an exported folder: every file as it was written, and the model loads."""
+    with endings():
+        from .report.text import show
+        from .verify import verify_folder
+
+        for line in verify_folder(folder):
+            typer.echo(show(line))
+
+
+@app.command()
+def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
+    """Print the JSON Schema of recipes, for editors."""
+    with sole_output() as output, endings():
+        from .report.text import dump_json
+        from .schema import make_schema
+
+        print(dump_json(make_schema(_catalog(plugins)), indent=2), file=output, flush=True)
+
+
+def run_command() -> int:
+    """Run the command that the arguments name; return its exit code."""
+    from .memory import prefer_huge_pages
+
+    prefer_huge_pages()
+    for talkative in ("torchao", "torch.utils._pytree"):  # what they say when transformers imports them is for their developers
+        logging.getLogger(talkative).setLevel(logging.ERROR)
+    code = app(standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def _catalog(plugins: list[Path]) -> Catalog:
+    from .catalog import load_catalog
+
+    return load_catalog(plugins)
+
+
+def _machine(device: str, dtype: str, threads: int | None, memory: str | None) -> Machine:
+    from .machine import Machine
+    from .memory import parse_size
+    from .supervision import check_address_space
+
+    check_address_space()
+    return Machine(device, dtype, threads, None if memory is None else parse_size(memory))
+
+
+def _open_store(folder: Path) -> Store:
+    """Make the folder unless it is there. Raises `CommandError` where it cannot be used."""
+    from .errors import CommandError
+    from .shortages import is_shortage
+    from .store import Store
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").touch()
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        advice = "name a folder that can be written"
+        raise CommandError(f"--store {str(folder)!r} cannot be used: {error.strerror}; {advice}") from error
+    return Store(folder)
+
+
+def _plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:
+    from .plan import make_plan
+    from .recipe import load_recipe
+
+    return make_plan(load_recipe(recipe, overrides), _catalog(plugins), store)

@@ -1,0 +1,92 @@
+"""Text that comes from names, options, plugins and libraries, as it may reach a terminal: nothing in it is a command."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+_UNSEEN_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
+"""Control characters, lone surrogates, separators of lines and paragraphs."""
+_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the direction, and so the order, of the text around them."""
+_NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+
+def show(text: object) -> str:
+    """One line of text, with everything in it that a terminal would obey written as an escape: `\\x1b`."""
+    found = str(text)
+    if found.isascii() and found.isprintable():
+        return found
+    return "".join(_escape(character) if _is_obeyed(character) else character for character in found)
+
+
+def show_lines(text: str) -> str:
+    """As `show`, of text whose line breaks are meant."""
+    return "\n".join(map(show, text.split("\n")))
+
+
+def _is_obeyed(character: str) -> bool:
+    return unicodedata.category(character) in _UNSEEN_CATEGORIES or character in _DIRECTIONS
+
+
+def _escape(character: str) -> str:
+    number = ord(character)
+    return _NAMED.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal, or wide enough that a log loses nothing; what it is given is text, never markup."""
+    from rich.console import Console
+
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    return Console(**plain) if sys.stdout.isatty() else Console(width=200, force_terminal=False, **plain)
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line, however long."""
+    console.print(_as_text(line), soft_wrap=True)
+
+
+def make_table(*headings: str, right: Sequence[str] = (), fold: bool = False) -> Table:
+    """A table; `right`: the columns of numbers. `fold`: break long words instead of cutting them."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in headings:
+        justify: Literal["left", "right"] = "right" if heading in right else "left"
+        table.add_column(_as_text(heading), justify=justify, overflow="fold" if fold else "ellipsis")
+    return table
+
+
+def add_row(table: Table, *cells: str | Sequence[str]) -> None:
+    """Add a row of cells; one of several lines is a list of them."""
+    table.add_row(*(_as_text(*([cell] if isinstance(cell, str) else cell)) for cell in cells))
+
+
+def _as_text(*lines: str) -> Text:
+    from rich.text import Text
+
+    return Text("\n".join(map(show, lines)))
+
+
+def dump_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON as its standard has it: what is not a finite number is null, what is no JSON is its text."""
+    return json.dumps(_finite(value), allow_nan=False, default=str, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

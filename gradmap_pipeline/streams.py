@@ -1,0 +1,95 @@
+"""Standard output and error as this program writes them: a reader that has gone stops nothing, a full disk is told."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING
+
+from .errors import CapacityError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Sink(io.FileIO):
+    """A file descriptor whose reader may go. What cannot be written any more is dropped."""
+
+    def __init__(self, descriptor: int, *, tells: bool) -> None:
+        """`tells`: whether a full disk is an error; on standard error there is nobody to tell."""
+        super().__init__(descriptor, "w", closefd=False)
+        self._tells, self.is_lost = tells, False
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        size = memoryview(data).nbytes
+        while not self.is_lost:
+            try:
+                written: int | None = super().write(data)
+            except OSError as error:
+                self.is_lost = True
+                if self._tells and error.errno in _SHORTAGES:
+                    raise CapacityError(f"standard output cannot be written: {error.strerror}; free space on its disk") from error
+            else:
+                if written is not None:
+                    return written
+                select.select([], [self.fileno()], [])  # somebody has made it non-blocking
+        return size
+
+
+def is_lost(stream: IO[str]) -> bool:
+    """Whether nobody gets any more what is written to a stream."""
+    sink = getattr(getattr(stream, "buffer", None), "raw", None)
+    return isinstance(sink, _Sink) and sink.is_lost
+
+
+def guard_streams() -> None:
+    """Have `sys.stdout` and `sys.stderr` write through sinks, and characters that their encoding lacks as escapes.
+
+    A standard stream that is closed is opened on the null device, so that no file of a run gets its number.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = _make_stream(sys.stdout, os.dup(1), tells=True)
+    sys.stderr = _make_stream(sys.stderr, os.dup(2), tells=False)
+
+
+def _make_stream(old: IO[str] | None, descriptor: int, *, tells: bool) -> io.TextIOWrapper:
+    if old is not None:
+        with suppress(OSError, ValueError):
+            old.flush()
+    sink = _Sink(descriptor, tells=tells)
+    encoding = getattr(old, "encoding", None) or "utf-8"
+    unbuffered = not tells or sink.isatty()
+    return io.TextIOWrapper(io.BufferedWriter(sink), encoding, "backslashreplace", line_buffering=unbuffered)
+
+
+@contextmanager
+def sole_output(is_wanted: bool = True) -> Iterator[IO[str]]:
+    """Standard output for the caller alone: what anything else prints meanwhile, below Python too, goes to standard error."""
+    ours = sys.stdout
+    if not is_wanted:
+        yield ours
+        return
+    ours.flush()
+    is_process_wide = isinstance(getattr(getattr(ours, "buffer", None), "raw", None), _Sink)
+    if is_process_wide:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        yield ours
+    finally:
+        sys.stdout = ours
+        if is_process_wide:
+            os.dup2(kept, 1)
+            os.close(kept)
