@@ -50,6 +50,8 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
 
     All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
     """
+    for step in plan.steps:
+        _ = step.code.digest  # of the code that is about to run, whatever is edited meanwhile
     tune_allocator(tight=machine.memory is not None)
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
@@ -213,6 +215,8 @@ def _call(
 def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder, key: str, record: dict[str, Any]) -> BaseModel:
     """Put outputs into the store; return them as stored."""
     try:
+        if not step.code.is_current():
+            raise StageError("its source files have changed while it ran, so its result is of neither code; run again")
         return store.finish(folder, key, record, result)
     except StageError as error:
         failure = StageError(f"stage {step.stage.name!r}: {error}")

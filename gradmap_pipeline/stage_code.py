@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -72,6 +72,10 @@ class StageCode:
     def digest(self) -> str:
         """SHA-256 of all that decides what the code does."""
         return sha256_of_value([self.distribution, {name: sha256_of(file) for name, file in sorted(self.files.items())}])
+
+    def is_current(self) -> bool:
+        """Whether the sources are still what they were when `digest` was first asked for."""
+        return replace(self).digest == self.digest
 
     def _find_file(self, name: str) -> Path | None:
         """Source file of a module that counts; None for other libraries, and for names that are no modules."""

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from gradmap_pipeline.catalog import load_catalog
+from gradmap_pipeline.cli import app
 from gradmap_pipeline.stage_code import StageCode
 
 STAGE = '''
@@ -162,3 +164,17 @@ def test_code_is_the_same_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.syspath_prepend(tmp_path / place)
         digests.append(StageCode("moved", None, ("moved",)).digest)
     assert digests[0] == digests[1]
+
+
+def test_result_of_code_that_is_edited_while_it_runs_is_not_kept(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    edits = "open(__file__, 'a').write('# edited')"
+    text = STAGE.replace("from . import tables\n", "").replace("from swapper.inner.late import change", edits)
+    (tmp_path / "edits.py").write_text(text.replace("change(inputs.model)", "inputs.model"))
+    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: swap_nothing\n")
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "edits.py"])
+    assert result.exit_code == 4
+    assert "step 'swap_nothing': stage 'swap_nothing': its source files have changed while it ran" in result.stderr
+    assert list((tmp_path / ".gradmap" / "steps").iterdir()) == []
