@@ -188,7 +188,10 @@ def mutate_tree(source: random.Random, text: str) -> str:
             parent[key] = copy.deepcopy(other)
     if source.random() < 0.5:
         return json.dumps(tree, ensure_ascii=source.random() < 0.5).encode("utf-8", "replace").decode()
-    return str(yaml.safe_dump(tree, sort_keys=False, default_flow_style=source.choice([None, True, False])))
+    try:
+        return str(yaml.safe_dump(tree, sort_keys=False, default_flow_style=source.choice([None, True, False])))
+    except RecursionError:  # PyYAML writes no deeper than it reads
+        return json.dumps(tree).encode("utf-8", "replace").decode()
 
 
 def mutate_text(source: random.Random, text: str) -> str:
