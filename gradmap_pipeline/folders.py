@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +19,22 @@ if TYPE_CHECKING:
 
 
 def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: Path) -> None:
-    """Config, model card, tokenizer and licence."""
+    """Config, model card, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
     from .model.architecture import prune_config
+    from .model.companions import CODE_KEY, copy_companions
     from .model.older import add_older_rope
+    from .model.tokenizer_check import check_tokenizer_copy
 
     config = prune_config(model.base.folder, model.layers)
     config = add_older_rope(model.base.folder, config)
+    config.pop(CODE_KEY, None)
     if model.dtype is not None:
         for part in (config, config.get("text_config") or {}):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(make_model_card(model, evaluation), encoding="utf-8")
-    for companion in model.base.companion_files():
-        shutil.copyfile(companion, folder / companion.name)
+    copy_companions(model.base.folder, folder)
+    check_tokenizer_copy(model.base.folder, folder)
 
 
 def make_lineage(
@@ -55,13 +57,7 @@ def make_lineage(
 
 def check_loading(folder: Path) -> None:
     """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
-    import transformers
-
-    from .model.source import load_config
-
-    named = (load_config(folder).get("architectures") or [""])[0]
-    whole = getattr(transformers, named, transformers.AutoModelForCausalLM)  # with the parts besides the text decoder
-    _, report = load_folder(folder, whole, output_loading_info=True)
+    _, report = load_folder(folder, is_whole=True, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise StageError(f"the exported folder does not load: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:5]}")

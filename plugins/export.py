@@ -85,10 +85,10 @@ class ExportModel(FolderExport):
         super().inspect(inputs, survey)
         survey.check_layerwise()
         if self.format == "onnx":
-            from gradmap_pipeline.model.skeleton import make_config
+            from gradmap_pipeline.model.pretrained import read_config
             from gradmap_pipeline.ort.trace import check_exportable
 
-            check_exportable(make_config(survey.graph.base.folder))
+            check_exportable(read_config(survey.graph.base.folder))
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model = inputs.get("model")

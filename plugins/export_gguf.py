@@ -62,6 +62,7 @@ class ExportGguf(FolderExport):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.model.checkpoint import write_folder
+        from gradmap_pipeline.model.companions import find_licences
 
         graph = inputs.model
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == graph.digest else None
@@ -73,9 +74,8 @@ class ExportGguf(FolderExport):
             with self.new_folder(graph.base.folder) as new:
                 partial = new.path
                 self._convert(plain, partial / f"model-{self.type}.gguf")
-                for companion in graph.base.companion_files():
-                    if companion.name.startswith(("LICENSE", "NOTICE", "USE_POLICY")):
-                        shutil.copyfile(companion, partial / companion.name)
+                for licence in find_licences(graph.base.folder):
+                    shutil.copyfile(licence, partial / licence.name)
                 files = describe_folder(partial)
                 files = new.finish(make_lineage(graph, evaluation, files, None, context), files)
         finally:

@@ -168,7 +168,7 @@ def test_two_exports_to_one_folder(folder: Path) -> None:
     (folder / "two.yaml").write_text(text + "  - use: export\n    id: again\n    with: {to: ./out}\n")
     result = gradmap("check", "two.yaml")
     assert result.exit_code == 2
-    assert "step 'again' writes 'out', as step 'export' does; choose another" in result.stderr
+    assert "step 'again' writes 'out', which is, holds or lies in what step 'export' writes; choose another folder" in result.stderr
 
 
 def test_export_type_is_what_is_evaluated(folder: Path) -> None:

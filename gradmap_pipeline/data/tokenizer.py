@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, OptionError, StageError
+from ..errors import OptionError, StageError
 from ..model.graph import LONGEST_DEFAULT_SEQUENCE
 
 if TYPE_CHECKING:
@@ -28,16 +28,9 @@ def check_length(sequence_length: int | None, model: ModelForecast | None) -> in
 
 def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the weights."""
-    from transformers import AutoTokenizer
+    from ..model import pretrained
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.folder)
-    except (OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"{str(base.folder)!r} has no tokenizer that transformers can load ({first_line}); "
-            "put the model's tokenizer files beside its weights"
-        ) from error
+    tokenizer = pretrained.load_tokenizer(base.folder)
     tokenizer.model_max_length = 10**30  # documents are cut into sequences here, not by the tokenizer
     return tokenizer
 
@@ -50,9 +43,10 @@ def check_tokenizer(calibration: CalibrationSet, model: ModelGraph) -> None:
 
 def count_embeddings(base: BaseCheckpoint) -> int:
     """Rows of the token embeddings as they lie in the checkpoint, whatever config.json says of the vocabulary."""
-    from ..model.skeleton import build_skeleton, make_config
+    from ..model.pretrained import read_config
+    from ..model.skeleton import build_skeleton
 
-    skeleton = build_skeleton(make_config(base.folder))
+    skeleton = build_skeleton(read_config(base.folder), base.tensors)
     table: Any = skeleton.get_input_embeddings().weight
     name = next(name for name, parameter in skeleton.named_parameters(remove_duplicate=False) if parameter is table)
     ending = ".".join(name.split(".")[-2:])  # prefixes differ between the module and the disk
