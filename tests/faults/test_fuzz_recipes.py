@@ -186,6 +186,10 @@ def mutate_tree(source: random.Random, text: str) -> str:  # noqa: PLR0912 - one
             for step in source.choice(list(places(tree))):
                 other = other[step]
             parent[key] = copy.deepcopy(other)
+    return write_tree(source, tree)
+
+
+def write_tree(source: random.Random, tree: Any) -> str:
     if source.random() < 0.5:
         return json.dumps(tree, ensure_ascii=source.random() < 0.5).encode("utf-8", "replace").decode()
     try:
