@@ -8,15 +8,7 @@ from pathlib import Path
 
 CODE = """
 import sys
-from importlib.abc import MetaPathFinder
-from importlib import metadata
-
-class Hide(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "accelerate":
-            raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
-
-sys.meta_path.insert(0, Hide())
+sys.modules["accelerate"] = None
 from gradmap_pipeline.cli import main
 main()
 """
