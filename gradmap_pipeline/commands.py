@@ -43,7 +43,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(f"gradmap-pipeline {version('gradmap-pipeline')}")
+        print(f"gradmap-pipeline {version('gradmap-pipeline')}")
         raise typer.Exit
 
 
@@ -119,7 +119,7 @@ def check(
 
     with endings():
         plan = _plan(recipe, overrides, plugins, store)
-        typer.echo(show(f"{recipe}: no problems in {len(plan.steps)} steps"))
+        print(show(f"{recipe}: no problems in {len(plan.steps)} steps"))
 
 
 @app.command()
@@ -189,12 +189,12 @@ def compare(
         variants = make_variants(recipes, grids, overrides, _catalog(plugins))
         left_out = sorted({step for variant in variants for step in variant.left_out})
         if left_out:
-            typer.echo(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
+            print(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
         reporter = CompareReporter([variant.name for variant in variants])
         comparison = run_variants(variants, _open_store(store), _machine(device, dtype, threads, memory), reporter)
         print_comparison(comparison)
         for line in save_comparison(comparison, out):
-            typer.echo(show(line))
+            print(show(line))
         for name, error in comparison.failures:
             reporter.error(error.exit_code, f"{name}: {error}", error.where)
     if comparison.failures:
@@ -211,7 +211,7 @@ def stages(
         from .report.stage_help import describe_stage, list_stages
 
         catalog = _catalog(plugins)
-        typer.echo(list_stages(catalog) if name is None else describe_stage(catalog, name))
+        print(list_stages(catalog) if name is None else describe_stage(catalog, name))
 
 
 @app.command()
@@ -222,7 +222,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="An exported folder.", sh
         from .verify import verify_folder
 
         for line in verify_folder(folder):
-            typer.echo(show(line))
+            print(show(line))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -35,6 +36,8 @@ class _State:
     number: int | None = None
     """The first that came."""
     since: float = 0.0
+    is_lost: bool = False
+    """Whether its exception was raised where Python drops it, and the signal now comes again."""
     is_telling: bool = False
     """Whether the end of the command is being told, whatever it was: an interruption changes nothing any more."""
     exit_code: int | None = None
@@ -54,14 +57,22 @@ def watch_signals() -> None:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     sys.unraisablehook = _repeat_lost
+    atexit.register(_ignore_signals)  # registered first, it is called last
+
+
+def _ignore_signals() -> None:
+    """For the moments in which Python has taken its handlers away, and the process still lives."""
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     if _state.exit_code is not None:
         os._exit(_state.exit_code)
     now = time.monotonic()
-    if _state.number is None:
-        _state.number, _state.since = number, now
+    if _state.number is None or _state.is_lost:
+        _state.number, _state.since, _state.is_lost = number, now, False
         if not _state.is_telling:
             raise KeyboardInterrupt
         return
@@ -76,10 +87,14 @@ def _repeat_lost(lost: sys.UnraisableHookArgs) -> None:
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
-    number, _state.number = _state.number, None
-    repeat = threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), number or signal.SIGINT))
-    repeat.daemon = True
-    repeat.start()
+
+    def repeat() -> None:
+        _state.is_lost = True
+        os.kill(os.getpid(), _state.number or signal.SIGINT)
+
+    timer = threading.Timer(_REPEAT_SECONDS, repeat)
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager
@@ -155,7 +170,7 @@ def _keep_traceback(error: BaseException, store: Path | None) -> str:
     text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace")
     if store is not None and store.is_dir():
         with suppress(OSError):
-            file = store / "traceback.txt"
+            file = store.resolve() / "traceback.txt"
             file.write_bytes(text)
             return f"traceback in {file}"
     try:
