@@ -14,7 +14,7 @@ from gradmap_pipeline.cli import app
 from gradmap_pipeline.ending import endings
 
 PLUGIN = '''
-import sys
+import os, sys
 from pydantic import BaseModel, Field
 from gradmap_pipeline import Artifact, ModelGraph, Stage, hookimpl
 
@@ -22,8 +22,10 @@ class Odd(BaseException):
     pass
 
 class Bad(Artifact):
-    def is_present(self):
-        raise ZeroDivisionError("outside of any stage")
+    def files_by_path(self):
+        if os.path.exists("again"):
+            raise ZeroDivisionError("outside of any stage")
+        return {}
 
 def recurse():
     return recurse()
@@ -122,11 +124,12 @@ def test_plugin_that_ends_the_process_when_imported(folder: Path, code: str) -> 
 
 def test_what_nobody_foresaw_leaves_a_traceback_in_the_store(folder: Path) -> None:
     assert gradmap("run", "").exit_code == 0
+    (folder / "again").touch()
     result = gradmap("run", "")
     file = folder / ".gradmap" / "traceback.txt"
     said = f"ZeroDivisionError: outside of any stage, which nothing here foresees; traceback in {file}"
     assert (result.exit_code, result.stderr) == (4, f"error: {said}\n")
-    assert "in is_present" in file.read_text()
+    assert "in files_by_path" in file.read_text()
     again = gradmap("run", "", "--json")
     event = json.loads(again.stdout.splitlines()[-1])
     assert event == {"event": "error", "exit_code": 4, "message": said, "where": None}
