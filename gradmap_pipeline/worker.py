@@ -46,7 +46,7 @@ class Line:
         return self._answers.get()
 
     def _listen(self) -> None:
-        for line in sys.stdin:
+        for line in os.fdopen(os.dup(0), encoding="utf-8"):  # not sys.stdin, whose lock Python needs when it ends
             self._answers.put(json.loads(line))
         os._exit(1)  # the process that started this one is gone
 
