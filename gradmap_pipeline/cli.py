@@ -289,7 +289,8 @@ def _errors(reporter: Reporter | None = None) -> Iterator[None]:
     try:
         yield
     except GradmapError as error:
-        told.error(error.exit_code, str(error), error.where)
+        if not error.agreed or environ.get("RANK", "0") == "0":
+            told.error(error.exit_code, str(error), error.where)
         sys.exit(error.exit_code)
     except OSError as error:
         told.error(4, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", None)

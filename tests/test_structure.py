@@ -16,7 +16,7 @@ HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "h
 ORDER = [
     "errors", "extras", "digests", "group", "memory", "estimate", "machine", "partial", "environment", "artifacts",
     "yaml_positions", "validation", "stage", "hookspecs", "removal", "builtin", "model", "exports", "ort", "data",
-    "rates", "trial", "rehearsal", "scoring", "compensating", "catalog", "recipe", "plan",
+    "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "catalog", "recipe", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
     "isolation", "worker", "keys", "runner", "comparison", "testing", "cli", "__main__", "reference",
 ]  # fmt: skip

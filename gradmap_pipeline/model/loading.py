@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
+from .casts import FOR_COMPUTING, cast, is_lossy, overflow
 from .skeleton import build_skeleton, find_layer_list, make_config
 
 if TYPE_CHECKING:
@@ -15,12 +16,18 @@ if TYPE_CHECKING:
 
 
 def load_tensors(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> set[str]:
-    """Bring tensors in under their names on disk; return the names of parameters that are missing."""
+    """Bring tensors in under their names on disk; return the names of parameters that are missing.
+
+    Raises `StageError` where a finite value would become infinite.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
     plan = module._get_dtype_plan(dtype)
+    wider = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and is_lossy(tensor.dtype, dtype)}
+    lost = {name: cast(tensor, dtype)[1] for name, tensor in wider.items()}
+    too_large = next((name for name, infinite in lost.items() if infinite), None)
     loading, _ = convert_and_load_state_dict_in_model(
         module,
         tensors,
@@ -34,8 +41,14 @@ def load_tensors(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtyp
     if loading.mismatched_keys:
         name, found, wanted = next(iter(loading.mismatched_keys))
         raise ModelError(f"{name!r} has shape {tuple(found)} in the checkpoint, but its config asks for {tuple(wanted)}")
+    if too_large is not None and any(part.dtype == dtype and bool(part.isinf().any()) for part in _parameters_in(module)):
+        raise overflow(too_large, lost[too_large], tensors[too_large].numel(), dtype, FOR_COMPUTING)
     missing: set[str] = loading.missing_keys
     return missing
+
+
+def _parameters_in(module: PreTrainedModel) -> list[torch.Tensor]:
+    return [parameter for parameter in module.parameters() if not parameter.is_meta]
 
 
 def trace_disk_name(graph: ModelGraph, layer: int, parameter: str) -> str:

@@ -181,12 +181,11 @@ def print_summary(console: Console, summary: Summary, seconds: float) -> None:
 
     models = Table(box=SIMPLE, pad_edge=False)
     models.add_column("model")
-    for name in ("layers", "parameters", "bytes", *(f"perplexity on {dataset}" for dataset in summary.datasets), "tokens/s"):
+    for name in ("layers", "parameters", "bytes", *(f"perplexity on {dataset}" for dataset in summary.datasets)):
         models.add_column(name, justify="right")
     for row in summary.models:
         perplexities = [f"{row.perplexity[name]:.3f}" if name in row.perplexity else "" for name in summary.datasets]
-        rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-        models.add_row(row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *perplexities, rate)
+        models.add_row(row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *perplexities)
     steps = Table(box=SIMPLE, pad_edge=False)
     for name in ("step", "stage", "time"):
         steps.add_column(name, justify="right" if name == "time" else "left")
