@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from .model.correction import Compensation, CorrectedSite
     from .model.graph import ModelGraph
     from .model.survey import Survey
+    from .ranking import Measure
     from .rehearsal import Rehearsal
-    from .scoring import LayerScoring, Measure, take_lowest
+    from .scoring import LayerScoring, take_lowest
     from .stage import Context, Stage
 
 __version__ = "0.1.0"
@@ -66,7 +67,8 @@ _HOME = {
     "model.graph": ("ModelGraph",),
     "model.survey": ("Survey",),
     "rehearsal": ("Rehearsal",),
-    "scoring": ("LayerScoring", "Measure", "take_lowest"),
+    "ranking": ("Measure",),
+    "scoring": ("LayerScoring", "take_lowest"),
     "stage": ("Context", "Stage"),
 }
 

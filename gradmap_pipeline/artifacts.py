@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_serializer,
+    model_validator,
 )
 
 from .digests import sha256_of, sha256_of_value
@@ -47,9 +49,16 @@ LINEAGE = "gradmap.json"
 
 
 class Artifact(BaseModel):
-    """Base of everything a stage takes or returns."""
+    """Base of everything a stage takes or returns. Numbers that are not finite are refused, at any depth."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_finite(self) -> Artifact:
+        place = find_not_finite(self)
+        if place is not None:
+            raise ValueError(f"{place} of {type(self).__name__} is not a finite number; an artifact holds finite numbers")
+        return self
 
     def content(self) -> Any:
         """JSON of what this artifact holds, without the places where it lies: equal content, equal value."""
@@ -109,6 +118,21 @@ def find_tensor_files(value: Any) -> list[TensorFile]:
     elif isinstance(value, dict):
         value = list(value.values())
     return [file for item in value for file in find_tensor_files(item)] if isinstance(value, list | tuple) else []
+
+
+def find_not_finite(value: Any, place: str = "") -> str | None:
+    """Where in a value, its models, mappings and lists, the first number is that is not finite; None where there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    if isinstance(value, BaseModel):
+        inside = [(f"{place}.{name}" if place else name, getattr(value, name)) for name in type(value).model_fields]
+    elif isinstance(value, dict):
+        inside = [(f"{place}.{key}", part) for key, part in value.items()]
+    elif isinstance(value, list | tuple):
+        inside = [(f"{place}.{number}", part) for number, part in enumerate(value)]
+    else:
+        return None
+    return next((deeper for where, part in inside if (deeper := find_not_finite(part, where)) is not None), None)
 
 
 class CalibrationSet(Artifact):
@@ -204,8 +228,6 @@ class Evaluation(Artifact):
     sequence_length: int
     tokens: int
     """Tokens predicted."""
-    tokens_per_second: float
-    """Prefill rate of the scoring itself, in the batches it ran, on the machine that ran it."""
     layers: int
     parameters: int
     bytes: int

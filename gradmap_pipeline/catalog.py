@@ -15,7 +15,7 @@ from . import hookspecs
 from .artifacts import Artifact
 from .errors import GradmapError, PluginError
 from .shortages import is_shortage
-from .stage import Stage
+from .stage import Stage, is_abstract
 from .stage_code import StageCode
 from .validation import suggest
 
@@ -101,6 +101,11 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {_describe(error)}") from error
     if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {found!r}")
+    base = next((stage for stage in found if is_abstract(stage)), None)
+    if base is not None:
+        raise PluginError(
+            f"plugin {plugin!r}: {base.__name__} is what stages have in common, and no stage; leave it out of the list"
+        )
     return found
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
 from .artifacts import CalibrationSet, TensorFile, Work
-from .errors import ModelError, StageError
+from .errors import ModelError, PluginError, StageError
 from .model.correction import Compensation, CorrectedSite
+from .model.finite import names_of
 from .model.graph import ModelGraph
 from .model.survey import Survey
+from .ranking import shorten
 from .stage import Context, Stage
 
 if TYPE_CHECKING:
     from .estimate import Estimate
-    from .model.sites import Site
+    from .model.sites import NotFiniteError, Site
     from .model.streams import Streams
     from .rehearsal import Rehearsal
 
@@ -91,7 +93,7 @@ class LayerCompensation(Stage):
     def run(self, inputs: Any, context: Context) -> Any:
         from .data import check_tokenizer
         from .memory import give_back
-        from .model.sites import NoSiteError
+        from .model.sites import NoSiteError, NotFiniteError, share_sites
         from .model.streams import open_streams
 
         check_tokenizer(inputs.calibration, inputs.model)
@@ -102,23 +104,34 @@ class LayerCompensation(Stage):
         started = time.perf_counter()
         known = Survey(graph, context.memory).find_sites()
         give_back()
+        known = share_sites(known, context.group)
         streams = open_streams(graph, inputs.calibration, context, self.room(graph))
         corrected: list[CorrectedSite] = []
-        left_out: list[NoSiteError] = []
+        left_out: dict[int, NoSiteError] = {}
         patches: dict[str, TensorFile] = {}
+        tried: set[int] = set()
         with context.progress("correct layers", len(graph.layers), "layer") as advance:
-            for layer in self.choose(streams, known):
+            for layer in self._choose(streams, known):
+                if layer in tried:
+                    raise PluginError(f"stage {self.name!r}: 'choose' gives layer {layer} twice")
+                if layer not in graph.layers:
+                    raise PluginError(f"stage {self.name!r}: 'choose' gives {shorten(layer)}; the model has {list(graph.layers)}")
+                tried.add(layer)
                 try:
-                    done, new = self.correct(streams, layer, known, context)
+                    with context.group.agreeing(NoSiteError):
+                        made = self.correct(streams, layer, known, context)
                 except NoSiteError as error:
-                    left_out.append(error)
+                    left_out[layer] = error
+                except NotFiniteError as error:
+                    self._refuse(error, streams, context)
                 else:
-                    corrected += done
-                    patches |= new
+                    self._check_corrected(made, graph)
+                    corrected += made[0]
+                    patches |= made[1]
                 advance()
         if not corrected:
-            raise left_out[0] if left_out else StageError("no layer takes this correction")
-        for line in [*(f"left as it is: {error}" for error in left_out), *map(self.tell, corrected)]:
+            raise next(iter(left_out.values()), None) or StageError("no layer takes this correction")
+        for line in [*(f"left as it is: {error}" for error in left_out.values()), *map(self.tell, corrected)]:
             context.note(line)
         shifts = {layer: at.shift for layer, at in streams.measured.items()}
         return self.Outputs(
@@ -126,3 +139,41 @@ class LayerCompensation(Stage):
             compensation=Compensation(sites=tuple(corrected), shifts=shifts),
             work=Work(rounds=(streams.work(time.perf_counter() - started),)),
         )
+
+    def _choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+        layers = self.choose(streams, known)
+        if not isinstance(layers, Iterable):
+            raise PluginError(f"stage {self.name!r}: 'choose' must give layers, got {shorten(layers)}")
+        yield from layers
+
+    def _check_corrected(self, made: Any, graph: ModelGraph) -> None:
+        """Raise `PluginError` unless `correct` gave what was done and patches of tensors that the model has."""
+        from .model.checkpoint import read_header
+
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], list) and isinstance(made[1], dict)):
+            raise PluginError(f"stage {self.name!r}: 'correct' must return a list and a mapping, got {shorten(made)}")
+        sites, patches = made
+        if not all(isinstance(site, CorrectedSite) for site in sites):
+            raise PluginError(f"stage {self.name!r}: 'correct' must return a list of CorrectedSite, got {shorten(sites)}")
+        for name, file in patches.items():
+            if name not in names_of(graph) or not isinstance(file, TensorFile):
+                raise PluginError(
+                    f"stage {self.name!r}: 'correct' patches {name!r}, which is no tensor of the model, in {shorten(file)}"
+                )
+            shape = graph.stored_tensor(name).shape
+            patch = read_header(file.path).get(name)
+            if patch is None or patch.shape != shape:
+                found = "nothing of that name" if patch is None else f"shape {patch.shape}"
+                raise PluginError(f"stage {self.name!r}: the patch of {name!r} must have shape {shape}; its file has {found}")
+
+    def _refuse(self, error: NotFiniteError, streams: Streams, context: Context) -> None:
+        """Raise the error that tells why what a correction needs is not finite."""
+        from .memory import give_back
+        from .model.finite import not_finite
+
+        batches = streams.pruned.batches
+        give_back()
+        graphs = [streams.graph.dense, streams.graph]
+        told = not_finite(str(error), graphs, batches, context.device, context.dtype, context.folder)
+        vague = StageError(f"{error} is not a finite number in {context.dtype}")
+        context.group.agree(told or vague, is_vague=told is None)

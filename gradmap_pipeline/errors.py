@@ -11,6 +11,8 @@ class GradmapError(Exception):
     exit_code = 4
     where: str | None = None
     """Place the message speaks of: `file:line:column`, a step, a folder."""
+    agreed = False
+    """Whether all processes of a run raise it, so that the leading one alone has to tell it."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,10 @@ class TransformersFolder(Export, Model):
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
         import torch
 
+        from .model.rope import forget_lengths
+
         model = load_folder(self.folder).to(device).eval()
+        forget_lengths(model)
 
         def run(batch: Batch) -> torch.Tensor:
             with torch.no_grad():

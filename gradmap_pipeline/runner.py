@@ -73,7 +73,11 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
         base = open_model(plan.model, store.digest_of)
     ran = Ran(outputs={"model": {"model": base}}, lineage={"model": ()})
     for step in plan.steps:
-        _run_step(step, plan, store, machine, reporter, ran, group)
+        try:
+            _run_step(step, plan, store, machine, reporter, ran, group)
+        except Exception as error:
+            group.agree(error)
+            raise
     tables = summarise(ran.outputs, ran.finished)
     reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
     return ran
@@ -247,7 +251,7 @@ def _memory_of(
             found_finished.append(found["seconds"])
             return found["value"]
         started = time.monotonic()
-        value = compute()
+        value = group.tell(compute())
         if group.leads:
             store.save_unit(step.stage.name, whole, value, time.monotonic() - started)
         return value

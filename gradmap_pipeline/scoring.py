@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, Field, model_validator
 
 from .artifacts import CalibrationSet, Decision, LayerScores, Round, ScoresForecast, Work
-from .errors import OptionError, StageError
+from .errors import OptionError, PluginError, StageError
 from .model.graph import ModelGraph
+from .ranking import Measure, Scorer, Scores, check_scores, shorten
 from .removal import count_removed
 from .stage import Context, Stage
 
 if TYPE_CHECKING:
     from .estimate import Estimate
-    from .model.parts import PartedSweep
     from .model.survey import Survey
-    from .model.sweep import Sweep
     from .rehearsal import Rehearsal
-
-Scores = dict[int, float]
-"""Importance by base layer. Higher means keep."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How a stage gets its scores from sweeps over the calibration set."""
-
-    of: Callable[[Sweep], Scores]
-    """What one sweep gives for the layers it has: this process's share of a sum over samples."""
-    key: Any
-    """All that the scores depend on besides the model, the calibration set and the layers that are left."""
-    backward: bool = False
-    weight_gradients: bool = False
-    sample_share: float = 1.0
-    """Share of the calibration samples that are swept, the first of them."""
 
 
 class LayerScoring(Stage):
@@ -107,7 +87,9 @@ class LayerScoring(Stage):
         model = inputs.model
         count, protected = self.count_decisions(len(model.layers)), self.protected(model.layers)
         measure = self.measure(context)
-        scorer = _Scorer(measure, model, inputs.calibration, context)
+        if not isinstance(measure, Measure) or not 0 < measure.sample_share <= 1:
+            raise PluginError(f"stage {self.name!r}: 'measure' must return a Measure of a sample_share over 0 and up to 1")
+        scorer = Scorer(self.name, measure, model, inputs.calibration, context)
         base = {"model": model.digest, "calibration": inputs.calibration.digest, "metric": measure.key}
         kept = list(model.layers)
         decisions: list[Decision] = []
@@ -117,16 +99,44 @@ class LayerScoring(Stage):
                 found = context.remember({**base, "kept": list(kept)}, partial(scorer.score, set(kept)))
                 scores = {int(layer): score for layer, score in found["scores"].items()}
                 rounds.append(Round.model_validate(found["work"]))
-                new = self.decide(kept, scores, count - len(decisions), protected)
+                new = self._decide(kept, scores, count - len(decisions), protected)
                 decisions += new
                 kept = [layer for layer in kept if layer not in {decision.removed for decision in new}]
                 advance(len(new))
         return self.Outputs(scores=self._tell(model, decisions, context), work=Work(rounds=tuple(rounds)))
 
     def rank(self, model: ModelGraph, scores: Scores, context: Context) -> LayerScores:
-        """Decisions by scores that need no sweep."""
-        protected = self.protected(model.layers)
-        return self._tell(model, self.decide(model.layers, scores, self.count_decisions(len(model.layers)), protected), context)
+        """Decisions by scores that need no sweep. Raises `StageError` where one is not finite."""
+        from .model.finite import find_weights
+
+        count, protected = self.count_decisions(len(model.layers)), self.protected(model.layers)
+        scores = check_scores(self.name, scores, model.layers)
+        broken = next((layer for layer, score in scores.items() if not math.isfinite(score)), None)
+        if broken is not None:
+            cause = find_weights(model) or f"what stage {self.name!r} makes of finite weights is not"
+            raise StageError(f"the score of layer {broken} is not a finite number: {cause}")
+        kept = list(model.layers)
+        decisions: list[Decision] = []
+        while len(decisions) < count:
+            new = self._decide(kept, {layer: scores[layer] for layer in kept if layer in scores}, count - len(decisions), protected)
+            decisions += new
+            kept = [layer for layer in kept if layer not in {decision.removed for decision in new}]
+        return self._tell(model, decisions, context)
+
+    def _decide(self, kept: list[int], scores: Scores, wanted: int, protected: Collection[int]) -> list[Decision]:
+        """What `decide` gives, held to what it promises."""
+        made = self.decide(kept, scores, wanted, protected)
+        if not isinstance(made, Sequence) or not all(isinstance(decision, Decision) for decision in made):
+            raise PluginError(f"stage {self.name!r}: 'decide' must return a list of Decision, got {shorten(made)}")
+        if not 1 <= len(made) <= wanted:
+            raise PluginError(f"stage {self.name!r}: 'decide' must return 1 to {wanted} decisions, got {len(made)}")
+        seen: set[int] = set()
+        for layer in (decision.removed for decision in made):
+            reasons = {"is not left": layer not in kept, "is protected": layer in protected, "is removed already": layer in seen}
+            for reason in (reason for reason, holds in reasons.items() if holds):
+                raise PluginError(f"stage {self.name!r}: 'decide' removes layer {layer}, which {reason}")
+            seen.add(layer)
+        return list(made)
 
     def _tell(self, model: ModelGraph, decisions: list[Decision], context: Context) -> LayerScores:
         context.note("least important layers, in order: " + ", ".join(str(decision.removed) for decision in decisions))
@@ -157,84 +167,17 @@ class LayerScoring(Stage):
 
 
 def take_lowest(kept: Sequence[int], scores: Scores, wanted: int, protected: Collection[int]) -> list[Decision]:
-    """Remove the layer with the lowest score, then the next, by one ranking; of equal ones the lower layer."""
+    """Remove the layer with the lowest score, then the next, by one ranking; of equal ones the lower layer.
+
+    Fewer than `wanted` where fewer that are not protected have a score.
+    """
     left = {layer: scores[layer] for layer in kept if layer in scores}
     decisions = []
     for _ in range(wanted):
         free = {layer: score for layer, score in left.items() if layer not in protected}
+        if not free:
+            break
         removed, unguarded = min(free, key=free.__getitem__), min(left, key=left.__getitem__)
         decisions.append(Decision(removed=removed, scores=dict(left), unguarded=unguarded))
         del left[removed]
     return decisions
-
-
-class _Scorer:
-    """Scores the layers that are left, one ranking after another; the next starts from what the last leaves valid."""
-
-    def __init__(self, measure: Measure, model: ModelGraph, calibration: CalibrationSet, context: Context) -> None:
-        self.measure, self.model, self.calibration, self.context = measure, model, calibration, context
-        self._sweeps: PartedSweep | None = None
-        self._left: set[int] = set()
-
-    @property
-    def used_samples(self) -> int:
-        """How many of the calibration samples are swept."""
-        return math.ceil(self.measure.sample_share * self.calibration.samples)
-
-    def score(self, kept: set[int]) -> dict[str, Any]:
-        """Importance by layer, and the work it took, as JSON."""
-        started = time.perf_counter()
-        sweeps = self._sweeps_of(kept)
-        before = sweeps.layer_forwards, sweeps.layer_backwards
-        scores: Scores = {}
-        reused, forward_seconds = 0, 0.0
-        for sweep in sweeps:
-            reused = sweep.done
-            since = time.perf_counter()
-            if self.measure.backward:
-                sweep.run_forward()
-            forward_seconds += time.perf_counter() - since
-            for layer, score in self.measure.of(sweep).items():
-                scores[layer] = scores.get(layer, 0.0) + score
-        scores = self.context.group.sum_values(scores)
-        broken = [layer for layer, score in sorted(scores.items()) if not math.isfinite(score)]
-        if broken:
-            raise StageError(
-                f"the score of layer {broken[0]} is not a finite number; the model overflows in {self.context.dtype}: "
-                "use --dtype float32 or bfloat16"
-            )
-        seconds = time.perf_counter() - started
-        share = self.used_samples / self.calibration.samples
-        saved = forward_seconds / max(1, len(kept) - reused) * reused
-        work = Round(
-            layer_forwards=(sweeps.layer_forwards - before[0]) * share,
-            layer_backwards=(sweeps.layer_backwards - before[1]) * share,
-            seconds=seconds,
-            reused_layers=reused,
-            saved=saved / (seconds + saved),
-        )
-        return {"scores": scores, "work": work.model_dump()}
-
-    def _sweeps_of(self, kept: set[int]) -> PartedSweep:
-        from .model.parts import PartedSweep
-
-        if self._sweeps is None:
-            layers = set(self.model.layers)
-            used = self.used_samples
-            self._sweeps = PartedSweep(
-                self.model.without_layers(layers - kept) if kept < layers else self.model,
-                *(self.context.group.share(part[:used]) for part in self.calibration.load()),
-                device=self.context.device,
-                dtype=self.context.dtype,
-                memory=self.context.memory,
-                folder=self.context.folder,
-                backward=self.measure.backward,
-                weight_gradients=self.measure.weight_gradients,
-                group=self.context.group,
-                divisible=not self.measure.weight_gradients,
-            )
-            self._left = set(kept)
-        for layer in self._left - kept:
-            self._sweeps.remove(layer)
-        self._left = set(kept)
-        return self._sweeps

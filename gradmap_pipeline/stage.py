@@ -69,7 +69,7 @@ class Context:
 class Stage(BaseModel):
     """One operation on a model. Fields are the options a recipe may set."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     """How recipes refer to this stage: `verb_noun`."""
@@ -88,7 +88,7 @@ class Stage(BaseModel):
     `inspect` are asked here; `run` is called there. None: it runs in the Python that is running."""
 
     abstract: ClassVar[bool]
-    """Set on a class that is no stage but what several stages have in common."""
+    """True on a class that is no stage but what several stages have in common. Classes derived from it are stages again."""
 
     parallel: ClassVar[bool] = False
     """Whether all processes of a run do this step together, each on its share of the samples, with `context.group` to sum
@@ -139,11 +139,14 @@ class Stage(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        if "abstract" in cls.__dict__:
+        if is_abstract(cls):
             return
-        for required in ("name", "Inputs", "Outputs"):
+        for required, kind in (("name", str), ("Inputs", type), ("Outputs", type)):
             if not hasattr(cls, required):
                 raise PluginError(f"stage {cls.__name__} in {cls.__module__} must define {required!r}")
+            if not isinstance(getattr(cls, required), kind) or (kind is type and not issubclass(getattr(cls, required), BaseModel)):
+                wanted = "text" if kind is str else "a class derived from pydantic's BaseModel"
+                raise PluginError(f"stage {cls.__name__} in {cls.__module__}: {required!r} must be {wanted}")
         if cls.parallel and cls.environment is not None:
             raise PluginError(
                 f"stage {cls.name!r} is parallel and has an environment; one process runs there, so it can be only one"
@@ -161,6 +164,11 @@ class Stage(BaseModel):
                     raise PluginError(
                         f"stage {cls.name!r}: {port}.{name} must be an Artifact subclass, got {info.annotation!r}"
                     ) from None
+
+
+def is_abstract(stage: type[Stage]) -> bool:
+    """Whether a class is the base of stages, and no stage itself."""
+    return stage is Stage or stage.__dict__.get("abstract") is True
 
 
 def _artifact_types(annotation: Any) -> tuple[type[Artifact], ...]:

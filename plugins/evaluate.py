@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,8 +103,10 @@ class Evaluate(Stage):
             return found
 
         found = measure(model)
-        perplexity = math.exp(found["loss"])
-        base_perplexity = None if self.max_perplexity_ratio is None else math.exp(measure(graph.dense)["loss"])
+        perplexity = perplexity_of(found["loss"], self.dataset.name)
+        base_perplexity = None
+        if self.max_perplexity_ratio is not None:
+            base_perplexity = perplexity_of(measure(graph.dense)["loss"], self.dataset.name)
         self._check_limits(perplexity, base_perplexity)
         return self.Outputs(
             evaluation=Evaluation(
@@ -139,14 +140,12 @@ class Evaluate(Stage):
 
 
 def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
-    """Mean next-token loss in nats over all tokens that are predicted, each once, with the rate of scoring.
-
-    ids, mask (samples, tokens).
-    """
+    """Mean next-token loss in nats over all tokens that are predicted, each once, and their number. ids, mask (samples, tokens)."""
     from gradmap_pipeline.memory import resident_bytes
-    from gradmap_pipeline.model.batches import make_batches, predicted_tokens
+    from gradmap_pipeline.model.batches import count_predicted, make_batches
     from gradmap_pipeline.model.boundaries import Boundaries
     from gradmap_pipeline.model.budget import choose_way, measure_needs
+    from gradmap_pipeline.model.finite import not_finite
     from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.sweep import Sweep
 
@@ -156,43 +155,63 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     needs = measure_needs(layerwise, samples, length, backward=False, keep_boundaries=False)
     way = choose_way(needs, context.memory - resident_bytes(context.device))
     layerwise.resident, layerwise.prefetch = way.resident, way.prefetch
-    batches = make_batches(ids, mask, way.batch_samples * length)
+    batches = make_batches(ids, mask, way.batch_samples * length, lengths_apart=layerwise.lengths_apart)
     # Weights that stay in memory cost nothing to use again, so activations of one batch at a time are enough.
     size = 1 if way.resident else math.ceil(len(batches) / way.parts)
     groups = [batches[start : start + size] for start in range(0, len(batches), size)]
-    loss, started = 0.0, 0.0
+    loss = 0.0
     units = len(batches) * (len(model.layers) + 1)
     with context.progress(f"score text with the {model.label} model", units, "layer batch") as advance:
-        if layerwise.resident:
-            list(Sweep(layerwise, batches[:1]).losses())  # reads the weights, so that the rate is that of scoring
-        started = time.perf_counter()
         for group in groups:
             boundaries = Boundaries(way.boundary_limit, context.folder)
             sweep = Sweep(layerwise, group, boundaries=boundaries, keep_boundaries=False, advance=advance)
             loss += sum(float(losses.double().sum()) for losses in sweep.losses())
-    tokens = sum(int(predicted_tokens(batch).sum()) for batch in batches)
-    rate = tokens / (time.perf_counter() - started)
-    total = context.group.sum_values({"loss": loss, "tokens": tokens, "rate": rate})
-    return {"loss": total["loss"] / total["tokens"], "tokens": int(total["tokens"]), "tokens_per_second": total["rate"]}
+    total = context.group.sum_values({"loss": loss, "tokens": count_predicted(batches)})
+    if not math.isfinite(total["loss"]):
+        what = f"the loss of the {model.label} model"
+        cause = not_finite(what, [model], batches, context.device, context.dtype, context.folder)
+        context.group.agree(cause or StageError(f"{what} is not a finite number"), is_vague=cause is None)
+    return _mean_loss(total)
 
 
 def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """The same of a folder, by the program it was made for."""
-    from gradmap_pipeline.model.batches import make_batches, next_token_losses, predicted_tokens
+    from gradmap_pipeline.model.batches import count_predicted, make_batches, next_token_losses
+    from gradmap_pipeline.model.finite import find_weights
+    from gradmap_pipeline.model.rope import lengths_apart_in
 
-    batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS)
+    apart = lengths_apart_in(model.folder)
+    batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS, lengths_apart=apart)
     run = model.open(context.device)
     loss = 0.0
     with context.progress(f"score text with the {model.label} model", len(batches), "batch") as advance:
-        run(batches[0])  # warms up
-        started = time.perf_counter()
         for batch in batches:
             loss += float(next_token_losses(run(batch), batch).double().sum())
             advance()
-    tokens = sum(int(predicted_tokens(batch).sum()) for batch in batches)
-    rate = tokens / (time.perf_counter() - started)
-    total = context.group.sum_values({"loss": loss, "tokens": tokens, "rate": rate})
-    return {"loss": total["loss"] / total["tokens"], "tokens": int(total["tokens"]), "tokens_per_second": total["rate"]}
+    total = context.group.sum_values({"loss": loss, "tokens": count_predicted(batches)})
+    if not math.isfinite(total["loss"]):
+        cause = (
+            find_weights(model.graph) or "its weights are finite, what it computes in its own types is not; export it in float32"
+        )
+        raise StageError(f"the loss of the {model.label} model in {str(model.folder)!r} is not a finite number: {cause}")
+    return _mean_loss(total)
+
+
+def _mean_loss(total: Mapping[str, float]) -> dict[str, Any]:
+    if not total["tokens"]:
+        raise StageError("no token is predicted: each text is one token long; use longer texts, or `packing: documents`")
+    return {"loss": total["loss"] / total["tokens"], "tokens": int(total["tokens"])}
+
+
+def perplexity_of(loss: float, dataset: str) -> float:
+    """exp of a mean loss in nats. Raises `StageError` where that is over the largest number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise StageError(
+            f"the mean loss on {dataset!r} is {loss:.4g} nats a token, whose exponential, the perplexity, is over the largest "
+            "number; such a model predicts nothing"
+        ) from None
 
 
 @hookimpl

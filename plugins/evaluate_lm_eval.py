@@ -6,6 +6,7 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
@@ -210,8 +211,15 @@ class EvaluateLmEval(Stage):
 def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
     """One task's part of what `simple_evaluate` returns. Its keys are `metric,filter`; filter `none` is left out here."""
     results = {key.removesuffix(",none"): value for key, value in found["results"][task].items() if isinstance(value, float)}
-    errors = {key.replace("_stderr", "", 1): value for key, value in results.items() if "_stderr" in key}
+    deviations = {key.replace("_stderr", "", 1): value for key, value in results.items() if "_stderr" in key}
+    errors = {key: value for key, value in deviations.items() if math.isfinite(value)}  # of one document there is none
     metrics = {key: value for key, value in results.items() if "_stderr" not in key}
+    broken = next((key for key, value in metrics.items() if not math.isfinite(value)), None)
+    if broken is not None:
+        raise StageError(
+            f"lm-eval's {task}.{broken} is {metrics[broken]}, not a finite number: the model computes values that are not, or "
+            "gives the right answers no probability at all; use evaluate to see which"
+        )
     directions = found["higher_is_better"].get(task, {})
     higher = {key: directions[key.partition(",")[0]] for key in metrics if directions.get(key.partition(",")[0]) is not None}
     samples = found["n-samples"].get(task, {}).get("effective", 0)
@@ -234,6 +242,7 @@ def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_
 
     from gradmap_pipeline.exports import load_folder
     from gradmap_pipeline.memory import resident_bytes
+    from gradmap_pipeline.model.rope import forget_lengths, lengths_apart
     from gradmap_pipeline.model.whole import load_whole
 
     width = 4 if context.dtype == "float32" else 2
@@ -247,9 +256,11 @@ def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_
     if isinstance(model, ModelGraph):
         loaded = load_whole(model, context.dtype, context.device)
     else:
-        loaded = load_folder(model.folder, device_map={"": context.device})
+        loaded = load_folder(model.folder).to(context.device)
     _guard_embeddings(loaded, tokenizer)
-    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=batch_size)
+    forget_lengths(loaded)
+    alone = lengths_apart(loaded.config.to_dict())  # then the harness must not pad one sequence to the length of another
+    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=1 if alone else batch_size)
 
 
 def _guard_embeddings(loaded: Any, tokenizer: Any) -> None:

@@ -161,8 +161,8 @@ def fold_patch(
                 leaving = visit.output[visit.mask].double()
                 moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], leaving @ change)
                 drift.add(leaving, streams.target(position, visit.batch)[visit.mask].double())
+    streams.join(drift, layer)
     moments.join(streams.group)
-    drift.join(streams.group)
     new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)
     corrected = CorrectedSite(
         layer=layer,

@@ -58,7 +58,7 @@ def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Cont
             drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
             drift.add(drifted, target)
             missing += float((target - drifted).square().sum())
-    drift.join(streams.group)
+    streams.join(drift, layer)
     missing = streams.group.sum_values({"missing": missing})["missing"]
     with streams.pruned.model.layer(layer) as module:
         bias = module.get_parameter(f"{site.name}.bias").detach().double()

@@ -157,7 +157,8 @@ def correct_layer(
     refusal = NoSiteError(f"layer {layer} has no linear map and no norm that writes to the residual stream unchanged")
     for site in chosen:
         try:
-            done, new = correct_site(streams, layer, site, context, space=stage.space, ridge=stage.ridge, shrink=stage.shrink)
+            with streams.group.agreeing(NoSiteError):
+                done, new = correct_site(streams, layer, site, context, space=stage.space, ridge=stage.ridge, shrink=stage.shrink)
         except NoSiteError as error:
             refusal = error
         else:

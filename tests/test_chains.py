@@ -34,7 +34,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 @onnx_libraries
 def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One table with perplexity, bytes and speed at each point, all on the same text."""
+    """One table with perplexity and bytes at each point, all on the same text."""
     monkeypatch.chdir(tmp_path)
     recipe = ROOT / "recipes" / "prune-quantize-onnx.yaml"
     code, output = invoke("run", str(recipe), "--store", str(tmp_path / "store"), "--json")
@@ -42,7 +42,6 @@ def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     rows = {row["label"]: row for row in events[-1]["summary"]["models"]}
     assert list(rows) == ["dense", "pruned", "compensated", "compensated, ONNX", "compensated, ONNX int8"]
-    assert all(row["tokens_per_second"] > 0 for row in rows.values())
     (found,) = {tuple(row["perplexity"]) for row in rows.values()}
     perplexity = {label: row["perplexity"][found[0]] for label, row in rows.items()}
     assert perplexity["dense"] < perplexity["compensated"] < perplexity["pruned"]

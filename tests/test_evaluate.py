@@ -38,7 +38,6 @@ def test_perplexity_is_that_of_the_whole_model(llama: Path, text: Path, tmp_path
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     assert (found.layers, found.label, found.model) == (4, "dense", model.digest)
     assert (found.parameters, found.bytes) == (model.count_parameters(), model.count_bytes())
-    assert found.tokens_per_second > 0
 
 
 def test_all_samples(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_folder_holds_all_that_belongs_to_a_model(tmp_path: Path) -> None:
         model=model.digest, label="compensated", dataset="a text", perplexity=12.5, loss=2.5, tokens=99,
         samples=1,
         sequence_length=2,
-        tokens_per_second=10, layers=2, parameters=1, bytes=2,
+        layers=2, parameters=1, bytes=2,
     )  # fmt: skip
     result = run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model, evaluation=evaluation).exported
     on_disk = {file.name for file in (tmp_path / "out").iterdir()}
@@ -89,7 +89,7 @@ def test_evaluation_of_another_model_is_left_out(tmp_path: Path) -> None:
     evaluation = Evaluation(
         model="0" * 64, label="dense", dataset="a text", perplexity=12.5, loss=2.5, samples=1,
         sequence_length=2,
-        tokens=99, tokens_per_second=10,
+        tokens=99,
         layers=4, parameters=1, bytes=2,
     )  # fmt: skip
     run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model, evaluation=evaluation)

@@ -18,7 +18,7 @@ ORDER = [
     "machine", "partial", "environment", "artifacts",
     "yaml_positions", "validation", "targets", "stage", "places", "exporting", "hookspecs", "removal", "builtin", "model",
     "exports", "ort", "data", "tasks",
-    "rates", "trial", "rehearsal", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",
+    "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
     "isolation", "worker", "keys", "runner", "comparison", "testing",
     "ending", "command_options", "commands", "cli", "__main__", "reference",

@@ -5,8 +5,11 @@ Sizes: B sequences a batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from ..errors import StageError
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +31,36 @@ class Batch:
         return not bool(self.mask.all())
 
 
-def make_batches(input_ids: torch.Tensor, attention_mask: torch.Tensor, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Cut samples (samples, T) into batches of about `batch_tokens` tokens, without columns that are all padding."""
+def make_batches(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, batch_tokens: int = BATCH_TOKENS, *, lengths_apart: bool = False
+) -> list[Batch]:
+    """Cut samples (samples, T) into batches of about `batch_tokens` tokens: tokens first, then padding, as far as the longest goes.
+
+    `lengths_apart`: only samples of one length go together, for models in which a longer sample changes the others
+    (`rope.lengths_apart`). Raises `StageError` where a sample has no token.
+    """
+    import torch
+
+    mask = attention_mask.bool()
+    lengths = mask.sum(dim=1)
+    if not bool(lengths.all()):
+        raise StageError(f"sample {int(lengths.argmin())} is all padding; give samples of at least one token")
+    # Positions count from the first column, so a token has the place that it has in its sample alone.
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    input_ids, mask = input_ids.gather(1, order), mask.gather(1, order)
     size = max(1, batch_tokens // input_ids.shape[1])
+    everything = torch.arange(len(lengths))
+    groups = [everything[lengths == length] for length in lengths.unique()] if lengths_apart else [everything]
     batches = []
-    for ids, mask in zip(input_ids.split(size), attention_mask.bool().split(size), strict=True):
-        used = mask.any(dim=0)
-        batches.append(Batch(ids[:, used], mask[:, used]))
+    for rows in (part for group in groups for part in group.split(size)):
+        longest = int(lengths[rows].max())
+        batches.append(Batch(input_ids[rows, :longest], mask[rows, :longest]))
     return batches
+
+
+def count_predicted(batches: Iterable[Batch]) -> int:
+    """Tokens that are predicted from a token before them."""
+    return sum(int(predicted_tokens(batch).sum()) for batch in batches)
 
 
 def predicted_tokens(batch: Batch) -> torch.Tensor:

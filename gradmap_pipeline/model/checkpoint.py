@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..artifacts import ExportedFile
 from ..errors import ModelError
+from .casts import FOR_COMPUTING, FOR_WRITING, cast, cast_all, overflow
 from .files import INDEX, check_pointer, find_shards, read_weight_map
 from .raw import read_into
 
@@ -113,10 +114,13 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def load_tensor(stored: StoredTensor, torch_dtype: torch.dtype | None = None, *, pinned: bool = False) -> torch.Tensor:
+def load_tensor(
+    stored: StoredTensor, torch_dtype: torch.dtype | None = None, *, pinned: bool = False, remedy: str = FOR_COMPUTING
+) -> torch.Tensor:
     """Read one tensor, casting floating-point values to `torch_dtype` a chunk at a time.
 
-    `pinned`: into memory from which a GPU copies by itself.
+    `pinned`: into memory from which a GPU copies by itself. Raises `StageError` where a finite value would become infinite;
+    `remedy`: what to do then.
     """
     import torch
 
@@ -125,16 +129,53 @@ def load_tensor(stored: StoredTensor, torch_dtype: torch.dtype | None = None, *,
     values = torch.empty(stored.elements, dtype=target, pin_memory=pinned)
     step = stored.elements if target == source else _CHUNK // source.itemsize
     buffer = values if target == source else torch.empty(min(step, stored.elements), dtype=source)
+    lost = 0
     try:
         with stored.file.open("rb", buffering=0) as file:
             for start in range(0, stored.elements, max(step, 1)):
                 part = buffer[: min(step, stored.elements - start)]
                 read_into(file, stored.start + start * source.itemsize, part)
                 if target != source:
-                    values[start : start + len(part)] = part
+                    values[start : start + len(part)], infinite = cast(part, target)
+                    lost += infinite
     except EOFError:
         raise _cut_short(stored) from None
+    if lost:
+        raise overflow(stored.name, lost, stored.elements, target, remedy)
     return values.view(stored.shape)
+
+
+def read_chunks(stored: StoredTensor) -> Iterator[torch.Tensor]:
+    """The elements of a tensor in order, (n,), a few megabytes at a time. Each overwrites the one before."""
+    import torch
+
+    source: torch.dtype = getattr(torch, _TORCH_NAMES[stored.dtype])
+    buffer = torch.empty(min(_CHUNK // source.itemsize, stored.elements), dtype=source)
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            for start in range(0, stored.elements, max(len(buffer), 1)):
+                part = buffer[: stored.elements - start]
+                read_into(file, stored.start + start * source.itemsize, part)
+                yield part
+    except EOFError:
+        raise _cut_short(stored) from None
+
+
+def load_rounded(
+    stored: StoredTensor,
+    exported: str | None,
+    torch_dtype: torch.dtype | None,
+    *,
+    pinned: bool = False,
+    remedy: str = FOR_COMPUTING,
+) -> torch.Tensor:
+    """As `load_tensor`, of a tensor that leaves as `exported` (None: as it is stored): rounded to that type first."""
+    import torch
+
+    if exported is None or stored.dtype_as(exported) == stored.dtype:
+        return load_tensor(stored, torch_dtype, pinned=pinned, remedy=remedy)
+    rounded = load_tensor(stored, getattr(torch, exported), remedy=FOR_WRITING)
+    return rounded if torch_dtype is None else cast_all(rounded, torch_dtype, stored.name, remedy)
 
 
 def _cut_short(stored: StoredTensor) -> ModelError:
@@ -160,7 +201,7 @@ def write_folder(
 ) -> Iterator[tuple[str, ExportedFile]]:
     """Write a checkpoint under the names given, one shard at a time; yield each file with its size and digest.
 
-    Peak memory is one copy chunk, whatever the size of the model.
+    Peak memory is one copy chunk, whatever the size of the model. Raises `StageError` where a finite value would become infinite.
     """
     shards = split_shards(tensors, dtype, shard_bytes)
     single = len(shards) == 1
@@ -204,17 +245,26 @@ def _write_shard(tensors: dict[str, StoredTensor], file: Path, dtype: str | None
 
 def _read_as(source: IO[bytes], tensor: StoredTensor, dtype: str) -> Iterator[bytes]:
     source.seek(tensor.start)
-    left = tensor.size
+    left, lost = tensor.size, 0
     while left:
         chunk = source.read(min(_CHUNK, left))
         if not chunk:
             raise _cut_short(tensor)
         left -= len(chunk)
-        yield chunk if dtype == tensor.dtype else _cast(chunk, tensor.dtype, dtype)
+        if dtype != tensor.dtype:
+            chunk, infinite = _cast(chunk, tensor.dtype, dtype)
+            lost += infinite
+        yield chunk
+    if lost:
+        import torch
+
+        raise overflow(tensor.name, lost, tensor.elements, getattr(torch, _FLOAT_NAMES[dtype]), FOR_WRITING)
 
 
-def _cast(chunk: bytes, source: str, target: str) -> bytes:
+def _cast(chunk: bytes, source: str, target: str) -> tuple[bytes, int]:
+    """The bytes in another type, and how many finite values are infinite there."""
     import torch
 
     values = torch.frombuffer(bytearray(chunk), dtype=getattr(torch, _FLOAT_NAMES[source]))
-    return values.to(getattr(torch, _FLOAT_NAMES[target])).view(torch.uint8).numpy().tobytes()
+    made, infinite = cast(values, getattr(torch, _FLOAT_NAMES[target]))
+    return made.view(torch.uint8).numpy().tobytes(), infinite

@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field
 
 from ..artifacts import Artifact, TensorFile
 from ..errors import StageError
-from .sites import NoSiteError, check_gain, find_sites
+from .casts import FOR_WRITING, cast_all
+from .sites import NoSiteError, check_gain, find_sites, share_sites
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +71,10 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
     pruned = streams.pruned
     pruned.run_up_to(layer)
     hidden = pruned.boundary(streams.graph.layers.index(layer), 0)
-    with pruned.model.layer(layer):
-        return find_sites(pruned.model, layer, hidden, pruned.arguments(0, layer))
+    group = streams.group
+    with group.agreeing(NoSiteError), pruned.model.layer(layer):
+        sites = find_sites(pruned.model, layer, hidden, pruned.arguments(0, layer))
+    return share_sites({layer: sites}, group)[layer]
 
 
 def find_output(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
@@ -125,12 +128,10 @@ def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor],
     for parameter, value in new.items():
         name = streams.pruned.model.disk_name(layer, parameter)
         stored = streams.graph.stored_tensor(name)
-        rounded = value.to(getattr(torch, streams.graph.dtype or stored.torch_dtype)).contiguous().cpu()
-        if not rounded.isfinite().all():
-            raise StageError(
-                f"the correction of {name!r} is not finite in {rounded.dtype}, computed in {context.dtype}; use --dtype float32 or "
-                "bfloat16, or raise 'ridge'"
-            )
+        if not value.isfinite().all():
+            raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
+        exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
+        rounded = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
         patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
         streams.pruned.model.override(layer, parameter, rounded)
     streams.pruned.invalidate_from(layer)
@@ -206,6 +207,6 @@ def collect_moments(
                 missing = target - drifted if site.kind != "attention" else streams.missing_before(layer, visit)
                 moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], missing)
                 drift.add(drifted, target)
+    streams.join(drift, layer)
     moments.join(streams.group)
-    drift.join(streams.group)
     return moments, drift

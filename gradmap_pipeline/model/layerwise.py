@@ -9,15 +9,17 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, StageError
 from ..shortages import is_shortage
 from .batches import Batch
 from .calls import LayerArguments, OutputShape, hidden_of
-from .checkpoint import StoredTensor, load_tensor
+from .casts import FOR_COMPUTING, cast_all
+from .checkpoint import StoredTensor, load_rounded
 from .graph import ModelGraph
 from .loading import load_tensors, trace_disk_name
 from .prefetch import Prefetcher
 from .pretrained import read_config
+from .rope import forget_lengths, lengths_apart
 from .skeleton import build_skeleton, find_layer_list
 
 if TYPE_CHECKING:
@@ -68,6 +70,9 @@ class LayerwiseModel:
         """Whether to read the layer that is expected next while another computes."""
         self._prefetcher = Prefetcher(self.device)
         self._bring_in_rest()
+        forget_lengths(self.module)
+        self.lengths_apart = lengths_apart(self.module.config.to_dict())
+        """Whether a longer sample in a batch changes what is computed of the others."""
         self._shape_of_output: OutputShape | None = None
         self.shares_state = False
         """Whether a layer has left something for others in an argument that all of them get, such as keys and values."""
@@ -106,8 +111,10 @@ class LayerwiseModel:
 
     def override(self, index: int, parameter: str, value: torch.Tensor) -> None:
         """Use another value for a parameter of base layer `index`, from now on."""
+        current = self._layers[index].get_parameter(parameter)
+        value = cast_all(value, current.dtype, f"{self.layers_path}.{index}.{parameter}", FOR_COMPUTING)
         self._overrides.setdefault(index, {})[parameter] = value
-        if not (current := self._layers[index].get_parameter(parameter)).is_meta:
+        if not current.is_meta:
             current.data.copy_(value)
 
     def run_layer(self, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
@@ -124,6 +131,8 @@ class LayerwiseModel:
         """
         import torch
 
+        if self.lengths_apart and batch.padded:
+            raise StageError("samples of several lengths change each other in this model; make batches with lengths_apart")
         kept = self.graph.layers
         recorded: dict[int, LayerArguments] = {}
         first: list[torch.Tensor] = []
@@ -250,13 +259,7 @@ class LayerwiseModel:
 
     def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
         """A tensor as it will be exported: rounded to the graph's type before it gets the type to compute in."""
-        import torch
-
-        exported: torch.dtype | None = getattr(torch, self.graph.dtype) if self.graph.dtype else None
-        if exported is None or stored.dtype_as(self.graph.dtype) == stored.dtype:
-            return load_tensor(stored, cast, pinned=pinned)
-        rounded = load_tensor(stored, exported)
-        return rounded.to(cast) if cast is not None else rounded
+        return load_rounded(stored, self.graph.dtype, cast, pinned=pinned)
 
     def _check_complete(self, layer: nn.Module, prefix: str) -> None:
         for name, parameter in layer.named_parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .casts import FOR_COMPUTING, cast, is_lossy, overflow
 from .pretrained import read_config
 from .skeleton import build_skeleton, find_layer_list
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def load_tensors(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> set[str]:
-    """Bring tensors in under their names on disk; return the names of parameters that are missing."""
+    """Bring tensors in under their names on disk; return the names of parameters that are missing.
+
+    Raises `StageError` where a finite value would become infinite.
+    """
     missing: set[str] = load_all(module, tensors, dtype, device).missing_keys
     return missing
 
@@ -28,6 +32,9 @@ def load_all(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: t
     from transformers.modeling_utils import LoadStateDictConfig
 
     plan = module._get_dtype_plan(dtype)
+    wider = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and is_lossy(tensor.dtype, dtype)}
+    lost = {name: cast(tensor, dtype)[1] for name, tensor in wider.items()}
+    too_large = next((name for name, infinite in lost.items() if infinite), None)
     loading, _ = convert_and_load_state_dict_in_model(
         module,
         tensors,
@@ -44,7 +51,13 @@ def load_all(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: t
     if loading.conversion_errors:
         name, error = next(iter(loading.conversion_errors.items()))
         raise ModelError(f"the tensors that make {name!r} do not fit together: {str(error).strip().splitlines()[0][:200]}")
+    if too_large is not None and any(part.dtype == dtype and bool(part.isinf().any()) for part in _parameters_in(module)):
+        raise overflow(too_large, lost[too_large], tensors[too_large].numel(), dtype, FOR_COMPUTING)
     return loading
+
+
+def _parameters_in(module: PreTrainedModel) -> list[torch.Tensor]:
+    return [parameter for parameter in module.parameters() if not parameter.is_meta]
 
 
 def trace_disk_name(graph: ModelGraph, layer: int, parameter: str) -> str:

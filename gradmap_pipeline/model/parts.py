@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..group import Group
 from ..memory import resident_bytes
-from .batches import Batch, make_batches, predicted_tokens
+from .batches import Batch, count_predicted, make_batches
 from .boundaries import Boundaries
 from .budget import choose_way, measure_needs
 from .layerwise import LayerwiseModel
@@ -53,8 +53,10 @@ class PartedSweep:
         self._folder, self._advance, self._weight_gradients = folder, advance, weight_gradients
         size = math.ceil(samples / self.way.parts)
         parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
-        self._parts = [make_batches(ids, mask, self.way.batch_samples * tokens) for ids, mask in parts]
-        predicted = sum(int(predicted_tokens(batch).sum()) for part in self._parts for batch in part)
+        self._parts = [
+            make_batches(ids, mask, self.way.batch_samples * tokens, lengths_apart=self.model.lengths_apart) for ids, mask in parts
+        ]
+        predicted = count_predicted(self.batches)
         self._predicted = int((group or Group()).sum_values({0: predicted})[0])
         self._removed: list[int] = []
         self._only: Sweep | None = None
@@ -73,6 +75,11 @@ class PartedSweep:
                 self.layer_backwards += sweep.layer_backwards - before[1]
             if len(self._parts) == 1:
                 self._only = sweep
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Those of all parts."""
+        return [batch for part in self._parts for batch in part]
 
     def remove(self, layer: int) -> None:
         """Take a base layer out of the model."""

@@ -11,12 +11,14 @@ Three kinds of site:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import StageError
+from ..group import Group
 from .calls import LayerArguments
 from .layerwise import LayerwiseModel
 
@@ -29,6 +31,10 @@ _NARROWEST = 4  # a map with fewer inputs than a quarter of the hidden size is a
 
 class NoSiteError(StageError):
     """A layer has no place for a correction."""
+
+
+class NotFiniteError(StageError):
+    """What a correction is computed from is not finite. The message names it, as the subject of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,16 @@ def check_gain(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
     if site.kind != "attention":
         with torch.no_grad():
             found = _Search(model, index, hidden, arguments).estimate_gain(site)
+        if not math.isfinite(found):
+            raise NotFiniteError(f"what leaves layer {index}")
         if not abs(found / site.gain - 1) <= 0.05:
             raise NoSiteError(f"layer {index} scales what {site.name} adds by a weight; a correction cannot be folded into it")
+
+
+def share_sites(found: Mapping[int, Sequence[Site]], group: Group) -> dict[int, tuple[Site, ...]]:
+    """The sites of layers as the leading process has found them, so that all correct the same ones."""
+    told = group.tell({str(layer): [asdict(site) for site in sites] for layer, sites in found.items()})
+    return {int(layer): tuple(Site(**site) for site in sites) for layer, sites in told.items()}
 
 
 class _Search:

@@ -5,6 +5,7 @@ Sizes: B sequences a batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from .batches import make_batches
 from .boundaries import Boundaries
 from .budget import SweepNeeds, SweepWay, choose_way, measure_needs
 from .layerwise import LayerwiseModel
+from .sites import NotFiniteError
 from .sweep import Sweep
 from .visits import ForwardVisit
 
@@ -90,7 +92,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
     model = open_model(graph.dense)
     needs = measure_needs(model, samples, tokens, backward=False)
     way, limit = plan_streams(needs, context.memory - resident_bytes(context.device), reserve)
-    batches = make_batches(ids, mask, way.batch_samples * tokens)
+    batches = make_batches(ids, mask, way.batch_samples * tokens, lengths_apart=model.lengths_apart)
     with context.progress("run the original model", graph.base.layers * len(batches), "layer batch") as advance:
         targets = Boundaries(limit, context.folder)
         model.resident, model.prefetch = way.resident, way.prefetch
@@ -140,6 +142,12 @@ class Streams:
             return entered.new_zeros(entered.shape)
         return self.targets.get(layer, visit.batch)[visit.mask].double() - entered
 
+    def join(self, drift: Drift, layer: int) -> None:
+        """Sum a layer's drift over the processes. Raises `NotFiniteError` where it is not finite."""
+        drift.join(self.group)
+        if not math.isfinite(drift.norm) or not drift.difference.isfinite().all():  # type: ignore[union-attr]
+            raise NotFiniteError(f"the drift of layer {layer}")
+
     def measure_drift(self) -> dict[int, Drift]:
         """Drift at the output of every kept layer from the first removal up."""
         self.pruned.run_forward()
@@ -151,7 +159,7 @@ class Streams:
                     drifted, target = self.pruned.boundary(position + 1, index), self.target(position, index)
                     mask = batch.mask.to(target.device)
                     found[layer].add(drifted[mask].double(), target[mask].double())
-                found[layer].join(self.group)
+                self.join(found[layer], layer)
         self.measured = self.measured or found
         return found
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from .batches import Batch, next_token_losses, predicted_tokens
+from .batches import Batch, count_predicted, next_token_losses
 from .boundaries import Boundaries
 from .calls import LayerArguments
 from .layerwise import LayerwiseModel
@@ -68,7 +68,7 @@ class Sweep:
         """By position and batch: a layer's input and output, joined by autograd."""
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
-        self.predicted = predicted or sum(int(predicted_tokens(batch).sum()) for batch in self.batches)
+        self.predicted = predicted or count_predicted(self.batches)
         """Tokens that the mean loss is over."""
         # Gradients of a mean are too small for float16; those of the sum, nearly, are not.
         self._scale = 2.0 ** round(math.log2(max(self.predicted, 1))) if str(model.dtype) == "torch.float16" else 1.0

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from .architecture import layer_of, prune_config
-from .checkpoint import load_tensor
+from .casts import FOR_COMPUTING
+from .checkpoint import load_rounded
 from .loading import load_tensors
 from .pretrained import read_config
 from .skeleton import build_skeleton
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from .graph import ModelGraph
 
 
-def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu") -> PreTrainedModel:
-    """The causal LM, weights in `dtype`. Takes the bytes of its weights and no more: tensors go in a layer at a time."""
+def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu", remedy: str = FOR_COMPUTING) -> PreTrainedModel:
+    """The causal LM, weights as they are exported, in `dtype`. Takes the bytes of its weights and no more: tensors go in a layer
+    at a time.
+
+    Raises `StageError` where a finite weight would become infinite; `remedy`: what to do then.
+    """
     import torch
 
     wanted: torch.dtype = getattr(torch, dtype)
@@ -31,7 +36,7 @@ def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu") -> PreTrained
     missing: set[str] = set()
     for layer in sorted(by_layer, key=lambda layer: -1 if layer is None else layer):
         names = [name for name in tensors if layer_of(name, graph.base.layer_prefix) == layer]
-        loaded = {name: load_tensor(tensors[name], wanted) for name in names}
+        loaded = {name: load_rounded(tensors[name], graph.dtype, wanted, remedy=remedy) for name in names}
         found = load_tensors(module, loaded, wanted, device)
         missing = found if layer is None else missing
     module.tie_weights(missing_keys=missing, recompute_mapping=False)

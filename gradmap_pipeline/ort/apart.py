@@ -81,7 +81,7 @@ def _write_here(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple
 
     from ..model.whole import load_whole
 
-    whole = load_whole(model, dtype)
+    whole = load_whole(model, dtype, remedy="use onnx: {{dtype: float32}}")
     give_back()
     references = make_references(whole, seed)
     graph = trace(whole)

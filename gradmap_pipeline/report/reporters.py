@@ -182,12 +182,11 @@ class TerminalReporter(LineReporter):
 
 def print_summary(console: Console, summary: Summary, seconds: float) -> None:
     """Two tables, and how much of the damage a correction repaired."""
-    columns = ("layers", "parameters", "bytes", *(f"perplexity on {dataset}" for dataset in summary.datasets), "tokens/s")
+    columns = ("layers", "parameters", "bytes", *(f"perplexity on {dataset}" for dataset in summary.datasets))
     models = make_table("model", *columns, right=columns)
     for row in summary.models:
         perplexities = [f"{row.perplexity[name]:.3f}" if name in row.perplexity else "" for name in summary.datasets]
-        rate = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-        add_row(models, row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *perplexities, rate)
+        add_row(models, row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *perplexities)
     steps = make_table("step", "stage", "time", right=("time",))
     for step in summary.steps:
         add_row(steps, step.step, step.stage, "from the store" if step.cached else format_seconds(step.seconds))

@@ -30,7 +30,6 @@ class ModelRow:
     bytes: int
     perplexity: dict[str, float]
     """By data set, and by how it was cut into samples where one data set was cut in several ways."""
-    tokens_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,6 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
                 parameters=graph.count_parameters(),
                 bytes=model.count_bytes(),
                 perplexity={names[setting_of(evaluation)]: evaluation.perplexity for evaluation in found},
-                tokens_per_second=found[-1].tokens_per_second if found else None,
             )
         )
     return Summary(rows, [StepRow(step.step, step.stage, step.seconds, step.cached) for step in finished])
