@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .digests import sha256_of_value
-from .errors import ModelError, OptionError, StageError
+from .errors import OptionError, StageError
 from .model.graph import LONGEST_DEFAULT_SEQUENCE
 
 if TYPE_CHECKING:
@@ -148,16 +148,9 @@ def check_length(sequence_length: int | None, model: ModelForecast | None) -> in
 
 def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the weights."""
-    from transformers import AutoTokenizer
+    from .model import pretrained
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.folder)
-    except (OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"{str(base.folder)!r} has no tokenizer that transformers can load ({first_line}); "
-            "put the model's tokenizer files beside its weights"
-        ) from error
+    tokenizer = pretrained.load_tokenizer(base.folder)
     tokenizer.model_max_length = 10**30  # documents are cut into sequences here, not by the tokenizer
     return tokenizer
 

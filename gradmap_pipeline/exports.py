@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import redirect_stderr
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .artifacts import LINEAGE, Artifact, ExportedFile, Model
 from .digests import sha256_of
-from .errors import StageError
+from .errors import ModelError, StageError
 from .model.graph import ModelGraph
 
 if TYPE_CHECKING:
@@ -95,22 +93,16 @@ class OnnxFolder(Export, Model):
         return lambda batch: session.run(batch.input_ids, batch.mask.long(), session.start(len(batch.input_ids)))[0]
 
 
-def load_folder(folder: Path, loader: Any = None, **options: Any) -> Any:
-    """`from_pretrained` on a folder, in the types it is stored in, without the bars and warnings that libraries print.
+def load_folder(folder: Path, *, is_whole: bool = False, **options: Any) -> Any:
+    """The model in a folder, in the types it is stored in. `is_whole`: with the parts besides the text decoder.
 
-    `loader`: a class of transformers; None: the causal LM. Raises `StageError` where a library that it needs is not there.
+    Raises `StageError` where it cannot be loaded, or a library that it needs is not there.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from .model.pretrained import first_line, load_model
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with redirect_stderr(StringIO()):
-            return (loader or AutoModelForCausalLM).from_pretrained(folder, dtype="auto", **options)
+        return load_model(folder, is_whole=is_whole, **options)
+    except ModelError as error:
+        raise StageError(str(error)) from error
     except ImportError as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StageError(f"{str(folder)!r} cannot be loaded here: {first_line}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+        raise StageError(f"{str(folder)!r} cannot be loaded here: {first_line(error).partition(': ')[2]}") from error

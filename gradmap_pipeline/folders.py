@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -35,19 +36,22 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: Path) -> None:
-    """Config, model card, tokenizer and licence."""
+    """Config, model card, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
     from .model.architecture import prune_config
+    from .model.companions import CODE_KEY, copy_companions
     from .model.older import add_older_rope
+    from .model.tokenizer_check import check_tokenizer_copy
 
     config = prune_config(model.base.folder, model.layers)
     config = add_older_rope(model.base.folder, config)
+    config.pop(CODE_KEY, None)
     if model.dtype is not None:
         for part in (config, config.get("text_config") or {}):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(make_model_card(model, evaluation), encoding="utf-8")
-    for companion in model.base.companion_files():
-        shutil.copyfile(companion, folder / companion.name)
+    copy_companions(model.base.folder, folder)
+    check_tokenizer_copy(model.base.folder, folder)
 
 
 def finish_export(folder: Path, lineage: dict[str, Any], files: dict[str, ExportedFile]) -> dict[str, ExportedFile]:
@@ -63,7 +67,10 @@ def find_foreign_files(folder: Path) -> list[str]:
         written = {LINEAGE, *lineage["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         written = set()
-    return sorted(path.name for path in folder.iterdir() if path.name not in written)
+    inside = {name.partition("/")[0] for name in written if "/" in name}  # of a folder that an export wrote, each file counts
+    paths = [path for path in folder.iterdir() if path.name not in inside]
+    paths += [path for name in inside for path in (folder / name).rglob("*") if not path.is_dir()]
+    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) not in written)
 
 
 def make_lineage(
@@ -86,13 +93,7 @@ def make_lineage(
 
 def check_loading(folder: Path) -> None:
     """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
-    import transformers
-
-    from .model.source import load_config
-
-    named = (load_config(folder).get("architectures") or [""])[0]
-    whole = getattr(transformers, named, transformers.AutoModelForCausalLM)  # with the parts besides the text decoder
-    _, report = load_folder(folder, whole, output_loading_info=True)
+    _, report = load_folder(folder, is_whole=True, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise StageError(f"the exported folder does not load: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:5]}")
@@ -106,6 +107,12 @@ def extend_lineage(
     lineage["steps"].append({"id": stage, "stage": stage, "options": options, "outputs": {}})
     lineage |= {"max_logit_difference": difference, "files": {name: file.model_dump() for name, file in sorted(files.items())}}
     return lineage
+
+
+def describe_files(folder: Path, known: Mapping[str, ExportedFile] = MappingProxyType({})) -> dict[str, ExportedFile]:
+    """All files of a folder and its subfolders, by their path in it. `known`: those that are described already."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: known.get(name) or describe_file(folder / name) for name in names}
 
 
 def describe_file(file: Path) -> ExportedFile:

@@ -15,6 +15,7 @@ from .recipe import MODEL_STEP
 def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
     """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it."""
     survey = Survey(model, memory)
+    survey.check_loadable()
     known = {(MODEL_STEP, "model"): plan.model_forecast}
     for step in plan.steps:
         inputs = {name: known.get(source) for name, source in step.inputs.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import StageError
 from .exports import TransformersFolder, load_folder
-from .folders import check_loading, describe_file, finish_export, make_lineage, write_companions
+from .folders import check_loading, describe_files, finish_export, make_lineage, write_companions
 from .partial import partial_folder, replace_folder
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def write_quantised(
                 "nothing was written"
             )
         difference = float((again - before).abs().max())
-        for file in partial.iterdir():
-            file.chmod(0o644)
-        files = {file.name: describe_file(file) for file in partial.iterdir()}
+        for file in partial.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        files = describe_files(partial)
         lineage = make_lineage(graph, None, files, difference, context) | {"quantisation": quantisation}
         files = finish_export(partial, lineage, files)
         replace_folder(partial, target)

@@ -27,7 +27,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, check_target, describe_file, finish_export, make_lineage, write_companions
+from gradmap_pipeline.folders import check_loading, check_target, describe_files, finish_export, make_lineage, write_companions
 from gradmap_pipeline.partial import partial_folder, replace_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
@@ -85,10 +85,10 @@ class ExportModel(Stage):
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
         survey.check_layerwise()
         if self.format == "onnx":
-            from gradmap_pipeline.model.skeleton import make_config
+            from gradmap_pipeline.model.pretrained import read_config
             from gradmap_pipeline.ort.trace import check_exportable
 
-            check_exportable(make_config(survey.graph.base.folder))
+            check_exportable(read_config(survey.graph.base.folder))
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         model = inputs.get("model")
@@ -150,7 +150,7 @@ class ExportModel(Stage):
             advance()
         (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
         write_companions(model, evaluation, folder)
-        return {file.name: describe_file(file) for file in folder.iterdir()}, difference
+        return describe_files(folder), difference
 
     def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
         from gradmap_pipeline.model.checkpoint import split_shards, write_folder
@@ -163,7 +163,7 @@ class ExportModel(Stage):
                 files[name] = written
                 advance()
         write_companions(model, evaluation, folder)
-        return {file.name: files.get(file.name) or describe_file(file) for file in folder.iterdir()}
+        return describe_files(folder, files)
 
 
 def check_export(model: ModelGraph, folder: Path, seed: int) -> float:

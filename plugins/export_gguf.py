@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from gradmap_pipeline import Context, Evaluation, Export, ModelGraph, OptionError, Stage, StageError, hookimpl
-from gradmap_pipeline.folders import check_target, describe_file, finish_export, make_lineage, write_companions
+from gradmap_pipeline.folders import check_target, describe_files, finish_export, make_lineage, write_companions
 from gradmap_pipeline.partial import partial_folder, replace_folder
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -66,6 +66,7 @@ class ExportGguf(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.model.checkpoint import write_folder
+        from gradmap_pipeline.model.companions import find_licences
 
         graph, target = inputs.model, self.to.resolve()
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == graph.digest else None
@@ -76,10 +77,9 @@ class ExportGguf(Stage):
             write_companions(graph, None, plain)
             with partial_folder(target) as partial:
                 self._convert(plain, partial / f"model-{self.type}.gguf")
-                for companion in graph.base.companion_files():
-                    if companion.name.startswith(("LICENSE", "NOTICE", "USE_POLICY")):
-                        shutil.copyfile(companion, partial / companion.name)
-                files = {file.name: describe_file(file) for file in partial.iterdir()}
+                for licence in find_licences(graph.base.folder):
+                    shutil.copyfile(licence, partial / licence.name)
+                files = describe_files(partial)
                 files = finish_export(partial, make_lineage(graph, evaluation, files, None, context), files)
                 replace_folder(partial, target)
         finally:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from gradmap_pipeline import Artifact, Context, OnnxFolder, Stage, StageError, hookimpl
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.folders import check_target, describe_file, extend_lineage, finish_export
+from gradmap_pipeline.folders import check_target, describe_files, extend_lineage, finish_export
 from gradmap_pipeline.partial import partial_folder, replace_folder
 
 _BITS = {"int4": 4, "int8": 8}
@@ -95,9 +95,11 @@ class QuantizeOnnx(Stage):
                 OnnxSession(source.folder, fast=False), OnnxSession(partial, fast=False), source.graph.base.folder, context.seed
             )
             for file in source.folder.iterdir():
-                if file.name != LINEAGE and not file.name.startswith(GRAPH):
+                if file.is_dir():
+                    shutil.copytree(file, partial / file.name)
+                elif file.name != LINEAGE and not file.name.startswith(GRAPH):
                     shutil.copyfile(file, partial / file.name)
-            files = {file.name: describe_file(file) for file in partial.iterdir()}
+            files = describe_files(partial)
             lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, difference)
             files = finish_export(partial, lineage, files)
             replace_folder(partial, target)

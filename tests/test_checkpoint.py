@@ -95,11 +95,11 @@ def test_a_shard_is_full_before_the_next_is_opened(file: Path) -> None:
 def test_file_that_is_cut_short(file: Path) -> None:
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ModelError, match=rf"is cut short: it has {size - 8} of {size} bytes; download it again"):
+    with pytest.raises(ModelError, match=rf"it has {size - 8} bytes, which is not what its header says; download it again"):
         read_header(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", bytes(100)])
+@pytest.mark.parametrize("content", [b"", bytes(100)])
 def test_file_that_is_something_else(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="is not a complete safetensors file"):
@@ -108,7 +108,7 @@ def test_file_that_is_something_else(content: bytes, tmp_path: Path) -> None:
 
 def test_quantised_types_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"holds tensors of type F8_E4M3; prune a checkpoint that is not quantised"):
+    with pytest.raises(ModelError, match=r"holds 'weight' of type F8_E4M3; prune a checkpoint that is not quantised"):
         read_folder(tmp_path)
 
 

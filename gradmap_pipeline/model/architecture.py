@@ -9,13 +9,17 @@ from typing import Any
 
 from ..errors import ModelError
 from .depth import prune_fields
-from .source import load_config
+from .pretrained import read_config
+from .source import load_config, text_config
 
 _TEXT_PARTS = {"language_model", "text_model"}
 
 
-def find_layer_prefix(names: Collection[str], layers: int) -> str:
-    """The common start of layer tensors: the dotted path whose next parts are 0 … layers-1. There must be one."""
+def find_layer_prefix(names: Collection[str], layers: int, beyond: int = 0) -> str:
+    """The common start of layer tensors: the dotted path whose next parts are 0 … layers-1. There must be one.
+
+    `beyond`: layers that may follow them, which the decoder does not use.
+    """
     numbers: dict[str, set[int]] = {}
     for name in names:
         match = re.match(r"(.*?)\.(\d+)\.", name)
@@ -27,6 +31,11 @@ def find_layer_prefix(names: Collection[str], layers: int) -> str:
     if len(candidates) != 1:
         found = ", ".join(f"{prefix}.* ({len(found)})" for prefix, found in sorted(numbers.items())) or "none"
         raise ModelError(f"the checkpoint has no single list of {layers} layers, as its config says; numbered tensors: {found}")
+    further = sorted(numbers[candidates[0]] - set(range(layers + beyond)))
+    if further:
+        raise ModelError(
+            f"the checkpoint has layer {further[0]} ({candidates[0]}.{further[0]}), but its config says {layers} layers"
+        )
     return candidates[0]
 
 
@@ -40,16 +49,12 @@ def layer_of(name: str, prefix: str) -> int | None:
 
 def full_config(folder: Path) -> dict[str, Any]:
     """The config of the text decoder, with all that its class derives."""
-    from transformers import AutoConfig
-
-    config: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
-    text: dict[str, Any] = config.get("text_config", config)
-    return text
+    return text_config(read_config(folder).to_dict())
 
 
 def prune_config(folder: Path, kept: Sequence[int]) -> dict[str, Any]:
     """config.json of the model that keeps these base layers. Raises `ModelError` where none can express it."""
     written = load_config(folder)
-    if "text_config" in written:
+    if isinstance(written.get("text_config"), dict):
         return {**written, "text_config": prune_fields(written["text_config"], full_config(folder), kept)}
     return prune_fields(written, full_config(folder), kept)

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..artifacts import ExportedFile
 from ..errors import ModelError
+from .files import INDEX, check_pointer, find_shards, read_weight_map
 from .raw import read_into
 
 if TYPE_CHECKING:
@@ -69,44 +70,47 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Tensors of one safetensors file, without reading them."""
+    """Tensors of one safetensors file, without reading them. The safetensors library says whether the file is one."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= file.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{str(file)!r} is not a complete safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    tensors = {
-        name: StoredTensor(file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
-    unknown = sorted({tensor.dtype for tensor in tensors.values()} - ITEM_BYTES.keys())
-    if unknown:
-        raise ModelError(f"{str(file)!r} holds tensors of type {unknown[0]}; prune a checkpoint that is not quantised")
-    end = max((tensor.start + tensor.size for tensor in tensors.values()), default=0)
-    if end > file.stat().st_size:
-        raise ModelError(f"{str(file)!r} is cut short: it has {file.stat().st_size} of {end} bytes; download it again")
+            start = stream.read(72)
+        check_pointer(file, start)
+        with safe_open(file, framework="np") as opened:  # mapped, and of the map only the header is looked at
+            shapes = [(name, opened.get_slice(name)) for name in opened.offset_keys()]
+            entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in shapes]
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        if reason.startswith("incomplete metadata"):
+            reason = f"it has {file.stat().st_size} bytes, which is not what its header says"
+        raise ModelError(f"{str(file)!r} is not a complete safetensors file: {reason}; download it again") from error
+    except OSError as error:
+        raise ModelError(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
+    tensors: dict[str, StoredTensor] = {}
+    end = 8 + int.from_bytes(start[:8], "little")
+    for name, dtype, shape in entries:  # in the order of their data, which has no gaps
+        if dtype not in ITEM_BYTES:
+            raise ModelError(f"{str(file)!r} holds {name!r} of type {dtype}; prune a checkpoint that is not quantised")
+        tensors[name] = StoredTensor(file, name, dtype, shape, end)
+        end += tensors[name].size
     return tensors
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Tensors of a checkpoint folder by name, from the headers of its shards."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = [folder / "model.safetensors"]
-    elif index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) != 1:
-            raise ModelError(f"{str(folder)!r} has {len(files)} safetensors files but no {index.name}")
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise ModelError(f"{str(folder)!r} lacks the shard {missing.name!r} that its index names; download it again")
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+    tensors: dict[str, StoredTensor] = {}
+    shards = find_shards(folder)
+    for file in shards:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise ModelError(f"{str(folder)!r} holds {name!r} twice, in {tensors[name].file.name!r} and {file.name!r}")
+            tensors[name] = tensor
+    if (folder / INDEX).is_file() and shards != [folder / "model.safetensors"]:
+        for name, shard in read_weight_map(folder).items():
+            if name not in tensors or tensors[name].file != folder / shard:
+                raise ModelError(f"{str(folder)!r} lacks {name!r}, which its index says is in {shard!r}; download it again")
+    return tensors
 
 
 def load_tensor(stored: StoredTensor, torch_dtype: torch.dtype | None = None, *, pinned: bool = False) -> torch.Tensor:
@@ -171,7 +175,7 @@ def write_folder(
             "weight_map": dict(sorted(weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text)
+        (folder / INDEX).write_text(text)
 
 
 def _write_shard(tensors: dict[str, StoredTensor], file: Path, dtype: str | None) -> ExportedFile:

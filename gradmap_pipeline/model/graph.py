@@ -15,11 +15,13 @@ from ..digests import sha256_of, sha256_of_value
 from ..errors import ModelError
 from .architecture import find_layer_prefix, layer_of
 from .checkpoint import StoredTensor, read_folder, read_header
-from .source import ModelSource, count_layers, count_positions, load_config
+from .companions import find_companions, find_tokenizer_files
+from .depth import BEYOND_TOP
+from .files import check_folder
+from .sizes import check_sizes
+from .source import ModelSource, count_layers, count_positions, load_config, text_config
 
 LONGEST_DEFAULT_SEQUENCE = 2048
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "*.model", "*.tiktoken")
-_OTHER_COMPANIONS = ("generation_config.json", "chat_template*", "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 class BaseCheckpoint(BaseModel):
@@ -48,7 +50,8 @@ class BaseCheckpoint(BaseModel):
     @cached_property
     def layer_prefix(self) -> str:
         """What the names of layer tensors start with on disk: `model.layers`."""
-        return find_layer_prefix(self.tensors, self.layers)
+        beyond = (text_config(load_config(self.folder)).get(field) for field in BEYOND_TOP)
+        return find_layer_prefix(self.tensors, self.layers, sum(count for count in beyond if isinstance(count, int)))
 
     @property
     def default_sequence_length(self) -> int:
@@ -57,15 +60,14 @@ class BaseCheckpoint(BaseModel):
 
     def companion_files(self) -> list[Path]:
         """Files besides weights and config.json that belong to the model: tokenizer, generation config, licence."""
-        return self._find_files(_TOKENIZER_FILES + _OTHER_COMPANIONS)
+        return find_companions(self.folder)
 
     @cached_property
     def tokenizer_sha256(self) -> str:
-        """Digest of the files that turn text into ids."""
-        return sha256_of_value({file.name: sha256_of(file) for file in self._find_files(_TOKENIZER_FILES)})
-
-    def _find_files(self, patterns: tuple[str, ...]) -> list[Path]:
-        return sorted({file for pattern in patterns for file in self.folder.glob(pattern) if file.is_file()})
+        """Digest of all that turns text into ids: files, and what config.json says of the tokenizer."""
+        files = {file.relative_to(self.folder).as_posix(): sha256_of(file) for file in find_tokenizer_files(self.folder)}
+        config = load_config(self.folder)
+        return sha256_of_value([files, config.get("model_type"), config.get("tokenizer_class")])
 
 
 class ModelGraph(Model):
@@ -168,11 +170,15 @@ def open_folder(
     folder: Path, name: str | None = None, dtype: str | None = None, digest_of: Callable[[Path], str] = sha256_of
 ) -> ModelGraph:
     """A checkpoint folder as a graph that keeps every layer."""
-    layers = count_layers(load_config(folder))
+    config = load_config(folder)
+    layers = count_layers(config)
     if layers is None:
         raise ModelError(f"{str(folder / 'config.json')!r} does not say how many layers the model has")
     base = BaseCheckpoint(folder=folder.resolve(), name=name or str(folder), sha256="", layers=layers)
-    files = [folder / "config.json", *base.companion_files(), *{tensor.file for tensor in base.tensors.values()}]
-    content = sha256_of_value({file.name: digest_of(file) for file in sorted(files)})
-    base = BaseCheckpoint(folder=base.folder, name=base.name, sha256=content, layers=layers)
+    check_folder(base.folder)
+    check_sizes(config, {name: tensor.shape for name, tensor in base.tensors.items()}, folder)
+    _ = base.layer_prefix
+    files = [base.folder / "config.json", *base.companion_files(), *{tensor.file for tensor in base.tensors.values()}]
+    content = sha256_of_value({file.relative_to(base.folder).as_posix(): digest_of(file) for file in sorted(files)})
+    base = base.model_copy(update={"sha256": content})
     return ModelGraph(base=base, layers=tuple(range(layers)), dtype=dtype)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .checkpoint import StoredTensor
-from .layerwise import LayerwiseModel
+from .layerwise import LayerwiseModel, drop_weights
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,20 @@ class HollowModel(LayerwiseModel):
 
         dtype = (cast or getattr(torch, stored.torch_dtype)) if stored.is_float else torch.long  # an index, if no float
         return torch.zeros((), dtype=dtype).expand(stored.shape) if self.thin else torch.zeros(stored.shape, dtype=dtype)
+
+    def zeros(self, tensors: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
+        """What `read` gives for each."""
+        return self._read_all(tensors)
+
+    @contextmanager
+    def emptied(self, index: int) -> Iterator[None]:
+        """Base layer `index` has no weights before and after the `with` block."""
+        layer = self.module.get_submodule(f"{self.layers_path}.{index}")
+        drop_weights(layer)
+        try:
+            yield
+        finally:
+            drop_weights(layer)
 
 
 class ThinModel(HollowModel):

@@ -16,7 +16,8 @@ from .checkpoint import StoredTensor, load_tensor
 from .graph import ModelGraph
 from .loading import load_tensors, trace_disk_name
 from .prefetch import Prefetcher
-from .skeleton import build_skeleton, find_layer_list, make_config
+from .pretrained import read_config
+from .skeleton import build_skeleton, find_layer_list
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ class LayerwiseModel:
         self.graph = graph
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.module: PreTrainedModel = build_skeleton(make_config(graph.base.folder), self.dtype, device)
+        self.module: PreTrainedModel = build_skeleton(read_config(graph.base.folder), graph.base.tensors, self.dtype, device)
         self.layers_path, self._layers = find_layer_list(self.module, graph.base.layers, graph.base.layer_prefix)
         self._forwards = [layer.forward for layer in self._layers]
         self._overrides: dict[int, dict[str, torch.Tensor]] = {}
@@ -86,7 +87,7 @@ class LayerwiseModel:
             raise
         finally:
             if not self.resident:
-                _drop_weights(layer)
+                drop_weights(layer)
 
     def expect(self, index: int) -> None:
         """Base layer `index` is the next to be used."""
@@ -269,7 +270,8 @@ def _lacks_weights(layer: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in layer.parameters())
 
 
-def _drop_weights(layer: nn.Module) -> None:
+def drop_weights(layer: nn.Module) -> None:
+    """Put the weights of a module back on the meta device."""
     for module in layer.modules():
         _drop_own_weights(module)
 

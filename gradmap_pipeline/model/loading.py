@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .skeleton import build_skeleton, find_layer_list, make_config
+from .pretrained import read_config
+from .skeleton import build_skeleton, find_layer_list
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 def load_tensors(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> set[str]:
     """Bring tensors in under their names on disk; return the names of parameters that are missing."""
+    missing: set[str] = load_all(module, tensors, dtype, device).missing_keys
+    return missing
+
+
+def load_all(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> Any:
+    """The same; return all that transformers says of it. Raises `ModelError` where a tensor has another shape."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -34,8 +41,10 @@ def load_tensors(module: PreTrainedModel, tensors: dict[str, torch.Tensor], dtyp
     if loading.mismatched_keys:
         name, found, wanted = next(iter(loading.mismatched_keys))
         raise ModelError(f"{name!r} has shape {tuple(found)} in the checkpoint, but its config asks for {tuple(wanted)}")
-    missing: set[str] = loading.missing_keys
-    return missing
+    if loading.conversion_errors:
+        name, error = next(iter(loading.conversion_errors.items()))
+        raise ModelError(f"the tensors that make {name!r} do not fit together: {str(error).strip().splitlines()[0][:200]}")
+    return loading
 
 
 def trace_disk_name(graph: ModelGraph, layer: int, parameter: str) -> str:
@@ -49,7 +58,7 @@ def trace_disk_name(graph: ModelGraph, layer: int, parameter: str) -> str:
     stored = graph.layer_tensors(layer)
     names = list(stored)
     dyed = {name: torch.full(stored[name].shape, float(number)) for number, name in enumerate(names)}
-    module = build_skeleton(make_config(graph.base.folder))
+    module = build_skeleton(read_config(graph.base.folder), graph.base.tensors)
     _, layers = find_layer_list(module, graph.base.layers, graph.base.layer_prefix)
     load_tensors(module, dyed, torch.float32, "cpu")
     value = layers[layer].get_parameter(parameter)

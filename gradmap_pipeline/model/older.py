@@ -17,7 +17,7 @@ def add_older_rope(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     Architectures that transformers 4 does not know may take the older fields for something else.
     """
-    from .skeleton import make_config
+    from .pretrained import read_config
 
     older = with_older_rope(config)
     read = []
@@ -25,7 +25,7 @@ def add_older_rope(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                read.append(getattr(make_config(folder, content).get_text_config(), "rope_parameters", None))
+                read.append(getattr(read_config(folder, content).get_text_config(), "rope_parameters", None))
         except ModelError:
             return config
     return older if read[0] == read[1] else config

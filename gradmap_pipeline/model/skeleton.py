@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, is_shortage
+from .pretrained import first_line, make_model
+from .sizes import Room
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-
-def make_config(folder: Path, content: dict[str, Any] | None = None) -> PretrainedConfig:
-    """The config in a folder, or what it would be with another content of config.json."""
-    from transformers import AutoConfig
-
-    if content is None:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder)
-        return config
-    with TemporaryDirectory() as place:
-        (Path(place) / "config.json").write_text(json.dumps(content))
-        try:
-            return make_config(Path(place))
-        except Exception as error:  # configs are checked by their classes, with errors of many types
-            raise ModelError(f"transformers refuses the config: {_first_line(error)}") from error
+    from .checkpoint import StoredTensor
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-    """The causal LM of a config. Weights are on the meta device; buffers that no checkpoint holds are computed."""
+def build_skeleton(
+    config: PretrainedConfig,
+    tensors: Mapping[str, StoredTensor],
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """The causal LM of a config. Weights are on the meta device; buffers that no checkpoint holds are computed.
+
+    `tensors`: of its checkpoint. Raises `ModelError` as soon as the model has much more than they hold.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32).eval()
+        with torch.device("meta"), _within(Room.of(tensors)):
+            model = make_model(config, dtype or torch.float32).eval()
         for name, buffer in list(model.named_non_persistent_buffers()):
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device=device)
@@ -46,11 +41,49 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None, d
                 if value is not None and not value.is_meta:  # made in a way that the context does not see
                     module._parameters[leaf] = torch.nn.Parameter(torch.empty_like(value, device="meta"))
         for parameter in model.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            parameter._is_hf_initialized = True
         model.initialize_weights()
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError, ImportError) as error:
-        raise ModelError(f"transformers cannot build this model: {_first_line(error)}") from error
-    return model
+    except Exception as error:  # an architecture's own code, given numbers that nobody has tried
+        if isinstance(error, ModelError) or is_shortage(error):
+            raise
+        raise ModelError(f"transformers cannot build this model: {first_line(error)}") from error
+    built: PreTrainedModel = model
+    return built
+
+
+@contextmanager
+def _within(room: Room) -> Iterator[None]:
+    """Raise `ModelError` where more modules are made than a checkpoint has tensors for."""
+    from torch.nn.modules import module as hooks
+
+    parameters = elements = size = 0
+
+    def refuse(made: str) -> ModelError:
+        return ModelError(f"the config makes a model {made}; its numbers do not fit the weights beside it")
+
+    def count_parameter(_: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal parameters, elements
+        if parameter is not None:
+            parameters, elements = parameters + 1, elements + parameter.numel()
+            if parameters > room.parameters or elements > room.elements:
+                raise refuse(f"of over {elements:,} parameters (at {name!r}), more than twice what the checkpoint holds")
+
+    def count_buffer(_: nn.Module, name: str, buffer: Any) -> None:
+        nonlocal size
+        if buffer is not None:
+            size += buffer.numel() * buffer.element_size()
+            if size > room.buffer_bytes:
+                raise refuse(f"with buffers of over {size / 2**30:.1f} GiB (at {name!r})")
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(count_parameter),
+        hooks.register_module_buffer_registration_hook(count_buffer),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_layer_list(module: PreTrainedModel, depth: int, layer_prefix: str, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -72,7 +105,3 @@ def find_layer_list(module: PreTrainedModel, depth: int, layer_prefix: str, path
             "a model whose layers form one list is needed"
         )
     return found[0]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

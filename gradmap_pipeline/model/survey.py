@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError
 from .architecture import full_config
 from .batches import Batch
+from .companions import find_tokenizer_files
 from .depth import find_sources
+from .pretrained import check_generation_config, load_tokenizer
+from .shapes import check_tensors
 from .twins import check_twins
 
 if TYPE_CHECKING:
@@ -47,6 +50,14 @@ class Survey:
     @cached_property
     def _sources(self) -> dict[int, list[int]]:
         return find_sources(full_config(self.graph.base.folder))
+
+    def check_loadable(self) -> None:
+        """Raise `ModelError` where tensors are not what the config makes, or tokenizer or generation config cannot be read."""
+        check_generation_config(self.graph.base.folder)
+        if find_tokenizer_files(self.graph.base.folder):
+            load_tokenizer(self.graph.base.folder)
+        elements = self.graph.layer_elements()
+        check_tensors(self._model, lambda layer: 4 * elements[layer] < self._memory // 2)
 
     def check_layerwise(self) -> None:
         """Raise `ModelError` where the model cannot be run one layer at a time; tries one layer of each kind."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .architecture import prune_config
-from .skeleton import build_skeleton, find_layer_list, make_config
+from .pretrained import read_config
+from .skeleton import build_skeleton, find_layer_list
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,8 +30,8 @@ _ONLY_WHEN_MADE = "init_"
 def check_twins(base: BaseCheckpoint, kept: Sequence[int]) -> None:
     """Raise `ModelError` unless the config that keeps these base layers makes the very layers that are kept."""
     depth = base.layers
-    original = build_skeleton(make_config(base.folder))
-    pruned = build_skeleton(make_config(base.folder, prune_config(base.folder, kept)))
+    original = build_skeleton(read_config(base.folder), base.tensors)
+    pruned = build_skeleton(read_config(base.folder, prune_config(base.folder, kept)), base.tensors)
     _check_cache(original, pruned)
     path, layers = find_layer_list(original, depth, base.layer_prefix)
     _, twins = find_layer_list(pruned, len(kept), base.layer_prefix, path)

@@ -8,7 +8,8 @@ from ..errors import ModelError
 from .architecture import layer_of, prune_config
 from .checkpoint import load_tensor
 from .loading import load_tensors
-from .skeleton import build_skeleton, make_config
+from .pretrained import read_config
+from .skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,8 +22,8 @@ def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu") -> PreTrained
     import torch
 
     wanted: torch.dtype = getattr(torch, dtype)
-    config = make_config(graph.base.folder, prune_config(graph.base.folder, graph.layers))
-    module = build_skeleton(config, wanted, device)
+    config = read_config(graph.base.folder, prune_config(graph.base.folder, graph.layers))
+    module = build_skeleton(config, graph.base.tensors, wanted, device)
     by_layer: dict[int | None, dict[str, torch.Tensor]] = {}
     tensors = graph.export_tensors()
     for name in tensors:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StageError
-from ..model.skeleton import make_config
+from ..model.pretrained import read_config
 from .session import OnnxSession
 from .trace import takes_positions
 
@@ -62,7 +62,7 @@ def measure_difference(one: OnnxSession, other: OnnxSession, folder: Path, seed:
     """Largest absolute difference of logits between two graphs of one model, in prefill. `folder` holds its config."""
     import torch
 
-    words = int(make_config(folder).get_text_config().vocab_size)
+    words = int(read_config(folder).get_text_config().vocab_size)
     ids = torch.randint(words, (2, 32), generator=torch.Generator().manual_seed(seed))
     logits = [session.run(ids, torch.ones_like(ids), session.start(2))[0].float() for session in (one, other)]
     if not logits[1].isfinite().all():
