@@ -38,6 +38,7 @@ def write_quantised(
     writes nothing then.
     """
     from .model.checkpoint import write_folder
+    from .model.companions import describe_left_out
 
     target = to.resolve()
     if target == graph.base.folder or target in graph.base.folder.parents:
@@ -76,6 +77,9 @@ def write_quantised(
         replace_folder(partial, target)
         advance()
     shutil.rmtree(plain)
+    left_out = describe_left_out(graph.base.folder)
+    if left_out is not None:
+        context.note(left_out)
     size = sum(file.size for file in files.values()) / 1e6
     context.note(f"wrote {to}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")
     return TransformersFolder(graph=graph, folder=target, files=files, max_logit_difference=difference, quantisation=quantisation)

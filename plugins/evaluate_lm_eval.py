@@ -235,7 +235,7 @@ def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_
         loaded = load_whole(model, context.dtype, context.device)
     else:
         loaded = load_folder(model.folder, device_map={"": context.device})
-    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=batch_size)
+    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
 
 
 def _show(score: TaskScore, metric: str) -> str:

@@ -115,6 +115,8 @@ class ExportModel(Stage):
         return (self.to,)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.model.companions import describe_left_out
+
         model, target = inputs.model, self.to.resolve()
         if target == model.base.folder or target in model.base.folder.parents:
             raise StageError(f"{str(self.to)!r} holds the model that is being read; export to another folder")
@@ -129,6 +131,9 @@ class ExportModel(Stage):
             replace_folder(partial, target)
         made: dict[str, Any] = {"graph": model, "folder": target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
+        left_out = describe_left_out(model.base.folder)
+        if left_out is not None:
+            context.note(left_out)
         if self.format == "onnx":
             context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
