@@ -38,6 +38,7 @@ def write_quantised(
     writes nothing then.
     """
     from .model.checkpoint import write_folder
+    from .model.companions import describe_left_out
 
     plain = context.folder / "plain"
     plain.mkdir()
@@ -73,6 +74,9 @@ def write_quantised(
         files = new.finish(lineage, files)
         advance()
     shutil.rmtree(plain)
+    left_out = describe_left_out(graph.base.folder)
+    if left_out is not None:
+        context.note(left_out)
     size = sum(file.size for file in files.values()) / 1e6
     context.note(f"wrote {new.target}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")
     return TransformersFolder(

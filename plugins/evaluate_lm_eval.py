@@ -260,7 +260,7 @@ def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_
     _guard_embeddings(loaded, tokenizer)
     forget_lengths(loaded)
     alone = lengths_apart(loaded.config.to_dict())  # then the harness must not pad one sequence to the length of another
-    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=1 if alone else batch_size)
+    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=1 if alone else batch_size, trust_remote_code=False)
 
 
 def _guard_embeddings(loaded: Any, tokenizer: Any) -> None:

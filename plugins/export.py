@@ -112,6 +112,8 @@ class ExportModel(FolderExport):
         return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.model.companions import describe_left_out
+
         model = inputs.model
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
         with self.new_folder(model.base.folder) as new:
@@ -123,6 +125,9 @@ class ExportModel(FolderExport):
             files = new.finish(make_lineage(model, evaluation, files, difference, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
+        left_out = describe_left_out(model.base.folder)
+        if left_out is not None:
+            context.note(left_out)
         if self.format == "onnx":
             context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))

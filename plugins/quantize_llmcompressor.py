@@ -108,7 +108,7 @@ class QuantizeLlmcompressor(FolderExport):
             data: dict[str, Any] = {}
             if inputs.calibration is not None and self._needs_data:
                 data = _make_data(inputs.calibration)
-            oneshot(model=model, recipe=self._make_recipe(model), **data)
+            oneshot(model=model, recipe=self._make_recipe(model), trust_remote_code_model=False, **data)
             return model
 
         label = " ".join(filter(None, [self.scheme, self._method, "smoothquant" if self.smoothquant is not None else None]))

@@ -85,10 +85,16 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(companion, copy)
 
 
-def find_custom_code(folder: Path) -> list[str]:
-    """Names of the JSON files of a model that name classes of custom code."""
+def describe_left_out(folder: Path) -> str | None:
+    """What an export of this model leaves out, for its user; None: nothing."""
     configs = [folder / "config.json", *(file for file in find_companions(folder) if _is_config(file.name))]
-    return [file.name for file in configs if CODE_KEY in read_json(file)]
+    named = [file.name for file in configs if CODE_KEY in read_json(file)]
+    if not named:
+        return None
+    return (
+        f"left out {CODE_KEY!r} of {' and '.join(named)}, and the code it names: custom code is neither run nor copied, and "
+        "transformers' own classes load the folder"
+    )
 
 
 def _is_config(name: str) -> bool:
