@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .checkpoint import StoredTensor
 from .loading import load_all
+from .source import load_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,12 +22,8 @@ def check_tensors(model: HollowModel, fits: Callable[[int], bool]) -> None:
 
     Where names on disk are not those of modules, one layer of each kind is loaded; `fits` says whether that may be done.
     """
+    _check_others(model)
     tried: set[object] = set()
-    named = dict(model.module.named_parameters())
-    start = f"{model.module.base_model_prefix}."
-    for name, stored in model.graph.other_tensors().items():
-        if not stored.is_float and (name in named or start + name in named):
-            raise _refuse_type(name, stored)
     for index in model.graph.layers:
         layer = model.module.get_submodule(f"{model.layers_path}.{index}")
         stored_by_tail, unnamed = _compare(model, index, layer)
@@ -35,6 +32,20 @@ def check_tensors(model: HollowModel, fits: Callable[[int], bool]) -> None:
         if kind not in tried and unnamed and fits(index):
             _try_layer(model, index, layer)
         tried.add(kind)
+
+
+def _check_others(model: HollowModel) -> None:
+    """The tensors that belong to no layer. A model with more parts than the text decoder has some that are not for it."""
+    others = model.graph.other_tensors()
+    named = dict(model.module.named_parameters())
+    start = f"{model.module.base_model_prefix}."
+    for name, stored in others.items():
+        if not stored.is_float and (name in named or start + name in named):
+            raise _refuse_type(name, stored)
+    if not isinstance(load_config(model.graph.base.folder).get("text_config"), dict):
+        loading = load_all(model.module, model.zeros(others), model.dtype, "cpu")
+        model.module.tie_weights(missing_keys=loading.missing_keys, recompute_mapping=False)
+        _check_left_over(model, loading)
 
 
 def _compare(model: HollowModel, index: int, layer: nn.Module) -> tuple[dict[str, StoredTensor], bool]:
@@ -66,6 +77,10 @@ def _try_layer(model: HollowModel, index: int, layer: nn.Module) -> None:
         if integers:
             raise _refuse_type(integers[0], stored[integers[0]])
         raise ModelError(f"{str(model.graph.base.folder)!r} lacks the weights of {prefix + missing[0]!r}")
+    _check_left_over(model, loading)
+
+
+def _check_left_over(model: HollowModel, loading: Any) -> None:
     report = copy.copy(loading)
     model.module._adjust_missing_and_unexpected_keys(report)
     if report.unexpected_keys:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from .depth import LAYER_COUNTS, count_layers
+from .depth import count_layers
 from .files import check_pointer, find_shards
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             if math.isnan(number):
                 raise ModelError(f"{where!r} has NaN as {field!r}")
             continue
-        limit = len(shapes) if name in LAYER_COUNTS and "." not in field else max(most, _LARGEST)
-        if abs(number) > limit and not any(part in name for part in _FREE):
+        if abs(number) > max(most, _LARGEST) and not any(part in name for part in _FREE):
             raise ModelError(f"{where!r} has {number:,} as {field!r}, but no size in the checkpoint is over {most:,}")
         if abs(number) >= 1 << 62:
             raise ModelError(f"{where!r} has {number:,} as {field!r}, which is too large for any computer")

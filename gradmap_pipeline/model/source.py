@@ -17,6 +17,7 @@ BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _QUANTISED_KEYS = ("quantization_config", "compression_config")
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "*.bpe", "*.codes", "*.tokenizer"]
 _HUB_LICENCES = [
     "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in pattern)
@@ -165,6 +166,10 @@ def check_config(config: dict[str, Any], name: str) -> None:
         kind = config.get("model_type", "of no type")
         raise ModelError(f"{name!r} is an encoder-decoder model ({kind}); only a decoder that stands alone can be pruned")
     for part in (config, text):
+        for key in ("dtype", "torch_dtype"):
+            named = part.get(key)
+            if named is not None and not (isinstance(named, str) and named.removeprefix("torch.") in _FLOATS):
+                raise ModelError(f"config.json of {name!r} has {str(named)[:60]!r} as {key!r}; accepted: {', '.join(_FLOATS)}")
         for key in (*depth.LAYER_COUNTS, *_POSITION_KEYS):
             number = part.get(key)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
