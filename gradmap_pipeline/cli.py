@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Entry point of the `gradmap` command."""
-    from .ending import finish, tell_end, watch_signals
+    from .ending import finish, tell_end, tell_plainly, watch_signals
 
     code: Any = 0
     try:
@@ -27,7 +27,10 @@ def main() -> None:
     except SystemExit as end:
         code = 0 if end.code is None else end.code
     except BaseException as error:
-        code = tell_end(error)
+        try:
+            code = tell_end(error)
+        except BaseException as failure:  # so little memory that not even the words can be imported
+            code = tell_plainly(failure)
     finish(code)
 
 

@@ -36,8 +36,8 @@ class _State:
     number: int | None = None
     """The first that came."""
     since: float = 0.0
-    is_lost: bool = False
-    """Whether its exception was raised where Python drops it, and the signal now comes again."""
+    is_repeated: bool = False
+    """Whether the next signal is the first one, sent again because it came where nothing could be raised."""
     is_telling: bool = False
     """Whether the end of the command is being told, whatever it was: an interruption changes nothing any more."""
     exit_code: int | None = None
@@ -67,34 +67,53 @@ def _ignore_signals() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     if _state.exit_code is not None:
         os._exit(_state.exit_code)
     now = time.monotonic()
-    if _state.number is None or _state.is_lost:
-        _state.number, _state.since, _state.is_lost = number, now, False
-        if not _state.is_telling:
-            raise KeyboardInterrupt
-        return
+    if _state.number is None or _state.is_repeated:
+        if _state.number is None:
+            _state.number, _state.since = number, now
+        _state.is_repeated = False
+        if _state.is_telling:
+            return
+        if _is_importing(frame):
+            _repeat()
+            return
+        raise KeyboardInterrupt
     if now - _state.since > _SAME_SECONDS:
         with suppress(OSError):
             os.write(2, (_SHOW_CURSOR if os.isatty(2) else b"") + b"error: interrupted again; ended at once\n")
         os._exit(INTERRUPTED)
 
 
-def _repeat_lost(lost: sys.UnraisableHookArgs) -> None:
-    """An interruption that came inside a destructor or a callback, where Python cannot raise it, is sent again."""
-    if not issubclass(lost.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(lost)
-        return
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported. Libraries in C++ abort where their start is interrupted by an exception."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
-    def repeat() -> None:
-        _state.is_lost = True
+
+def _repeat() -> None:
+    """Send the signal again, a moment later."""
+
+    def send() -> None:
+        _state.is_repeated = True
         os.kill(os.getpid(), _state.number or signal.SIGINT)
 
-    timer = threading.Timer(_REPEAT_SECONDS, repeat)
+    timer = threading.Timer(_REPEAT_SECONDS, send)
     timer.daemon = True
     timer.start()
+
+
+def _repeat_lost(lost: sys.UnraisableHookArgs) -> None:
+    """An interruption that came inside a destructor or a callback, where Python cannot raise it, is sent again."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        _repeat()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 @contextmanager
@@ -119,6 +138,15 @@ def tell_end(error: BaseException, reporter: Reporter | None = None, store: Path
     return code
 
 
+def tell_plainly(failure: BaseException) -> int:
+    """Say that an end could not be told, without importing anything; return the exit code."""
+    is_short = isinstance(failure, MemoryError | ImportError | SystemError)
+    text = f"error: {'ran out of memory' if is_short else 'ended'}: {type(failure).__name__} while an error was told\n"
+    with suppress(OSError):
+        os.write(2, text.encode("ascii", "backslashreplace"))
+    return 3 if is_short else _UNFORESEEN
+
+
 def has_told() -> bool:
     """Whether the end of the command has been told."""
     return _state.is_telling
@@ -140,11 +168,11 @@ def _is_first_of_group() -> bool:
 
 def _describe(error: BaseException, store: Path | None) -> tuple[int, str, str | None]:
     """Exit code, message and place of an error."""
+    if isinstance(error, KeyboardInterrupt) or _state.number is not None:  # libraries turn an interruption into errors of theirs
+        return INTERRUPTED, _describe_interruption(), None
     from .errors import CapacityError, GradmapError
     from .shortages import find_shortage
 
-    if isinstance(error, KeyboardInterrupt) or _state.number is not None:  # libraries turn an interruption into errors of theirs
-        return INTERRUPTED, _describe_interruption(), None
     is_ours = isinstance(error, GradmapError)
     shortage = None if isinstance(error, CapacityError) else find_shortage(error)
     where = error.where if isinstance(error, GradmapError) else None
@@ -187,10 +215,20 @@ def finish(code: Any) -> NoReturn:
     exit_code = code if isinstance(code, int) else _UNFORESEEN
     _state.exit_code = exit_code
     sys.unraisablehook = lambda _: None  # all is told; what exit handlers of libraries still meet is nobody's matter
-    with suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if exit_code == INTERRUPTED:
+        # Where the interruption passed through code that C runs, Python would end as killed by SIGINT, whatever code is given.
+        with suppress(BaseException):
+            atexit._run_exitfuncs()
+        _flush()
+        os._exit(exit_code)
+    _flush()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Threads of the communication library may outlive the interpreter, and abort a process that has done its work.
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def _flush() -> None:
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -13,7 +13,7 @@ from types import FrameType
 from .errors import CapacityError
 
 OUR_CODES = (0, 2, 3, 4, 5, 130)
-_LEAST = 1 << 30
+_LEAST = 3 << 29
 _PATIENCE = 20
 """Seconds that a process has to end when it is interrupted: a library that spins on failing allocations never hears of it."""
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")

@@ -314,8 +314,8 @@ def test_signals_at_many_moments(number: int, tmp_path: Path, llama: Path, text:
     (tmp_path / "r.yaml").write_text(json.dumps({"version": 1, "model": {"path": str(llama)}, "steps": steps}))
     (tmp_path / "p.py").write_text(PLUGIN)
     (tmp_path / "temporary").mkdir()
-    for step in range(40):
-        delay = 0.04 * step + 0.004 * step**2
+    for step in range(24):
+        delay = 0.04 * step + 0.012 * step**2
         with started(tmp_path, "r.yaml", "--store", f"store-{step}", "--set", f"export.to=out-{step}") as process:
             wait_until_watching(process)
             time.sleep(delay)
