@@ -69,7 +69,7 @@ class ProjectCompensate(LayerCompensation):
         return self
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_gradients()
+        survey.check_layerwise()
         sites = survey.find_sites()
         if sites and not any(sites.values()):
             raise ModelError(

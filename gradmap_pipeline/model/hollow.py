@@ -61,6 +61,10 @@ def make_up(module: nn.Module, width: float = 0.02) -> None:
 
     generators: dict[torch.device, torch.Generator] = {}
     with torch.no_grad():
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                if name not in part._non_persistent_buffers_set and buffer.is_floating_point() and not buffer.is_meta:
+                    part._buffers[name] = torch.ones_like(buffer)  # a number that scales an output: as if it did not
         for parameter in module.parameters():
             if not parameter.is_meta:
                 if not parameter.is_contiguous():

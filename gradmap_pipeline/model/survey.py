@@ -18,6 +18,7 @@ from .twins import check_twins
 if TYPE_CHECKING:
     import torch
 
+    from .calls import LayerArguments
     from .graph import ModelGraph
     from .hollow import ThinModel
     from .sites import Site
@@ -109,7 +110,10 @@ class Survey:
         found: dict[int, tuple[Site, ...]] = {}
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
+        suppliers = {user: source for source, users in self._sources.items() for user in users}
         for layer, alike in self._kinds().items():
+            if layer in suppliers:
+                self._run_once(suppliers[layer], hidden, arguments)
             with self._model.layer(layer):
                 try:
                     sites = find_sites(self._model, layer, hidden, arguments[layer])
@@ -117,6 +121,13 @@ class Survey:
                     sites = ()
             found |= dict.fromkeys(alike, sites)
         return found
+
+    def _run_once(self, layer: int, hidden: torch.Tensor, arguments: dict[int, LayerArguments]) -> None:
+        """Have a layer leave the keys and values that others take from it."""
+        import torch
+
+        with self._model.layer(layer), torch.no_grad():
+            self._model.run_layer(layer, hidden, arguments[layer])
 
     def _normal(self, shape: Sequence[int]) -> torch.Tensor:
         import torch
