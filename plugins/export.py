@@ -174,6 +174,7 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
 
     from gradmap_pipeline.memory import give_back
     from gradmap_pipeline.model.batches import make_batches
+    from gradmap_pipeline.model.finite import find_weights
     from gradmap_pipeline.model.graph import open_folder
     from gradmap_pipeline.model.layerwise import LayerwiseModel
     from gradmap_pipeline.model.sweep import Sweep
@@ -194,7 +195,8 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
     give_back()
     found.append(compute_logits(reloaded))
     if not found[1].isfinite().all():
-        raise StageError(f"the model computes values that are not finite in {dtype}; set another 'dtype' under 'model'")
+        cause = find_weights(model) or f"its weights are finite in {dtype}; set another 'dtype' under 'model'"
+        raise StageError(f"the model computes values that are not finite: {cause}")
     difference = float((found[0] - found[1]).abs().max())
     if not difference == 0.0:
         raise StageError(
