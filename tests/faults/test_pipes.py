@@ -117,6 +117,7 @@ def test_listing_commands_end_quietly(command: str, folder: Path) -> None:
     assert shell(folder, f"{GRADMAP} {command} >&-") == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_plan_ends_quietly(folder: Path) -> None:
     assert shell(folder, f"{GRADMAP} plan r.yaml --plugin p.py | true") == (0, "", "")
 
