@@ -206,7 +206,7 @@ def _call(
             raise failure from error
         told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
         kept = store.save_traceback(told[1])
-        failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {error}; traceback in {kept}")
+        failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {_on_one_line(error)}; traceback in {kept}")
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):
@@ -214,6 +214,10 @@ def _call(
         failure.where = where
         raise failure
     return result
+
+
+def _on_one_line(error: Exception) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder, key: str, record: dict[str, Any]) -> BaseModel:

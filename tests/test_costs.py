@@ -89,7 +89,7 @@ def test_no_weight_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a tensor was loaded")
 
-    monkeypatch.setattr(layerwise, "load_tensor", refuse)
+    monkeypatch.setattr(layerwise, "load_rounded", refuse)
     assert costs_of()["gradmap_score"]["estimate"]["seconds"] > 0
     with pytest.raises(AssertionError, match="a tensor was loaded"):
         layerwise.LayerwiseModel(open_folder(Path("model")))

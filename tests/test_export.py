@@ -168,7 +168,7 @@ def test_overflow_in_the_exported_type_is_said(tmp_path: Path) -> None:
     base = open_folder(make_model(tmp_path / "base"), dtype="float16")
     name = "model.layers.3.mlp.down_proj.weight"
     patch = TensorFile.save({name: torch.full((32, 64), 1e30)}, tmp_path / "patch.safetensors")
-    with pytest.raises(StageError, match="values that are not finite in float16; set another 'dtype' under 'model'"):
+    with pytest.raises(StageError, match=r"2,048 of the 2,048 values of .* do not fit into float16"):
         run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=base.with_patches({name: patch}, "broken"))
 
 

@@ -263,7 +263,9 @@ def test_corrections_that_are_not_finite_are_refused(text: Path, tmp_path: Path)
     context = make_context(tmp_path / "out")
     streams = open_streams(model.without_layers([1]), calibration, context, 0)
     broken = {"mlp.down_proj.weight": torch.full((32, 64), torch.nan)}
-    with pytest.raises(StageError, match=r"correction of 'model.layers.0.mlp.down_proj.weight' is not finite in torch.float32"):
+    with pytest.raises(
+        StageError, match=r"correction of .*0.mlp.down_proj.weight' is not finite, computed in float32; raise 'ridge'"
+    ):
         write_patches(streams, 0, broken, context)
 
 

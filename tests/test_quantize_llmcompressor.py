@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline import quantised
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import StageError
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.model.graph import ModelGraph, open_folder
 from gradmap_pipeline.quantised import write_quantised
+from gradmap_pipeline.targets import new_folder
 from gradmap_pipeline.testing import make_context
 
 TEXT = {"samples": 16, "sequence_length": 32}
+
+
+def quantise(graph: ModelGraph, folder: Path, method: Callable[[Path], Any]) -> None:
+    with new_folder(folder / "out", overwrite=False) as new:
+        write_quantised(graph, new, "test", method, make_context(folder / "step"))
 
 
 def gradmap(*arguments: str) -> Result:
@@ -81,7 +88,7 @@ def test_folder_that_computes_something_else_is_not_written(tmp_path: Path, monk
 
     monkeypatch.setattr(quantised, "_logits", drift)
     with pytest.raises(StageError, match=r"does not compute what the quantised model does: logits differ by up to 0\.1; nothing"):
-        write_quantised(graph, tmp_path / "out", "test", load, make_context(tmp_path / "step"))
+        quantise(graph, tmp_path, load)
     assert not (tmp_path / "out").exists()
 
 
@@ -94,14 +101,14 @@ def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
         return model
 
     with pytest.raises(StageError, match="computes values that are not finite; nothing was written"):
-        write_quantised(graph, tmp_path / "out", "test", spoil, make_context(tmp_path / "step"))
+        quantise(graph, tmp_path, spoil)
     assert not (tmp_path / "out").exists()
 
 
 def test_config_keeps_the_older_form_of_rotary_parameters(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 50000.0}
     graph = open_folder(make_model(tmp_path / "model", rope_parameters=rope)).without_layers([1])
-    write_quantised(graph, tmp_path / "out", "test", load, make_context(tmp_path / "step"))
+    quantise(graph, tmp_path, load)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["rope_theta"], config["rope_parameters"], config["num_hidden_layers"]) == (50000.0, rope, 3)
 

@@ -130,11 +130,13 @@ def test_verify_opens_no_pickle(text: Path, tmp_path: Path, monkeypatch: pytest.
     _Opens.place = tmp_path / "ran"
     (out / "model.safetensors").unlink()
     torch.save({"model.norm.weight": _Opens()}, out / "pytorch_model.bin")
-    from gradmap_pipeline.folders import describe_file
+    from gradmap_pipeline.digests import sha256_of_value
+    from gradmap_pipeline.targets import OWN_DIGEST, describe_file
 
     lineage = json.loads((out / "gradmap.json").read_text())
     del lineage["files"]["model.safetensors"]
     lineage["files"]["pytorch_model.bin"] = describe_file(out / "pytorch_model.bin").model_dump()
+    lineage[OWN_DIGEST] = sha256_of_value({key: value for key, value in lineage.items() if key != OWN_DIGEST})
     (out / "gradmap.json").write_text(json.dumps(lineage))
     with pytest.raises(StageError, match="safetensors"):
         verify_folder(out)

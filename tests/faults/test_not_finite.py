@@ -86,7 +86,7 @@ def test_evaluation_names_the_tensor_that_is_not_finite(name: str, layer: str, v
         save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     result = run(folder, text, EVALUATE, "--json")
     assert result.exit_code == 4, result.output
-    error = [json.loads(line, parse_constant=lambda constant: pytest.fail(constant)) for line in result.stdout.splitlines()][-1]
+    error = [json.loads(line, parse_constant=pytest.fail) for line in result.stdout.splitlines()][-1]
     assert error["where"] == "step 'evaluate'"
     assert f"the tensor {name!r}{layer}, has " in error["message"] or f"the tensor {name!r}{layer} has " in error["message"]
     assert "values that are not finite" in error["message"]

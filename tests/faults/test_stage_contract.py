@@ -32,11 +32,12 @@ def gradmap_stages():
 '''
 PLAIN = "{layer: float(layer) for layer in sweep.layers}"
 LOWEST = "super().decide(kept, scores, wanted, protected)"
+MANY = "[Decision(removed=layer, scores=scores, unguarded=layer) for layer in kept]"
 CASES = {
     "nothing": (PLAIN, "[]", "'decide' must return 1 to 2 decisions, got 0"),
     "None": (PLAIN, "None", "'decide' must return a list of Decision, got None"),
     "numbers": (PLAIN, "[1, 2]", "'decide' must return a list of Decision, got [1, 2]"),
-    "too many": (PLAIN, "[Decision(removed=l, scores=scores, unguarded=l) for l in kept]", "'decide' must return 1 to 2 decisions, got 4"),
+    "too many": (PLAIN, MANY, "'decide' must return 1 to 2 decisions, got 4"),
     "protected": (PLAIN, "[Decision(removed=0, scores=scores, unguarded=0)]", "'decide' removes layer 0, which is protected"),
     "gone": (PLAIN, "[Decision(removed=9, scores=scores, unguarded=9)]", "'decide' removes layer 9, which is not left"),
     "twice": (PLAIN, "[Decision(removed=1, scores=scores, unguarded=1)] * 2", "'decide' removes layer 1, which is removed already"),

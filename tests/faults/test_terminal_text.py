@@ -45,9 +45,9 @@ def is_clean(text: str) -> bool:
 
 
 def test_every_table_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    row = ModelRow(NASTY, NASTY, 1, (0,), 0, 0, 1, 1, {NASTY: 1.0}, None)
-    pruned = ModelRow("p", "p", 1, (0,), 1, 0, 1, 1, {NASTY: 3.0}, None)
-    corrected = ModelRow("c", NASTY, 1, (0,), 1, 1, 1, 1, {NASTY: 2.0}, None)
+    row = ModelRow(NASTY, NASTY, 1, (0,), 0, 0, 1, 1, {NASTY: 1.0})
+    pruned = ModelRow("p", "p", 1, (0,), 1, 0, 1, 1, {NASTY: 3.0})
+    corrected = ModelRow("c", NASTY, 1, (0,), 1, 1, 1, 1, {NASTY: 2.0})
     stream = io.StringIO()
     print_summary(Console(file=stream, width=400), Summary([row, pruned, corrected], [StepRow(NASTY, NASTY, 1.0, False)]), 1.0)
     comparison = Comparison([Row(NASTY, NASTY, 1, 1, 1, {NASTY: 1.0})])
