@@ -70,6 +70,7 @@ def refuse(model, index, hidden, arguments, site):
 correction.check_gain = refuse
 
 class Unused(Odd):
+    \"\"\"Never used.\"\"\"
     name = "unused_compensate"
     def correct(self, streams, layer, known, context):
         if True:
