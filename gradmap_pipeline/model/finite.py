@@ -25,9 +25,9 @@ def find_tensor(graph: ModelGraph, names: Iterable[str]) -> str | None:
         if count:
             layer = layer_of(name, graph.base.layer_prefix)
             place = "" if layer is None else f" of layer {layer}"
-            made = "which an earlier step corrected, " if name in graph.patches else ""
+            made = ", which an earlier step corrected," if name in graph.patches else ""
             return (
-                f"the tensor {name!r}{place}, {made}has {count:,} of {stored.elements:,} values that are not finite "
+                f"the tensor {name!r}{place}{made} has {count:,} of {stored.elements:,} values that are not finite "
                 f"({str(stored.file)!r}); take a checkpoint without them"
             )
     return None
