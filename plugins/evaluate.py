@@ -178,7 +178,7 @@ def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: 
     """The same of a folder, by the program it was made for."""
     from gradmap_pipeline.model.batches import count_predicted, make_batches, next_token_losses
     from gradmap_pipeline.model.finite import find_weights
-    from gradmap_pipeline.model.rope import lengths_apart_in
+    from gradmap_pipeline.model.lengths import lengths_apart_in
 
     apart = lengths_apart_in(model.folder)
     batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS, lengths_apart=apart)

@@ -242,7 +242,8 @@ def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_
 
     from gradmap_pipeline.exports import load_folder
     from gradmap_pipeline.memory import resident_bytes
-    from gradmap_pipeline.model.rope import forget_lengths, lengths_apart
+    from gradmap_pipeline.model.lengths import lengths_apart
+    from gradmap_pipeline.model.rope import forget_lengths
     from gradmap_pipeline.model.whole import load_whole
 
     width = 4 if context.dtype == "float32" else 2

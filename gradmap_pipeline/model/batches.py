@@ -37,7 +37,7 @@ def make_batches(
     """Cut samples (samples, T) into batches of about `batch_tokens` tokens: tokens first, then padding, as far as the longest goes.
 
     `lengths_apart`: only samples of one length go together, for models in which a longer sample changes the others
-    (`rope.lengths_apart`). Raises `StageError` where a sample has no token.
+    (`lengths.lengths_apart`). Raises `StageError` where a sample has no token.
     """
     import torch
 

@@ -16,10 +16,11 @@ from .calls import LayerArguments, OutputShape, hidden_of
 from .casts import FOR_COMPUTING, cast_all
 from .checkpoint import StoredTensor, load_rounded
 from .graph import ModelGraph
+from .lengths import lengths_apart
 from .loading import load_tensors, trace_disk_name
 from .prefetch import Prefetcher
 from .pretrained import read_config
-from .rope import forget_lengths, lengths_apart
+from .rope import forget_lengths
 from .skeleton import build_skeleton, find_layer_list
 
 if TYPE_CHECKING:

@@ -1,36 +1,17 @@
 """Rotary position embeddings whose frequencies follow the longest position of a batch, and of batches before it.
 
 transformers chooses the factors of `longrope`, and the base of `dynamic`, by the longest row; `dynamic` keeps them for shorter
-rows that follow. What a row gives alone, in a model just loaded, is right: rows of other lengths stay out of its batch, and what a
-batch leaves behind is undone before the next.
+rows that follow. What a row gives alone, in a model just loaded, is right: what a batch leaves behind is undone before the next.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .source import load_config
 
 if TYPE_CHECKING:
     from torch import nn
 
 _CACHED = "max_seq_len_cached"
-
-
-def lengths_apart(config: Any) -> bool:
-    """Whether, by its config (as JSON), the length of one row changes what a model computes of the others."""
-    if isinstance(config, dict):
-        kinds = [config.get(name) for name in ("rope_type", "type")]
-        return any(kind in ("longrope", "su") or (isinstance(kind, str) and "dynamic" in kind) for kind in kinds) or any(
-            lengths_apart(part) for part in config.values()
-        )
-    return isinstance(config, list) and any(lengths_apart(part) for part in config)
-
-
-def lengths_apart_in(folder: Path) -> bool:
-    """The same of the model in a folder."""
-    return lengths_apart(load_config(folder))
 
 
 def forget_lengths(model: nn.Module) -> None:

@@ -1,0 +1,33 @@
+"""Models in which a longer row of a batch changes what is computed of the others. Rows of other lengths stay out of its batch then.
+
+Rotary factors of `longrope` and the base of `dynamic` follow the longest row. Attention that keeps only the best keys chooses them
+among all columns of the batch (Doge, DeepSeek V3.2). What a row gives alone is right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .source import load_config
+
+_ROTARY = ("longrope", "su")
+_KEYS_CHOSEN = ("keep_window_size", "index_topk")
+"""Config fields of attention that keeps only the best keys."""
+
+
+def lengths_apart(config: Any) -> bool:
+    """Whether, by its config (as JSON), the length of one row changes what a model computes of the others."""
+    if isinstance(config, list):
+        return any(lengths_apart(part) for part in config)
+    if not isinstance(config, dict):
+        return False
+    kinds = [kind for name in ("rope_type", "type") if isinstance(kind := config.get(name), str)]
+    follows_rotary = any(kind in _ROTARY or "dynamic" in kind for kind in kinds)
+    chooses_keys = any(isinstance(config.get(name), int) for name in _KEYS_CHOSEN)
+    return follows_rotary or chooses_keys or any(lengths_apart(part) for part in config.values())
+
+
+def lengths_apart_in(folder: Path) -> bool:
+    """The same of the model in a folder."""
+    return lengths_apart(load_config(folder))
