@@ -13,7 +13,7 @@ from typing import Any
 
 from .artifacts import LINEAGE, ExportedFile
 from .digests import sha256_of, sha256_of_value
-from .errors import OptionError, StageError
+from .errors import GradmapError, OptionError, StageError
 from .partial import partial_folder, replace_folder
 
 OWN_DIGEST = "sha256"
@@ -125,6 +125,8 @@ class NewFolder:
 def new_folder(to: Path, overwrite: bool, *sources: Path) -> Iterator[NewFolder]:
     """A folder to fill and finish; it vanishes unless it is finished. `sources`: folders that are read to fill it.
 
+    Errors on the way name the folder as it would have been called.
+
     Raises `StageError` where it would take the place of files that no export left there, unless `overwrite`.
     """
     target = to.resolve()
@@ -136,7 +138,11 @@ def new_folder(to: Path, overwrite: bool, *sources: Path) -> Iterator[NewFolder]
         raise StageError(_explain(to, *next(iter(foreign.items()))))
     states = {name: _state_of(target / name) for name in foreign}
     with partial_folder(target) as path:
-        yield NewFolder(path, target, states)
+        try:
+            yield NewFolder(path, target, states)
+        except GradmapError as error:
+            error.args = tuple(said.replace(str(path), str(to)) if isinstance(said, str) else said for said in error.args)
+            raise
 
 
 def overlaps(one: Path, other: Path) -> bool:
