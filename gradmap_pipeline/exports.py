@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .model.batches import Batch
 
 
+_WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf")
+
+
 class Export(Artifact):
     """A folder that other programs load, and the model it holds."""
 
@@ -43,9 +46,7 @@ class Export(Artifact):
 
     def count_bytes(self) -> int:
         """Bytes of the files that hold weights."""
-        return sum(
-            file.size for name, file in self.files.items() if name.endswith((".safetensors", ".onnx", ".onnx.data", ".gguf"))
-        )
+        return sum(file.size for name, file in self.files.items() if name.endswith(_WEIGHTS))
 
 
 class TransformersFolder(Export, Model):

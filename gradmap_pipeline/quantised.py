@@ -68,8 +68,6 @@ def write_quantised(
             )
         difference = float((again - before).abs().max())
         files = describe_folder(partial)
-        for name in files:
-            (partial / name).chmod(0o644)
         lineage = make_lineage(graph, None, files, difference, context) | {"quantisation": quantisation}
         files = new.finish(lineage, files)
         advance()

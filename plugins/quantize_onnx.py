@@ -63,8 +63,9 @@ class QuantizeOnnx(FolderExport):
         return self
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.ort.layout import find_graph, is_graph, layout_of, place_graph, tell_programs
         from gradmap_pipeline.ort.parity import measure_difference
-        from gradmap_pipeline.ort.session import GRAPH, OnnxSession
+        from gradmap_pipeline.ort.session import OnnxSession
 
         source = inputs.exported
         if source.quantisation is not None:
@@ -73,8 +74,10 @@ class QuantizeOnnx(FolderExport):
             )
         with self.new_folder(source.folder, source.graph.base.folder) as new:
             partial = new.path
-            rewritten = self._quantise(source.folder / GRAPH, partial, context)
-            matrices = count_matrices(partial / GRAPH, rewritten)
+            graph = partial / place_graph(layout_of(source.folder), source.dtype, self.method)
+            graph.parent.mkdir(exist_ok=True)
+            rewritten = self._quantise(find_graph(source.folder), graph, context)
+            matrices = count_matrices(graph, rewritten)
             if not matrices.quantised:
                 raise StageError(
                     "the graph has no product with a constant matrix that ONNX Runtime can quantise; nothing was written"
@@ -82,7 +85,8 @@ class QuantizeOnnx(FolderExport):
             difference = measure_difference(
                 OnnxSession(source.folder, fast=False), OnnxSession(partial, fast=False), source.graph.base.folder, context.seed
             )
-            copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.startswith(GRAPH)), partial)
+            copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), partial)
+            tell_programs(partial, source.dtype, self.method)
             files = describe_folder(partial)
             lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, difference)
             files = new.finish(lineage, files)
@@ -96,24 +100,25 @@ class QuantizeOnnx(FolderExport):
         )
         return self.Outputs(exported=exported, matrices=matrices)
 
-    def _quantise(self, graph: Path, folder: Path, context: Context) -> int:
-        """Write the quantised graph; return how many products had to be rewritten for it."""
+    def _quantise(self, source: Path, target: Path, context: Context) -> int:
+        """Write the quantised graph and its weights beside it; return how many products had to be rewritten for it."""
         import onnx_ir
 
+        from gradmap_pipeline.ort.layout import name_data
         from gradmap_pipeline.ort.rewrite import unify_products
-        from gradmap_pipeline.ort.session import GRAPH
 
         logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
         logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-        model = onnx_ir.load(graph)
+        model = onnx_ir.load(source)
         rewritten = unify_products(model)
-        plain = context.folder / GRAPH
-        onnx_ir.save(model, plain, external_data=f"{GRAPH}.data")
+        plain, quantised = context.folder / "plain.onnx", context.folder / "quantised.onnx"
+        onnx_ir.save(model, plain, external_data=name_data(plain.name))
         del model
         if self.method == "int8_dynamic":
-            quantise_dynamically(plain, folder / GRAPH)
+            quantise_dynamically(plain, quantised)
         else:
-            quantise_blocks(plain, folder / GRAPH, _BITS[self.method], self.block_size or 32)
+            quantise_blocks(plain, quantised, _BITS[self.method], self.block_size or 32)
+        onnx_ir.save(onnx_ir.load(quantised), target, external_data=name_data(target.name))
         for file in context.folder.iterdir():
             file.unlink()
         return rewritten

@@ -30,7 +30,7 @@ from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.source import BUILTIN_FOLDER
 from gradmap_pipeline.model.survey import Survey
 from gradmap_pipeline.ort import apart
-from gradmap_pipeline.ort.session import GRAPH, OnnxSession
+from gradmap_pipeline.ort.session import OnnxSession
 from gradmap_pipeline.testing import run_stage
 
 PRUNED = ["llama", "gpt2", "gemma3_text", "mixtral"]
@@ -100,17 +100,17 @@ def test_folder_is_what_other_programs_expect(tmp_path: Path) -> None:
     """Names as Optimum's, no path of this machine, dimensions by name, config and tokenizer beside it."""
     exported = export(make_pruned(tmp_path, "llama"), tmp_path)
     names = set(exported.files)
-    assert {"model.onnx", "model.onnx.data", "config.json", "genai_config.json", "tokenizer.json", "gradmap.json"} <= names
-    graph = onnx.load(exported.folder / GRAPH, load_external_data=False)
-    onnx.checker.check_model(exported.folder / GRAPH)
+    assert {"model.onnx", "model.onnx_data", "config.json", "genai_config.json", "tokenizer.json", "gradmap.json"} <= names
+    graph = onnx.load(exported.folder / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(exported.folder / "model.onnx")
     shapes = {
         value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim] for value in graph.graph.input
     }
-    assert shapes["input_ids"] == shapes["position_ids"] == ["batch", "sequence"]
-    assert shapes["attention_mask"] == ["batch", "total_sequence"]
-    assert shapes["past_key_values.3.value"] == ["batch", 2, "past_sequence", 8]
+    assert shapes["input_ids"] == shapes["position_ids"] == ["batch_size", "sequence_length"]
+    assert shapes["attention_mask"] == ["batch_size", "past_sequence_length + sequence_length"]
+    assert shapes["past_key_values.3.value"] == ["batch_size", 2, "past_sequence_length", 8]
     assert [value.name for value in graph.graph.output][:3] == ["logits", "present.0.key", "present.0.value"]
-    data = (exported.folder / GRAPH).read_bytes()
+    data = (exported.folder / "model.onnx").read_bytes()
     assert not re.search(rb"site-packages|Traceback|/tmp/|/home/|\.py", data)
     genai = json.loads((exported.folder / "genai_config.json").read_text())
     assert (genai["model"]["decoder"]["num_hidden_layers"], genai["model"]["decoder"]["head_size"]) == (4, 8)
@@ -120,7 +120,7 @@ def test_folder_is_what_other_programs_expect(tmp_path: Path) -> None:
 def test_half_precision(tmp_path: Path) -> None:
     exported = export(make_pruned(tmp_path, "llama"), tmp_path, onnx={"dtype": "float16"})
     assert exported.label == "pruned, ONNX fp16"
-    weights = (exported.folder / "model.onnx.data").stat().st_size
+    weights = (exported.folder / "model.onnx_data").stat().st_size
     assert weights < 0.6 * 4 * exported.graph.count_parameters()
     logits, _ = (session := OnnxSession(exported.folder)).run(*[torch.ones(1, 4, dtype=torch.long)] * 2, session.start(1))
     assert logits.dtype == torch.float16
@@ -221,10 +221,10 @@ def test_large_graphs_are_traced_in_another_process(tmp_path: Path, monkeypatch:
     assert there.max_logit_difference == here.max_logit_difference
     states = open_folder(make_model(tmp_path / "mamba", "mamba"))
     with pytest.raises(StageError, match="the tracer ended with code 1: AttributeError: 'MambaCausalLMOutput' object has no"):
-        apart.write_graph(states, "float32", 0, tmp_path)
+        apart.write_graph(states, "float32", 0, tmp_path / "model.onnx")
     (tmp_path / "mamba" / "config.json").unlink()
     with pytest.raises(ModelError, match=r"config\.json"):
-        apart.write_graph(states, "float32", 0, tmp_path)
+        apart.write_graph(states, "float32", 0, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(

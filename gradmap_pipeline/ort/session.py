@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StageError
+from .layout import find_graph
 
 if TYPE_CHECKING:
     import torch
 
-GRAPH = "model.onnx"
 INSTALL = "pip install 'gradmap-pipeline[onnx]'"
 
 
@@ -31,12 +31,13 @@ class OnnxSession:
         options.add_session_config_entry("session.disable_prepacking", "0" if fast else "1")
         import torch
 
+        graph = find_graph(folder)
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self._session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime has an exception class for each of its status codes
             first_line = (str(error).strip().splitlines() or [""])[0]
-            raise StageError(f"ONNX Runtime cannot open {str(folder / GRAPH)!r}: {first_line}") from error
+            raise StageError(f"ONNX Runtime cannot open {str(graph)!r}: {first_line}") from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._names = [name for name in self._inputs if name.startswith("past_key_values.")]
