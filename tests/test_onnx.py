@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -243,38 +242,3 @@ def test_a_tracer_that_dies(
         export(make_pruned(tmp_path, "llama"), tmp_path)
     assert not (tmp_path / "onnx").exists()
     assert not list(tmp_path.glob(".onnx*"))
-
-
-@pytest.mark.slow
-def test_optimum_loads_the_folder(tmp_path: Path) -> None:
-    """`ORTModelForCausalLM`, in an environment of its own, generates what transformers does."""
-    graph = make_pruned(tmp_path, "llama")
-    exported = export(graph, tmp_path)
-    run_stage(ExportModel(to=tmp_path / "torch"), tmp_path / "export-torch", model=graph)
-    prompt = torch.randint(3, 259, (1, 12), generator=torch.Generator().manual_seed(0))
-    environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    python = environment / "bin" / "python"
-    (next(environment.glob("lib/python*/site-packages")) / "torch-from-there.pth").write_text(
-        f"{Path(torch.__file__).parent.parent}\n"
-    )
-    install = [
-        "install",
-        "--quiet",
-        "--no-deps",
-        "optimum-onnx==0.1.0",
-        "optimum==2.1.0",
-        "transformers==4.57.6",
-        "huggingface_hub<1",
-    ]
-    subprocess.run([python, "-m", "pip", *install, "tokenizers<0.23"], check=True)
-    code = (
-        "import sys, json, torch; from optimum.onnxruntime import ORTModelForCausalLM\n"
-        "model = ORTModelForCausalLM.from_pretrained(sys.argv[1]); ids = torch.tensor([json.loads(sys.argv[2])])\n"
-        "found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64)\n"
-        "print(json.dumps(found[0, ids.shape[1]:].tolist()))"
-    )
-    command = [str(python), "-c", code, str(exported.folder), json.dumps(prompt[0].tolist())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == generate_with_torch(tmp_path / "torch", prompt, 64)
