@@ -23,7 +23,8 @@ def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: P
     from .model.architecture import prune_config
     from .model.companions import CODE_KEY, copy_companions
     from .model.older import add_older_rope
-    from .model.tokenizer_check import check_tokenizer_copy
+    from .model.older_tokenizer import add_older_tokenizer
+    from .model.tokenizer_check import TEXTS, check_tokenizer_copy
 
     config = prune_config(model.base.folder, model.layers)
     config = add_older_rope(model.base.folder, config)
@@ -34,6 +35,7 @@ def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: P
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(make_model_card(model, evaluation), encoding="utf-8")
     copy_companions(model.base.folder, folder)
+    add_older_tokenizer(folder, TEXTS)
     check_tokenizer_copy(model.base.folder, folder)
 
 

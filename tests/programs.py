@@ -14,8 +14,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 TRANSFORMERS_JS = "GRADMAP_TRANSFORMERS_JS"
-OPTIMUM_PYTHON = "GRADMAP_OPTIMUM_PYTHON"
-_OPTIMUM = ["optimum-onnx==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "huggingface_hub<1", "tokenizers<0.23"]
+OLDER_PYTHON = "GRADMAP_OLDER_PYTHON"
+_OLDER = ["optimum-onnx==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "huggingface_hub<1", "tokenizers<0.23"]
 
 Rows = list[list[int]]
 
@@ -38,9 +38,9 @@ def find_transformers_js() -> Path:
     return place
 
 
-def make_optimum_python(folder: Path) -> str:
+def make_older_python(folder: Path) -> str:
     """A Python with optimum-onnx, which takes an older transformers; torch and ONNX Runtime are those of this one."""
-    named = os.environ.get(OPTIMUM_PYTHON)
+    named = os.environ.get(OLDER_PYTHON)
     if named is not None:
         return named
     import torch
@@ -49,7 +49,7 @@ def make_optimum_python(folder: Path) -> str:
     python = str(folder / "bin" / "python")
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "zz-from-there.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *_OPTIMUM], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *_OLDER], check=True)
     return python
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Rows, find_transformers_js, make_optimum_python, run_genai, run_optimum, run_transformers_js
+from programs import Rows, find_transformers_js, make_older_python, run_genai, run_optimum, run_transformers_js
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from walk import make_model
 
@@ -77,7 +77,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def optimum(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_optimum_python(tmp_path_factory.mktemp("optimum") / "environment")
+    return make_older_python(tmp_path_factory.mktemp("optimum") / "environment")
 
 
 def test_transformers_js_says_the_same(case: Case) -> None:
