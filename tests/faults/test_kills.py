@@ -23,6 +23,7 @@ from gradmap_pipeline.targets import find_foreign_files
 
 ROOT = Path(__file__).parents[2]
 KILLS = 60
+TIMED = {"seconds", "saved", "sha256", "rounds", "gradmap.json"}
 CHANGES_FILES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 PRUNE_AND_EXPORT = """\
 version: 1
@@ -36,9 +37,9 @@ steps:
 
 
 def without_times(value: Any) -> Any:
-    """Seconds, and digests over them, differ from run to run."""
+    """Seconds, and digests over them, differ from run to run; the lineage of an export holds them too."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in ("seconds", "saved", "sha256", "rounds")}
+        return {key: without_times(item) for key, item in value.items() if key not in TIMED}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -47,7 +48,7 @@ def content_of(folder: Path) -> dict[str, str]:
     files = [file for part in (folder / ".gradmap" / "steps", folder / "out") for file in sorted(part.rglob("*")) if file.is_file()]
     return {
         str(file.relative_to(folder)): sha256_of_value(without_times(json.loads(file.read_text())))
-        if file.name == "outputs.json"
+        if file.name in ("outputs.json", "gradmap.json")
         else sha256_of(file)
         for file in files
     }
