@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .model.batches import Batch
 
 
-_WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf")
+WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf")
+"""Endings of files that hold weights."""
 
 
 class Export(Artifact):
@@ -46,7 +47,7 @@ class Export(Artifact):
 
     def count_bytes(self) -> int:
         """Bytes of the files that hold weights."""
-        return sum(file.size for name, file in self.files.items() if name.endswith(_WEIGHTS))
+        return sum(file.size for name, file in self.files.items() if name.endswith(WEIGHTS))
 
 
 class TransformersFolder(Export, Model):

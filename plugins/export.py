@@ -28,7 +28,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, make_lineage, write_companions
+from gradmap_pipeline.folders import check_loading, make_lineage, write_card, write_companions
 from gradmap_pipeline.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
@@ -156,8 +156,9 @@ class ExportModel(FolderExport):
             difference = check_parity(references, OnnxSession(folder, fast=False), self.onnx.dtype)
             advance()
         (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
-        write_companions(model, evaluation, folder)
+        write_companions(model, folder)
         tell_programs(folder, self.onnx.dtype)
+        write_card(folder, model, evaluation, "onnx")
         return describe_folder(folder), difference
 
     def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
@@ -170,7 +171,8 @@ class ExportModel(FolderExport):
             for name, written in write_folder(tensors, folder, model.dtype, shard_bytes):
                 files[name] = written
                 advance()
-        write_companions(model, evaluation, folder)
+        write_companions(model, folder)
+        write_card(folder, model, evaluation, "safetensors")
         return describe_folder(folder, files)
 
 
