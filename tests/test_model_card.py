@@ -94,7 +94,10 @@ def test_how_to_run_each_format(
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        ("---\nlicense: apache-2.0\nlanguage:\n- en\n- no\ntags: [x]\n---\n# Title", ["license: apache-2.0", 'language: [en, "no"]']),
+        (
+            "---\nlicense: apache-2.0\nlanguage:\n- en\n- no\ntags: [x]\n---\n# Title",
+            ["license: apache-2.0", 'language: [en, "no"]'],
+        ),
         (
             "---\r\nlicense: other\r\nlicense_name: my terms\r\nlicense_link: LICENSE\r\nlanguage: en\r\n---\r\n",
             ["license: other", 'license_name: "my terms"', "license_link: LICENSE", "language: en"],

@@ -157,40 +157,6 @@ def test_options_of_the_other_format() -> None:
         ExportModel.model_validate({"to": "x", "format": "onnx", "max_shard_gigabytes": 1.0})
 
 
-@pytest.mark.parametrize(
-    ("architecture", "method", "most", "rewritten"),
-    [("llama", "int8", 0.02, 0), ("gpt2", "int4", 0.5, 17), ("gpt2", "int8_dynamic", 0.1, 17), ("llama", "int4", 0.5, 0)],
-)
-def test_every_product_is_quantised(architecture: str, method: str, most: float, rewritten: int, tmp_path: Path) -> None:
-    """GPT-2's are Gemm, and its head is the transposed table of embeddings."""
-    exported = export(make_pruned(tmp_path, architecture), tmp_path)
-    stage = QuantizeOnnx.model_validate({"method": method, "to": tmp_path / "small"})
-    result = run_stage(stage, tmp_path / "quantize", exported=exported)
-    heads = {"llama": 7, "gpt2": 4}[architecture]
-    assert result.matrices.left == ()
-    assert result.matrices.quantised == 4 * heads + 1
-    assert result.matrices.rewritten == rewritten
-    assert 0 < result.exported.max_logit_difference < most * 3
-    assert result.exported.label == f"pruned, ONNX {method}"
-    assert result.exported.count_bytes() < 0.75 * exported.count_bytes()
-    lineage = json.loads((tmp_path / "small" / "gradmap.json").read_text())
-    assert lineage["steps"][-1]["options"]["method"] == method
-    with pytest.raises(StageError, match=f"is quantised already \\({method}\\); quantise the export it was made from"):
-        run_stage(QuantizeOnnx(to=tmp_path / "again"), tmp_path / "quantize", exported=result.exported)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "int8_dynamic", "block_size": 32}, "'block_size' belongs to methods 'int4' and 'int8'"),
-        ({"block_size": 48}, "'block_size' must be a power of two, found 48"),
-    ],
-)
-def test_wrong_quantisation_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        QuantizeOnnx.model_validate({"to": "x", **options})
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
 def test_genai_says_the_same(architecture: str, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")

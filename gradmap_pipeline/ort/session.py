@@ -54,9 +54,19 @@ class OnnxSession:
         """Logits (B, T, V) of new tokens (B, T), and the cache with them. mask (B, P + T)."""
         import torch
 
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        feed = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-        given = {name: value.long().numpy() for name, value in feed.items() if name in self._inputs}
-        found = dict(zip(self._outputs, self._session.run(None, {**given, **cache}), strict=True))
+        given = {**self._feed(input_ids, mask), **cache}
+        found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
         kept = {name: found["present." + name.removeprefix("past_key_values.")] for name in self._names}
         return torch.from_numpy(found["logits"]), kept
+
+    def watch(self, names: list[str], input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs by name, for tokens (B, T) without any before them. mask (B, T)."""
+        import torch
+
+        found = self._session.run(names, {**self._feed(input_ids, mask), **self.start(len(input_ids))})
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+    def _feed(self, input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        feed = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        return {name: value.long().numpy() for name, value in feed.items() if name in self._inputs}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 Format = Literal["safetensors", "torchao", "compressed-tensors", "onnx", "gguf"]
-_TRANSFORMERS = '''from transformers import AutoModelForCausalLM, AutoTokenizer
+_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'''
-_OPTIMUM = '''from optimum.onnxruntime import ORTModelForCausalLM
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+_OPTIMUM = """from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
 model = ORTModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=64)
-print(tokenizer.decode(ids[0]))'''
-_GENAI = '''import onnxruntime_genai as genai
+print(tokenizer.decode(ids[0]))"""
+_GENAI = """import onnxruntime_genai as genai
 
 model = genai.Model("path/to/this/folder")
 tokenizer = genai.Tokenizer(model)
@@ -26,7 +26,7 @@ generator = genai.Generator(model, options)
 generator.append_tokens(tokenizer.encode("Once upon a time"))
 while not generator.is_done():
     generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))'''
+print(tokenizer.decode(generator.get_sequence(0)))"""
 _JAVASCRIPT = """import { pipeline } from "@huggingface/transformers";
 
 const generate = await pipeline("text-generation", "OWNER/NAME");

@@ -65,7 +65,11 @@ def make_model_card(model: ModelGraph, evaluation: Evaluation | None, holding: H
 
 
 def _metadata(model: ModelGraph, base: str, holding: Holding) -> list[str]:
-    tags = ["gradmap", *(["depth-pruning"] if model.removed else []), *([holding.format] if holding.format != "safetensors" else [])]
+    tags = [
+        "gradmap",
+        *(["depth-pruning"] if model.removed else []),
+        *([holding.format] if holding.format != "safetensors" else []),
+    ]
     lines = ["---", f"library_name: {library_of(holding.format, tuple(holding.sizes))}", "pipeline_tag: text-generation"]
     lines += [f"tags: [{', '.join(tags)}]", *carried_metadata(model.base.folder)]
     if model.base.from_hub:
