@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from gradmap_pipeline.ort.quantise import Quantisation, Quantised, Rounding
 
 _LONGEST_DEFAULT = 256
-_EIGHT_BITS = 0.2
+_EIGHT_BITS = 0.05
+_BLOCK_SIZES = {"int4": 16, "int8": 32, "int8_dynamic": 32}
 
 
 class QuantizedMatrices(Artifact):
@@ -74,7 +75,7 @@ class QuantizeOnnx(FolderExport):
         "activations as they come; embeddings and a head tied to them as with `int8`.",
     )
     block_size: int | None = Field(
-        None, ge=16, le=256, description="Weights that share a scale; a power of two. For `int4` and `int8`. Default: 32."
+        None, ge=16, le=256, description="Weights that share a scale; a power of two. For `int4` and `int8`. Default: 16, 32."
     )
     rounding: Literal["nearest", "least_squares", "gptq"] | None = Field(
         None,
@@ -87,7 +88,7 @@ class QuantizeOnnx(FolderExport):
         ge=0,
         le=1,
         description="Largest share of the weights that `int4` keeps in 8 bits: the matrices whose products would change most. "
-        "Default: 0.2.",
+        "Default: 0.05.",
     )
     dataset: DatasetSource = Field(
         default_factory=lambda: DatasetSource(builtin="heldout"), description="Text on which both graphs are compared."
@@ -116,6 +117,8 @@ class QuantizeOnnx(FolderExport):
         for option in ("block_size", "rounding"):
             if getattr(self, option) is not None and self.method == "int8_dynamic":
                 raise ValueError(f"{option!r} belongs to methods 'int4' and 'int8'; 'int8_dynamic' has a scale for each channel")
+        if self.rounding == "gptq" and self.method != "int4":
+            raise ValueError(f"rounding 'gptq' belongs to method 'int4'; the method is {self.method!r}")
         if self.eight_bits is not None and self.method != "int4":
             raise ValueError(f"'eight_bits' belongs to method 'int4'; the method is {self.method!r}")
         if self.block_size is not None and self.block_size & (self.block_size - 1):
@@ -187,7 +190,7 @@ class QuantizeOnnx(FolderExport):
         uses_text = self.method == "int4" and calibration is not None
         return Quantisation(
             self.method,
-            self.block_size or 32,
+            self.block_size or _BLOCK_SIZES[self.method],
             self.rounding or default,
             _EIGHT_BITS if self.eight_bits is None else self.eight_bits,
             calibration.load() if uses_text and calibration is not None else None,

@@ -21,7 +21,6 @@ pytest.importorskip("onnxscript")
 import onnx
 from gradmap_plugins.export import ExportModel
 from gradmap_plugins.prune import Prune
-from gradmap_plugins.quantize_onnx import QuantizeOnnx
 
 from gradmap_pipeline import ModelGraph, OnnxFolder, StageError
 from gradmap_pipeline.errors import CapacityError, ModelError

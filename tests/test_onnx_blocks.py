@@ -72,7 +72,7 @@ def test_each_rounding_is_better_by_its_own_measure() -> None:
 
 
 def test_codes_for_inputs_follow_the_paper() -> None:
-    """One column after another in fp64, by the inverse of what is left of the sum of squares, as the paper's equations 2 and 3 have it."""
+    """One column after another in fp64, by the inverse of what is left of the sum of squares: equations 2 and 3 of the paper."""
     matrix = make_matrix(3, 48, seed=2)
     inputs = torch.randn(200, 48, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.2, 2, 48)
     squares = inputs.T @ inputs

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import onnx_ir
     import torch
 
+DOMAIN = "com.microsoft"
+"""Of the operators with quantised matrices."""
 IDS = "input_ids"
 _STEPS_FROM_IDS = 8
 
@@ -71,6 +73,25 @@ def find_matrices(model: onnx_ir.Model) -> list[Matrix]:
             assert table is not None
             matrix_of(table, False).tables.append(node)
     return list(found.values())
+
+
+def count_left(model: onnx_ir.Model) -> dict[str, int]:
+    """Numbers in each constant matrix of floating-point numbers that is no scale of a quantised one, by its name."""
+    return {
+        name: int(value.const_value.size)
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.dtype.is_floating_point()
+        and sum(int(size) > 1 for size in value.const_value.shape.numpy()) > 1
+        and not _is_scale(value)
+    }
+
+
+def _is_scale(value: onnx_ir.Value) -> bool:
+    users = [
+        user for use in value.uses() for user in (use.node.outputs[0].consumers() if use.node.op_type == "Cast" else [use.node])
+    ]
+    return any(user.domain == DOMAIN for user in users)
 
 
 def _takes_rows_by_id(node: onnx_ir.Node) -> bool:

@@ -9,13 +9,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .blocks import Blocks, pack
-from .matrices import Matrix
+from .matrices import DOMAIN, Matrix
 from .rewrite import replace_product
 
 if TYPE_CHECKING:
     import onnx_ir
 
-DOMAIN = "com.microsoft"
 SMALLEST_BLOCK = 16
 """That the operators take."""
 _INT8_ACTIVATIONS = 4

@@ -12,7 +12,7 @@ from .blocks import Blocks, quantise_rows
 from .gptq import quantise_for_inputs
 from .inputs import collect_squares, count_batches, input_of
 from .layout import name_data
-from .matrices import Matrix, find_matrices
+from .matrices import Matrix, count_left, find_matrices
 from .operators import choose_block, replace_matrices
 from .rewrite import unify_products
 
@@ -65,7 +65,7 @@ def quantise_graph(source: Path, target: Path, how: Quantisation, context: Conte
         before = len(find_matrices(model))
         model = _quantise_dynamically(model, context.folder)
         wide += before - len(find_matrices(model))
-    left = {str(matrix.value.name): matrix.count for matrix in find_matrices(model)}
+    left = count_left(model)
     onnx_ir.save(model, target, external_data=name_data(target.name))
     _clear(context.folder)
     return Quantised(wide + sum(blocks.bits == 4 for blocks in chosen), wide, left)
