@@ -109,9 +109,10 @@ def test_half_precision_is_quantised(tmp_path: Path) -> None:
 
 def test_calibration_makes_4_bits_better(builtin: OnnxFolder, calibration: CalibrationSet, tmp_path: Path) -> None:
     """On text that it was not calibrated on; and 8 bits for some matrices make it better still, in as many bytes as allowed."""
-    plain = quantise(builtin, tmp_path / "plain", method="int4", eight_bits=0)
-    made_up = quantise(builtin, tmp_path / "gptq", calibration, method="int4", eight_bits=0)
-    mixed = quantise(builtin, tmp_path / "mixed", calibration, method="int4", eight_bits=0.3)
+    enough: dict[str, Any] = {"method": "int4", "samples": 24, "sequence_length": 128}
+    plain = quantise(builtin, tmp_path / "plain", eight_bits=0, **enough)
+    made_up = quantise(builtin, tmp_path / "gptq", calibration, eight_bits=0, **enough)
+    mixed = quantise(builtin, tmp_path / "mixed", calibration, eight_bits=0.3, **enough)
     gaps = [np.log(found.matrices.perplexity / found.matrices.base_perplexity) for found in (plain, made_up, mixed)]
     assert 0 < gaps[1] < 0.75 * gaps[0]
     assert gaps[2] < gaps[1]

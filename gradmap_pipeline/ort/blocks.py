@@ -66,7 +66,8 @@ def split_rows(matrix: torch.Tensor, size: int) -> torch.Tensor:
     """A matrix (N, K) as blocks (N, B, size); zeros fill the last one of each row."""
     import torch
 
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).unflatten(1, (-1, size))
+    blocks: torch.Tensor = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).unflatten(1, (-1, size))
+    return blocks
 
 
 def quantise_rows(

@@ -64,4 +64,6 @@ def _invert(squares: torch.Tensor) -> torch.Tensor:
 
     damped = squares.double()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper.float()

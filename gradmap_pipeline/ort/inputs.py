@@ -92,4 +92,5 @@ def _run(session: OnnxSession, names: list[str], ids: torch.Tensor, mask: torch.
 
 
 def _split(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return rows.split(max(1, _TOKENS_AT_ONCE // rows.shape[1]))
+    parts: tuple[torch.Tensor, ...] = rows.split(max(1, _TOKENS_AT_ONCE // rows.shape[1]))
+    return parts
