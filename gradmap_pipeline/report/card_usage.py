@@ -54,7 +54,7 @@ def usage_lines(form: Format, files: tuple[str, ...]) -> list[str]:
     if form == "gguf":
         named = next((name for name in files if name.endswith(".gguf")), "model.gguf")
         return ["With llama.cpp, or a program built on it:", "", *_block("text", _LLAMA_CPP.format(file=named))]
-    lines = ["With Optimum, `pip install optimum-onnx onnxruntime`:", "", *_block("python", _OPTIMUM)]
+    lines = ['With Optimum, `pip install optimum-onnx "onnxruntime>=1.23"`:', "", *_block("python", _OPTIMUM)]
     lines += ["", "With ONNX Runtime GenAI, `pip install onnxruntime-genai`:", "", *_block("python", _GENAI)]
     if _is_for_javascript(files):
         lines += ["", "With transformers.js, once the folder is on the hub:", "", *_block("js", _JAVASCRIPT)]
