@@ -19,6 +19,9 @@ from .partial import partial_folder, replace_folder
 OWN_DIGEST = "sha256"
 """Key of a lineage under which it has the digest of all that it says besides."""
 
+_MODE = 0o644
+"""Of exported files, less the umask."""
+
 State = tuple[int, int, int]
 """Size in bytes, time of modification in ns, inode."""
 
@@ -103,6 +106,8 @@ class NewFolder:
     def finish(self, lineage: dict[str, Any], files: Mapping[str, ExportedFile]) -> dict[str, ExportedFile]:
         """Write how the folder came to be, and put it in its place; return all its files, the lineage included.
 
+        All files may be read by whom a new file of this process may be: libraries that write through a temporary file leave 0600.
+
         Raises `StageError`, and replaces nothing, where somebody has put files into the target since work on it began.
         """
         content = json.loads(json.dumps(lineage, allow_nan=False))
@@ -110,6 +115,9 @@ class NewFolder:
         content[OWN_DIGEST] = sha256_of_value(content)
         (self.path / LINEAGE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         everything = {**files, LINEAGE: describe_file(self.path / LINEAGE)}
+        mode = (self.path / LINEAGE).stat().st_mode & _MODE  # as new as a file can be, so it has the umask
+        for name in everything:
+            (self.path / name).chmod(mode)
         if self.target.is_dir():
             for name, _ in find_foreign_files(self.target):
                 if self.given_up.get(name) != _state_of(self.target / name):

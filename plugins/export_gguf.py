@@ -70,7 +70,7 @@ class ExportGguf(FolderExport):
         plain.mkdir()
         try:
             list(write_folder(graph.export_tensors(), plain, graph.dtype))
-            write_companions(graph, None, plain)
+            write_companions(graph, plain)
             with self.new_folder(graph.base.folder) as new:
                 partial = new.path
                 self._convert(plain, partial / f"model-{self.type}.gguf")
