@@ -6,6 +6,8 @@ runs; it is used where the user has it, and never copied.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Evaluation, Export, FolderExport, ModelGraph, OptionError, Stage, StageError, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Evaluation,
+    Export,
+    FolderExport,
+    ModelGraph,
+    OptionError,
+    Stage,
+    StageError,
+    Survey,
+    hookimpl,
+)
 from gradmap_pipeline.folders import make_lineage, write_companions
+from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import describe_folder
 
@@ -25,7 +39,7 @@ _MAGIC = b"GGUF"
 
 
 class GgufFolder(Export):
-    """A folder with one GGUF file, for llama.cpp and what is built on it. Nothing here runs it."""
+    """A folder with one GGUF file, for llama.cpp and what is built on it."""
 
     format: Literal["gguf"] = "gguf"
     type: str
@@ -33,7 +47,7 @@ class GgufFolder(Export):
 
 
 class ExportGguf(FolderExport):
-    """Write the model as a GGUF file for llama.cpp, with llama.cpp's own converter."""
+    """Write the model as a GGUF file for llama.cpp, with llama.cpp's own converter, and run it beside the model."""
 
     name = "export_gguf"
     libraries = ("safetensors",)
@@ -43,7 +57,9 @@ class ExportGguf(FolderExport):
         None, description=f"Where llama.cpp's `{CONVERTER}` is. Default: the one that is found on the search path for programs."
     )
     python: Path | None = Field(
-        None, description="Python to run the converter with, where its requirements are installed. Default: this one."
+        None,
+        description="Python to run the converter with, where its requirements are installed; with llama-cpp-python there, it "
+        "runs the file, too. Default: this one.",
     )
 
     class Inputs(BaseModel):
@@ -57,14 +73,31 @@ class ExportGguf(FolderExport):
         super().forecast(inputs)
         if self.python is not None and not self.python.is_file():
             raise OptionError("python", f"there is no file {str(self.python)!r}")
-        self._find_converter()
+        converter = self._find_converter()
+        missing = pythons.explain_missing(self._python, converter)
+        if missing is not None:
+            raise OptionError("python", missing)
+        model = inputs.get("model")
+        if model is not None and model.config is not None and model.kept is not None:
+            self._check_config(model.config, model.kept)
         return {}
 
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        from gradmap_pipeline.model.architecture import full_config
+
+        super().inspect(inputs, survey)
+        kept = getattr(inputs.get("model"), "kept", None)
+        if kept is not None:
+            self._check_config(full_config(survey.graph.base.folder), kept)
+
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.llamacpp.limits import name_ignored_window
+        from gradmap_pipeline.model.architecture import full_config
         from gradmap_pipeline.model.checkpoint import write_folder
         from gradmap_pipeline.model.companions import find_licences
 
         graph = inputs.model
+        config = self._check_config(full_config(graph.base.folder), graph.layers)
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == graph.digest else None
         plain = context.folder / "plain"
         plain.mkdir()
@@ -73,15 +106,57 @@ class ExportGguf(FolderExport):
             write_companions(graph, None, plain)
             with self.new_folder(graph.base.folder) as new:
                 partial = new.path
-                self._convert(plain, partial / f"model-{self.type}.gguf")
+                file = partial / f"model-{self.type}.gguf"
+                arrays = self._convert(plain, file, config)
+                parity = self._run_file(graph, file, context)
                 for licence in find_licences(graph.base.folder):
                     shutil.copyfile(licence, partial / licence.name)
                 files = describe_folder(partial)
-                files = new.finish(make_lineage(graph, evaluation, files, None, context), files)
+                difference = None if parity is None else parity["difference"]
+                lineage = make_lineage(graph, evaluation, files, difference, context) | {"llama_cpp": parity}
+                files = new.finish(lineage, files)
         finally:
             shutil.rmtree(plain)
-        context.note(f"wrote {self.to}: {sum(file.size for file in files.values()) / 1e6:.1f} MB, converted by llama.cpp, not run")
-        return self.Outputs(exported=GgufFolder(graph=graph, folder=new.target, files=files, type=self.type))
+        if arrays:
+            context.note(f"the file lists {', '.join(arrays)}, which llama.cpp would place by a period")
+        window = name_ignored_window(config)
+        if window is not None:
+            context.note(f"llama.cpp has no windows for {config['model_type']}: beyond {window} tokens it computes another model")
+        how = f"not run: {pythons.ADVICE}" if difference is None else f"run by llama.cpp, logits equal to {difference:.1e}"
+        context.note(f"wrote {self.to}: {sum(file.size for file in files.values()) / 1e6:.1f} MB, {how}")
+        made: dict[str, Any] = {"graph": graph, "folder": new.target, "files": files, "max_logit_difference": difference}
+        return self.Outputs(exported=GgufFolder(**made, type=self.type))
+
+    def _check_config(self, config: Mapping[str, Any], kept: tuple[int, ...]) -> dict[str, Any]:
+        """The config of what is left. Raises `OptionError` where llama.cpp would compute another model, whatever the file says."""
+        from gradmap_pipeline.errors import ModelError
+        from gradmap_pipeline.llamacpp.limits import explain_refusal
+        from gradmap_pipeline.model.depth import prune_fields
+
+        try:
+            left = prune_fields(dict(config), dict(config), kept)
+        except ModelError:  # refused where layers are removed
+            return dict(config)
+        reason = explain_refusal(left)
+        if reason is not None:
+            raise OptionError("to", f"{reason}; export it in another format")
+        return left
+
+    def _run_file(self, graph: ModelGraph, file: Path, context: Context) -> dict[str, Any] | None:
+        """How far the file agrees with the model; None where llama.cpp's Python bindings are not installed."""
+        from gradmap_pipeline.llamacpp.parity import measure_parity
+
+        runner = next((python for python in (self._python, sys.executable) if pythons.has_bindings(python)), None)
+        if runner is None:
+            return None
+        with context.progress("run the GGUF file", 1, "file") as advance:
+            parity = measure_parity(graph, file, self.type, runner, context.seed)
+            advance()
+        return dataclasses.asdict(parity)
+
+    @property
+    def _python(self) -> str:
+        return str(self.python or sys.executable)
 
     def _find_converter(self) -> Path:
         if self.converter is not None:
@@ -98,19 +173,32 @@ class ExportGguf(FolderExport):
             )
         return Path(on_path)
 
-    def _convert(self, folder: Path, file: Path) -> None:
-        command = [str(self.python or sys.executable), str(self._find_converter()), str(folder)]
-        done = subprocess.run(
-            tie([*command, "--outfile", str(file), "--outtype", self.type]),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if done.returncode:
-            raise explain_end("llama.cpp's converter", done.returncode, done.stderr or "it said nothing")
-        if not file.is_file() or not file.open("rb").read(4) == _MAGIC:
+    def _convert(self, folder: Path, file: Path, config: Mapping[str, Any]) -> list[str]:
+        """Write the file; return the keys that it has besides those of the converter."""
+        from gradmap_pipeline.llamacpp.limits import find_arrays
+
+        arrays = find_arrays(config)
+        made = file.with_name(f"converted-{file.name}") if arrays else file
+        converter = self._find_converter()
+        self._start("llama.cpp's converter", str(converter), str(folder), "--outfile", str(made), "--outtype", self.type)
+        if not made.is_file() or not made.open("rb").read(4) == _MAGIC:
             raise StageError("llama.cpp's converter ended without an error, and without a GGUF file; nothing was written")
+        if arrays:
+            self._start(
+                "rewriting the GGUF file",
+                str(pythons.REWRITER),
+                str(made),
+                str(file),
+                json.dumps(arrays),
+                *pythons.find_modules(converter),
+            )
+            made.unlink()
+        return list(arrays)
+
+    def _start(self, name: str, *arguments: str) -> None:
+        done = subprocess.run(tie([self._python, *arguments]), capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise explain_end(name, done.returncode, done.stderr or "it said nothing")
 
 
 @hookimpl

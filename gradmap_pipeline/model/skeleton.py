@@ -57,16 +57,18 @@ def _within(room: Room) -> Iterator[None]:
     """Raise `ModelError` where more modules are made than a checkpoint has tensors for."""
     from torch.nn.modules import module as hooks
 
-    parameters = elements = size = 0
+    seen: dict[int, Any] = {}  # a tied weight is registered at each of its places; held, so that no other gets its id
+    elements = size = 0
 
     def refuse(made: str) -> ModelError:
         return ModelError(f"the config makes a model {made}; its numbers do not fit the weights beside it")
 
     def count_parameter(_: nn.Module, name: str, parameter: Any) -> None:
-        nonlocal parameters, elements
-        if parameter is not None:
-            parameters, elements = parameters + 1, elements + parameter.numel()
-            if parameters > room.parameters or elements > room.elements:
+        nonlocal elements
+        if parameter is not None and id(parameter) not in seen:
+            seen[id(parameter)] = parameter
+            elements += parameter.numel()
+            if len(seen) > room.parameters or elements > room.elements:
                 raise refuse(f"of over {elements:,} parameters (at {name!r}), more than twice what the checkpoint holds")
 
     def count_buffer(_: nn.Module, name: str, buffer: Any) -> None:
