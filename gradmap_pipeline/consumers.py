@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Config = Mapping[str, Any]
@@ -17,9 +18,6 @@ Kind = Literal["full attention", "no rotary embedding", "experts"]
 LLAMA_CPP = "llama.cpp"
 WINDOWS = "attention.sliding_window_pattern"
 """Key of a GGUF file, after its architecture: a flag by layer, true for a window. llama.cpp takes it before any period."""
-RECURRENT = "attention.recurrent_layers"
-"""Key of a GGUF file, after its architecture: a flag by layer, true for linear attention."""
-
 _VERSIONS = {LLAMA_CPP: "0c1e570", "mlx-lm": "0.32.2", "SGLang": "0.5.23", "vLLM": "0.32"}
 
 
@@ -55,41 +53,36 @@ class Placing:
         return tuple((layer + 1) % period == 0 for layer in range(depth))
 
 
+_LLAMA4 = ("llama4_text", "llama4")
+
 PLACINGS = (
     Placing(LLAMA_CPP, ("gemma2",), "full attention", 2, "src/models/gemma2.cpp", array=WINDOWS, was_run=True),
     Placing(LLAMA_CPP, ("gemma3_text", "gemma3"), "full attention", 6, "src/models/gemma3.cpp", array=WINDOWS, was_run=True),
     Placing(LLAMA_CPP, ("gpt_oss",), "full attention", 2, "src/models/openai-moe.cpp", array=WINDOWS, was_run=True),
     Placing(LLAMA_CPP, ("cohere2",), "full attention", 4, "src/models/cohere2.cpp", array=WINDOWS, was_run=True),
-    Placing(LLAMA_CPP, ("olmo3",), "full attention", 4, "src/models/olmo2.cpp", array=WINDOWS),
-    Placing(LLAMA_CPP, ("exaone_moe",), "full attention", 4, "src/models/exaone-moe.cpp", array=WINDOWS),
     Placing(LLAMA_CPP, ("afmoe",), "full attention", 4, "src/models/afmoe.cpp", array=WINDOWS),
     Placing(LLAMA_CPP, ("afmoe",), "no rotary embedding", 4, "src/models/afmoe.cpp"),
-    Placing(LLAMA_CPP, ("llama4_text", "llama4"), "full attention", 4, "src/models/llama4.cpp", array=WINDOWS, was_run=True),
-    Placing(LLAMA_CPP, ("llama4_text", "llama4"), "no rotary embedding", 4, "src/models/llama4.cpp", was_run=True),
-    Placing(LLAMA_CPP, ("llama4_text", "llama4"), "experts", 1, "src/models/llama4.cpp", field="interleave_moe_layer_step"),
+    Placing(LLAMA_CPP, _LLAMA4, "full attention", 4, "src/models/llama4.cpp", array=WINDOWS, was_run=True),
+    Placing(LLAMA_CPP, _LLAMA4, "no rotary embedding", 4, "src/models/llama4.cpp", was_run=True),
+    Placing(LLAMA_CPP, _LLAMA4, "experts", 1, "src/models/llama4.cpp", field="interleave_moe_layer_step", was_run=True),
     Placing(LLAMA_CPP, ("smollm3",), "no rotary embedding", 4, "src/models/smollm3.cpp", was_run=True),
-    Placing(
-        LLAMA_CPP,
-        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
-        "full attention",
-        4,
-        "src/models/qwen3next.cpp",
-        field="full_attention_interval",
-        array=RECURRENT,
-    ),
     Placing("mlx-lm", ("gemma3_text", "gemma3"), "full attention", 6, "models/gemma3_text.py", field="sliding_window_pattern"),
     Placing("mlx-lm", ("cohere2",), "full attention", 4, "models/cohere2.py", field="sliding_window_pattern"),
-    Placing("mlx-lm", ("exaone4",), "full attention", 4, "models/exaone4.py", field="sliding_window_pattern"),
-    Placing("mlx-lm", ("llama4",), "full attention", 4, "models/llama4.py"),
-    Placing("mlx-lm", ("llama4",), "no rotary embedding", 4, "models/llama4.py"),
-    Placing("mlx-lm", ("llama4",), "experts", 1, "models/llama4.py", field="interleave_moe_layer_step"),
+    Placing("mlx-lm", ("exaone4",), "full attention", 1, "models/exaone4.py", field="sliding_window_pattern"),
+    Placing("mlx-lm", _LLAMA4, "full attention", 4, "models/llama4.py"),
+    Placing("mlx-lm", _LLAMA4, "no rotary embedding", 4, "models/llama4.py"),
+    Placing("mlx-lm", _LLAMA4, "experts", 1, "models/llama4.py", field="interleave_moe_layer_step"),
     Placing("mlx-lm", ("qwen3_next",), "full attention", 4, "models/qwen3_next.py", field="full_attention_interval"),
+    Placing(
+        "mlx-lm", ("qwen3_5_text", "qwen3_5_moe_text"), "full attention", 4, "models/qwen3_5.py", field="full_attention_interval"
+    ),
     Placing("SGLang", ("gemma2",), "full attention", 2, "srt/models/gemma2.py"),
-    Placing("SGLang", ("llama4_text", "llama4"), "no rotary embedding", 4, "srt/models/llama4.py"),
-    Placing("SGLang", ("llama4_text", "llama4"), "experts", 1, "srt/models/llama4.py", field="interleave_moe_layer_step"),
-    Placing("SGLang", ("exaone4",), "full attention", 4, "srt/models/exaone4.py", field="sliding_window_pattern"),
+    Placing("SGLang", _LLAMA4, "no rotary embedding", 4, "srt/models/llama4.py"),
+    Placing("SGLang", _LLAMA4, "experts", 1, "srt/models/llama4.py", field="interleave_moe_layer_step"),
+    Placing("SGLang", ("exaone4",), "full attention", 1, "srt/models/exaone4.py", field="sliding_window_pattern"),
     Placing("vLLM", ("gpt_oss",), "full attention", 2, "model_executor/models/gpt_oss.py"),
 )
+"""What programs fix. An architecture that a program reads from `layer_types`, or whose converter writes an array, is not here."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class Misreading:
 
     def __str__(self) -> str:
         kind = self.placing.kind
-        told = f", unless the file has {self.placing.array!r}, as files of export_gguf have" if self.placing.array else ""
+        told = f", unless its file has {self.placing.array!r}, as files of export_gguf have" if self.placing.array else ""
         return (
             f"{self.placing.program} would take {_name(self.taken)} for those with {kind}, where the model has {_name(self.right)}"
             f"{told}"
@@ -144,8 +137,19 @@ def find_misreadings(config: Config, program: str | None = None) -> list[Misread
     return found
 
 
+def name_programs(config: Config) -> list[str]:
+    """Programs that place layers of this architecture by index, where a config lists layers of several kinds."""
+    marks = {kind: read_marks(config, kind) for kind in ("full attention", "no rotary embedding", "experts")}
+    differing = {kind for kind, listed in marks.items() if listed is not None and len(set(listed)) > 1}
+    found = (p.program for p in PLACINGS if config.get("model_type") in p.types and p.kind in differing)
+    return list(dict.fromkeys(found))
+
+
 def explain_removal(config: Config, kept: Sequence[int]) -> list[str]:
-    """Programs that would misread a model that keeps these layers of a decoder, a line each; none where nothing is removed."""
+    """Programs that would misread a model that keeps these layers of a decoder, a line each; none where nothing is removed.
+
+    `config`: of the whole decoder, with all that its class derives (`complete_config`).
+    """
     from .errors import ModelError
     from .model.depth import count_layers, prune_fields
 
@@ -157,6 +161,15 @@ def explain_removal(config: Config, kept: Sequence[int]) -> list[str]:
     except ModelError:  # refused where the removal is planned
         return []
     return [str(misreading) for misreading in find_misreadings(pruned)]
+
+
+def complete_config(written: Config, folder: Path | None) -> Config:
+    """A decoder's config as written, and with what its class derives where a program places the layers of its architecture."""
+    if folder is None or not any(written.get("model_type") in placing.types for placing in PLACINGS):
+        return written
+    from .model.architecture import full_config
+
+    return full_config(folder)
 
 
 def _name(layers: Sequence[int]) -> str:

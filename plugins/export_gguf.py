@@ -6,22 +6,22 @@ runs; it is used where the user has it, and never copied.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from gradmap_pipeline import (
     Context,
     Evaluation,
-    Export,
     FolderExport,
+    GgufFolder,
+    ModelForecast,
     ModelGraph,
     OptionError,
     Stage,
@@ -34,16 +34,11 @@ from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import describe_folder
 
+if TYPE_CHECKING:
+    from gradmap_pipeline.llamacpp.parity import Parity
+
 CONVERTER = "convert_hf_to_gguf.py"
 _MAGIC = b"GGUF"
-
-
-class GgufFolder(Export):
-    """A folder with one GGUF file, for llama.cpp and what is built on it."""
-
-    format: Literal["gguf"] = "gguf"
-    type: str
-    """Of its weights, by llama.cpp's name."""
 
 
 class ExportGguf(FolderExport):
@@ -74,13 +69,19 @@ class ExportGguf(FolderExport):
         if self.python is not None and not self.python.is_file():
             raise OptionError("python", f"there is no file {str(self.python)!r}")
         converter = self._find_converter()
-        missing = pythons.explain_missing(self._python, converter)
+        model = inputs.get("model") or ModelForecast()
+        missing = pythons.explain_missing(self._python, converter, model.folder)
         if missing is not None:
             raise OptionError("python", missing)
-        model = inputs.get("model")
-        if model is not None and model.config is not None and model.kept is not None:
+        if model.config is not None and model.kept is not None:
             self._check_config(model.config, model.kept)
+        for architecture in (model.config or {}).get("architectures") or ():
+            if not pythons.knows(converter, architecture):
+                raise OptionError("converter", f"llama.cpp's converter does not know {architecture}; export in another format")
         return {}
+
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
         from gradmap_pipeline.model.architecture import full_config
@@ -91,41 +92,32 @@ class ExportGguf(FolderExport):
             self._check_config(full_config(survey.graph.base.folder), kept)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.llamacpp.limits import name_ignored_window
+        from gradmap_pipeline.llamacpp.limits import explain_deviations
         from gradmap_pipeline.model.architecture import full_config
-        from gradmap_pipeline.model.checkpoint import write_folder
         from gradmap_pipeline.model.companions import find_licences
 
         graph = inputs.model
         config = self._check_config(full_config(graph.base.folder), graph.layers)
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == graph.digest else None
-        plain = context.folder / "plain"
-        plain.mkdir()
-        try:
-            list(write_folder(graph.export_tensors(), plain, graph.dtype))
-            write_companions(graph, None, plain)
-            with self.new_folder(graph.base.folder) as new:
-                partial = new.path
-                file = partial / f"model-{self.type}.gguf"
-                arrays = self._convert(plain, file, config)
-                parity = self._run_file(graph, file, context)
-                for licence in find_licences(graph.base.folder):
-                    shutil.copyfile(licence, partial / licence.name)
-                files = describe_folder(partial)
-                difference = None if parity is None else parity["difference"]
-                lineage = make_lineage(graph, evaluation, files, difference, context) | {"llama_cpp": parity}
-                files = new.finish(lineage, files)
-        finally:
-            shutil.rmtree(plain)
+        runner = self._find_runner()
+        with self.new_folder(graph.base.folder) as new:
+            file = new.path / f"model-{self.type}.gguf"
+            arrays = self._write_file(graph, file, config, context)
+            parity = None if runner is None else self._run_file(graph, file, runner, context)
+            for licence in find_licences(graph.base.folder):
+                shutil.copyfile(licence, new.path / licence.name)
+            files = describe_folder(new.path)
+            difference = None if parity is None else parity.difference
+            lineage = make_lineage(graph, evaluation, files, difference, context)
+            files = new.finish(lineage | {"llama_cpp": None if parity is None else parity.as_json()}, files)
         if arrays:
             context.note(f"the file lists {', '.join(arrays)}, which llama.cpp would place by a period")
-        window = name_ignored_window(config)
-        if window is not None:
-            context.note(f"llama.cpp has no windows for {config['model_type']}: beyond {window} tokens it computes another model")
-        how = f"not run: {pythons.ADVICE}" if difference is None else f"run by llama.cpp, logits equal to {difference:.1e}"
-        context.note(f"wrote {self.to}: {sum(file.size for file in files.values()) / 1e6:.1f} MB, {how}")
+        for deviation in explain_deviations(config):
+            context.note(deviation)
+        size = sum(written.size for written in files.values()) / 1e6
+        context.note(f"wrote {self.to}: {size:.1f} MB, {parity or pythons.explain_no_runner(self._python)}")
         made: dict[str, Any] = {"graph": graph, "folder": new.target, "files": files, "max_logit_difference": difference}
-        return self.Outputs(exported=GgufFolder(**made, type=self.type))
+        return self.Outputs(exported=GgufFolder(**made, type=self.type, python=runner))
 
     def _check_config(self, config: Mapping[str, Any], kept: tuple[int, ...]) -> dict[str, Any]:
         """The config of what is left. Raises `OptionError` where llama.cpp would compute another model, whatever the file says."""
@@ -139,24 +131,23 @@ class ExportGguf(FolderExport):
             return dict(config)
         reason = explain_refusal(left)
         if reason is not None:
-            raise OptionError("to", f"{reason}; export it in another format")
+            raise OptionError("to", f"{reason}; export in another format")
         return left
 
-    def _run_file(self, graph: ModelGraph, file: Path, context: Context) -> dict[str, Any] | None:
-        """How far the file agrees with the model; None where llama.cpp's Python bindings are not installed."""
+    def _run_file(self, graph: ModelGraph, file: Path, runner: str, context: Context) -> Parity:
         from gradmap_pipeline.llamacpp.parity import measure_parity
 
-        runner = next((python for python in (self._python, sys.executable) if pythons.has_bindings(python)), None)
-        if runner is None:
-            return None
         with context.progress("run the GGUF file", 1, "file") as advance:
             parity = measure_parity(graph, file, self.type, runner, context.seed)
             advance()
-        return dataclasses.asdict(parity)
+        return parity
 
     @property
     def _python(self) -> str:
         return str(self.python or sys.executable)
+
+    def _find_runner(self) -> str | None:
+        return pythons.find_runner((self._python, sys.executable))
 
     def _find_converter(self) -> Path:
         if self.converter is not None:
@@ -168,10 +159,23 @@ class ExportGguf(FolderExport):
         if on_path is None:
             raise OptionError(
                 "converter",
-                f"{CONVERTER} is not on the search path for programs; get llama.cpp (github.com/ggml-org/llama.cpp), install the "
-                "requirements of its converter, and say where it is",
+                f"{CONVERTER} is not on the search path for programs: git clone https://github.com/ggml-org/llama.cpp, and set "
+                "`converter: llama.cpp`",
             )
         return Path(on_path)
+
+    def _write_file(self, graph: ModelGraph, file: Path, config: Mapping[str, Any], context: Context) -> list[str]:
+        """Write a checkpoint for the converter, and the file from it; return the keys that the file has besides the converter's."""
+        from gradmap_pipeline.model.checkpoint import write_folder
+
+        plain = context.folder / "plain"
+        plain.mkdir()
+        try:
+            list(write_folder(graph.export_tensors(), plain, graph.dtype))
+            write_companions(graph, None, plain)
+            return self._convert(plain, file, config)
+        finally:
+            shutil.rmtree(plain)
 
     def _convert(self, folder: Path, file: Path, config: Mapping[str, Any]) -> list[str]:
         """Write the file; return the keys that it has besides those of the converter."""

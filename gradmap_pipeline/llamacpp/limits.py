@@ -1,6 +1,6 @@
 """What llama.cpp computes for a config: where a file must say more than its converter writes, and where no file can say it.
 
-Read in llama.cpp at commit 0c1e570 (`src/models`), which llama-cpp-python 0.3.36 holds.
+Read in llama.cpp at commit 0c1e570 (`src/models`, `ggml/src`), which llama-cpp-python 0.3.36 holds.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..consumers import LLAMA_CPP, RECURRENT, WINDOWS, find_misreadings
+from ..consumers import LLAMA_CPP, find_misreadings
 
 Config = Mapping[str, Any]
 
@@ -33,12 +33,8 @@ def explain_refusal(config: Config) -> str | None:
 
 def find_arrays(config: Config) -> dict[str, list[bool]]:
     """Keys, after the architecture's name, that a file needs besides what the converter writes, with a flag by layer."""
-    arrays: dict[str, list[bool]] = {}
-    for misreading in find_misreadings(config, LLAMA_CPP):
-        array = misreading.placing.array
-        if array in {WINDOWS, RECURRENT}:
-            arrays[array] = [name != "full_attention" for name in config["layer_types"]]
-    return arrays
+    arrays = {misreading.placing.array for misreading in find_misreadings(config, LLAMA_CPP)}
+    return {array: [name != "full_attention" for name in config["layer_types"]] for array in arrays if array is not None}
 
 
 def name_ignored_window(config: Config) -> int | None:
@@ -48,6 +44,26 @@ def name_ignored_window(config: Config) -> int | None:
     if config.get("model_type") in WITHOUT_WINDOWS and isinstance(window, int) and config.get("use_sliding_window", True):
         return window if set(kinds) == {"sliding_attention"} else None
     return None
+
+
+def rounds_yarn(config: Config) -> bool:
+    """Whether llama.cpp rounds the bounds between YaRN's frequencies where the model does not (`truncate: false`).
+
+    ggml_rope_yarn_corr_dims in ggml/src/ggml.c rounds in any case; logits differ a little, at all lengths.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("truncate") is False
+
+
+def explain_deviations(config: Config) -> list[str]:
+    """What llama.cpp computes otherwise and no file can tell, a line each, where files are written all the same."""
+    lines = []
+    window = name_ignored_window(config)
+    if window is not None:
+        lines.append(f"llama.cpp has no windows for {config['model_type']}: beyond {window} tokens it computes another model")
+    if rounds_yarn(config):
+        lines.append("llama.cpp rounds the bounds of YaRN, which this model leaves exact (truncate: false): logits differ a little")
+    return lines
 
 
 def _check_windows(config: Config) -> str | None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from ..processes import tie
 
 REWRITER = Path(__file__).with_name("rewrite_gguf.py")
-ADVICE = "pip install llama-cpp-python, and the next export is run beside the model"
+RUNNER = Path(__file__).with_name("run_gguf.py")
 
-_MODULES = ("gguf", "numpy", "torch", "transformers", "sentencepiece", "google.protobuf")
-"""What llama.cpp's converter imports, for one model or another."""
-_PACKAGES = {"google.protobuf": "protobuf"}
+BINDINGS = "llama-cpp-python"
+_MODULES = ("gguf", "numpy", "torch", "transformers")
+"""What llama.cpp's converter imports for every model."""
 _ASK = """
 import json, sys
 from importlib.util import find_spec
@@ -35,24 +36,43 @@ def find_modules(converter: Path) -> list[str]:
     return [str(folder)] if folder.is_dir() else []
 
 
-def explain_missing(python: str, converter: Path) -> str | None:
-    """The modules that the converter imports and this Python lacks, with the command that installs them; None where it has all."""
-    text = converter.read_text(encoding="utf-8", errors="replace")
-    base = converter.parent / "conversion" / "base.py"
-    text += base.read_text(encoding="utf-8", errors="replace") if base.is_file() else ""
-    imported = [name for name in _MODULES if re.search(rf"^\s*(import|from) {re.escape(name)}\b", text, re.MULTILINE)]
+def explain_missing(python: str, converter: Path, model: Path | None = None) -> str | None:
+    """The modules that the converter imports and this Python lacks, with the command that installs them; None where it has all.
+
+    `model`: folder of the model to convert; one with `tokenizer.model` takes a module more.
+    """
+    text = _read_converter(converter)
+    imported = [name for name in _MODULES if re.search(rf"^(import|from) {re.escape(name)}\b", text, re.MULTILINE)]
+    if model is not None and (model / "tokenizer.model").is_file() and "sentencepiece" in text:
+        imported.append("sentencepiece")
     missing = _ask(python, tuple(imported), tuple(find_modules(converter)))
     if missing is None:
         return f"{python!r} does not run as a Python"
     if not missing:
         return None
-    packages = " ".join(_PACKAGES.get(name, name) for name in missing)
-    return f"llama.cpp's converter needs {', '.join(missing)}, which {python!r} lacks: {python} -m pip install {packages}"
+    return f"llama.cpp's converter needs {', '.join(missing)}, which {python!r} lacks: {python} -m pip install {' '.join(missing)}"
 
 
-def has_bindings(python: str) -> bool:
-    """Whether this Python has llama-cpp-python."""
-    return _ask(python, ("llama_cpp",), ()) == []
+def find_runner(pythons: Sequence[str]) -> str | None:
+    """The first of these Pythons that has llama-cpp-python; None where none has."""
+    return next((python for python in pythons if _ask(python, ("llama_cpp",), ()) == []), None)
+
+
+def explain_no_runner(python: str) -> str:
+    """What follows where no Python has llama-cpp-python, and the command that installs it in this one."""
+    return f"nothing runs the file, as {python!r} lacks {BINDINGS}: {python} -m pip install {BINDINGS}"
+
+
+def knows(converter: Path, architecture: str) -> bool:
+    """Whether the converter registers this class of transformers; true of one that registers none by name."""
+    text = _read_converter(converter)
+    return f'"{architecture}"' in text or ".register(" not in text
+
+
+def _read_converter(converter: Path) -> str:
+    """Its source, which newer ones spread over a folder beside them."""
+    files = [converter, *sorted((converter.parent / "conversion").glob("*.py"))]
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 @lru_cache(maxsize=16)
