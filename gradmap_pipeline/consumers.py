@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .artifacts import ModelForecast
 
 Config = Mapping[str, Any]
 Marks = tuple[bool, ...]
@@ -163,9 +166,17 @@ def explain_removal(config: Config, kept: Sequence[int]) -> list[str]:
     return [str(misreading) for misreading in find_misreadings(pruned)]
 
 
+def explain_forecast(model: ModelForecast | None) -> list[str]:
+    """The same of a model as a plan knows it; none where it does not know which layers are left."""
+    if model is None or model.config is None or model.kept is None or len(model.kept) == model.config.get("num_hidden_layers"):
+        return []
+    return explain_removal(complete_config(model.config, model.folder), model.kept)
+
+
 def complete_config(written: Config, folder: Path | None) -> Config:
-    """A decoder's config as written, and with what its class derives where a program places the layers of its architecture."""
-    if folder is None or not any(written.get("model_type") in placing.types for placing in PLACINGS):
+    """A decoder's config with what its class derives, where a program places its layers by index and it does not list them."""
+    placed: set[Kind] = {placing.kind for placing in PLACINGS if written.get("model_type") in placing.types}
+    if folder is None or all(read_marks(written, kind) is not None for kind in placed):
         return written
     from .model.architecture import full_config
 

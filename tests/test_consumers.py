@@ -135,7 +135,7 @@ def test_arrays_of_a_file() -> None:
                 "hidden_size": 4608,
                 "num_attention_heads": 32,
             },
-            r"llama.cpp scales attention by 1/sqrt\(128\) in a gemma2 of 40 layers, where this model has 1/sqrt\(144\)",
+            "llama.cpp scales attention by 1/sqrt(128) in a gemma2 of 40 layers, where this model has 1/sqrt(144)",
         ),
         (
             {
@@ -165,11 +165,7 @@ def test_arrays_of_a_file() -> None:
 )
 def test_what_no_file_can_say(config: dict[str, Any], reason: str | None) -> None:
     found = explain_refusal(config)
-    if reason is None:
-        assert found is None
-    else:
-        with pytest.raises(AssertionError, match=reason):
-            raise AssertionError(found)
+    assert found is None if reason is None else reason in str(found)
 
 
 def test_what_llama_cpp_leaves_out() -> None:
