@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .artifacts import Artifact, ExportedFile, Model
+from .artifacts import Artifact, ExportedFile, Model, ModelForecast
 from .errors import ModelError, StageError
 from .model.graph import ModelGraph
 
@@ -91,6 +91,12 @@ class OnnxFolder(Export, Model):
         return lambda batch: session.run(batch.input_ids, batch.mask.long(), session.start(len(batch.input_ids)))[0]
 
 
+class GgufForecast(ModelForecast):
+    """What a plan knows of a GGUF file before anything runs."""
+
+    type: str
+
+
 class GgufFolder(Export, Model):
     """A folder with one GGUF file, for llama.cpp and what is built on it."""
 
@@ -102,7 +108,7 @@ class GgufFolder(Export, Model):
 
     @property
     def kind(self) -> str:
-        return f"GGUF {self.type}"
+        return "GGUF" if self.quantisation else f"GGUF {self.type}"
 
     @property
     def file(self) -> Path:

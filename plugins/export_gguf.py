@@ -29,6 +29,7 @@ from gradmap_pipeline import (
     Survey,
     hookimpl,
 )
+from gradmap_pipeline.exports import GgufForecast
 from gradmap_pipeline.folders import make_lineage, write_companions
 from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.processes import explain_end, tie
@@ -78,7 +79,7 @@ class ExportGguf(FolderExport):
         for architecture in (model.config or {}).get("architectures") or ():
             if not pythons.knows(converter, architecture):
                 raise OptionError("converter", f"llama.cpp's converter does not know {architecture}; export in another format")
-        return {}
+        return {"exported": GgufForecast(**model.model_dump(), type=self.type)}
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)

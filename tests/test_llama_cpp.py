@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from gradmap_plugins.evaluate import Evaluate
 from gradmap_plugins.export_gguf import ExportGguf
+from gradmap_plugins.quantize_gguf import QuantizeGguf
 from walk import make_model
 
-from gradmap_pipeline import GgufFolder, OptionError, StageError
-from gradmap_pipeline.llamacpp import limits
+from gradmap_pipeline import GgufFolder, OptionError, QualityError, StageError
+from gradmap_pipeline.llamacpp import limits, pythons
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -162,3 +163,34 @@ def test_perplexity_of_a_file_is_that_of_the_model(tmp_path: Path) -> None:
     assert found.tokens == meant.tokens
     assert found.perplexity == pytest.approx(meant.perplexity, rel=1e-4)
     assert found.label == "pruned, GGUF f32"
+
+
+@pytest.mark.parametrize("by_program", [False, True])
+def test_a_quantised_file_is_run_beside_its_source(by_program: bool, tmp_path: Path) -> None:
+    """The program stands in for `llama-quantize`: it takes its arguments, and hands them to llama-cpp-python."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "query_pre_attn_scalar": 64}
+    base = make_model(tmp_path / "base", "gemma3_text", **SIZES, **MODELS["gemma3_text"], **sizes)
+    source = export(base, [2, 5, 9], tmp_path)
+    options: dict[str, Any] = {"python": PYTHON}
+    if by_program:
+        program = tmp_path / "llama-quantize"
+        program.write_text(f'#!/bin/sh\nexec {PYTHON} {pythons.QUANTIZER} "$@"\n')
+        program.chmod(0o755)
+        options["program"] = program
+    for kind, agreeing, share in (("q8_0", 0.95, 0.3), ("q4_k_m", 0.7, 0.2)):
+        stage = QuantizeGguf.model_validate({"to": tmp_path / kind, "type": kind, **options})
+        made = run_stage(stage, tmp_path / f"step-{kind}", exported=source)
+        assert made.agreement.lengths == (12, 100, 500)
+        assert made.agreement.agreeing >= agreeing
+        assert 0 < made.agreement.difference == made.exported.max_logit_difference
+        assert made.exported.file.stat().st_size < share * source.file.stat().st_size
+        lineage = json.loads((tmp_path / kind / "gradmap.json").read_text())
+        assert lineage["llama_cpp"]["agreeing"] == made.agreement.agreeing
+        assert lineage["steps"][-1]["stage"] == "quantize_gguf"
+    with pytest.raises(QualityError, match=r"finds the same token likeliest at 0.\d+ of positions, under min_agreement 1"):
+        run_stage(
+            QuantizeGguf.model_validate({"to": tmp_path / "q2", "type": "q2_k", "min_agreement": 1.0, **options}),
+            tmp_path / "step-q2",
+            exported=source,
+        )
+    assert not (tmp_path / "q2").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..processes import tie
 
 REWRITER = Path(__file__).with_name("rewrite_gguf.py")
+QUANTIZER = Path(__file__).with_name("quantize_file.py")
 RUNNER = Path(__file__).with_name("run_gguf.py")
 
 BINDINGS = "llama-cpp-python"
