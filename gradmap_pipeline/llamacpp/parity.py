@@ -89,7 +89,7 @@ def measure_parity(graph: ModelGraph, file: Path, weights: str, python: str, see
         found = session.run(prompts, STEPS)
     lengths = tuple(map(len, prompts))
     tolerance = max(TOLERANCE[weights], YARN_TOLERANCE if rounds_yarn(full_config(graph.base.folder)) else 0.0)
-    return compare_logits(_compute_logits(graph, prompts), found, lengths, tolerance)
+    return compare_logits(compute_logits(graph, prompts), found, lengths, tolerance)
 
 
 def compare_files(graph: ModelGraph, plain: Path, file: Path, python: str, seed: int) -> Parity:
@@ -102,7 +102,7 @@ def compare_files(graph: ModelGraph, plain: Path, file: Path, python: str, seed:
     return compare_logits(meant, found, tuple(map(len, prompts)))
 
 
-def _compute_logits(graph: ModelGraph, prompts: list[list[int]]) -> torch.Tensor:
+def compute_logits(graph: ModelGraph, prompts: list[list[int]]) -> torch.Tensor:
     """Logits (prompts, 9, V) of the model itself, in float32."""
     import torch
 
