@@ -3,9 +3,10 @@
     python tests/consumers_run.py llama.cpp MODEL --name "Gemma 3 270M" --remove 2,5,9 --python PYTHON --converter llama.cpp
     python tests/consumers_run.py mlx-lm MODEL --name "Gemma 3 270M" --remove 2,5,9 --python PYTHON
 
-MODEL is a folder with a Hugging Face model, PYTHON one that has llama-cpp-python or mlx-lm. The model is computed in float32 by
-this package beside the program, at the last nine positions of random prompts. A row of the same program, model, layers and
-format is replaced. `make consumers` turns the file into docs/consumers.md.
+MODEL is a folder with a Hugging Face model, or `random:gemma2` for the small one of tests/test_llama_cpp.py. PYTHON is one that has
+llama-cpp-python or mlx-lm. The model is computed in float32 by this package beside the program, at the last nine positions of
+random prompts. A row of the same program, model, layers and format is replaced. `make consumers` turns the file into
+docs/consumers.md.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import test_llama_cpp
 from gradmap_plugins.export import ExportModel
 from gradmap_plugins.export_gguf import ExportGguf
 from gradmap_plugins.quantize_gguf import QuantizeGguf
+from walk import make_model
 
 from gradmap_pipeline import ModelGraph
 from gradmap_pipeline.errors import GradmapError
@@ -28,6 +31,7 @@ from gradmap_pipeline.llamacpp import limits, parity
 from gradmap_pipeline.model.architecture import full_config
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import run_stage
+from gradmap_pipeline.verify import read_lineage
 
 DATA = Path(__file__).parent.parent / "docs" / "consumers.json"
 SAME = ("program", "model", "removed", "format")
@@ -44,10 +48,11 @@ def run_llama_cpp(graph: ModelGraph, folder: Path, asked: argparse.Namespace) ->
     plain = asked.type if asked.type in parity.TOLERANCE else "f16"
     stage = ExportGguf(to=folder / "gguf", converter=asked.converter, python=asked.python, type=plain)
     exported = run_stage(stage, folder / "export", model=graph).exported
-    file = exported.file
-    if plain != asked.type:
-        quantising = QuantizeGguf(to=folder / "quantised", type=asked.type, python=asked.python)
-        file = run_stage(quantising, folder / "quantise", exported=exported).exported.file
+    if plain == asked.type:
+        found = read_lineage(exported.folder)["llama_cpp"]
+        return parity.Parity(**{**found, "lengths": tuple(found["lengths"])})
+    quantising = QuantizeGguf(to=folder / "quantised", type=asked.type, python=asked.python)
+    file = run_stage(quantising, folder / "quantise", exported=exported).exported.file
     return parity.measure_parity(graph, file, plain, str(asked.python), 0)
 
 
@@ -76,21 +81,32 @@ VERSIONS = {
 }
 
 
+def find_model(asked: argparse.Namespace, folder: Path) -> Path:
+    """The model's folder; a random one is made, and converted without its tokenizer."""
+    if not asked.model.startswith("random:"):
+        return Path(asked.model)
+    test_llama_cpp.LLAMA_CPP = asked.converter
+    asked.converter = test_llama_cpp.make_converter(folder)
+    kind = asked.model.removeprefix("random:")
+    return make_model(folder / "base", kind, **test_llama_cpp.SIZES, **test_llama_cpp.MODELS[kind])
+
+
 def make_row(asked: argparse.Namespace) -> dict[str, Any]:
     """What running came to: `agrees`, `computes another model`, `refused` or `fails`, with figures or the reason."""
     removed = [int(layer) for layer in asked.remove.split(",") if layer]
-    graph = open_folder(asked.model).without_layers(removed) if removed else open_folder(asked.model)
     version = subprocess.run([str(asked.python), "-c", VERSIONS[asked.program]], capture_output=True, text=True, check=True)
     written = "safetensors" if asked.program == "mlx-lm" else f"GGUF {asked.type}"
     row = {
         "program": asked.program,
         "version": version.stdout.strip(),
-        "architecture": full_config(graph.base.folder)["model_type"],
         "model": asked.name,
         "removed": removed,
         "format": f"{written} without the array" if asked.without_array else written,
     }
     with TemporaryDirectory() as folder:
+        base = find_model(asked, Path(folder))
+        row["architecture"] = full_config(base)["model_type"]
+        graph = open_folder(base).without_layers(removed) if removed else open_folder(base)
         try:
             found = PROGRAMS[asked.program](graph, Path(folder), asked)
         except GradmapError as error:
@@ -116,7 +132,7 @@ def main() -> None:
     """Run what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=PROGRAMS)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model")
     parser.add_argument("--name", required=True, help="of the model, for the table")
     parser.add_argument("--remove", default="", help="layers, as 2,5,9")
     parser.add_argument("--python", type=Path, required=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from consumers_table import describe_placing, describe_run, make_page
 from typer.testing import CliRunner
 from walk import make_model
 
@@ -200,3 +201,28 @@ def test_check_warns_by_program(tmp_path: Path) -> None:
     assert lines[1] == ("step 'export': mlx-lm would take layer 5 for those with full attention, where the model has layers 4, 10")
     assert lines[0].startswith("step 'export': llama.cpp would take layer 5 for")
     assert lines[2].endswith("no problems in 2 steps")
+
+
+def test_the_page_of_consumers_is_made_from_its_data() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    rows = json.loads((docs / "consumers.json").read_text())
+    assert (docs / "consumers.md").read_text() == make_page(rows), "run `make consumers`"
+    results = {"agrees", "computes another model", "refused", "fails"}
+    for row in rows:
+        assert row["result"] in results or row.get("read"), row
+        assert row["figure"], row
+        assert row["removed"] == sorted(row["removed"]), row
+
+
+def test_rows_of_the_page() -> None:
+    row = {
+        "program": "a", "version": "1", "architecture": "llama", "model": "M", "removed": [], "format": "f", "result": "agrees",
+        "figure": "0.1 | 2",
+    }  # fmt: skip
+    assert describe_run(row) == "| a | 1 | llama | M | none | f | agrees | 0.1 / 2 |"
+    assert describe_run({**row, "read": True, "removed": [1, 2]}) == "| a | 1 | llama | M | 1, 2 | f | read: agrees | 0.1 / 2 |"
+    by_array, fixed = PLACINGS[0], next(placing for placing in PLACINGS if placing.program == "vLLM")
+    assert describe_placing(by_array).endswith(
+        "the last of every 2 | GGUF array `attention.sliding_window_pattern` | `src/models/gemma2.cpp` | run |"
+    )
+    assert describe_placing(fixed).endswith("| not at all | `model_executor/models/gpt_oss.py` | read |")
