@@ -71,7 +71,7 @@ class ExportGguf(FolderExport):
             raise OptionError("python", f"there is no file {str(self.python)!r}")
         converter = self._find_converter()
         model = inputs.get("model") or ModelForecast()
-        missing = pythons.explain_missing(self._python, converter, model.folder)
+        missing = pythons.explain_missing(self._python, converter)
         if missing is not None:
             raise OptionError("python", missing)
         if model.config is not None and model.kept is not None:

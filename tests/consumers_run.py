@@ -22,11 +22,11 @@ from typing import Any
 import test_llama_cpp
 from gradmap_plugins.export import ExportModel
 from gradmap_plugins.export_gguf import ExportGguf
-from gradmap_plugins.quantize_gguf import QuantizeGguf
+from gradmap_plugins.quantize_gguf import PLAIN, QuantizeGguf
 from walk import make_model
 
 from gradmap_pipeline import ModelGraph
-from gradmap_pipeline.errors import GradmapError
+from gradmap_pipeline.errors import GradmapError, OptionError
 from gradmap_pipeline.llamacpp import limits, parity
 from gradmap_pipeline.model.architecture import full_config
 from gradmap_pipeline.model.graph import open_folder
@@ -85,14 +85,14 @@ def find_model(asked: argparse.Namespace, folder: Path) -> Path:
     """The model's folder; a random one is made, and converted without its tokenizer."""
     if not asked.model.startswith("random:"):
         return Path(asked.model)
-    test_llama_cpp.LLAMA_CPP = asked.converter
+    test_llama_cpp.LLAMA_CPP = str(asked.converter.absolute())
     asked.converter = test_llama_cpp.make_converter(folder)
     kind = asked.model.removeprefix("random:")
     return make_model(folder / "base", kind, **test_llama_cpp.SIZES, **test_llama_cpp.MODELS[kind])
 
 
 def make_row(asked: argparse.Namespace) -> dict[str, Any]:
-    """What running came to: `agrees`, `computes another model`, `refused` or `fails`, with figures or the reason."""
+    """What running came to: `agrees`, `computes another model`, `runs quantised`, `refused` or `fails`, with figures or the reason."""
     removed = [int(layer) for layer in asked.remove.split(",") if layer]
     version = subprocess.run([str(asked.python), "-c", VERSIONS[asked.program]], capture_output=True, text=True, check=True)
     written = "safetensors" if asked.program == "mlx-lm" else f"GGUF {asked.type}"
@@ -109,16 +109,18 @@ def make_row(asked: argparse.Namespace) -> dict[str, Any]:
         graph = open_folder(base).without_layers(removed) if removed else open_folder(base)
         try:
             found = PROGRAMS[asked.program](graph, Path(folder), asked)
-        except GradmapError as error:
+        except OptionError as error:
             return {**row, "result": "refused", "figure": str(error)}
-        except RuntimeError as error:
+        except (GradmapError, RuntimeError) as error:
             return {**row, "result": "fails", "figure": str(error)}
-    agrees = found.log_probability_difference < AGREES
+    result = "agrees" if found.log_probability_difference < AGREES else "computes another model"
+    if asked.program == "llama.cpp" and asked.type not in PLAIN:
+        result = "runs quantised"
     figure = (
         f"{found.agreeing:.0%} of likeliest tokens at {', '.join(map(str, found.lengths))} tokens; log-probability differs by up "
         f"to {found.log_probability_difference:.2g}, logits by {found.difference:.2g}"
     )
-    return {**row, "result": "agrees" if agrees else "computes another model", "figure": figure}
+    return {**row, "result": result, "figure": figure}
 
 
 def keep_row(row: dict[str, Any]) -> None:

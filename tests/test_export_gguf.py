@@ -108,11 +108,10 @@ def test_check_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
     with pytest.raises(RecipeError, match=r"converter needs gguf, which '.*' lacks: .* -m pip install gguf"):
         plan(tmp_path, model, [exporting(tmp_path, "import gguf")])
-    made = plan(tmp_path, model, [exporting(tmp_path, "if 0:\n    import gguf")])
-    assert made.steps[0].advice[0].endswith(f"lacks llama-cpp-python: {sys.executable} -m pip install llama-cpp-python")
-    (model / "tokenizer.model").touch()
     with pytest.raises(RecipeError, match=r"converter needs sentencepiece, which"):
-        plan(tmp_path, model, [exporting(tmp_path, "if 0:\n    import sentencepiece")])
+        plan(tmp_path, model, [exporting(tmp_path, "def later():\n    from sentencepiece import SentencePieceProcessor")])
+    made = plan(tmp_path, model, [exporting(tmp_path)])
+    assert made.steps[0].advice[0].endswith(f"lacks llama-cpp-python: {sys.executable} -m pip install llama-cpp-python")
 
 
 def test_a_python_is_asked_for_its_modules(tmp_path: Path) -> None:

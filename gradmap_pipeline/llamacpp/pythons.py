@@ -16,8 +16,8 @@ QUANTIZER = Path(__file__).with_name("quantize_file.py")
 RUNNER = Path(__file__).with_name("run_gguf.py")
 
 BINDINGS = "llama-cpp-python"
-_MODULES = ("gguf", "numpy", "torch", "transformers")
-"""What llama.cpp's converter imports for every model."""
+_MODULES = ("gguf", "numpy", "torch", "transformers", "sentencepiece")
+"""What llama.cpp's converter imports; the last for most models, whether or not they have a `tokenizer.model`."""
 _ASK = """
 import json, sys
 from importlib.util import find_spec
@@ -37,15 +37,10 @@ def find_modules(converter: Path) -> list[str]:
     return [str(folder)] if folder.is_dir() else []
 
 
-def explain_missing(python: str, converter: Path, model: Path | None = None) -> str | None:
-    """The modules that the converter imports and this Python lacks, with the command that installs them; None where it has all.
-
-    `model`: folder of the model to convert; one with `tokenizer.model` takes a module more.
-    """
+def explain_missing(python: str, converter: Path) -> str | None:
+    """The modules that the converter imports and this Python lacks, with the command that installs them; None where it has all."""
     text = _read_converter(converter)
-    imported = [name for name in _MODULES if re.search(rf"^(import|from) {re.escape(name)}\b", text, re.MULTILINE)]
-    if model is not None and (model / "tokenizer.model").is_file() and "sentencepiece" in text:
-        imported.append("sentencepiece")
+    imported = [name for name in _MODULES if re.search(rf"^\s*(import|from) {re.escape(name)}\b", text, re.MULTILINE)]
     missing = _ask(python, tuple(imported), tuple(find_modules(converter)))
     if missing is None:
         return f"{python!r} does not run as a Python"
