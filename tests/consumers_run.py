@@ -92,7 +92,7 @@ def find_model(asked: argparse.Namespace, folder: Path) -> Path:
 
 
 def make_row(asked: argparse.Namespace) -> dict[str, Any]:
-    """What running came to: `agrees`, `computes another model`, `runs quantised`, `refused` or `fails`, with figures or the reason."""
+    """What came out: `agrees`, `computes another model`, `runs quantised`, `refused` or `fails`, with figures or the reason."""
     removed = [int(layer) for layer in asked.remove.split(",") if layer]
     version = subprocess.run([str(asked.python), "-c", VERSIONS[asked.program]], capture_output=True, text=True, check=True)
     written = "safetensors" if asked.program == "mlx-lm" else f"GGUF {asked.type}"
