@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint docs architectures clean
+.PHONY: quickstart test test-slow lint docs architectures consumers clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
@@ -29,6 +29,9 @@ docs: .venv/installed
 
 architectures: .venv/installed
 	$(BIN)/python tests/walk.py docs/architectures.md
+
+consumers: .venv/installed
+	$(BIN)/python tests/consumers_table.py docs
 
 clean:
 	rm -rf .venv .gradmap out build *.egg-info

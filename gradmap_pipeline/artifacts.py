@@ -255,6 +255,8 @@ class ModelForecast(BaseModel):
     """Longest sequence the model is made for, in tokens."""
     config: dict[str, Any] | None = None
     """config.json of the whole model; of its text decoder, where it has other parts."""
+    folder: Path | None = None
+    """Of the base model."""
 
 
 class CalibrationForecast(BaseModel):

@@ -115,10 +115,12 @@ def check(
     plugins: PluginFiles = [],  # noqa: B006
 ) -> None:
     """Check a recipe without running it: options, wiring, files. Prints every problem with its place."""
-    from .report.text import show
-
     with endings():
+        from .report.plan_table import print_advice
+        from .report.text import show
+
         plan = _plan(recipe, overrides, plugins, store)
+        print_advice(plan)
         print(show(f"{recipe}: no problems in {len(plan.steps)} steps"))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .artifacts import Artifact, ExportedFile, Model
+from .artifacts import Artifact, ExportedFile, Model, ModelForecast
 from .errors import ModelError, StageError
 from .model.graph import ModelGraph
 
@@ -91,6 +91,42 @@ class OnnxFolder(Export, Model):
 
         session = OnnxSession(self.folder)
         return lambda batch: session.run(batch.input_ids, batch.mask.long(), session.start(len(batch.input_ids)))[0]
+
+
+class GgufForecast(ModelForecast):
+    """What a plan knows of a GGUF file before anything runs."""
+
+    type: str
+
+
+class GgufFolder(Export, Model):
+    """A folder with one GGUF file, for llama.cpp and what is built on it."""
+
+    format: Literal["gguf"] = "gguf"
+    type: str
+    """Of its weights, by llama.cpp's name."""
+    python: str | None = None
+    """The Python with llama-cpp-python that ran it; None: none was there."""
+
+    @property
+    def kind(self) -> str:
+        return "GGUF" if self.quantisation else f"GGUF {self.type}"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / next(name for name in self.files if name.endswith(".gguf"))
+
+    def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
+        import sys
+
+        from .llamacpp.pythons import explain_no_runner, find_runner
+        from .llamacpp.session import GgufSession
+
+        python = find_runner([self.python or sys.executable, sys.executable])
+        if python is None:
+            raise StageError(explain_no_runner(self.python or sys.executable))
+        session = GgufSession(self.file, python)
+        return lambda batch: session.run_batch(batch.input_ids)
 
 
 def load_folder(folder: Path, *, is_whole: bool = False, **options: Any) -> Any:

@@ -81,7 +81,7 @@ def check_loading(folder: Path) -> None:
 
 
 def extend_lineage(
-    source: Path, options: dict[str, Any], stage: str, files: dict[str, ExportedFile], difference: float
+    source: Path, options: dict[str, Any], stage: str, files: dict[str, ExportedFile], difference: float | None
 ) -> dict[str, Any]:
     """The lineage of a folder made from another export: that of the export, and one more step."""
     lineage: dict[str, Any] = json.loads((source / LINEAGE).read_text(encoding="utf-8"))

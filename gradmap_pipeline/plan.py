@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class PlannedStep:
     """The code that makes its results."""
     forecasts: dict[str, Any]
     """What is known of each output before the run."""
+    advice: tuple[str, ...] = ()
+    """What the user should know before the run, a fact a line."""
     environment: Environment | None = None
     """What the Python it runs in must have; None: it runs in the one that is running."""
     python: Path | None = None
@@ -148,6 +151,7 @@ def _plan_step(
     stage: Stage | None = None
     inputs: dict[str, tuple[str, str]] = {}
     forecasts: Mapping[str, Any] = {}
+    advice: tuple[str, ...] = ()
     before = len(problems)
     if at[1] not in recipe.broken:
         problems += _check_place(step, at, stage_class, recipe)
@@ -162,6 +166,7 @@ def _plan_step(
             known = {name: board.forecasts.get(source) for name, source in inputs.items()}
             try:
                 forecasts = _forecast(stage, known, catalog)
+                advice = _ask_advice(stage, known, catalog)
             except OptionError as error:
                 place = (*at, "with", *error.option.split("."))
                 problems.append(recipe.problem(place, _name_option(step, (error.option,), str(error))))
@@ -174,7 +179,7 @@ def _plan_step(
         return None
     python = step.run.python if step.run is not None else None
     environment = stage_class.environment if python is None else stage_class.environment or Environment(())
-    return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts), environment, python)
+    return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts), advice, environment, python)
 
 
 def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe) -> Iterator[Problem]:
@@ -190,16 +195,32 @@ def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recip
 
 def _forecast(stage: Stage, known: Mapping[str, Any], catalog: Catalog) -> Mapping[str, Any]:
     """What a stage knows of its outputs. Raises `OptionError`, or `PluginError` where the stage itself fails."""
-    try:
+    with _blaming(stage, "forecast()", catalog):
         forecasts = stage.forecast(known)
         if not isinstance(forecasts, Mapping):
             raise TypeError(f"it must return a mapping of output names, got {type(forecasts).__name__}")
         return forecasts
+
+
+def _ask_advice(stage: Stage, known: Mapping[str, Any], catalog: Catalog) -> tuple[str, ...]:
+    """What a stage would have the user know. Raises as `_forecast` does."""
+    with _blaming(stage, "advise()", catalog):
+        lines = stage.advise(known)
+        if isinstance(lines, str) or not all(isinstance(line, str) for line in lines):
+            raise TypeError(f"it must return a list of texts, got {lines!r}")
+        return tuple(lines)
+
+
+@contextmanager
+def _blaming(stage: Stage, method: str, catalog: Catalog) -> Iterator[None]:
+    """Turn what a stage's method fails with into a `PluginError` that names the plugin."""
+    try:
+        yield
     except (GradmapError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: a plugin does not end the program
         plugin = catalog.plugin_of[stage.name]
-        raise PluginError(f"forecast() of stage {stage.name!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{method} of stage {stage.name!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
 
 
 def _wire(

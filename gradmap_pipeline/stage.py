@@ -112,6 +112,13 @@ class Stage(BaseModel):
         `survey` answers for the recipe's model. Reads no weights.
         """
 
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        """Say what the user should know before a run, though nothing refuses it: one fact a line.
+
+        `inputs` has forecasts, as for `forecast`. `gradmap check` and `gradmap plan` print the lines. Reads no weights.
+        """
+        return ()
+
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         """Say what a run would take; None where that is not known. Raise `CapacityError` when it cannot fit.
 

@@ -180,7 +180,7 @@ def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: 
     from gradmap_pipeline.model.finite import find_weights
     from gradmap_pipeline.model.lengths import lengths_apart_in
 
-    apart = lengths_apart_in(model.folder)
+    apart = lengths_apart_in(model.graph.base.folder)
     batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS, lengths_apart=apart)
     run = model.open(context.device)
     loss = 0.0

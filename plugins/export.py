@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +86,11 @@ class ExportModel(FolderExport):
                 raise OptionError("format", missing)
         return {}
 
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        from gradmap_pipeline.consumers import explain_forecast
+
+        return explain_forecast(inputs.get("model")) if self.format == "safetensors" else ()
+
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
         super().inspect(inputs, survey)
         survey.check_layerwise()
@@ -117,6 +122,8 @@ class ExportModel(FolderExport):
         return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.consumers import explain_removal
+        from gradmap_pipeline.model.architecture import full_config
         from gradmap_pipeline.model.companions import describe_left_out
 
         model = inputs.model
@@ -136,6 +143,8 @@ class ExportModel(FolderExport):
         if self.format == "onnx":
             context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
+        for misreading in explain_removal(full_config(model.base.folder), model.layers):
+            context.note(misreading)
         context.note(f"wrote {self.to}: {size:.1f} MB, loaded back, logits equal")
         return self.Outputs(exported=TransformersFolder(**made))
 
@@ -162,6 +171,8 @@ class ExportModel(FolderExport):
         return describe_folder(folder), difference
 
     def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
+        from gradmap_pipeline.consumers import explain_removal
+        from gradmap_pipeline.model.architecture import full_config
         from gradmap_pipeline.model.checkpoint import split_shards, write_folder
 
         tensors = model.export_tensors()
@@ -172,7 +183,8 @@ class ExportModel(FolderExport):
                 files[name] = written
                 advance()
         write_companions(model, folder)
-        write_card(folder, model, evaluation, "safetensors")
+        misread = tuple(explain_removal(full_config(model.base.folder), model.layers))
+        write_card(folder, model, evaluation, "safetensors", details=misread)
         return describe_folder(folder, files)
 
 

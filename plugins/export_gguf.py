@@ -6,34 +6,44 @@ runs; it is used where the user has it, and never copied.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Evaluation, Export, FolderExport, ModelGraph, OptionError, Stage, StageError, hookimpl
-from gradmap_pipeline.folders import make_lineage, write_companions
+from gradmap_pipeline import (
+    Context,
+    Evaluation,
+    FolderExport,
+    GgufFolder,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    Stage,
+    StageError,
+    Survey,
+    hookimpl,
+)
+from gradmap_pipeline.exports import GgufForecast
+from gradmap_pipeline.folders import make_lineage, write_card, write_companions
+from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import describe_folder
+
+if TYPE_CHECKING:
+    from gradmap_pipeline.llamacpp.parity import Parity
 
 CONVERTER = "convert_hf_to_gguf.py"
 _MAGIC = b"GGUF"
 
 
-class GgufFolder(Export):
-    """A folder with one GGUF file, for llama.cpp and what is built on it. Nothing here runs it."""
-
-    format: Literal["gguf"] = "gguf"
-    type: str
-    """Of its weights, by llama.cpp's name."""
-
-
 class ExportGguf(FolderExport):
-    """Write the model as a GGUF file for llama.cpp, with llama.cpp's own converter."""
+    """Write the model as a GGUF file for llama.cpp, with llama.cpp's own converter, and run it beside the model."""
 
     name = "export_gguf"
     libraries = ("safetensors",)
@@ -43,7 +53,9 @@ class ExportGguf(FolderExport):
         None, description=f"Where llama.cpp's `{CONVERTER}` is. Default: the one that is found on the search path for programs."
     )
     python: Path | None = Field(
-        None, description="Python to run the converter with, where its requirements are installed. Default: this one."
+        None,
+        description="Python to run the converter with, where its requirements are installed; with llama-cpp-python there, it "
+        "runs the file, too. Default: this one.",
     )
 
     class Inputs(BaseModel):
@@ -57,31 +69,87 @@ class ExportGguf(FolderExport):
         super().forecast(inputs)
         if self.python is not None and not self.python.is_file():
             raise OptionError("python", f"there is no file {str(self.python)!r}")
-        self._find_converter()
-        return {}
+        converter = self._find_converter()
+        model = inputs.get("model") or ModelForecast()
+        missing = pythons.explain_missing(self._python, converter)
+        if missing is not None:
+            raise OptionError("python", missing)
+        if model.config is not None and model.kept is not None:
+            self._check_config(model.config, model.kept)
+        for architecture in (model.config or {}).get("architectures") or ():
+            if not pythons.knows(converter, architecture):
+                raise OptionError("converter", f"llama.cpp's converter does not know {architecture}; export in another format")
+        return {"exported": GgufForecast(**model.model_dump(), type=self.type)}
+
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        from gradmap_pipeline.model.architecture import full_config
+
+        super().inspect(inputs, survey)
+        kept = getattr(inputs.get("model"), "kept", None)
+        if kept is not None:
+            self._check_config(full_config(survey.graph.base.folder), kept)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.model.checkpoint import write_folder
+        from gradmap_pipeline.llamacpp.limits import explain_deviations
+        from gradmap_pipeline.model.architecture import full_config
         from gradmap_pipeline.model.companions import find_licences
 
         graph = inputs.model
+        config = self._check_config(full_config(graph.base.folder), graph.layers)
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == graph.digest else None
-        plain = context.folder / "plain"
-        plain.mkdir()
+        runner = self._find_runner()
+        with self.new_folder(graph.base.folder) as new:
+            file = new.path / f"model-{self.type}.gguf"
+            arrays = self._write_file(graph, file, config, context)
+            parity = None if runner is None else self._run_file(graph, file, runner, context)
+            for licence in find_licences(graph.base.folder):
+                shutil.copyfile(licence, new.path / licence.name)
+            write_card(new.path, graph, evaluation, "gguf")
+            files = describe_folder(new.path)
+            difference = None if parity is None else parity.difference
+            lineage = make_lineage(graph, evaluation, files, difference, context)
+            files = new.finish(lineage | {"llama_cpp": None if parity is None else parity.as_json()}, files)
+        if arrays:
+            context.note(f"the file lists {', '.join(arrays)}, which llama.cpp would place by a period")
+        for deviation in explain_deviations(config):
+            context.note(deviation)
+        size = sum(written.size for written in files.values()) / 1e6
+        context.note(f"wrote {self.to}: {size:.1f} MB, {parity or pythons.explain_no_runner(self._python)}")
+        made: dict[str, Any] = {"graph": graph, "folder": new.target, "files": files, "max_logit_difference": difference}
+        return self.Outputs(exported=GgufFolder(**made, type=self.type, python=runner))
+
+    def _check_config(self, config: Mapping[str, Any], kept: tuple[int, ...]) -> dict[str, Any]:
+        """The config of what is left. Raises `OptionError` where llama.cpp would compute another model, whatever the file says."""
+        from gradmap_pipeline.errors import ModelError
+        from gradmap_pipeline.llamacpp.limits import explain_refusal
+        from gradmap_pipeline.model.depth import prune_fields
+
         try:
-            list(write_folder(graph.export_tensors(), plain, graph.dtype))
-            write_companions(graph, plain)
-            with self.new_folder(graph.base.folder) as new:
-                partial = new.path
-                self._convert(plain, partial / f"model-{self.type}.gguf")
-                for licence in find_licences(graph.base.folder):
-                    shutil.copyfile(licence, partial / licence.name)
-                files = describe_folder(partial)
-                files = new.finish(make_lineage(graph, evaluation, files, None, context), files)
-        finally:
-            shutil.rmtree(plain)
-        context.note(f"wrote {self.to}: {sum(file.size for file in files.values()) / 1e6:.1f} MB, converted by llama.cpp, not run")
-        return self.Outputs(exported=GgufFolder(graph=graph, folder=new.target, files=files, type=self.type))
+            left = prune_fields(dict(config), dict(config), kept)
+        except ModelError:  # refused where layers are removed
+            return dict(config)
+        reason = explain_refusal(left)
+        if reason is not None:
+            raise OptionError("to", f"{reason}; export in another format")
+        return left
+
+    def _run_file(self, graph: ModelGraph, file: Path, runner: str, context: Context) -> Parity:
+        from gradmap_pipeline.llamacpp.parity import measure_parity
+
+        with context.progress("run the GGUF file", 1, "file") as advance:
+            parity = measure_parity(graph, file, self.type, runner, context.seed)
+            advance()
+        return parity
+
+    @property
+    def _python(self) -> str:
+        return str(self.python or sys.executable)
+
+    def _find_runner(self) -> str | None:
+        return pythons.find_runner((self._python, sys.executable))
 
     def _find_converter(self) -> Path:
         if self.converter is not None:
@@ -93,24 +161,50 @@ class ExportGguf(FolderExport):
         if on_path is None:
             raise OptionError(
                 "converter",
-                f"{CONVERTER} is not on the search path for programs; get llama.cpp (github.com/ggml-org/llama.cpp), install the "
-                "requirements of its converter, and say where it is",
+                f"{CONVERTER} is not on the search path for programs: git clone https://github.com/ggml-org/llama.cpp, and set "
+                "`converter: llama.cpp`",
             )
         return Path(on_path)
 
-    def _convert(self, folder: Path, file: Path) -> None:
-        command = [str(self.python or sys.executable), str(self._find_converter()), str(folder)]
-        done = subprocess.run(
-            tie([*command, "--outfile", str(file), "--outtype", self.type]),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if done.returncode:
-            raise explain_end("llama.cpp's converter", done.returncode, done.stderr or "it said nothing")
-        if not file.is_file() or not file.open("rb").read(4) == _MAGIC:
+    def _write_file(self, graph: ModelGraph, file: Path, config: Mapping[str, Any], context: Context) -> list[str]:
+        """Write a checkpoint for the converter, and the file from it; return the keys that the file has besides the converter's."""
+        from gradmap_pipeline.model.checkpoint import write_folder
+
+        plain = context.folder / "plain"
+        plain.mkdir()
+        try:
+            list(write_folder(graph.export_tensors(), plain, graph.dtype))
+            write_companions(graph, plain)
+            return self._convert(plain, file, config)
+        finally:
+            shutil.rmtree(plain)
+
+    def _convert(self, folder: Path, file: Path, config: Mapping[str, Any]) -> list[str]:
+        """Write the file; return the keys that it has besides those of the converter."""
+        from gradmap_pipeline.llamacpp.limits import find_arrays
+
+        arrays = find_arrays(config)
+        made = file.with_name(f"converted-{file.name}") if arrays else file
+        converter = self._find_converter()
+        self._start("llama.cpp's converter", str(converter), str(folder), "--outfile", str(made), "--outtype", self.type)
+        if not made.is_file() or not made.open("rb").read(4) == _MAGIC:
             raise StageError("llama.cpp's converter ended without an error, and without a GGUF file; nothing was written")
+        if arrays:
+            self._start(
+                "rewriting the GGUF file",
+                str(pythons.REWRITER),
+                str(made),
+                str(file),
+                json.dumps(arrays),
+                *pythons.find_modules(converter),
+            )
+            made.unlink()
+        return list(arrays)
+
+    def _start(self, name: str, *arguments: str) -> None:
+        done = subprocess.run(tie([self._python, *arguments]), capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise explain_end(name, done.returncode, done.stderr or "it said nothing")
 
 
 @hookimpl

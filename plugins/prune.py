@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -36,10 +36,12 @@ class Prune(Stage):
         description="How many layers to remove, instead of `ratio`; or a list of the layers to remove, by their number in the "
         "original model, counted from 0.",
     )
-    among: Literal["any", "expressible"] = Field(
+    among: Literal["any", "expressible", "regular"] = Field(
         "any",
         description="`any`: the first of the scored decisions. `expressible`: of the removals after which a config can still "
-        "say where each kind of layer is, the one of least total score; for models whose layers alternate by a cadence.",
+        "say where each kind of layer is, the one of least total score; for models whose layers alternate by a cadence. "
+        "`regular`: of the removals that leave kinds of layers in the order and period of the original; for programs that place "
+        "them by index, as llama.cpp does.",
     )
 
     class Inputs(BaseModel):
@@ -76,8 +78,41 @@ class Prune(Stage):
             raise OptionError(self._option, f"removing {count} of {depth} layers leaves none")
         if model.config is not None and model.kept is not None:
             self._check_expressible(model.config, model.kept, count, kept)
+            self._check_regular(model.config, model.kept, count, kept)
         layers = None if depth is None else depth - count
         return {"model": model.model_copy(update={"layers": layers, "kept": kept})}
+
+    def _check_regular(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
+        """Raise `OptionError` where `among: regular` cannot be had, or the layers that are listed break it."""
+        from gradmap_pipeline.model.cadence import choose_kept, find_period, is_regular
+        from gradmap_pipeline.model.depth import count_layers
+
+        if self.among != "regular":
+            return
+        depth = count_layers(config) or len(layers)
+        if find_period(config, depth) is None:
+            raise OptionError(
+                "among", f"the kinds of the model's {depth} layers have no period to keep; use `any` or `expressible`"
+            )
+        if kept is not None and not is_regular(config, depth, kept):
+            found = choose_kept(config, depth, len(layers) - count, _prefer_ends(layers), regular=True)
+            example = f"; possible, for instance: remove {_name_others(layers, found)}" if found else ""
+            raise OptionError("layers", f"the layers that would be left do not keep the period of their kinds{example}")
+
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        from gradmap_pipeline.consumers import complete_config, name_programs
+
+        model = inputs.get("model")
+        if self.among == "regular" or isinstance(self.layers, list) or model is None or model.config is None:
+            return ()
+        config = complete_config(model.config, model.folder)
+        programs = name_programs(config)
+        if not programs:
+            return ()
+        return (
+            f"{' and '.join(programs)} place{'s' if len(programs) == 1 else ''} layers of {config['model_type']} by their index, "
+            "which most removals break; `among: regular` chooses among those that do not",
+        )
 
     def _check_expressible(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
         """Raise `OptionError`, with the removals that are possible, where the config cannot say what would be left."""
@@ -105,7 +140,14 @@ class Prune(Stage):
             )
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        from gradmap_pipeline.model.architecture import full_config
+
         kept = getattr(self.forecast(inputs).get("model"), "kept", None)
+        if self.among == "regular":
+            model = inputs.get("model")
+            layers = getattr(model, "kept", None) or survey.graph.layers
+            count = len(self.layers) if isinstance(self.layers, list) else self._count(len(layers), None)
+            self._check_regular(full_config(survey.graph.base.folder), layers, count, kept)
         if kept is not None:
             survey.check_removal(kept)
         elif self.among == "any":
@@ -141,10 +183,12 @@ class Prune(Stage):
         importance = {
             layer: scores.decisions[0].scores.get(layer, 0.0) for layer in model.layers
         }  # some leave protected layers out
-        kept = choose_kept(config, model.base.layers, len(model.layers) - count, importance, fixed)
+        regular = self.among == "regular"
+        kept = choose_kept(config, model.base.layers, len(model.layers) - count, importance, fixed, regular=regular)
         if not kept:
+            kind = "keeps the period of their kinds" if regular else "a config can express"
             raise StageError(
-                f"every removal of {count} of {len(model.layers)} layers that a config can express takes one of layers "
+                f"every removal of {count} of {len(model.layers)} layers that {kind} takes one of layers "
                 f"{', '.join(map(str, sorted(fixed)))}, which are protected; protect fewer in the step that scores"
             )
         return [layer for layer in model.layers if layer not in kept]
@@ -161,8 +205,8 @@ class Prune(Stage):
             return 0
         else:
             count = count_removed(depth, 0.25 if self.ratio is None else self.ratio)
-        if scores is not None and scores.together and self.among == "expressible":
-            raise OptionError("among", "the scored layers were chosen to go together, and 'expressible' would choose among them")
+        if scores is not None and scores.together and self.among != "any":
+            raise OptionError("among", f"the scored layers were chosen to go together, and {self.among!r} would choose among them")
         if scores is not None and scores.together and depth is not None and count != scores.decisions:
             raise OptionError(
                 self._option,
@@ -191,12 +235,20 @@ def _name_possible(config: dict[str, Any], depth: int, layers: tuple[int, ...], 
 
     if not strict_cadences_of(config):
         return ""
-    inner = dict.fromkeys(layers, 1.0) | {layers[0]: 2.0, layers[-1]: 2.0}
-    kept = choose_kept(config, depth, len(layers) - count, inner)
+    kept = choose_kept(config, depth, len(layers) - count, _prefer_ends(layers))
     if kept:
-        return f"; possible, for instance: remove {', '.join(str(layer) for layer in layers if layer not in kept)}"
+        return f"; possible, for instance: remove {_name_others(layers, kept)}"
     counts = count_removable(config, depth, layers)
     return f"; possible: removals of {', '.join(map(str, counts))} layers" if counts else "; no removal does"
+
+
+def _prefer_ends(layers: tuple[int, ...]) -> dict[int, float]:
+    """Importance that spares the first and the last layer, for examples."""
+    return dict.fromkeys(layers, 1.0) | {layers[0]: 2.0, layers[-1]: 2.0}
+
+
+def _name_others(layers: tuple[int, ...], kept: tuple[int, ...]) -> str:
+    return ", ".join(str(layer) for layer in layers if layer not in kept)
 
 
 @hookimpl

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradmap_pipeline.model.cadence import choose_kept, count_removable, strict_cadences_of
+from gradmap_pipeline.model.cadence import choose_kept, count_removable, find_period, is_regular, strict_cadences_of
 
 JAMBA = {"attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4}
 ERNIE = {"moe_layer_interval": 2, "moe_layer_start_index": 2, "moe_layer_end_index": 7}
@@ -86,3 +86,50 @@ def test_what_is_no_cadence() -> None:
     one_expert = {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 1}
     assert strict_cadences_of(one_expert) == []
     assert choose_kept({}, 4, 2, {0: 1.0, 1: 4.0, 2: 2.0, 3: 3.0}) == (1, 3)
+
+
+WINDOWS = {"layer_types": ["sliding", "sliding", "full"] * 3}
+EXPERTS = {"layer_types": ["sliding", "full"] * 4 + ["sliding"], "moe_layers": [3, 7]}
+SPARSE = {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "period"),
+    [
+        (WINDOWS, 3),
+        (EXPERTS, 4),
+        (SPARSE, 2),
+        ({**JAMBA, "no_rope_layers": [1, 1, 0] * 3}, None),
+        (JAMBA, 4),
+        ({"layer_types": ["conv"] * 3 + ["full"] + ["conv"] * 5}, None),
+        ({"layer_types": ["full"] * 9}, 1),
+        ({}, 1),
+        ({"layer_types": ["short"] * 4}, 1),
+    ],
+)
+def test_period_of_all_kinds(config: dict[str, Any], period: int | None) -> None:
+    assert find_period(config, DEPTH) == period
+
+
+@pytest.mark.parametrize(
+    ("config", "formula"),
+    [
+        (WINDOWS, lambda layer: layer % 3 == 2),
+        (EXPERTS, lambda layer: (layer % 2, layer % 4 == 3)),
+        (SPARSE, lambda layer: layer % 2),
+        (JAMBA, lambda layer: (layer % 4 == 2, layer % 2)),
+        ({}, lambda _: 0),
+    ],
+)
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_the_best_regular_selection_is_chosen(config: dict[str, Any], formula: Any, count: int) -> None:
+    allowed = [
+        kept for kept in combinations(range(DEPTH), count) if all(formula(at) == formula(layer) for at, layer in enumerate(kept))
+    ]
+    assert [kept for kept in combinations(range(DEPTH), count) if is_regular(config, DEPTH, kept)] == allowed
+    found = choose_kept(config, DEPTH, count, IMPORTANCE, regular=True)
+    assert found in allowed
+    assert sum(IMPORTANCE[layer] for layer in found) == max(sum(IMPORTANCE[layer] for layer in kept) for kept in allowed)
+    fixed = choose_kept(config, DEPTH, count, IMPORTANCE, fixed=(DEPTH - 1,), regular=True)
+    best = max((sum(IMPORTANCE[layer] for layer in kept) for kept in allowed if DEPTH - 1 in kept), default=None)
+    assert (sum(IMPORTANCE[layer] for layer in fixed) if fixed else None) == best

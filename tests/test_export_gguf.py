@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gradmap_plugins.export_gguf import ExportGguf
 from tiny import make_model
+from walk import make_model as make_any_model
 
 from gradmap_pipeline import ModelGraph, OptionError, StageError
-from gradmap_pipeline.errors import GradmapError
+from gradmap_pipeline.catalog import load_catalog
+from gradmap_pipeline.errors import RecipeError
+from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.plan import Plan, make_plan
+from gradmap_pipeline.recipe import load_recipe
 from gradmap_pipeline.testing import run_stage
 from gradmap_pipeline.verify import verify_folder
 
@@ -71,7 +77,7 @@ def test_converter_that_fails(action: str, message: str, graph: ModelGraph, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "convert_hf_to_gguf.py is not on the search path for programs; get llama.cpp"),
+        ({}, "convert_hf_to_gguf.py is not on the search path for programs: git clone https://github.com/ggml-org/llama.cpp"),
         ({"converter": "nowhere"}, "there is no file 'nowhere'"),
         ({"converter": "."}, "there is no file 'convert_hf_to_gguf.py'"),
         ({"python": "nowhere"}, "there is no file 'nowhere'"),
@@ -86,18 +92,72 @@ def test_plan_looks_for_the_converter(
         ExportGguf.model_validate({"to": tmp_path / "out", **options}).forecast({})
 
 
-def test_nothing_here_evaluates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmap_pipeline.catalog import load_catalog
-    from gradmap_pipeline.plan import make_plan
-    from gradmap_pipeline.recipe import load_recipe
+def plan(tmp_path: Path, model: Path, steps: list[dict[str, Any]]) -> Plan:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"version": 1, "model": {"path": str(model)}, "steps": steps}))
+    return make_plan(load_recipe(recipe), load_catalog())
 
-    monkeypatch.setenv("PATH", str(tmp_path))
-    converter = make_converter(tmp_path, WRITES)
+
+def exporting(tmp_path: Path, action: str = WRITES, **options: Any) -> dict[str, Any]:
+    converter = make_converter(tmp_path, action)
+    return {"use": "export_gguf", "with": {"to": str(tmp_path / "out"), "converter": str(converter), **options}}
+
+
+def test_check_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path / "model")
+    monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
+    with pytest.raises(RecipeError, match=r"converter needs gguf, which '.*' lacks: .* -m pip install gguf"):
+        plan(tmp_path, model, [exporting(tmp_path, "import gguf")])
+    with pytest.raises(RecipeError, match=r"converter needs sentencepiece, which"):
+        plan(tmp_path, model, [exporting(tmp_path, "def later():\n    from sentencepiece import SentencePieceProcessor")])
+    made = plan(tmp_path, model, [exporting(tmp_path)])
+    assert made.steps[0].advice[0].endswith(f"lacks llama-cpp-python: {sys.executable} -m pip install llama-cpp-python")
+
+
+def test_a_python_is_asked_for_its_modules(tmp_path: Path) -> None:
+    converter = make_converter(tmp_path, "import numpy, torch")
+    assert pythons.explain_missing(sys.executable, converter) is None
+    (tmp_path / "gguf-py" / "gguf").mkdir(parents=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    bare = make_converter(other, "import gguf\nimport torch")
+    message = pythons.explain_missing(sys.executable, bare)
+    assert message is None if find_spec("gguf") else "converter needs gguf, which" in str(message)
+    (other / "gguf-py" / "gguf").mkdir(parents=True)
+    assert pythons.explain_missing(sys.executable, bare) is None
+    assert pythons.explain_missing(str(converter), converter) == f"{str(converter)!r} does not run as a Python"
+
+
+def test_check_refuses_what_the_converter_does_not_know(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    with pytest.raises(RecipeError, match="converter does not know LlamaForCausalLM; export in another format"):
+        plan(tmp_path, model, [exporting(tmp_path, '# @ModelBase.register("GemmaForCausalLM")')])
+    plan(tmp_path, model, [exporting(tmp_path, '# @ModelBase.register("LlamaForCausalLM")')])
+
+
+SMOLLM3 = {"no_rope_layers": [1, 1, 1, 0] * 2, "num_hidden_layers": 8, "sliding_window": None, "use_sliding_window": False}
+
+
+def test_check_refuses_what_no_file_can_say(tmp_path: Path) -> None:
+    model = make_any_model(tmp_path / "model", "smollm3", layer_types=None, **SMOLLM3)
+    steps = [{"use": "prune", "with": {"layers": [1]}}, exporting(tmp_path)]
+    message = (
+        "llama.cpp would take layer 3 for those with no rotary embedding, where the model has layers 2, 6, and no GGUF file can "
+        "tell it; `prune: {among: regular}` chooses layers that leave the pattern as it is; export in another format"
+    )
+    with pytest.raises(RecipeError) as caught:
+        plan(tmp_path, model, steps)
+    assert message in str(caught.value)
+    plan(tmp_path, model, [{"use": "prune", "with": {"layers": [1, 2, 3, 4]}}, exporting(tmp_path)])
+
+
+def test_evaluate_takes_a_file(tmp_path: Path, graph: ModelGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [
-        {"use": "export_gguf", "with": {"to": str(tmp_path / "out"), "converter": str(converter)}},
+        exporting(tmp_path),
         {"use": "evaluate", "from": {"model": "export_gguf.exported"}, "with": {"dataset": {"builtin": "heldout"}}},
     ]
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({"version": 1, "model": {"builtin": "docs-llama"}, "steps": steps}))
-    with pytest.raises(GradmapError, match=r"input .model. takes a Model, but .export_gguf\.exported. is a GgufFolder"):
-        make_plan(load_recipe(recipe), load_catalog())
+    assert plan(tmp_path, tmp_path / "model", steps).steps[1].inputs == {"model": ("export_gguf", "exported")}
+    exported = run_stage(ExportGguf.model_validate(steps[0]["with"]), tmp_path / "step", model=graph).exported
+    monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
+    with pytest.raises(StageError, match=r"nothing runs the file, as '.*' lacks llama-cpp-python: .* -m pip install"):
+        exported.open("cpu")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from gradmap_plugins.prune import Prune
 from pydantic import ValidationError
+from walk import make_model as make_any_model
 
 from gradmap_pipeline import Decision, LayerScores, ModelForecast, OptionError, ScoresForecast, StageError
 from gradmap_pipeline.model.graph import open_folder
@@ -59,6 +60,14 @@ FIXED = ModelForecast(layers=12, kept=tuple(range(12)), config={"num_hidden_laye
 CADENCE = {"num_hidden_layers": 12, "attn_layer_period": 4, "attn_layer_offset": 2}
 ALTERNATING = ModelForecast(layers=12, kept=tuple(range(12)), config=CADENCE)
 
+WINDOWS = ModelForecast(
+    layers=9,
+    kept=tuple(range(9)),
+    config={"model_type": "gemma3_text", "num_hidden_layers": 9, "layer_types": ["sliding", "sliding", "full_attention"] * 3},
+)
+KINDS = {"num_hidden_layers": 12, "layer_types": ["conv"] * 4 + ["full_attention"] + ["conv"] * 7}
+IRREGULAR = ModelForecast(layers=12, kept=tuple(range(12)), config=KINDS)
+
 
 @pytest.mark.parametrize(
     ("options", "inputs", "option", "message"),
@@ -79,6 +88,24 @@ ALTERNATING = ModelForecast(layers=12, kept=tuple(range(12)), config=CADENCE)
             {"model": ALTERNATING, "scores": ScoresForecast(decisions=3)},
             "ratio",
             "'attn_layer_period', 'attn_layer_offset' place layers by a cadence, .* set `among: expressible` to .* remove ",
+        ),
+        (
+            {"layers": [1], "among": "regular"},
+            {"model": WINDOWS},
+            "layers",
+            "layers that would be left do not keep the period of their kinds; possible, for instance: remove 8$",
+        ),
+        (
+            {"ratio": 0.2, "among": "regular"},
+            {"model": IRREGULAR, "scores": ScoresForecast(decisions=3)},
+            "among",
+            "the kinds of the model's 12 layers have no period to keep; use `any` or `expressible`",
+        ),
+        (
+            {"layers": 2, "among": "regular"},
+            {"scores": ScoresForecast(decisions=2, together=True)},
+            "among",
+            "were chosen to go together, and 'regular' would choose among them",
         ),
         ({"layers": 2}, {}, "layers", "nothing says which layers to remove; put gradmap_score before this step"),
         ({"layers": 12}, {"scores": None}, "layers", "removing 12 of 12 layers leaves none"),
@@ -101,3 +128,29 @@ def test_the_plan_knows_how_many_layers_are_left() -> None:
 @pytest.mark.parametrize(("depth", "ratio", "count"), [(12, 0.1, 1), (12, 0.25, 3), (12, 0.33, 4), (32, 0.25, 8), (4, 0.05, 1)])
 def test_share_of_layers(depth: int, ratio: float, count: int) -> None:
     assert count_removed(depth, ratio) == count
+
+
+def test_advice_where_programs_place_layers_by_index() -> None:
+    inputs = {"model": WINDOWS, "scores": ScoresForecast(decisions=3)}
+    assert Prune(layers=3).advise(inputs) == (
+        "llama.cpp and mlx-lm place layers of gemma3_text by their index, which most removals break; `among: regular` chooses "
+        "among those that do not",
+    )
+    assert Prune(layers=3, among="regular").advise(inputs) == ()
+    assert Prune(layers=[3]).advise(inputs) == ()
+    assert Prune(layers=3).advise({"model": IRREGULAR}) == ()
+
+
+def test_a_regular_removal_is_chosen_by_total_score(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    model = open_folder(make_any_model(tmp_path / "model", "gemma3_text", layer_types=kinds))
+    scores = LayerScores(
+        model=model.digest,
+        method="by hand",
+        decisions=tuple(Decision(removed=n, scores={0: 5.0, 1: 0.1, 2: 3.0, 3: 4.0, 4: 1.0, 5: 2.0}, unguarded=n) for n in (1, 4)),
+    )
+    result = run_stage(Prune(layers=2, among="regular"), tmp_path / "a", model=model, scores=scores).model
+    assert result.removed == (4, 5)  # the fourth layer left may be 3 or 4, and no other removal goes
+    guarded = scores.model_copy(update={"protected": (5,)})
+    with pytest.raises(StageError, match="keeps the period of their kinds takes one of layers 5, which are protected"):
+        run_stage(Prune(layers=2, among="regular"), tmp_path / "b", model=model, scores=guarded)

@@ -17,6 +17,7 @@ ORDER = [
     "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "group", "memory", "estimate",
     "machine", "partial", "environment", "artifacts",
     "yaml_positions", "validation", "targets", "stage", "places", "exporting", "hookspecs", "removal", "builtin", "model",
+    "consumers", "llamacpp",
     "exports", "output_checks", "ort", "data", "tasks",
     "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",

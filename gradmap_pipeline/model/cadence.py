@@ -108,20 +108,43 @@ def strict_cadences_of(config: Config) -> list[Cadence]:
     return [cadence for cadence in cadences_of(config) if cadence.exceptions is None]
 
 
+LISTED = ("layer_types", "layers_block_type", "no_rope_layers", "mlp_layer_types")
+"""Config fields that list a kind for each layer."""
+
+
+def find_period(config: Config, depth: int) -> int | None:
+    """After how many layers the kinds of layers, in all that a config says of them, start again; None where they never do."""
+    kinds = _kinds(config, depth, range(depth), listed=True)
+    return next((n for n in range(1, depth // 2 + 1) if all(kinds[i] == kinds[i - n] for i in range(n, depth))), None)
+
+
+def is_regular(config: Config, depth: int, kept: Sequence[int]) -> bool:
+    """Whether the kinds of the layers kept follow each other as those of the whole model do, from the first on."""
+    period = find_period(config, depth)
+    kinds = _kinds(config, depth, range(depth), listed=True)
+    return period is not None and all(kinds[layer] == kinds[place % period] for place, layer in enumerate(kept))
+
+
 def choose_kept(
-    config: Config, depth: int, count: int, importance: Mapping[int, float], fixed: Collection[int] = ()
+    config: Config,
+    depth: int,
+    count: int,
+    importance: Mapping[int, float],
+    fixed: Collection[int] = (),
+    *,
+    regular: bool = False,
 ) -> tuple[int, ...]:
     """The `count` most important layers among the selections that the config's cadences can express; empty where there is none.
 
     `importance` by layer: layers it lacks are not kept; the sum over the kept ones is the largest possible. `fixed`: layers
-    that are kept in any case.
+    that are kept in any case. `regular`: among the selections that `is_regular` is true of.
     """
     layers = sorted(importance)
-    kinds = _kinds(config, depth, layers)
+    kinds = _kinds(config, depth, layers, listed=regular)
     bonus = 1 + sum(abs(value) for value in importance.values())
     values = [importance[layer] + bonus * (layer in fixed) for layer in layers]
     best: tuple[float, tuple[int, ...]] | None = None
-    for wanted in _expressible(config, count, kinds):
+    for wanted in _regular(config, depth, count) if regular else _expressible(config, count, kinds):
         found = _best_subsequence(kinds, values, wanted)
         if found is not None and (best is None or found[0] > best[0]):
             best = found
@@ -135,19 +158,33 @@ def count_removable(config: Config, depth: int, layers: Sequence[int]) -> list[i
     return [count for count in range(1, len(layers)) if next(_expressible(config, len(layers) - count, kinds), None) is not None]
 
 
-def _kinds(config: Config, depth: int, layers: Sequence[int]) -> list[tuple[bool, ...]]:
-    marks = [cadence.read(config, depth) for cadence in strict_cadences_of(config)]
-    return [tuple(mark[layer] for mark in marks) for layer in layers]
+def _kinds(config: Config, depth: int, layers: Sequence[int], *, listed: bool = False) -> list[tuple[object, ...]]:
+    """What cadences say of these layers; `listed`: and what the config lists of them."""
+    cadences = cadences_of(config) if listed else strict_cadences_of(config)
+    says: list[Sequence[object]] = [cadence.read(config, depth) for cadence in cadences]
+    if listed:
+        says += [config[field] for field in LISTED if isinstance(config.get(field), list) and len(config[field]) == depth]
+        if isinstance(config.get("moe_layers"), list):
+            says.append([layer in config["moe_layers"] for layer in range(depth)])
+    return [tuple(of[layer] for of in says) for layer in layers]
 
 
-def _expressible(config: Config, count: int, kinds: Sequence[tuple[bool, ...]]) -> Iterator[list[tuple[bool, ...]]]:
+def _regular(config: Config, depth: int, count: int) -> Iterator[list[tuple[object, ...]]]:
+    """The kinds of `count` layers that go on as those of the whole model start."""
+    period = find_period(config, depth)
+    if period is not None:
+        kinds = _kinds(config, depth, range(period), listed=True)
+        yield [kinds[place % period] for place in range(count)]
+
+
+def _expressible(config: Config, count: int, kinds: Sequence[tuple[object, ...]]) -> Iterator[list[tuple[object, ...]]]:
     """Kinds that a config can give to `count` layers, where layers of those kinds are there in that order."""
     choices: list[list[Marks]] = []
     for number, cadence in enumerate(strict_cadences_of(config)):
         there = [kind[number] for kind in kinds]
         choices.append([marks for marks in cadence.possible(count) if _is_subsequence(marks, there)])
     for patterns in product(*choices):
-        wanted: list[tuple[bool, ...]] = list(zip(*patterns, strict=True)) if patterns else [()] * count
+        wanted: list[tuple[object, ...]] = list(zip(*patterns, strict=True)) if patterns else [()] * count
         if _is_subsequence(wanted, kinds):
             yield wanted
 
@@ -158,7 +195,7 @@ def _is_subsequence(wanted: Sequence[object], there: Sequence[object]) -> bool:
 
 
 def _best_subsequence(
-    kinds: Sequence[tuple[bool, ...]], values: Sequence[float], wanted: Sequence[tuple[bool, ...]]
+    kinds: Sequence[tuple[object, ...]], values: Sequence[float], wanted: Sequence[tuple[object, ...]]
 ) -> tuple[float, tuple[int, ...]] | None:
     """Places, in order, whose kinds are `wanted` and whose values have the largest sum, by dynamic programming."""
     best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ())] + [None] * len(wanted)

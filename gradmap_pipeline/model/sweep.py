@@ -172,14 +172,18 @@ class Sweep:
             ]
         return torch.cat(parts, dim=1)
 
-    def logits(self) -> Iterator[torch.Tensor]:
-        """Logits (B, T, V) of each batch."""
+    def logits(self, last: int | None = None) -> Iterator[torch.Tensor]:
+        """Logits (B, T, V) of each batch; of the `last` positions alone, where that is given."""
         import torch
 
         self.run_forward()
         with torch.no_grad():
             for index, batch in enumerate(self.batches):
-                yield self.model.head(batch, self._boundaries.get(len(self.layers), index))
+                hidden = self._boundaries.get(len(self.layers), index)
+                tokens = hidden.shape[1]
+                wanted = slice(0 if last is None else max(0, tokens - last), tokens)
+                logits = self.model.head(batch, hidden, wanted if len(self.model.head_slices(batch)) > 1 else None)
+                yield logits[:, -(wanted.stop - wanted.start) :]
 
     def backward(self) -> Iterator[BackwardLayer]:
         """Go down from the mean next-token loss over all batches.

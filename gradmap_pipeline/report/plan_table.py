@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ..plan import Plan
-from .text import add_row, make_console, make_table
+from .text import add_row, make_console, make_table, show
 
 
 def print_plan(plan: Plan) -> None:
@@ -26,3 +26,11 @@ def print_plan(plan: Plan) -> None:
         shown = [f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
         add_row(table, step.id, step.stage.name, takes, shown, ", ".join(known))
     make_console().print(table)
+    print_advice(plan)
+
+
+def print_advice(plan: Plan) -> None:
+    """What the user should know before a run, a line each."""
+    for step in plan.steps:
+        for line in step.advice:
+            print(show(f"step {step.id!r}: {line}"))

@@ -1,0 +1,130 @@
+"""What llama.cpp computes for a config: where a file must say more than its converter writes, and where no file can say it.
+
+Read in llama.cpp at commit 0c1e570 (`src/models`, `ggml/src`), which llama-cpp-python 0.3.36 holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..consumers import LLAMA_CPP, find_misreadings
+
+Config = Mapping[str, Any]
+
+WITHOUT_WINDOWS = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
+"""`model_type`s that have windows in transformers, and never in llama.cpp."""
+
+
+def explain_refusal(config: Config) -> str | None:
+    """Why no GGUF file can hold the model with this decoder config, with all that its class derives; None where one can."""
+    untold = [misreading for misreading in find_misreadings(config, LLAMA_CPP) if misreading.placing.array is None]
+    if untold:
+        return (
+            f"{untold[0]}, and no GGUF file can tell it; `prune: {{among: regular}}` chooses layers that leave the pattern as it is"
+        )
+    for check in (_check_windows, _check_scale, _check_depth, _check_llama4):
+        reason = check(config)
+        if reason is not None:
+            return reason
+    return None
+
+
+def find_arrays(config: Config) -> dict[str, list[bool]]:
+    """Keys, after the architecture's name, that a file needs besides what the converter writes, with a flag by layer."""
+    arrays = {misreading.placing.array for misreading in find_misreadings(config, LLAMA_CPP)}
+    return {array: [name != "full_attention" for name in config["layer_types"]] for array in arrays if array is not None}
+
+
+def name_ignored_window(config: Config) -> int | None:
+    """The window in tokens that llama.cpp leaves out of a model whose layers all have it; None where there is none."""
+    window = config.get("sliding_window")
+    kinds = config.get("layer_types") or ["sliding_attention"]
+    if config.get("model_type") in WITHOUT_WINDOWS and isinstance(window, int) and config.get("use_sliding_window", True):
+        return window if set(kinds) == {"sliding_attention"} else None
+    return None
+
+
+def rounds_yarn(config: Config) -> bool:
+    """Whether llama.cpp rounds the bounds between YaRN's frequencies where the model does not (`truncate: false`).
+
+    ggml_rope_yarn_corr_dims in ggml/src/ggml.c rounds in any case; logits differ a little, at all lengths.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("truncate") is False
+
+
+def explain_deviations(config: Config) -> list[str]:
+    """What llama.cpp computes otherwise and no file can tell, a line each, where files are written all the same."""
+    lines = []
+    window = name_ignored_window(config)
+    if window is not None:
+        lines.append(f"llama.cpp has no windows for {config['model_type']}: beyond {window} tokens it computes another model")
+    if rounds_yarn(config):
+        lines.append("llama.cpp rounds the bounds of YaRN, which this model leaves exact (truncate: false): logits differ a little")
+    return lines
+
+
+def _check_windows(config: Config) -> str | None:
+    kind, kinds = config.get("model_type"), config.get("layer_types") or []
+    if kind in WITHOUT_WINDOWS and len(set(kinds)) > 1:
+        windows = [layer for layer, name in enumerate(kinds) if name != "full_attention"]
+        return f"llama.cpp runs {kind} without windows of attention, which layers {', '.join(map(str, windows))} have"
+    return None
+
+
+def _check_scale(config: Config) -> str | None:
+    """Gemma's scale of attention: llama.cpp knows the largest model by its number of layers."""
+    largest = {"gemma2": 46, "gemma3_text": 62}.get(str(config.get("model_type")))
+    meant = config.get("query_pre_attn_scalar")
+    if largest is None or not isinstance(meant, int | float):
+        return None
+    depth = config["num_hidden_layers"]
+    taken = config["hidden_size"] // config["num_attention_heads"] if depth == largest else config["head_dim"]
+    if math.isclose(taken, meant):
+        return None
+    return (
+        f"llama.cpp scales attention by 1/sqrt({taken}) in a {config['model_type']} of {depth} layers, where this model has "
+        f"1/sqrt({meant:g}) (query_pre_attn_scalar), and no GGUF file can tell it"
+    )
+
+
+def _check_depth(config: Config) -> str | None:
+    kind, depth = config.get("model_type"), config.get("num_hidden_layers")
+    kinds = config.get("layer_types") or []
+    if kind == "exaone4" and depth != 64 and "sliding_attention" in kinds:
+        return f"llama.cpp gives exaone4 windows of attention only where it has 64 layers, and this model has {depth}"
+    shared = config.get("num_kv_shared_layers") or 0
+    if kind == "gemma3n_text" and isinstance(depth, int) and depth - shared != 20:
+        return (
+            f"llama.cpp takes the first 20 layers of gemma3n for those with keys and values of their own, and this model has "
+            f"{depth - shared}"
+        )
+    if kind in {"deepseek_v2", "deepseek_v3"}:
+        is_lite = depth in {26, 27} or (depth == 48 and config.get("vocab_size") == 128256)
+        if is_lite != (config.get("q_lora_rank") is None):
+            return (
+                f"llama.cpp knows by the number of layers whether the queries of {kind} are compressed, and takes one of {depth} "
+                f"layers for a model {'without' if is_lite else 'with'} that"
+            )
+    return None
+
+
+def _check_llama4(config: Config) -> str | None:
+    """Numbers that llama.cpp fixes for Llama 4 with windows."""
+    if config.get("model_type") != "llama4_text" or "chunked_attention" not in (config.get("layer_types") or []):
+        return None
+    fixed: tuple[tuple[str, Any, Callable[[Any], bool]], ...] = (
+        ("attention_chunk_size", 8192, lambda value: value == 8192),
+        ("attn_temperature_tuning", True, bool),
+        ("floor_scale", 8192, lambda value: value == 8192),
+        ("attn_scale", 0.1, lambda value: math.isclose(value, 0.1)),
+        ("use_qk_norm", config.get("num_local_experts") != 128, lambda v: bool(v) == (config.get("num_local_experts") != 128)),
+    )
+    for field, taken, is_right in fixed:
+        if field in config and not is_right(config[field]):
+            return (
+                f"llama.cpp runs llama4 with {field} = {taken}, where this model has {config[field]}, and no GGUF file can tell it"
+            )
+    return None

@@ -1,0 +1,182 @@
+"""Quantise a GGUF file with llama.cpp's own quantiser.
+
+Source: https://github.com/ggml-org/llama.cpp (tools/quantize). It is used where the user has it, as a program or within
+llama-cpp-python, and never copied.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from gradmap_pipeline import (
+    Artifact,
+    Context,
+    FolderExport,
+    GgufFolder,
+    OptionError,
+    QualityError,
+    Stage,
+    StageError,
+    hookimpl,
+)
+from gradmap_pipeline.artifacts import LINEAGE
+from gradmap_pipeline.folders import extend_lineage
+from gradmap_pipeline.llamacpp import pythons
+from gradmap_pipeline.processes import explain_end, tie
+from gradmap_pipeline.targets import copy_files, describe_folder
+
+PROGRAM = "llama-quantize"
+Kind = Literal[
+    "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "iq4_nl", "q3_k_m", "q3_k_s", "q2_k"
+]
+PLAIN = ("f32", "f16", "bf16")
+
+
+class FileAgreement(Artifact):
+    """What running the quantised file beside the one it was made from gave, at the last nine positions of random prompts."""
+
+    lengths: tuple[int, ...]
+    """Of the prompts, in tokens."""
+    difference: float
+    """Largest absolute difference of logits."""
+    log_probability_difference: float
+    """Largest absolute difference of the log-probability of the likeliest token, in nats."""
+    agreeing: float
+    """Share of positions at which both find the same token likeliest."""
+    lost: float
+    """Most that the log-probability loses, in nats, where the likeliest token of the quantised file is taken."""
+
+
+class QuantizeGguf(FolderExport):
+    """Quantise an exported GGUF file with llama.cpp's own quantiser, and run it beside the file it was made from."""
+
+    name = "quantize_gguf"
+    libraries = ()
+
+    type: Kind = Field("q4_k_m", description="Type of the weights in the file, by llama.cpp's name.")
+    program: Path | None = Field(
+        None,
+        description=f"llama.cpp's `{PROGRAM}`. Default: the one that is found on the search path for programs, else the "
+        "quantiser within llama-cpp-python.",
+    )
+    python: Path | None = Field(
+        None, description="Python with llama-cpp-python, to run the files and to quantise without the program. Default: this one."
+    )
+    min_agreement: float | None = Field(
+        None, gt=0, le=1, description="Smallest share of positions at which both files find the same token likeliest that passes."
+    )
+
+    class Inputs(BaseModel):
+        exported: GgufFolder
+
+    class Outputs(BaseModel):
+        exported: GgufFolder
+        agreement: FileAgreement | None = None
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        super().forecast(inputs)
+        for option, file in (("program", self.program), ("python", self.python)):
+            if file is not None and not file.is_file():
+                raise OptionError(option, f"there is no file {str(file)!r}")
+        if self._find_program() is None and self._find_runner() is None:
+            raise OptionError(
+                "program",
+                f"{PROGRAM} is not on the search path for programs, and {self._python!r} lacks {pythons.BINDINGS}, which holds the "
+                f"same quantiser: {self._python} -m pip install {pythons.BINDINGS}",
+            )
+        if self.min_agreement is not None and self._find_runner() is None:
+            raise OptionError("min_agreement", pythons.explain_no_runner(self._python))
+        source = inputs.get("exported")
+        if source is None:
+            return {}
+        self._check_source(source.type)
+        return {"exported": source.model_copy(update={"type": self.type})}
+
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        source = inputs.exported
+        self._check_source(source.type)
+        runner = self._find_runner()
+        with self.new_folder(source.folder, source.graph.base.folder) as new:
+            file = new.path / f"model-{self.type}.gguf"
+            self._quantise(source.file, file)
+            agreement = None if runner is None else self._compare(source, file, runner, context)
+            copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.endswith(".gguf")), new.path)
+            files = describe_folder(new.path)
+            difference = None if agreement is None else agreement.difference
+            lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, difference)
+            lineage["llama_cpp"] = None if agreement is None else agreement.model_dump()
+            files = new.finish(lineage, files)
+        size = sum(written.size for written in files.values()) / 1e6
+        how = pythons.explain_no_runner(self._python)
+        if agreement is not None:
+            how = (
+                f"{agreement.agreeing:.0%} of likeliest tokens are those of {source.file.name}, logits differ by up to "
+                f"{agreement.difference:.2g}"
+            )
+        context.note(f"wrote {self.to}: {size:.1f} MB, {how}")
+        update = {"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.type}
+        exported = source.model_copy(update={**update, "type": self.type, "python": runner or source.python})
+        return self.Outputs(exported=exported, agreement=agreement)
+
+    def _check_source(self, kind: str) -> None:
+        if kind not in PLAIN:
+            raise OptionError("type", f"the file is quantised already ({kind}); quantise one of type {' or '.join(PLAIN)}")
+
+    def _compare(self, source: GgufFolder, file: Path, runner: str, context: Context) -> FileAgreement:
+        from gradmap_pipeline.llamacpp.parity import compare_files
+
+        with context.progress("run both GGUF files", 1, "pair") as advance:
+            agreement = FileAgreement(**compare_files(source.graph, source.file, file, runner, context.seed).as_json())
+            advance()
+        if self.min_agreement is not None and agreement.agreeing < self.min_agreement:
+            raise QualityError(
+                f"{self.type} finds the same token likeliest at {agreement.agreeing:.3f} of positions, under min_agreement "
+                f"{self.min_agreement:g}; choose a type of more bits, or lower the limit"
+            )
+        return agreement
+
+    def _quantise(self, source: Path, target: Path) -> None:
+        program = self._find_program()
+        command = [program] if program else [self._find_runner() or self._python, str(pythons.QUANTIZER)]
+        said = subprocess.run(
+            tie([*command, str(source), str(target), self.type.upper(), str(_count_threads())]),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if said.returncode:
+            raise explain_end("llama.cpp's quantiser", said.returncode, said.stderr or said.stdout or "it said nothing")
+        if not target.is_file():
+            raise StageError("llama.cpp's quantiser ended without an error, and without a file; nothing was written")
+
+    @property
+    def _python(self) -> str:
+        return str(self.python or sys.executable)
+
+    def _find_runner(self) -> str | None:
+        return pythons.find_runner((self._python, sys.executable))
+
+    def _find_program(self) -> str | None:
+        return str(self.program) if self.program is not None else shutil.which(PROGRAM)
+
+
+def _count_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [QuantizeGguf]
