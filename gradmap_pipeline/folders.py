@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,26 @@ def write_companions(model: ModelGraph, folder: Path) -> None:
     copy_companions(model.base.folder, folder)
     add_older_tokenizer(folder, TEXTS)
     check_tokenizer_copy(model.base.folder, folder)
+
+
+def explain_types(model: ModelGraph) -> str | None:
+    """What to say where config.json names another type than most weights are stored in; None where they agree."""
+    from .model.source import load_config, text_config
+
+    config = load_config(model.base.folder)
+    places = (text_config(config), config)
+    named = next((part[key] for part in places for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str)), None)
+    elements: Counter[str] = Counter()
+    for tensor in model.export_tensors().values():
+        if tensor.is_float:
+            elements[tensor.torch_dtype] += tensor.elements
+    stored = elements.most_common(1)[0][0] if elements else None
+    if model.dtype is not None or named in (None, "auto", stored):
+        return None
+    return (
+        f"config.json says {named}, and the weights are stored in {stored}: programs that go by the config convert them; set "
+        "'dtype' under 'model' to write both alike"
+    )
 
 
 def write_card(

@@ -26,24 +26,30 @@ _LONGEST = 100
 """Characters of a name that the name of its folder in the making keeps."""
 _FILES_SYNCED_ONE_BY_ONE = 256
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
+_ATTEMPTS = 100
+"""Names tried for a folder: each may be cleared away, before it is locked, by a process that takes it for abandoned."""
 
 
 @contextmanager
 def partial_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
     """An empty folder beside `final`, of this process alone; whatever has not been renamed from it vanishes.
 
-    Clears away what killed processes left in the same place. `mode`: permissions of the folder, less the umask.
+    Clears away what killed processes left in the same place. `mode`: permissions of the folder, less the umask. Raises `OSError`
+    where no file can be made there.
     """
     from filelock import FileLock, Timeout
 
     final.parent.mkdir(parents=True, exist_ok=True)
     clear_partial_folders(final.parent)
-    while True:
+    for _ in range(_ATTEMPTS):
         partial = final.with_name(f".{final.name[:_LONGEST]}.partial-{secrets.token_hex(4)}")
         lock = FileLock(_lock_of(partial), blocking=False)
         with suppress(Timeout):  # somebody clears away what looks abandoned until it is locked
             lock.acquire()
             break
+    else:
+        _lock_of(partial).touch()  # says why: filelock takes a folder where nothing can be made for one that is busy
+        raise OSError(f"no file can be locked in {str(final.parent)!r}")
     try:
         partial.mkdir(mode)
         yield partial

@@ -32,8 +32,8 @@ def check_target(folder: Path, overwrite: bool, *, hashing: bool = False) -> Non
     `hashing`: read the files of an earlier export, too, to see whether they are still as they were written. Otherwise names and
     sizes are looked at.
     """
-    if folder.is_file():
-        raise OptionError("to", f"{str(folder)!r} is a file; name a folder")
+    if folder.exists() and not folder.is_dir():
+        raise OptionError("to", f"{str(folder)!r} is {'a file' if folder.is_file() else 'no folder'}; name a folder")
     above = next((parent for parent in folder.resolve().parents if parent.exists()), folder.resolve())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise OptionError("to", f"{str(folder)!r} cannot be made: {str(above)!r} is not a folder that can be written to")

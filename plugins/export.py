@@ -28,7 +28,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, make_lineage, write_card, write_companions
+from gradmap_pipeline.folders import check_loading, explain_types, make_lineage, write_card, write_companions
 from gradmap_pipeline.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
@@ -145,6 +145,9 @@ class ExportModel(FolderExport):
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
         for misreading in explain_removal(full_config(model.base.folder), model.layers):
             context.note(misreading)
+        types = explain_types(model)
+        if types is not None:
+            context.note(types)
         context.note(f"wrote {self.to}: {size:.1f} MB, loaded back, logits equal")
         return self.Outputs(exported=TransformersFolder(**made))
 

@@ -217,6 +217,18 @@ def test_a_huge_config_takes_no_memory(model: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
+def test_a_config_that_names_another_type_is_said(model: Path) -> None:
+    change_config(model, dtype="bfloat16")
+    export = [{"use": "export", "with": {"to": "out", "overwrite": True}}]
+    said = "config.json says bfloat16, and the weights are stored in float32: programs that go by the config convert them"
+    result = gradmap("run", steps=export)
+    assert result.exit_code == 0, result.output
+    assert said in result.output
+    result = gradmap("run", {"path": "model", "dtype": "bfloat16"}, export)
+    assert said not in result.output
+    assert load_file("out/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
 def test_large_tied_embeddings_are_no_reason_to_refuse(tmp_path: Path) -> None:
     """More than half of all weights are embeddings, as in Gemma 3 270M; transformers registers them three times."""
     model = make_model(tmp_path / "model", tied=True, vocab_size=50_000)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from gradmap_pipeline import ExportedFile, OptionError, StageError
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.partial import partial_folder
 from gradmap_pipeline.places import find_machine_places
 from gradmap_pipeline.targets import check_target, describe_folder, find_foreign_files, new_folder
 
@@ -176,6 +177,17 @@ def test_folder_that_comes_while_the_export_is_made_stays(tmp_path: Path) -> Non
         with pytest.raises(StageError, match=r"'notes.txt' has come into"):
             new.finish({"files": {}}, files)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_what_is_there_and_no_folder_is_refused() -> None:
+    with pytest.raises(OptionError, match="'/dev/null' is no folder; name a folder"):
+        check_target(Path("/dev/null"), overwrite=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place where nothing can be made is needed")
+def test_a_place_where_nothing_can_be_made_ends(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="/proc"), partial_folder(Path("/proc/out")):
+        pass
 
 
 def test_errors_name_the_folder_as_it_would_have_been_called(tmp_path: Path) -> None:
