@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +59,10 @@ class Store:
     def prepare(self) -> None:
         """Make the folder, keep it out of git, and clear away what killed runs left."""
         for name in ("steps", "units", "environments"):
+            _remove_unless(Path.is_dir, self.root / name)
             (self.root / name).mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
+        _remove_unless(Path.is_file, ignore)
         if not ignore.exists() or not ignore.stat().st_size:
             ignore.write_text("*\n")
         for folder in (self.root, self.root / "steps", self.root / "environments"):
@@ -93,7 +97,7 @@ class Store:
         try:
             if not file.is_relative_to(self.root):
                 return self.digest_of(file) == digest
-            if (file, digest) not in self._whole and sha256_of(file) == digest:
+            if (file, digest) not in self._whole and file.is_file() and sha256_of(file) == digest:
                 self._whole.add((file, digest))
         except OSError:
             return False
@@ -125,6 +129,7 @@ class Store:
         finished = self._load_from(folder.final, key, type(outputs))
         if finished is not None:
             return finished
+        _remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder.final)
         replace_folder(folder.path, folder.final)
         self._whole = {(path, digest) for path, digest in self._whole if not path.is_relative_to(folder.final)}
         return type(outputs).model_validate(stored, context={"store": self.root})
@@ -195,6 +200,7 @@ class Store:
     def _write(self, file: Path, text: str) -> None:
         if self._drafts is None:
             self._drafts = self._resources.enter_context(partial_folder(self.root / "drafts"))
+        _remove_unless(Path.is_file, file)
         write_file(file, text, self._drafts)
 
     def _step(self, stage: str, key: str) -> Path:
@@ -216,12 +222,23 @@ def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file of the store; empty when there is none, or when it is not what was written."""
+    if not file.is_file():  # a pipe would be waited for
+        return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         content = {name: part for name, part in value.items() if name != _DIGEST}
         return content if value[_DIGEST] == sha256_of_value(content) else {}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}
+
+
+def _remove_unless(is_right: Callable[[Path], bool], path: Path) -> None:
+    """Clear away what has a name of the store's and is something else, or a link to something else."""
+    if os.path.lexists(path) and not is_right(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _first_line(error: Exception) -> str:

@@ -121,6 +121,35 @@ def test_results_that_changed_in_the_store_are_made_again(change: Callable[[str]
     assert json.loads(file.read_text())["outputs"]["scores"] == before
 
 
+def put_file(path: Path) -> None:
+    path.write_text("x")
+
+
+def put_folder(path: Path) -> None:
+    (path / "inner").mkdir(parents=True)
+
+
+def put_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("put", [put_file, put_folder, put_dangling_link, os.mkfifo])
+@pytest.mark.parametrize("name", ["steps", "units", "steps/prune-*", "steps/prune-*/outputs.json", "files.json", ".gitignore"])
+def test_things_of_another_kind_in_the_store_are_made_again(name: str, put: Callable[[Path], None], folder: Path) -> None:
+    (path,) = (folder / ".gradmap").glob(name)
+    is_folder = path.is_dir()
+    if is_folder:
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    put(path)
+    assert gradmap("run", "r.yaml", "--quiet").exit_code == 0
+    (again,) = (folder / ".gradmap").glob(name)
+    assert again.is_dir() if is_folder else again.is_file()
+    assert not again.is_symlink()
+    assert computed(gradmap("run", "r.yaml", "--json")) == set()
+
+
 def test_units_that_changed_in_the_store_are_made_again(folder: Path) -> None:
     """A unit is the loss of the evaluation; its step is made again from it."""
     units = sorted((folder / ".gradmap" / "units").glob("evaluate-*.json"))
