@@ -62,7 +62,7 @@ class Store:
             _remove_unless(Path.is_dir, self.root / name)
             (self.root / name).mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
-        _remove_unless(Path.is_file, ignore)
+        _remove_unless(_is_own_file, ignore)
         if not ignore.exists() or not ignore.stat().st_size:
             ignore.write_text("*\n")
         for folder in (self.root, self.root / "steps", self.root / "environments"):
@@ -200,7 +200,7 @@ class Store:
     def _write(self, file: Path, text: str) -> None:
         if self._drafts is None:
             self._drafts = self._resources.enter_context(partial_folder(self.root / "drafts"))
-        _remove_unless(Path.is_file, file)
+        _remove_unless(_is_own_file, file)
         write_file(file, text, self._drafts)
 
     def _step(self, stage: str, key: str) -> Path:
@@ -230,6 +230,10 @@ def _read_object(file: Path) -> dict[str, Any]:
         return content if value[_DIGEST] == sha256_of_value(content) else {}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}
+
+
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _remove_unless(is_right: Callable[[Path], bool], path: Path) -> None:
