@@ -207,11 +207,28 @@ def compare(
 def stages(
     name: Annotated[str | None, typer.Argument(help="Stage to describe.", show_default=False)] = None,
     plugins: PluginFiles = [],  # noqa: B006
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check",
+            metavar="STAGE|FILE",
+            help="Run a stage, or those of a Python file, on the built-in model, and say what breaks the contract of stages.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="With --check: an option of the stage. Repeatable.")
+    ] = [],  # noqa: B006
 ) -> None:
-    """List the stages that recipes can use, or describe one."""
+    """List the stages that recipes can use, describe one, or check whether one keeps the contract."""
     with endings():
         from .report.stage_help import describe_stage, list_stages
 
+        if check is not None:
+            from .stage_check import check_stages
+
+            check_stages(check, plugins, overrides)
+            return
         catalog = _catalog(plugins)
         print(list_stages(catalog) if name is None else describe_stage(catalog, name))
 

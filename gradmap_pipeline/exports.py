@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .model.batches import Batch
 
 
+WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf")
+"""Endings of files that hold weights."""
+
+
 class Export(Artifact):
     """A folder that other programs load, and the model it holds."""
 
@@ -43,9 +47,7 @@ class Export(Artifact):
 
     def count_bytes(self) -> int:
         """Bytes of the files that hold weights."""
-        return sum(
-            file.size for name, file in self.files.items() if name.endswith((".safetensors", ".onnx", ".onnx.data", ".gguf"))
-        )
+        return sum(file.size for name, file in self.files.items() if name.endswith(WEIGHTS))
 
 
 class TransformersFolder(Export, Model):

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .artifacts import LINEAGE, Evaluation, ExportedFile
 from .errors import StageError
-from .exports import load_folder
-from .report.model_card import make_model_card
+from .exports import WEIGHTS, load_folder
+from .report.model_card import Holding, make_model_card
 
 if TYPE_CHECKING:
     from .model.graph import ModelGraph
+    from .report.card_usage import Format
     from .stage import Context
 
 
-def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: Path) -> None:
-    """Config, model card, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
+def write_companions(model: ModelGraph, folder: Path) -> None:
+    """Config, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
     from .model.architecture import prune_config
     from .model.companions import CODE_KEY, copy_companions
     from .model.older import add_older_rope
-    from .model.tokenizer_check import check_tokenizer_copy
+    from .model.older_tokenizer import add_older_tokenizer
+    from .model.tokenizer_check import TEXTS, check_tokenizer_copy
 
     config = prune_config(model.base.folder, model.layers)
     config = add_older_rope(model.base.folder, config)
@@ -32,9 +34,24 @@ def write_companions(model: ModelGraph, evaluation: Evaluation | None, folder: P
         for part in (config, config.get("text_config") or {}):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(make_model_card(model, evaluation), encoding="utf-8")
     copy_companions(model.base.folder, folder)
+    add_older_tokenizer(folder, TEXTS)
     check_tokenizer_copy(model.base.folder, folder)
+
+
+def write_card(
+    folder: Path,
+    model: ModelGraph,
+    evaluation: Evaluation | None,
+    form: Format,
+    quantisation: str | None = None,
+    details: tuple[str, ...] = (),
+) -> None:
+    """The model card of a folder that has its weights: sizes are those of the files there."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
+    sizes = {name: file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)}
+    card = make_model_card(model, evaluation, Holding(form, sizes, quantisation, details))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def make_lineage(

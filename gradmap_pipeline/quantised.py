@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import StageError
 from .exports import TransformersFolder, load_folder
-from .folders import check_loading, make_lineage, write_companions
+from .folders import check_loading, make_lineage, write_card, write_companions
 from .targets import NewFolder, describe_folder
 
 if TYPE_CHECKING:
     import torch
 
     from .model.graph import ModelGraph
+    from .report.card_usage import Format
     from .stage import Context
 
 _CHECK_SHAPE = (2, 32)  # sequences, tokens
@@ -25,6 +26,7 @@ _CHECK_SHAPE = (2, 32)  # sequences, tokens
 def write_quantised(
     graph: ModelGraph,
     new: NewFolder,
+    form: Format,
     quantisation: str,
     quantise: Callable[[Path], Any],
     context: Context,
@@ -43,7 +45,7 @@ def write_quantised(
     plain = context.folder / "plain"
     plain.mkdir()
     list(write_folder(graph.export_tensors(), plain, graph.dtype))
-    write_companions(graph, None, plain)
+    write_companions(graph, plain)
     partial = new.path
     with context.progress(f"quantise to {quantisation}", 3, "step") as advance:
         before = _logits(load_folder(plain), context.seed)
@@ -52,7 +54,7 @@ def write_quantised(
         found = _logits(model, context.seed)
         if not found.isfinite().all():
             raise StageError("the quantised model computes values that are not finite; nothing was written")
-        write_companions(graph, None, partial)
+        write_companions(graph, partial)
         ours = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         model.save_pretrained(partial, **saving)
         del model
@@ -67,9 +69,9 @@ def write_quantised(
                 "nothing was written"
             )
         difference = float((again - before).abs().max())
+        told = f"Logits of random tokens differ by up to {difference:.2g} from those of the model before quantisation."
+        write_card(partial, graph, None, form, quantisation, (told,))
         files = describe_folder(partial)
-        for name in files:
-            (partial / name).chmod(0o644)
         lineage = make_lineage(graph, None, files, difference, context) | {"quantisation": quantisation}
         files = new.finish(lineage, files)
         advance()

@@ -23,6 +23,7 @@ from .keys import make_key, versions_of
 from .machine import ALONE, Machine
 from .memory import give_back, tune_allocator
 from .model.graph import ModelGraph, open_model
+from .output_checks import find_output_faults
 from .partial import scratch_folder
 from .plan import Plan, PlannedStep
 from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
@@ -118,8 +119,10 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                     lineage=lineage,
                 )
                 called = time.monotonic()
-                result = _call(step, step.stage.Inputs.model_validate(inputs), context, store, workplace, machine.threads)
+                taken = step.stage.Inputs.model_validate(inputs)
+                result = _call(step, taken, context, store, workplace, machine.threads)
                 if group.leads:
+                    _check_outputs(step, result, taken, folder)
                     record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
                     record["seconds"] = time.monotonic() - called + sum(found_finished)
                     result = _keep(result, step, store, folder, key, record)
@@ -218,6 +221,14 @@ def _call(
 
 def _on_one_line(error: BaseException) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _check_outputs(step: PlannedStep, result: BaseModel, inputs: BaseModel, folder: StepFolder) -> None:
+    """Raise `StageError` where files or replaced tensors are not what they should be."""
+    for fault in find_output_faults(result, inputs, folder.path, step.stage.writes()):
+        failure = StageError(f"stage {step.stage.name!r}: {fault}")
+        failure.where = f"step {step.id!r}"
+        raise failure
 
 
 def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder, key: str, record: dict[str, Any]) -> BaseModel:

@@ -13,11 +13,14 @@ from typing import Any
 
 from .artifacts import LINEAGE, ExportedFile
 from .digests import sha256_of, sha256_of_value
-from .errors import OptionError, StageError
+from .errors import GradmapError, OptionError, StageError
 from .partial import partial_folder, replace_folder
 
 OWN_DIGEST = "sha256"
 """Key of a lineage under which it has the digest of all that it says besides."""
+
+_MODE = 0o644
+"""Of exported files, less the umask."""
 
 State = tuple[int, int, int]
 """Size in bytes, time of modification in ns, inode."""
@@ -103,6 +106,8 @@ class NewFolder:
     def finish(self, lineage: dict[str, Any], files: Mapping[str, ExportedFile]) -> dict[str, ExportedFile]:
         """Write how the folder came to be, and put it in its place; return all its files, the lineage included.
 
+        All files may be read by whom a new file of this process may be: libraries that write through a temporary file leave 0600.
+
         Raises `StageError`, and replaces nothing, where somebody has put files into the target since work on it began.
         """
         content = json.loads(json.dumps(lineage, allow_nan=False))
@@ -110,6 +115,9 @@ class NewFolder:
         content[OWN_DIGEST] = sha256_of_value(content)
         (self.path / LINEAGE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         everything = {**files, LINEAGE: describe_file(self.path / LINEAGE)}
+        mode = (self.path / LINEAGE).stat().st_mode & _MODE  # as new as a file can be, so it has the umask
+        for name in everything:
+            (self.path / name).chmod(mode)
         if self.target.is_dir():
             for name, _ in find_foreign_files(self.target):
                 if self.given_up.get(name) != _state_of(self.target / name):
@@ -125,6 +133,8 @@ class NewFolder:
 def new_folder(to: Path, overwrite: bool, *sources: Path) -> Iterator[NewFolder]:
     """A folder to fill and finish; it vanishes unless it is finished. `sources`: folders that are read to fill it.
 
+    Errors on the way name the folder as it would have been called.
+
     Raises `StageError` where it would take the place of files that no export left there, unless `overwrite`.
     """
     target = to.resolve()
@@ -136,7 +146,11 @@ def new_folder(to: Path, overwrite: bool, *sources: Path) -> Iterator[NewFolder]
         raise StageError(_explain(to, *next(iter(foreign.items()))))
     states = {name: _state_of(target / name) for name in foreign}
     with partial_folder(target) as path:
-        yield NewFolder(path, target, states)
+        try:
+            yield NewFolder(path, target, states)
+        except GradmapError as error:
+            error.args = tuple(said.replace(str(path), str(to)) if isinstance(said, str) else said for said in error.args)
+            raise
 
 
 def overlaps(one: Path, other: Path) -> bool:

@@ -1,4 +1,4 @@
-"""For the tests of plugin authors: run one stage alone."""
+"""For the tests of plugin authors: run one stage alone, or check whether it keeps the contract."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ def run_stage(stage: Stage, folder: Path, *, seed: int = 0, dtype: str = "float3
     if again != result:
         raise PluginError(f"outputs of stage {stage.name!r} change when they are stored: {result!r} became {again!r}")
     return result
+
+
+def check_stage(stage: Stage, *, seed: int = 0, dtype: str = "float32", memory: int | None = None, **inputs: Artifact) -> list[str]:
+    """Run a stage twice in fresh folders and return what breaks the contract of stages, one line for each; none where it keeps it.
+
+    Found are: other outputs the second time; changed inputs; files that are missing, in a wrong place or of another digest;
+    replaced tensors of another shape or type, or not finite; files written elsewhere by Python; output on standard output; threads
+    that still run; a changed state of the process; outputs that do not survive JSON; failures; more memory than given.
+
+    `memory`: bytes the process may have resident; None: 80 % of what is free, and the peak is not looked at. Raises
+    `GradmapError` where the inputs are not those that the stage takes.
+    """
+    from .conformance import find_breaches
+
+    return find_breaches(stage, inputs, seed, dtype, memory)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def _explain(file: Path, written: ExportedFile) -> str | None:
 
 
 def _load(folder: Path, names: set[str]) -> str:
-    if "model.onnx" in names:
+    if any(name.endswith(".onnx") for name in names):
         import torch
 
         from .ort.session import OnnxSession

@@ -28,7 +28,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, make_lineage, write_companions
+from gradmap_pipeline.folders import check_loading, make_lineage, write_card, write_companions
 from gradmap_pipeline.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
@@ -40,6 +40,11 @@ class OnnxOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: Literal["float32", "float16"] = Field("float32", description="Floating-point type of weights and activations.")
+    layout: Literal["flat", "onnx"] = Field(
+        "flat",
+        description="`flat`: `model.onnx` beside config.json, for ONNX Runtime, Optimum and ONNX Runtime GenAI. `onnx`: in a "
+        "folder of that name, where transformers.js looks for it; the others find it there too.",
+    )
 
 
 class ExportModel(FolderExport):
@@ -50,7 +55,7 @@ class ExportModel(FolderExport):
     format: Literal["safetensors", "onnx"] = Field(
         "safetensors",
         description="`safetensors`: a Hugging Face folder. `onnx`: one graph with a cache of keys and "
-        "values, for ONNX Runtime, Optimum and ONNX Runtime GenAI.",
+        "values, for ONNX Runtime, Optimum, ONNX Runtime GenAI and transformers.js.",
     )
     max_shard_gigabytes: float = Field(5.0, gt=0, description="Size of the largest weights file, in 10⁹ bytes.")
     onnx: OnnxOptions = Field(default_factory=OnnxOptions, description="Options of `format: onnx`.")
@@ -148,19 +153,26 @@ class ExportModel(FolderExport):
     ) -> tuple[dict[str, ExportedFile], float]:
         """Trace, save, and run the graph beside the model; torch's weights are gone before ONNX Runtime reads its own."""
         from gradmap_pipeline.ort.apart import write_graph
+        from gradmap_pipeline.ort.layout import place_graph, tell_programs
         from gradmap_pipeline.ort.parity import check_parity
         from gradmap_pipeline.ort.session import OnnxSession
 
         with context.progress("export to ONNX", 2, "step") as advance:
-            references, genai = write_graph(model, self.onnx.dtype, context.seed, folder)
+            graph = folder / place_graph(self.onnx.layout, self.onnx.dtype)
+            graph.parent.mkdir(exist_ok=True)
+            references, genai = write_graph(model, self.onnx.dtype, context.seed, graph)
             advance()
             difference = check_parity(references, OnnxSession(folder, fast=False), self.onnx.dtype)
             advance()
         (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
-        write_companions(model, evaluation, folder)
+        write_companions(model, folder)
+        tell_programs(folder, self.onnx.dtype)
+        write_card(folder, model, evaluation, "onnx")
         return describe_folder(folder), difference
 
     def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
+        from gradmap_pipeline.consumers import explain_removal
+        from gradmap_pipeline.model.architecture import full_config
         from gradmap_pipeline.model.checkpoint import split_shards, write_folder
 
         tensors = model.export_tensors()
@@ -170,7 +182,9 @@ class ExportModel(FolderExport):
             for name, written in write_folder(tensors, folder, model.dtype, shard_bytes):
                 files[name] = written
                 advance()
-        write_companions(model, evaluation, folder)
+        write_companions(model, folder)
+        misread = tuple(explain_removal(full_config(model.base.folder), model.layers))
+        write_card(folder, model, evaluation, "safetensors", details=misread)
         return describe_folder(folder, files)
 
 

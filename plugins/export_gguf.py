@@ -30,7 +30,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.exports import GgufForecast
-from gradmap_pipeline.folders import make_lineage, write_companions
+from gradmap_pipeline.folders import make_lineage, write_card, write_companions
 from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import describe_folder
@@ -107,6 +107,7 @@ class ExportGguf(FolderExport):
             parity = None if runner is None else self._run_file(graph, file, runner, context)
             for licence in find_licences(graph.base.folder):
                 shutil.copyfile(licence, new.path / licence.name)
+            write_card(new.path, graph, evaluation, "gguf")
             files = describe_folder(new.path)
             difference = None if parity is None else parity.difference
             lineage = make_lineage(graph, evaluation, files, difference, context)
@@ -173,7 +174,7 @@ class ExportGguf(FolderExport):
         plain.mkdir()
         try:
             list(write_folder(graph.export_tensors(), plain, graph.dtype))
-            write_companions(graph, None, plain)
+            write_companions(graph, plain)
             return self._convert(plain, file, config)
         finally:
             shutil.rmtree(plain)

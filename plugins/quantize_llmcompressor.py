@@ -113,7 +113,9 @@ class QuantizeLlmcompressor(FolderExport):
 
         label = " ".join(filter(None, [self.scheme, self._method, "smoothquant" if self.smoothquant is not None else None]))
         with self.new_folder(inputs.model.base.folder) as new:
-            exported = write_quantised(inputs.model, new, label, quantise, context, tolerance=_ROUNDING, save_compressed=True)
+            exported = write_quantised(
+                inputs.model, new, "compressed-tensors", label, quantise, context, tolerance=_ROUNDING, save_compressed=True
+            )
         return self.Outputs(model=exported)
 
     def _make_recipe(self, model: Any) -> list[Any]:

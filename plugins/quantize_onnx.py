@@ -1,54 +1,112 @@
-"""Quantise the weights of an ONNX graph with ONNX Runtime's tools.
+"""Quantise the weights of an ONNX graph, in the operators that ONNX Runtime computes with.
 
 Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
 from __future__ import annotations
 
-import logging
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from gradmap_pipeline import Artifact, Context, FolderExport, OnnxFolder, Stage, StageError, hookimpl
+from gradmap_pipeline import (
+    Artifact,
+    CalibrationSet,
+    Context,
+    DatasetSource,
+    Evaluation,
+    FolderExport,
+    OnnxFolder,
+    OptionError,
+    QualityError,
+    Stage,
+    StageError,
+    hookimpl,
+)
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.folders import extend_lineage
+from gradmap_pipeline.data import check_length
+from gradmap_pipeline.folders import extend_lineage, write_card
 from gradmap_pipeline.targets import copy_files, describe_folder
 
-_BITS = {"int4": 4, "int8": 8}
+if TYPE_CHECKING:
+    from gradmap_pipeline.ort.agreement import Agreement
+    from gradmap_pipeline.ort.quantise import Quantisation, Quantised, Rounding
+
+_LONGEST_DEFAULT = 256
+_EIGHT_BITS = 0.05
+_BLOCK_SIZES = {"int4": 16, "int8": 32, "int8_dynamic": 32}
 
 
 class QuantizedMatrices(Artifact):
-    """What was quantised, and what was not."""
+    """What was quantised, what was not, and what that costs."""
 
     quantised: int
-    """Products with a constant matrix whose matrix was quantised."""
-    left: tuple[str, ...]
-    """Constant matrices that were not, by name and shape: the product they are in has no quantised form."""
-    rewritten: int
-    """Products that were brought into the form that can be quantised."""
+    """Matrices in 8 or 4 bits; one that is both head and table of embeddings counts once."""
+    in_8_bits: int
+    """Of them in 8 bits."""
+    left: dict[str, int]
+    """Numbers in each constant matrix that stays as it was, by its name in the graph."""
+    perplexity: float
+    """Of the quantised graph on the text."""
+    base_perplexity: float
+    """Of the graph that it was made from."""
+    agreement: float
+    """Share of tokens, each after those before it, for which both graphs have the same most likely next token."""
+    tokens: int
+    """Tokens of the text that were predicted."""
+    text: str
 
 
 class QuantizeOnnx(FolderExport):
-    """Quantise the weights of an exported ONNX graph to 8 or 4 bits."""
+    """Quantise the weights of an exported ONNX graph to 8 or 4 bits, embeddings and head included, and measure what that costs."""
 
     name = "quantize_onnx"
     requires = ("onnxruntime", "onnx_ir")
     extra = "onnx"
-    libraries = ("onnxruntime", "onnx")
+    libraries = ("onnxruntime", "onnx", "torch")
 
     method: Literal["int4", "int8", "int8_dynamic"] = Field(
         "int4",
         description="`int4`, `int8`: weights alone, in blocks with a scale each. `int8_dynamic`: weights by channel, and "
-        "activations as they come.",
+        "activations as they come; embeddings and a head tied to them as with `int8`.",
     )
     block_size: int | None = Field(
-        None, ge=16, le=256, description="Weights that share a scale; a power of two. For `int4` and `int8`. Default: 32."
+        None, ge=16, le=256, description="Weights that share a scale; a power of two. For `int4` and `int8`. Default: 16, 32."
+    )
+    rounding: Literal["nearest", "least_squares", "gptq"] | None = Field(
+        None,
+        description="How `int4` and `int8` choose codes. `nearest`: scales from the range of each block. `least_squares`: scales "
+        "of least squared error. `gptq`, for `int4`: codes that make up for each other's errors on the calibration set. Default: "
+        "`gptq` for `int4` where there is a calibration set, else `least_squares`.",
+    )
+    eight_bits: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Largest share of the weights that `int4` keeps in 8 bits: the matrices whose products would change most. "
+        "Default: 0.05.",
+    )
+    dataset: DatasetSource = Field(
+        default_factory=lambda: DatasetSource(builtin="heldout"), description="Text on which both graphs are compared."
+    )
+    samples: int = Field(16, ge=1, description="Sequences of that text.")
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence. Default: as long as the model is made for, at most 256."
+    )
+    max_perplexity_ratio: float | None = Field(
+        None, gt=0, description="Largest perplexity that passes, relative to the graph before quantisation."
+    )
+    min_agreement: float | None = Field(
+        None, ge=0, le=1, description="Least share of tokens for which both graphs choose the same next token."
     )
 
     class Inputs(BaseModel):
         exported: OnnxFolder
+        calibration: CalibrationSet | None = None
 
     class Outputs(BaseModel):
         exported: OnnxFolder
@@ -56,101 +114,134 @@ class QuantizeOnnx(FolderExport):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> QuantizeOnnx:
-        if self.block_size is not None and self.method == "int8_dynamic":
-            raise ValueError("'block_size' belongs to methods 'int4' and 'int8'; 'int8_dynamic' has a scale for each channel")
+        for option in ("block_size", "rounding"):
+            if getattr(self, option) is not None and self.method == "int8_dynamic":
+                raise ValueError(f"{option!r} belongs to methods 'int4' and 'int8'; 'int8_dynamic' has a scale for each channel")
+        if self.rounding == "gptq" and self.method != "int4":
+            raise ValueError(f"rounding 'gptq' belongs to method 'int4'; the method is {self.method!r}")
+        if self.eight_bits is not None and self.method != "int4":
+            raise ValueError(f"'eight_bits' belongs to method 'int4'; the method is {self.method!r}")
         if self.block_size is not None and self.block_size & (self.block_size - 1):
             raise ValueError(f"'block_size' must be a power of two, found {self.block_size}")
         return self
 
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        super().forecast(inputs)
+        if self.rounding == "gptq" and "calibration" not in inputs:
+            raise OptionError("rounding", "gptq needs a calibration set; put calibrate before this step, or use least_squares")
+        check_length(self.sequence_length, inputs.get("model"))
+        return {}
+
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.ort.parity import measure_difference
-        from gradmap_pipeline.ort.session import GRAPH, OnnxSession
+        from gradmap_pipeline.data import check_tokenizer
+        from gradmap_pipeline.ort.layout import find_graph, is_graph, layout_of, place_graph, tell_programs
+        from gradmap_pipeline.ort.quantise import quantise_graph
 
         source = inputs.exported
         if source.quantisation is not None:
             raise StageError(
                 f"{str(source.folder)!r} is quantised already ({source.quantisation}); quantise the export it was made from"
             )
+        if inputs.calibration is not None:
+            check_tokenizer(inputs.calibration, source.graph)
         with self.new_folder(source.folder, source.graph.base.folder) as new:
-            partial = new.path
-            rewritten = self._quantise(source.folder / GRAPH, partial, context)
-            matrices = count_matrices(partial / GRAPH, rewritten)
-            if not matrices.quantised:
+            graph = new.path / place_graph(layout_of(source.folder), source.dtype, self.method)
+            graph.parent.mkdir(exist_ok=True)
+            quantised = quantise_graph(find_graph(source.folder), graph, self._plan(inputs.calibration), context)
+            if not quantised.count:
                 raise StageError(
                     "the graph has no product with a constant matrix that ONNX Runtime can quantise; nothing was written"
                 )
-            difference = measure_difference(
-                OnnxSession(source.folder, fast=False), OnnxSession(partial, fast=False), source.graph.base.folder, context.seed
-            )
-            copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.startswith(GRAPH)), partial)
-            files = describe_folder(partial)
-            lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, difference)
+            found = self._compare(source, new.path, context)
+            self._check_limits(found)
+            copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), new.path)
+            tell_programs(new.path, source.dtype, self.method)
+            details = self._describe(quantised, found)
+            evaluation = json.loads((source.folder / LINEAGE).read_text(encoding="utf-8"))["evaluation"]
+            made_from = None if evaluation is None else Evaluation.model_validate(evaluation)
+            write_card(new.path, source.graph, made_from, "onnx", self.method, details)
+            files = describe_folder(new.path)
+            lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, found.difference)
             files = new.finish(lineage, files)
-        size = sum(file.size for file in files.values()) / 1e6
-        context.note(
-            f"wrote {self.to}: {size:.1f} MB, {matrices.quantised} matrices quantised, {len(matrices.left)} not"
-            f"{f' ({matrices.left[0]}, …)' if matrices.left else ''}, logits differ by up to {difference:.2g}"
-        )
         exported = source.model_copy(
-            update={"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.method}
+            update={"folder": new.target, "files": files, "max_logit_difference": found.difference, "quantisation": self.method}
+        )
+        context.note(
+            f"wrote {self.to}: weights of {exported.count_bytes() / 1e6:.1f} MB instead of {source.count_bytes() / 1e6:.1f} MB"
+        )
+        for detail in details:
+            context.note(detail)
+        matrices = QuantizedMatrices(
+            quantised=quantised.count,
+            in_8_bits=quantised.in_8_bits,
+            left=quantised.left,
+            perplexity=perplexity_of(found.loss),
+            base_perplexity=perplexity_of(found.base_loss),
+            agreement=found.agreement,
+            tokens=found.tokens,
+            text=self.dataset.name,
         )
         return self.Outputs(exported=exported, matrices=matrices)
 
-    def _quantise(self, graph: Path, folder: Path, context: Context) -> int:
-        """Write the quantised graph; return how many products had to be rewritten for it."""
-        import onnx_ir
+    def _plan(self, calibration: CalibrationSet | None) -> Quantisation:
+        from gradmap_pipeline.ort.quantise import Quantisation
 
-        from gradmap_pipeline.ort.rewrite import unify_products
-        from gradmap_pipeline.ort.session import GRAPH
+        default: Rounding = "gptq" if self.method == "int4" and calibration is not None else "least_squares"
+        uses_text = self.method == "int4" and calibration is not None
+        return Quantisation(
+            self.method,
+            self.block_size or _BLOCK_SIZES[self.method],
+            self.rounding or default,
+            _EIGHT_BITS if self.eight_bits is None else self.eight_bits,
+            calibration.load() if uses_text and calibration is not None else None,
+        )
 
-        logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
-        logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-        model = onnx_ir.load(graph)
-        rewritten = unify_products(model)
-        plain = context.folder / GRAPH
-        onnx_ir.save(model, plain, external_data=f"{GRAPH}.data")
-        del model
-        if self.method == "int8_dynamic":
-            quantise_dynamically(plain, folder / GRAPH)
-        else:
-            quantise_blocks(plain, folder / GRAPH, _BITS[self.method], self.block_size or 32)
-        for file in context.folder.iterdir():
-            file.unlink()
-        return rewritten
+    def _compare(self, source: OnnxFolder, folder: Path, context: Context) -> Agreement:
+        """Run both graphs on the text."""
+        from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
+        from gradmap_pipeline.ort.agreement import compare_graphs, cut_batches
+        from gradmap_pipeline.ort.session import OnnxSession
+
+        base = source.graph.base
+        length = self.sequence_length or min(base.default_sequence_length, _LONGEST_DEFAULT)
+        embeddings = count_embeddings(base)
+        ids, mask = make_sequences(load_tokenizer(base), self.dataset.documents(), length, self.samples, embeddings=embeddings)
+        batches = cut_batches(ids, mask, embeddings)
+        with context.progress("compare both graphs", len(batches), "batch") as advance:
+            return compare_graphs(OnnxSession(source.folder, fast=False), OnnxSession(folder), batches, advance)
+
+    def _describe(self, quantised: Quantised, found: Agreement) -> tuple[str, ...]:
+        """What was done and what it costs, in sentences."""
+        bits = f", {quantised.in_8_bits} of them in 8 bits" if self.method == "int4" and quantised.in_8_bits else ""
+        left = [f"{name} of {count:,} numbers" for name, count in quantised.left.items()]
+        stays = f"; in floating point: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}" if left else ""
+        return (
+            f"{quantised.count} matrices quantised{bits}{stays or ', none left in floating point'}",
+            f"on {found.tokens:,} tokens of {self.dataset.name}: perplexity {perplexity_of(found.loss):.4g} instead of "
+            f"{perplexity_of(found.base_loss):.4g} ({found.ratio:.3f} times), the same next token for {found.agreement:.1%}",
+        )
+
+    def _check_limits(self, found: Agreement) -> None:
+        missed = []
+        if self.max_perplexity_ratio is not None and not found.ratio <= self.max_perplexity_ratio:
+            missed.append(
+                f"perplexity on {self.dataset.name!r} is {found.ratio:.4f} times that before quantisation, over "
+                f"max_perplexity_ratio {self.max_perplexity_ratio:g}"
+            )
+        if self.min_agreement is not None and not found.agreement >= self.min_agreement:
+            missed.append(
+                f"both graphs choose the same next token for {found.agreement:.4f} of the tokens, under min_agreement "
+                f"{self.min_agreement:g}"
+            )
+        if missed:
+            raise QualityError(
+                f"{'; '.join(missed)}; keep more in 8 bits, calibrate on more text, or change the limit; nothing was written"
+            )
 
 
-def quantise_dynamically(source: Path, target: Path) -> None:
-    """Weights to int8 by output channel; activations are quantised while the graph runs."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True)
-
-
-def quantise_blocks(source: Path, target: Path, bits: int, block_size: int) -> None:
-    """Weights of products to `bits` bits, symmetric, `block_size` of them to a scale."""
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-
-    config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, accuracy_level=4, bits=bits)
-    quantizer = MatMulNBitsQuantizer(onnx.load(source), algo_config=config)
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
-
-
-def count_matrices(graph: Path, rewritten: int) -> QuantizedMatrices:
-    """Look through a quantised graph for matrices that still are floating-point numbers."""
-    import onnx_ir
-
-    model = onnx_ir.load(graph)
-    quantised, left = 0, []
-    for node in model.graph:
-        if node.op_type in ("MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm"):
-            quantised += 1
-        elif node.op_type in ("MatMul", "Gemm"):
-            for value in node.inputs:
-                if value is not None and value.const_value is not None and len(value.const_value.shape) == 2:
-                    left.append(f"{value.name} {'x'.join(map(str, value.const_value.shape))}")
-    return QuantizedMatrices(quantised=quantised, left=tuple(left), rewritten=rewritten)
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats, or the largest number."""
+    return math.exp(min(loss, 700.0))
 
 
 @hookimpl

@@ -43,7 +43,8 @@ class QuantizeTorchao(FolderExport):
             return load_folder(folder, quantization_config=self._config())
 
         with self.new_folder(inputs.model.base.folder) as new:
-            return self.Outputs(model=write_quantised(inputs.model, new, f"{self.method} torchao", quantise, context))
+            exported = write_quantised(inputs.model, new, "torchao", f"{self.method} torchao", quantise, context)
+        return self.Outputs(model=exported)
 
     def _config(self) -> Any:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig

@@ -50,7 +50,8 @@ def test_converter_gets_the_pruned_model(graph: ModelGraph, tmp_path: Path) -> N
     stage = ExportGguf(to=tmp_path / "out", converter=make_converter(tmp_path, WRITES), python=Path(sys.executable), type="q8_0")
     exported = run_stage(stage, tmp_path / "step", model=graph).exported
     assert (tmp_path / "out" / "model-q8_0.gguf").read_bytes() == b'GGUF[3, "q8_0"]'
-    assert exported.files.keys() == {"model-q8_0.gguf", "gradmap.json"}
+    assert exported.files.keys() == {"model-q8_0.gguf", "README.md", "gradmap.json"}
+    assert "model-q8_0.gguf" in (tmp_path / "out" / "README.md").read_text()
     assert exported.max_logit_difference is None
     assert json.loads((tmp_path / "out" / "gradmap.json").read_text())["layers_removed"] == [1]
     assert not any((tmp_path / "step").iterdir())

@@ -28,7 +28,7 @@ TEXT = {"samples": 16, "sequence_length": 32}
 
 def quantise(graph: ModelGraph, folder: Path, method: Callable[[Path], Any]) -> None:
     with new_folder(folder / "out", overwrite=False) as new:
-        write_quantised(graph, new, "test", method, make_context(folder / "step"))
+        write_quantised(graph, new, "safetensors", "test", method, make_context(folder / "step"))
 
 
 def gradmap(*arguments: str) -> Result:

@@ -20,7 +20,6 @@ from gradmap_pipeline import Evaluation, ModelGraph, TensorFile
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.report import reporters
 from gradmap_pipeline.report.events import Progress, RunFinished, RunStarted, StepFinished
-from gradmap_pipeline.report.model_card import make_model_card
 from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_seconds, print_summary
 from gradmap_pipeline.report.summary import Summary, summarise
 
@@ -179,21 +178,6 @@ def test_error_says_the_place_once(capsys: pytest.CaptureFixture[str]) -> None:
         "error: r.yaml:2:1: wrong too",
         "error: step 'prune': broken",
     ]
-
-
-def test_card_says_what_was_done(dense: ModelGraph) -> None:
-    pruned = dense.without_layers([1, 2])
-    card = make_model_card(pruned, evaluate(pruned, 40.0))
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "base_model" not in card
-    assert f"# {dense.base.folder.name}, 2 of 4 layers" in card
-    assert "Layers removed, counted from 0: 1, 2." in card
-    assert f"{pruned.count_parameters():,} parameters" in card
-    assert "| text | 100 | 40.000 |" in card
-    assert str(dense.base.folder.parent) not in card
-    hub = pruned.model_copy(update={"base": dense.base.model_copy(update={"from_hub": True, "name": "owner/name"})})
-    assert "base_model: owner/name\nbase_model_relation: finetune\n---" in make_model_card(hub, None)
-    assert "| text |" not in make_model_card(hub, None)
 
 
 SLOW_STAGE = '''

@@ -18,10 +18,10 @@ ORDER = [
     "machine", "partial", "environment", "artifacts",
     "yaml_positions", "validation", "targets", "stage", "places", "exporting", "hookspecs", "removal", "builtin", "model",
     "consumers", "llamacpp",
-    "exports", "ort", "data", "tasks",
+    "exports", "output_checks", "ort", "data", "tasks",
     "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
-    "isolation", "worker", "keys", "runner", "comparison", "testing",
+    "isolation", "worker", "keys", "runner", "comparison", "testing", "witness", "conformance", "sample_inputs", "stage_check",
     "ending", "command_options", "commands", "cli", "__main__", "reference",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""

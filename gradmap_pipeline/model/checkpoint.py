@@ -212,7 +212,10 @@ def write_folder(
         yield name, _write_shard(shard, folder / name, dtype)
     if not single:
         index = {
-            "metadata": {"total_size": sum(tensor.size_as(dtype) for tensor in tensors.values())},
+            "metadata": {
+                "total_parameters": sum(tensor.elements for tensor in tensors.values()),
+                "total_size": sum(tensor.size_as(dtype) for tensor in tensors.values()),
+            },
             "weight_map": dict(sorted(weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"

@@ -54,10 +54,13 @@ def build_skeleton(
 
 @contextmanager
 def _within(room: Room) -> Iterator[None]:
-    """Raise `ModelError` where more modules are made than a checkpoint has tensors for."""
+    """Raise `ModelError` where more modules are made than a checkpoint has tensors for.
+
+    A weight that is tied to another is registered in both places, and counts once.
+    """
     from torch.nn.modules import module as hooks
 
-    seen: dict[int, Any] = {}  # a tied weight is registered at each of its places; held, so that no other gets its id
+    seen: dict[int, Any] = {}
     elements = size = 0
 
     def refuse(made: str) -> ModelError:

@@ -13,7 +13,7 @@ from .pretrained import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEXTS = (
+TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "naïve café Ünïcödé",
     "e\u0301 \u1e9e \ufb01 \u212b",  # combined characters, which normalisation may change
@@ -57,7 +57,7 @@ def _differences(original: PreTrainedTokenizerBase, exported: PreTrainedTokenize
         if ours != theirs:
             yield f"{said}: {_shorten(theirs)} instead of {_shorten(ours)}"
     special = " ".join(original.all_special_tokens)
-    for text in (*_TEXTS, special, f"{special} mixed {special}"):
+    for text in (*TEXTS, special, f"{special} mixed {special}"):
         for adding in (True, False):
             ids = [_encode(tokenizer, text, adding) for tokenizer in (original, exported)]
             if ids[0] != ids[1]:

@@ -22,8 +22,8 @@ from ..partial import scratch_folder
 from ..processes import explain_end, tie
 from ..shortages import find_shortage
 from .genai import make_genai_config
+from .layout import name_data
 from .parity import Reference, make_references
-from .session import GRAPH
 from .trace import takes_positions, trace
 
 if TYPE_CHECKING:
@@ -44,14 +44,15 @@ def estimate_memory(weights: int, program: int) -> int:
     return weights + _TRACER + program * (1 if weights < ROOM else 2)
 
 
-def write_graph(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple[list[Reference], dict[str, Any]]:
-    """Write the graph and its weights into `folder`; return what torch computes in the cases to compare, and ONNX Runtime GenAI's
-    config.
+def write_graph(model: ModelGraph, dtype: str, seed: int, graph: Path) -> tuple[list[Reference], dict[str, Any]]:
+    """Write the graph to this file and its weights beside it.
+
+    Returns what torch computes in the cases to compare, and ONNX Runtime GenAI's config.
     """
     if model.count_parameters() * (4 if dtype == "float32" else 2) < ROOM:
-        return _write_here(model, dtype, seed, folder)
+        return _write_here(model, dtype, seed, graph)
     with scratch_folder() as place:
-        request = {"model": model.model_dump(mode="json"), "dtype": dtype, "seed": seed, "folder": str(folder)}
+        request = {"model": model.model_dump(mode="json"), "dtype": dtype, "seed": seed, "graph": str(graph)}
         request["threads"] = _count_threads()
         (place / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
         code = _run([*_COMMAND, str(place)], place / _LOG)
@@ -76,7 +77,7 @@ def _run(command: list[str], log: Path) -> int:
             process.stdin.close()
 
 
-def _write_here(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple[list[Reference], dict[str, Any]]:
+def _write_here(model: ModelGraph, dtype: str, seed: int, file: Path) -> tuple[list[Reference], dict[str, Any]]:
     import onnx_ir
 
     from ..model.whole import load_whole
@@ -86,7 +87,7 @@ def _write_here(model: ModelGraph, dtype: str, seed: int, folder: Path) -> tuple
     references = make_references(whole, seed)
     graph = trace(whole)
     genai = make_genai_config(whole.config.get_text_config(), positions=takes_positions(whole))
-    onnx_ir.save(graph, folder / GRAPH, external_data=f"{GRAPH}.data")
+    onnx_ir.save(graph, file, external_data=name_data(file.name))
     del graph, whole
     give_back()
     return references, genai
@@ -133,12 +134,12 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     try:
         model = ModelGraph.model_validate(request["model"])
-        references, genai = _write_here(model, request["dtype"], request["seed"], Path(request["folder"]))
+        references, genai = _write_here(model, request["dtype"], request["seed"], Path(request["graph"]))
         answer: dict[str, Any] = {"cases": _save_references(references, place), "genai": genai}
     except Exception as error:
         shortage = None if isinstance(error, CapacityError) else find_shortage(error)
         if shortage is not None:
-            answer = {"error": CapacityError.__name__, "message": f"tracing {shortage.explain([Path(request['folder'])])}"}
+            answer = {"error": CapacityError.__name__, "message": f"tracing {shortage.explain([Path(request['graph']).parent])}"}
         elif isinstance(error, GradmapError):
             answer = {"error": type(error).__name__, "message": str(error)}
         else:

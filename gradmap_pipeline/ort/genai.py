@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .session import GRAPH
-
 
 def make_genai_config(config: Any, *, positions: bool) -> dict[str, Any]:
-    """From a text config. The type is a label: the graph says all that differs between architectures."""
+    """From a text config. The type is a label: the graph says all that differs between architectures.
+
+    `tell_programs` corrects the file name where the graph has another.
+    """
     heads = int(config.num_attention_heads)
     end = config.eos_token_id
     first_end = end[0] if isinstance(end, list) else end
@@ -31,7 +32,7 @@ def make_genai_config(config: Any, *, positions: bool) -> dict[str, Any]:
             "vocab_size": int(config.vocab_size),
             "decoder": {
                 "session_options": {"provider_options": []},
-                "filename": GRAPH,
+                "filename": "model.onnx",
                 "inputs": inputs,
                 "outputs": {
                     "logits": "logits",

@@ -13,25 +13,56 @@ def unify_products(model: onnx_ir.Model) -> int:
 
     GPT-2 and OPT have Gemm in place of all or some products, and a head tied to the embeddings is a transposed constant.
     """
+    import onnx_ir
     import onnx_ir.passes.common as passes
 
     transposed: dict[str, onnx_ir.Value] = {}
     turned = 0
     for node in list(model.graph):
-        parts = _plain_gemm(node) or _product_with_transposed(node)
-        if parts is None:
+        parts = find_product(node)
+        if parts is None or _is_plain(node, parts):
             continue
         matrix, turn, bias = parts
         if turn:
             matrix = _transpose_constant(model, matrix, transposed)
-        _replace(model, node, matrix, bias)
+        replace_product(model, node, onnx_ir.node("MatMul", [node.inputs[0], matrix]), bias)
         turned += 1
     passes.RemoveUnusedNodesPass()(model)
     return turned
 
 
 Parts = tuple["onnx_ir.Value", bool, "onnx_ir.Value | None"]
-"""A constant matrix, whether it is to be transposed, and what is to be added."""
+"""A constant matrix, whether its rows are the outputs, so that it is to be transposed, and what is to be added."""
+
+
+def find_product(node: onnx_ir.Node) -> Parts | None:
+    """The parts of `MatMul(a, B)`, `MatMul(a, Transpose(B))` or `Gemm(a, B, c)` with a constant matrix B; None for other nodes."""
+    return _plain_gemm(node) or _product_with_transposed(node) or _plain_product(node)
+
+
+def replace_product(model: onnx_ir.Model, node: onnx_ir.Node, new: onnx_ir.Node, bias: onnx_ir.Value | None) -> None:
+    """Put `new`, and the addition of what is to be added, in the place of a product."""
+    import onnx_ir
+    from onnx_ir import convenience
+
+    nodes = [new, *([onnx_ir.node("Add", [new.outputs[0], bias])] if bias is not None else [])]
+    result, old = nodes[-1].outputs[0], node.outputs[0]
+    model.graph.insert_before(node, nodes)
+    result.shape, result.type, name = old.shape, old.type, old.name
+    convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    result.name = name
+
+
+def _is_plain(node: onnx_ir.Node, parts: Parts) -> bool:
+    return node.op_type == "MatMul" and not parts[1]
+
+
+def _plain_product(node: onnx_ir.Node) -> Parts | None:
+    matrix = node.inputs[1] if node.op_type == "MatMul" else None
+    if matrix is None or matrix.const_value is None or len(matrix.const_value.shape) != 2:
+        return None
+    return matrix, False, None
 
 
 def _plain_gemm(node: onnx_ir.Node) -> Parts | None:
@@ -66,18 +97,3 @@ def _transpose_constant(model: onnx_ir.Model, matrix: onnx_ir.Value, made: dict[
         made[name] = onnx_ir.Value(name=name, shape=shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
         model.graph.register_initializer(made[name])
     return made[name]
-
-
-def _replace(model: onnx_ir.Model, node: onnx_ir.Node, matrix: onnx_ir.Value, bias: onnx_ir.Value | None) -> None:
-    import onnx_ir
-    from onnx_ir import convenience
-
-    new = [onnx_ir.node("MatMul", [node.inputs[0], matrix])]
-    if bias is not None:
-        new.append(onnx_ir.node("Add", [new[0].outputs[0], bias]))
-    result, old = new[-1].outputs[0], node.outputs[0]
-    model.graph.insert_before(node, new)
-    result.shape, result.type, name = old.shape, old.type, old.name
-    convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
-    result.name = name

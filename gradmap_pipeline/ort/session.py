@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StageError
+from .layout import find_graph
 
 if TYPE_CHECKING:
     import torch
 
-GRAPH = "model.onnx"
 INSTALL = "pip install 'gradmap-pipeline[onnx]'"
 
 
@@ -31,12 +31,13 @@ class OnnxSession:
         options.add_session_config_entry("session.disable_prepacking", "0" if fast else "1")
         import torch
 
+        graph = find_graph(folder)
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self._session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime has an exception class for each of its status codes
             first_line = (str(error).strip().splitlines() or [""])[0]
-            raise StageError(f"ONNX Runtime cannot open {str(folder / GRAPH)!r}: {first_line}") from error
+            raise StageError(f"ONNX Runtime cannot open {str(graph)!r}: {first_line}") from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._names = [name for name in self._inputs if name.startswith("past_key_values.")]
@@ -53,9 +54,19 @@ class OnnxSession:
         """Logits (B, T, V) of new tokens (B, T), and the cache with them. mask (B, P + T)."""
         import torch
 
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        feed = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-        given = {name: value.long().numpy() for name, value in feed.items() if name in self._inputs}
-        found = dict(zip(self._outputs, self._session.run(None, {**given, **cache}), strict=True))
+        given = {**self._feed(input_ids, mask), **cache}
+        found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
         kept = {name: found["present." + name.removeprefix("past_key_values.")] for name in self._names}
         return torch.from_numpy(found["logits"]), kept
+
+    def watch(self, names: list[str], input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs by name, for tokens (B, T) without any before them. mask (B, T)."""
+        import torch
+
+        found = self._session.run(names, {**self._feed(input_ids, mask), **self.start(len(input_ids))})
+        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+    def _feed(self, input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        feed = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        return {name: value.long().numpy() for name, value in feed.items() if name in self._inputs}

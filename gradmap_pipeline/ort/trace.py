@@ -1,7 +1,7 @@
 """A torch causal LM as one ONNX graph that prefills, decodes and continues.
 
-Names follow Optimum's convention, which ONNX Runtime GenAI reads too:
-https://huggingface.co/docs/optimum-onnx (`past_key_values.0.key`, `present.0.key`).
+Names of inputs, outputs and dimensions follow Optimum's convention, by which transformers.js makes its first cache, and which
+ONNX Runtime GenAI reads too: https://huggingface.co/docs/optimum-onnx (`past_key_values.0.key`, `batch_size`).
 Sizes: B sequences, T new tokens, P tokens in the cache, H heads of keys, E width of a head.
 """
 
@@ -60,6 +60,7 @@ def trace(model: PreTrainedModel) -> onnx_ir.Model:
         raise StageError(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first_line[:300]}") from error
     _name_inputs(graph)
     _name_dimensions(graph)
+    _read_batch_from_ids(graph)
     _strip_traces(graph)
     return graph
 
@@ -137,10 +138,11 @@ def _name_dimensions(model: onnx_ir.Model) -> None:
     """Give the dimensions that vary names for people, everywhere; those that do not, numbers. Unknown ones stay unknown."""
     import onnx_ir
 
-    tokens = {"input_ids": "sequence", "position_ids": "sequence", "attention_mask": "total_sequence"}
+    new, past = "sequence_length", "past_sequence_length"
+    tokens = {"input_ids": new, "position_ids": new, "attention_mask": f"{past} + {new}"}
     names: dict[str, str] = {}
     for value in model.graph.inputs:
-        axes = {0: "batch", 1: tokens[value.name]} if value.name in tokens else {0: "batch", 2: "past_sequence"}
+        axes = {0: "batch_size", 1: tokens[value.name]} if value.name in tokens else {0: "batch_size", 2: past}
         for axis, name in axes.items():
             size = value.shape[axis]  # type: ignore[index]
             if not isinstance(size, onnx_ir.SymbolicDim):
@@ -157,6 +159,17 @@ def _name_dimensions(model: onnx_ir.Model) -> None:
     for value in [*model.graph.inputs, *values]:
         if value.shape is not None:
             value.shape = onnx_ir.Shape([rename(size) for size in value.shape])
+
+
+def _read_batch_from_ids(model: onnx_ir.Model) -> None:
+    """Have the graph count its sequences in `input_ids`, which every program gives as they are, and not in the cache."""
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    for node in model.graph.all_nodes():
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        if value is None or not value.is_graph_input() or not str(value.name).startswith("past_key_values."):
+            continue
+        if (node.attributes.get_int("start", 0), node.attributes.get_int("end")) == (0, 1):
+            node.replace_input_with(0, ids)
 
 
 def _strip_traces(model: onnx_ir.Model) -> None:

@@ -31,8 +31,11 @@ class TaskFolder(RootModel[Path]):
         return {"inside": inside, "outside": [digest_of(file) for file in self.outside_files()]}
 
     def local_paths(self) -> list[Path]:
-        """Files and folders on this machine that are read."""
-        return [self.root, *self.outside_files()]
+        """Files and folders on this machine that are read; what a faulty file names is not known before its fault is told."""
+        try:
+            return [self.root, *self.outside_files()]
+        except ValueError:
+            return [self.root]
 
     def outside_files(self) -> list[Path]:
         """Files beyond the folder that its tasks include, or name as data."""

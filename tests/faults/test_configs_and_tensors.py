@@ -20,6 +20,8 @@ from tiny import make_model
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.model.checkpoint import read_header
 from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.model.pretrained import read_config
+from gradmap_pipeline.model.skeleton import build_skeleton
 from gradmap_pipeline.model.survey import Survey
 
 
@@ -213,6 +215,14 @@ def test_a_huge_config_takes_no_memory(model: Path) -> None:
     assert all("its numbers do not fit the weights beside it" in line for line in said), said
     assert int(resident) < 1 << 20  # KiB
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_large_tied_embeddings_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """More than half of all weights are embeddings, as in Gemma 3 270M; transformers registers them three times."""
+    model = make_model(tmp_path / "model", tied=True, vocab_size=50_000)
+    graph = open_folder(model)
+    skeleton = build_skeleton(read_config(model), graph.base.tensors)
+    assert sum(parameter.numel() for parameter in skeleton.parameters()) == graph.count_parameters()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,15 @@ def test_export_in_a_type_that_the_weights_do_not_fit_is_refused(name: str, fold
     assert not (folder / "out").exists()
 
 
+def test_graph_in_float16_that_the_weights_do_not_fit_is_refused(folder: Path, text: Path) -> None:
+    spoil(folder / "model", GATE, 1e5)
+    export = "  - use: export\n    with: {to: out, format: onnx, onnx: {dtype: float16}}\n"
+    result = run(folder, text, export)
+    assert result.exit_code == 4, result.output
+    assert f"values of {GATE!r} do not fit into float16" in result.stderr, result.stderr
+    assert not (folder / "out").exists()
+
+
 def test_computing_in_a_type_that_the_weights_do_not_fit_is_refused(folder: Path, text: Path) -> None:
     spoil(folder / "model", GATE, 1e5)
     result = run(folder, text, EVALUATE, "--dtype", "float16")

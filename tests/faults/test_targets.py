@@ -178,6 +178,12 @@ def test_folder_that_comes_while_the_export_is_made_stays(tmp_path: Path) -> Non
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
+def test_errors_name_the_folder_as_it_would_have_been_called(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as error, new_folder(tmp_path / "out", overwrite=False) as new:
+        raise StageError(f"{str(new.path / 'config.json')!r} cannot be loaded")
+    assert str(error.value) == f"{str(tmp_path / 'out' / 'config.json')!r} cannot be loaded"
+
+
 def test_whole_folder_that_is_no_export_goes_only_when_the_recipe_says_so(project: Path) -> None:
     (project / "out").mkdir()
     (project / "out" / "thesis.txt").write_text("mine")

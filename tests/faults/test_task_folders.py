@@ -230,3 +230,16 @@ def test_ids_beyond_the_embeddings_are_refused(tmp_path: Path) -> None:
 def test_largest_seed(llama: Path, tmp_path: Path) -> None:
     stage = make_stage(write(tmp_path / "tasks"))
     run_stage(stage, tmp_path / "step", seed=2**63 - 1, model=open_folder(llama))
+
+
+def test_a_faulty_file_in_the_folder_is_no_bug_of_a_check(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the recipe itself lies in the folder, and its data are looked for before its faults are told."""
+    folder = write(tmp_path / "tasks").parent
+    monkeypatch.chdir(folder)
+    Path("other.yaml").write_text("a: {b:{c: d}}")
+    Path("r.yaml").write_text(
+        f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: evaluate_lm_eval\n    with: {{tasks: [mine], task_folder: .}}\n"
+    )
+    result = CliRunner().invoke(app, ["check", "r.yaml"])
+    assert result.exit_code == 2, result.output
+    assert "other.yaml' is not valid YAML" in result.stderr

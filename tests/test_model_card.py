@@ -1,0 +1,129 @@
+"""The README.md of each kind of export: what the hub reads, what was done, and how to run this very folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_model
+
+from gradmap_pipeline import Evaluation, ModelGraph
+from gradmap_pipeline.folders import write_card
+from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.report.base_card import carried_metadata
+from gradmap_pipeline.report.card_usage import Format
+from gradmap_pipeline.report.model_card import Holding, make_model_card
+
+PLAIN = Holding("safetensors", {"model.safetensors": 1234})
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> ModelGraph:
+    return open_folder(make_model(tmp_path / "base")).without_layers([1, 2])
+
+
+def from_hub(graph: ModelGraph) -> ModelGraph:
+    return graph.model_copy(update={"base": graph.base.model_copy(update={"from_hub": True, "name": "owner/name"})})
+
+
+def metadata_of(card: str) -> dict[str, object]:
+    found: dict[str, object] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+def test_card_says_what_was_done(pruned: ModelGraph) -> None:
+    evaluation = Evaluation(
+        model=pruned.digest, label="pruned", dataset="text", perplexity=40.0, loss=3.7, tokens=100, samples=1, sequence_length=2,
+        layers=2, parameters=1, bytes=2,
+    )  # fmt: skip
+    card = make_model_card(pruned, evaluation, PLAIN)
+    assert metadata_of(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gradmap", "depth-pruning"],
+    }
+    assert f"# {pruned.base.folder.name}, 2 of 4 layers\n" in card
+    assert "Layers removed, counted from 0: 1, 2." in card
+    assert f"{pruned.count_parameters():,} parameters, 1,234 bytes in `model.safetensors`." in card
+    assert "| text | tokens | perplexity |" in card
+    assert "| text | 100 | 40.000 |" in card
+    assert "quantis" not in card
+    assert str(pruned.base.folder.parent) not in card
+
+
+def test_relation_to_a_base_on_the_hub(pruned: ModelGraph) -> None:
+    card = make_model_card(from_hub(pruned), None, PLAIN)
+    assert (metadata_of(card)["base_model"], metadata_of(card)["base_model_relation"]) == ("owner/name", "finetune")
+    assert "| tokens |" not in card
+    small = Holding("onnx", {"model.onnx": 10, "model.onnx_data": 90}, "int4", ("the head stays in float32",))
+    quantised = make_model_card(from_hub(pruned), None, small)
+    assert metadata_of(quantised)["base_model_relation"] == "quantized"
+    assert "# owner/name, 2 of 4 layers, int4\n" in quantised
+    assert "100 bytes in `model.onnx`, `model.onnx_data`." in quantised
+    assert "Weights quantised: int4.\n- the head stays in float32\n" in quantised
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "library", "shown", "not_shown"),
+    [
+        ("safetensors", "model.safetensors", "transformers", ["AutoModelForCausalLM"], ["torchao", "optimum"]),
+        ("torchao", "model.safetensors", "transformers", ["pip install transformers torchao", "AutoModelForCausalLM"], ["vllm"]),
+        ("compressed-tensors", "model.safetensors", "transformers", ["compressed-tensors`", "vllm serve"], ["torchao"]),
+        ("onnx", "model.onnx_data", "onnx", ["ORTModelForCausalLM", "genai.Model("], ["AutoModelForCausalLM", "@huggingface"]),
+        ("onnx", "onnx/model_q4.onnx_data", "transformers.js", ["ORTModelForCausalLM", "@huggingface/transformers"], ["torchao"]),
+        ("gguf", "model-q8_0.gguf", "gguf", ["llama-cli -m model-q8_0.gguf"], ["AutoModel", "from_pretrained"]),
+    ],
+)
+def test_how_to_run_each_format(
+    form: Format, file: str, library: str, shown: list[str], not_shown: list[str], pruned: ModelGraph, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / file).parent.mkdir(parents=True)
+    (tmp_path / "out" / file).write_bytes(bytes(77))
+    write_card(tmp_path / "out", pruned, None, form)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert metadata_of(card)["library_name"] == library
+    assert f"parameters, 77 bytes in `{file}`." in card
+    assert all(text in card for text in shown), card
+    assert not any(text in card for text in not_shown), card
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (
+            "---\nlicense: apache-2.0\nlanguage:\n- en\n- no\ntags: [x]\n---\n# Title",
+            ["license: apache-2.0", 'language: [en, "no"]'],
+        ),
+        (
+            "---\r\nlicense: other\r\nlicense_name: my terms\r\nlicense_link: LICENSE\r\nlanguage: en\r\n---\r\n",
+            ["license: other", 'license_name: "my terms"', "license_link: LICENSE", "language: en"],
+        ),
+        ('---\nlicense: "a\\nbase_model: evil/model"\n---\n', ['license: "a\\nbase_model: evil/model"']),
+        ("---\nlicense: [\n---\n", []),
+        ("---\n- license\n---\n", []),
+        ("---\nlicense: 3\nlanguage: [1]\n---\n", []),
+        ("# no block\nlicense: mit\n", []),
+        ("---\nlicense: mit\n", []),
+    ],
+)
+def test_licence_and_language_of_the_base(text: str, lines: list[str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(text.encode())
+    assert carried_metadata(tmp_path) == lines
+    yaml.safe_load("\n".join(lines))
+
+
+def test_a_card_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "secret.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").symlink_to(tmp_path / "secret.md")
+    assert carried_metadata(tmp_path / "model") == []
+
+
+def test_the_base_s_licence_is_in_the_card(pruned: ModelGraph) -> None:
+    (pruned.base.folder / "README.md").write_text("---\nlicense: gemma\nlanguage: en\n---\n")
+    found = metadata_of(make_model_card(pruned, None, PLAIN))
+    assert (found["license"], found["language"]) == ("gemma", "en")
