@@ -34,7 +34,7 @@ from gradmap_pipeline.testing import run_stage
 from gradmap_pipeline.verify import read_lineage
 
 DATA = Path(__file__).parent.parent / "docs" / "consumers.json"
-SAME = ("program", "model", "removed", "format")
+SAME = ("program", "architecture", "model", "removed", "format")
 """Keys that make two rows one."""
 AGREES = 0.1
 """Nats by which the log-probability of the likeliest token may differ for a row to say `agrees`."""

@@ -23,7 +23,7 @@ Made by `make consumers` from `docs/consumers.json`, which `tests/consumers_run.
 
 A program runs the export beside the model, which this package computes in float32. `agrees` means that the log-probability of the
 likeliest token differs by less than 0.1 nats at every position looked at, or that greedy decoding gives the same tokens.
-`runs quantised`: the file has the right layers, and differs as its few bits make it.
+`runs quantised`: the weights are quantised, and the figure is held to no limit.
 
 | program | version | architecture | model | layers removed | format | result | figure |
 |---|---|---|---|---|---|---|---|
