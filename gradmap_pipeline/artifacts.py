@@ -256,7 +256,7 @@ class ModelForecast(BaseModel):
     config: dict[str, Any] | None = None
     """config.json of the whole model; of its text decoder, where it has other parts."""
     folder: Path | None = None
-    """Of the base model."""
+    """The base model's folder."""
 
 
 class CalibrationForecast(BaseModel):

@@ -1,4 +1,4 @@
-"""Whether a stage keeps the contract of stages: it is run twice in fresh folders, and watched."""
+"""Find what breaks the contract of stages: a stage is run twice in fresh folders, and watched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .witness import Seen, watch
 _TIMES = ("seconds", "saved")
 """Names of fields that are not compared: no two runs take equally long."""
 _TOLERATED = 1.05
-"""Of the memory given: pages that the allocator has not returned."""
+"""The peak may be this many times the memory given: the allocator returns pages late."""
 
 
 def find_breaches(stage: Stage, inputs: Mapping[str, Artifact], seed: int, dtype: str, memory: int | None) -> list[str]:
@@ -102,8 +102,7 @@ def _check_forecast(stage: Stage, inputs: Mapping[str, Artifact]) -> Iterator[st
 
 def _check_files(seen: Seen, stage: Stage, folder: Path) -> Iterator[str]:
     for path in seen.left_outside((folder.resolve(), *(place.resolve() for place in stage.writes()))):
-        if not any(place.resolve().parent == path.parent and path.name.startswith(f".{place.name}.") for place in stage.writes()):
-            yield f"it writes or removes {str(path)!r}; write to context.folder, or name the place in writes()"
+        yield f"it writes or removes {str(path)!r}; write to context.folder, or name the place in writes()"
 
 
 def _check_behaviour(seen: Seen) -> Iterator[str]:
@@ -165,8 +164,8 @@ def _further(value: BaseModel) -> set[str]:
 
 
 def _digest_files(inputs: BaseModel) -> dict[Path, str]:
-    found = (getattr(inputs, name) for name in type(inputs).model_fields)
-    return {path: sha256_of(path) for value in found if isinstance(value, Artifact) for path in value.files_by_path()}
+    artifacts = (getattr(inputs, name) for name in type(inputs).model_fields)
+    return {path: sha256_of(path) for value in artifacts if isinstance(value, Artifact) for path in value.files_by_path()}
 
 
 def _find_difference(one: Any, other: Any, place: str = "") -> str | None:
@@ -178,5 +177,5 @@ def _find_difference(one: Any, other: Any, place: str = "") -> str | None:
         pairs = [(str(number), first, second) for number, (first, second) in enumerate(zip(one, other, strict=True))]
     else:
         return None if one == other else repr(place)
-    found = (_find_difference(first, second, f"{place}.{key}" if place else key) for key, first, second in pairs)
-    return next((difference for difference in found if difference is not None), None)
+    differences = (_find_difference(first, second, f"{place}.{key}" if place else key) for key, first, second in pairs)
+    return next((difference for difference in differences if difference is not None), None)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 Marks = tuple[bool, ...]
-"""By layer."""
+"""One flag a layer: whether the layer is of a kind."""
 Kind = Literal["full attention", "no rotary embedding", "experts"]
 
 LLAMA_CPP = "llama.cpp"
@@ -44,7 +44,7 @@ class Placing:
 
     @property
     def version(self) -> str:
-        """Of the program."""
+        """The version of the program that was run or read."""
         return _VERSIONS[self.program]
 
     def compute(self, config: Config, depth: int) -> Marks:
@@ -85,7 +85,7 @@ PLACINGS = (
     Placing("SGLang", ("exaone4",), "full attention", 1, "srt/models/exaone4.py", field="sliding_window_pattern"),
     Placing("vLLM", ("gpt_oss",), "full attention", 2, "model_executor/models/gpt_oss.py"),
 )
-"""What programs fix. An architecture that a program reads from `layer_types`, or whose converter writes an array, is not here."""
+"""The periods that programs fix. Where a program reads `layer_types`, or an array that its converter writes, it has no entry."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def find_misreadings(config: Config, program: str | None = None) -> list[Misread
 
     `program`: that one alone. Empty where a config lists nothing by layer, or every program finds what it lists.
     """
-    found = []
+    misreadings = []
     for placing in PLACINGS:
         if config.get("model_type") not in placing.types or program not in {None, placing.program}:
             continue
@@ -136,16 +136,17 @@ def find_misreadings(config: Config, program: str | None = None) -> list[Misread
             continue
         taken = placing.compute(config, len(right))
         if taken != right:
-            found.append(Misreading(placing, *(tuple(i for i, is_one in enumerate(marks) if is_one) for marks in (taken, right))))
-    return found
+            indices = (tuple(i for i, is_one in enumerate(marks) if is_one) for marks in (taken, right))
+            misreadings.append(Misreading(placing, *indices))
+    return misreadings
 
 
 def name_programs(config: Config) -> list[str]:
     """Programs that place layers of this architecture by index, where a config lists layers of several kinds."""
     marks = {kind: read_marks(config, kind) for kind in ("full attention", "no rotary embedding", "experts")}
     differing = {kind for kind, listed in marks.items() if listed is not None and len(set(listed)) > 1}
-    found = (p.program for p in PLACINGS if config.get("model_type") in p.types and p.kind in differing)
-    return list(dict.fromkeys(found))
+    programs = (p.program for p in PLACINGS if config.get("model_type") in p.types and p.kind in differing)
+    return list(dict.fromkeys(programs))
 
 
 def explain_removal(config: Config, kept: Sequence[int]) -> list[str]:

@@ -54,9 +54,7 @@ def find_foreign_files(folder: Path, *, hashing: bool = True) -> Iterator[tuple[
             continue
         if written is None or name not in written:
             yield name, "is not part of an export"
-        elif (
-            file.is_symlink() or file.stat().st_size != written[name].size or (hashing and sha256_of(file) != written[name].sha256)
-        ):
+        elif not _is_as_written(file, written[name], hashing):
             yield name, "has been changed since it was exported"
 
 

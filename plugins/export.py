@@ -127,12 +127,13 @@ class ExportModel(FolderExport):
         from gradmap_pipeline.model.companions import describe_left_out
 
         model = inputs.model
+        misread = explain_removal(full_config(model.base.folder), model.layers)
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
         with self.new_folder(model.base.folder) as new:
             if self.format == "onnx":
                 files, difference = self._write_onnx(model, evaluation, new.path, context)
             else:
-                files = self._write(model, evaluation, new.path, context)
+                files = self._write(model, evaluation, misread, new.path, context)
                 difference = check_export(model, new.path, context.seed)
             files = new.finish(make_lineage(model, evaluation, files, difference, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
@@ -143,7 +144,7 @@ class ExportModel(FolderExport):
         if self.format == "onnx":
             context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
-        for misreading in explain_removal(full_config(model.base.folder), model.layers):
+        for misreading in misread:
             context.note(misreading)
         types = explain_types(model)
         if types is not None:
@@ -173,9 +174,9 @@ class ExportModel(FolderExport):
         write_card(folder, model, evaluation, "onnx")
         return describe_folder(folder), difference
 
-    def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
-        from gradmap_pipeline.consumers import explain_removal
-        from gradmap_pipeline.model.architecture import full_config
+    def _write(
+        self, model: ModelGraph, evaluation: Evaluation | None, misread: list[str], folder: Path, context: Context
+    ) -> dict[str, ExportedFile]:
         from gradmap_pipeline.model.checkpoint import split_shards, write_folder
 
         tensors = model.export_tensors()
@@ -186,8 +187,7 @@ class ExportModel(FolderExport):
                 files[name] = written
                 advance()
         write_companions(model, folder)
-        misread = tuple(explain_removal(full_config(model.base.folder), model.layers))
-        write_card(folder, model, evaluation, "safetensors", details=misread)
+        write_card(folder, model, evaluation, "safetensors", details=tuple(misread))
         return describe_folder(folder, files)
 
 
