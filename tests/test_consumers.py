@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gradmap_pipeline.consumers import (
     read_marks,
 )
 from gradmap_pipeline.llamacpp.limits import explain_deviations, explain_refusal, find_arrays
+from gradmap_pipeline.model.cadence import is_regular
 
 DEPTH = 12
 EVERY = {period: tuple(layer % period == period - 1 for layer in range(DEPTH)) for period in (1, 2, 3, 4, 6)}
@@ -226,3 +228,21 @@ def test_rows_of_the_page() -> None:
         "the last of every 2 | GGUF array `attention.sliding_window_pattern` | `src/models/gemma2.cpp` | run |"
     )
     assert describe_placing(fixed).endswith("| not at all | `model_executor/models/gpt_oss.py` | read |")
+
+
+REGULAR: list[dict[str, Any]] = [
+    {"model_type": "gemma2", "layer_types": windows(2)},
+    {"model_type": "gemma3_text", "layer_types": windows(6), "sliding_window_pattern": 6},
+    {"model_type": "cohere2", "layer_types": windows(4), "sliding_window_pattern": 4},
+    {"model_type": "smollm3", "no_rope_layers": [int(layer % 4 != 3) for layer in range(DEPTH)]},
+]
+
+
+@pytest.mark.parametrize("listed", REGULAR, ids=lambda listed: str(listed["model_type"]))
+def test_a_regular_removal_is_misread_by_none(listed: dict[str, Any]) -> None:
+    config = {"num_hidden_layers": DEPTH, **listed}
+    selections = list(combinations(range(DEPTH), DEPTH - 4))
+    regular = [kept for kept in selections if is_regular(config, DEPTH, kept)]
+    assert regular
+    assert [kept for kept in regular if explain_removal(config, kept)] == []
+    assert any(explain_removal(config, kept) for kept in selections)
