@@ -43,7 +43,7 @@ def make_stage(kind: type[Stage], folder: Path, options: dict[str, Any]) -> Stag
         place, said = invalid.complaints[0]
         named = ".".join(map(str, place))
         raise OptionError(
-            named, f"stage {kind.name!r}: option {named!r}: {said}; give it with --set {kind.name}.OPTION=VALUE"
+            named, f"stage {kind.name!r}: option {named!r}: {said}; options are given as --set {kind.name}.OPTION=VALUE"
         ) from None
 
 

@@ -21,6 +21,8 @@ def check_stages(target: str, plugins: Sequence[Path], overrides: Sequence[str])
     Raises `PluginError` where one breaks the contract.
     """
     is_file = target.endswith(".py")
+    if is_file and not Path(target).is_file():
+        raise CommandError(f"--check {target}: there is no such file; name a Python file with stages, or a stage")
     catalog = load_catalog([*plugins, Path(target)] if is_file else plugins)
     if not is_file and target not in catalog.stages:
         raise PluginError(catalog.explain_unknown(target))

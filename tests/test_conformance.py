@@ -198,7 +198,7 @@ def test_command_on_a_file(model: ModelGraph, tmp_path: Path) -> None:
         (["--check", "no_stage"], "no stage named 'no_stage'"),
         (["--check", "prune", "--set", "ratio=1"], "must look like STAGE.OPTION=VALUE with a stage that is checked: prune"),
         (["--check", "prune", "--set", "prune.ratio=2"], "stage 'prune': option 'ratio': found 2"),
-        (["--check", "missing.py"], "--plugin 'missing.py' is not a Python file"),
+        (["--check", "missing.py"], "--check missing.py: there is no such file; name a Python file with stages, or a stage"),
     ],
 )
 def test_wrong_commands(arguments: list[str], message: str) -> None:
