@@ -25,6 +25,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.data import check_length
+from gradmap_pipeline.perplexity import perplexity_of
 
 if TYPE_CHECKING:
     import torch
@@ -201,17 +202,6 @@ def _mean_loss(total: Mapping[str, float]) -> dict[str, Any]:
     if not total["tokens"]:
         raise StageError("no token is predicted: each text is one token long; use longer texts, or `packing: documents`")
     return {"loss": total["loss"] / total["tokens"], "tokens": int(total["tokens"])}
-
-
-def perplexity_of(loss: float, dataset: str) -> float:
-    """exp of a mean loss in nats. Raises `StageError` where that is over the largest number."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        raise StageError(
-            f"the mean loss on {dataset!r} is {loss:.4g} nats a token, whose exponential, the perplexity, is over the largest "
-            "number; such a model predicts nothing"
-        ) from None
 
 
 @hookimpl

@@ -6,7 +6,6 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +29,7 @@ from gradmap_pipeline import (
 from gradmap_pipeline.artifacts import LINEAGE
 from gradmap_pipeline.data import check_length
 from gradmap_pipeline.folders import extend_lineage, write_card
+from gradmap_pipeline.perplexity import perplexity_of
 from gradmap_pipeline.targets import copy_files, describe_folder
 
 if TYPE_CHECKING:
@@ -153,10 +153,11 @@ class QuantizeOnnx(FolderExport):
                     "the graph has no product with a constant matrix that ONNX Runtime can quantise; nothing was written"
                 )
             found = self._compare(source, new.path, context)
+            perplexity, base_perplexity = (perplexity_of(loss, self.dataset.name) for loss in (found.loss, found.base_loss))
             self._check_limits(found)
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), new.path)
             tell_programs(new.path, source.dtype, self.method)
-            details = self._describe(quantised, found)
+            details = self._describe(quantised, found, perplexity, base_perplexity)
             evaluation = json.loads((source.folder / LINEAGE).read_text(encoding="utf-8"))["evaluation"]
             made_from = None if evaluation is None else Evaluation.model_validate(evaluation)
             write_card(new.path, source.graph, made_from, "onnx", self.method, details)
@@ -175,8 +176,8 @@ class QuantizeOnnx(FolderExport):
             quantised=quantised.count,
             in_8_bits=quantised.in_8_bits,
             left=quantised.left,
-            perplexity=perplexity_of(found.loss),
-            base_perplexity=perplexity_of(found.base_loss),
+            perplexity=perplexity,
+            base_perplexity=base_perplexity,
             agreement=found.agreement,
             tokens=found.tokens,
             text=self.dataset.name,
@@ -210,15 +211,15 @@ class QuantizeOnnx(FolderExport):
         with context.progress("compare both graphs", len(batches), "batch") as advance:
             return compare_graphs(OnnxSession(source.folder, fast=False), OnnxSession(folder), batches, advance)
 
-    def _describe(self, quantised: Quantised, found: Agreement) -> tuple[str, ...]:
+    def _describe(self, quantised: Quantised, found: Agreement, perplexity: float, base_perplexity: float) -> tuple[str, ...]:
         """What was done and what it costs, in sentences."""
         bits = f", {quantised.in_8_bits} of them in 8 bits" if self.method == "int4" and quantised.in_8_bits else ""
         left = [f"{name} of {count:,} numbers" for name, count in quantised.left.items()]
         stays = f"; in floating point: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}" if left else ""
         return (
             f"{quantised.count} matrices quantised{bits}{stays or ', none left in floating point'}",
-            f"on {found.tokens:,} tokens of {self.dataset.name}: perplexity {perplexity_of(found.loss):.4g} instead of "
-            f"{perplexity_of(found.base_loss):.4g} ({found.ratio:.3f} times), the same next token for {found.agreement:.1%}",
+            f"on {found.tokens:,} tokens of {self.dataset.name}: perplexity {perplexity:.4g} instead of "
+            f"{base_perplexity:.4g} ({found.ratio:.3f} times), the same next token for {found.agreement:.1%}",
         )
 
     def _check_limits(self, found: Agreement) -> None:
@@ -237,11 +238,6 @@ class QuantizeOnnx(FolderExport):
             raise QualityError(
                 f"{'; '.join(missed)}; keep more in 8 bits, calibrate on more text, or change the limit; nothing was written"
             )
-
-
-def perplexity_of(loss: float) -> float:
-    """exp of a mean loss in nats, or the largest number."""
-    return math.exp(min(loss, 700.0))
 
 
 @hookimpl

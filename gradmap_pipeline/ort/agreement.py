@@ -20,7 +20,7 @@ _LOGITS_AT_ONCE = 2**25
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two graphs on one text."""
+    """How two graphs do on one text."""
 
     base_loss: float
     """Mean next-token loss of the first, in nats."""
@@ -35,8 +35,8 @@ class Agreement:
 
     @property
     def ratio(self) -> float:
-        """Perplexity of the second, relative to that of the first."""
-        return math.exp(min(self.loss - self.base_loss, 700.0))
+        """Perplexity of the second, relative to that of the first; both are no larger than a number can be."""
+        return math.exp(self.loss - self.base_loss)
 
 
 def compare_graphs(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradmap_plugins.evaluate import perplexity_of
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny import make_model
@@ -17,6 +16,7 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline import Artifact, StageError
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.model.casts import cast
+from gradmap_pipeline.perplexity import perplexity_of
 
 GATE = "model.layers.2.mlp.gate_proj.weight"
 EVALUATE = "  - use: evaluate\n    with: {dataset: {path: TEXT}, samples: 4, sequence_length: 16}\n"
