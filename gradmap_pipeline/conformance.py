@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from .artifacts import Artifact
 from .digests import sha256_of
-from .errors import GradmapError
-from .output_checks import find_output_faults
+from .errors import GradmapError, StageError, on_one_line
+from .output_checks import dump_outputs, find_output_faults
 from .partial import scratch_folder
 from .stage import Stage
 from .testing import make_context
@@ -78,9 +78,11 @@ class _Run:
             self.findings.append(f"run() must return its Outputs, and returns {type(result).__name__}")
         else:
             self.findings += find_output_faults(result, inputs, folder, stage.writes())
-            unstored = list(_check_stored(result))
-            self.findings += unstored
-            if not unstored:
+            try:
+                dump_outputs(result)
+            except StageError as error:
+                self.findings.append(str(error))
+            else:
                 outputs = {name: getattr(result, name) for name in type(result).model_fields}
                 self.content = {name: value.content() for name, value in outputs.items() if isinstance(value, Artifact)}
 
@@ -93,7 +95,7 @@ def _check_forecast(stage: Stage, inputs: Mapping[str, Artifact]) -> Iterator[st
     except GradmapError:
         return
     except Exception as error:
-        yield f"forecast() fails where nothing is known of the inputs: {_on_one_line(error)}; take None for a forecast"
+        yield f"forecast() fails where nothing is known of the inputs: {_name_error(error)}; take None for a forecast"
         return
     unknown = sorted(set(forecasts) - set(stage.output_fields()))
     if unknown:
@@ -124,28 +126,17 @@ def _check_inputs(inputs: BaseModel, before: Any, digests: dict[Path, str]) -> I
             yield f"it changes {str(path)!r}, a file of its inputs; write to context.folder"
 
 
-def _check_stored(outputs: BaseModel) -> Iterator[str]:
-    try:
-        again = type(outputs).model_validate_json(outputs.model_dump_json())
-    except Exception as error:
-        yield f"its outputs do not survive being stored as JSON: {_on_one_line(error)}"
-        return
-    for name in type(outputs).model_fields:
-        if getattr(again, name) != getattr(outputs, name):
-            yield f"its output {name!r} is another one after it was stored as JSON and read back"
-
-
 def _name_failure(stage: Stage, error: Exception) -> str:
     """Where in the stage's own file it failed, where it did there."""
     own = getattr(sys.modules.get(type(stage).__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
     place = f" at line {lines[-1]} of {Path(own).name}" if own and lines else ""
-    return f"run() fails{place}: {_on_one_line(error)}"
+    return f"run() fails{place}: {_name_error(error)}"
 
 
-def _on_one_line(error: Exception) -> str:
-    said = str(error) if isinstance(error, GradmapError) else f"{type(error).__name__}: {error}"
-    return "; ".join(line.strip() for line in said.splitlines() if line.strip())
+def _name_error(error: Exception) -> str:
+    """Its message, after its type where it is none of ours."""
+    return on_one_line(error) if isinstance(error, GradmapError) else f"{type(error).__name__}: {on_one_line(error)}"
 
 
 def _describe(inputs: BaseModel) -> Any:

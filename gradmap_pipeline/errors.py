@@ -90,3 +90,8 @@ class Interruption(GradmapError):  # noqa: N818 - nothing went wrong
     """Somebody ended a process of this run from outside."""
 
     exit_code = 130
+
+
+def on_one_line(error: BaseException) -> str:
+    """The message of an error, its lines joined by semicolons."""
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,18 +1,41 @@
-"""What a stage returns, checked where that costs a run little: its files, their digests, and the tensors that it replaces."""
+"""What a stage returns, checked where that costs a run little: JSON, files, their digests, and the tensors that it replaces."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from .artifacts import Artifact, TensorFile
 from .digests import sha256_of
-from .errors import ModelError
+from .errors import ModelError, StageError
 from .exports import Export
 from .model.checkpoint import read_chunks, read_header
 from .model.graph import ModelGraph
+
+
+def dump_outputs(outputs: BaseModel, store: Path | None = None) -> str:
+    """JSON of a stage's outputs, with paths relative to a store. Raises `StageError` unless it gives the same outputs again."""
+    context = None if store is None else {"store": store}
+    try:
+        dumped = json.dumps(outputs.model_dump(mode="json", context=context), allow_nan=False)
+    except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(f"its outputs cannot be stored: {line}") from error
+    try:
+        again = type(outputs).model_validate(json.loads(dumped), context=context)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        place = ".".join(map(str, detail["loc"]))
+        raise StageError(f"its outputs cannot be stored: {place} cannot be read back ({detail['msg']})") from error
+    for name in type(outputs).model_fields:
+        if getattr(again, name) != getattr(outputs, name):
+            change = f"{getattr(outputs, name)!r} would be read back as {getattr(again, name)!r}"
+            raise StageError(f"its outputs cannot be stored: {name!r} changes on the way, {change}")
+    return dumped
 
 
 def find_output_faults(outputs: BaseModel, inputs: BaseModel, folder: Path, writes: Collection[Path]) -> Iterator[str]:

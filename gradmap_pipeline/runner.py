@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from .artifacts import Artifact
 from .digests import sha256_of_value
 from .environment import Workplace
-from .errors import CapacityError, GradmapError, RecipeError, StageError
+from .errors import CapacityError, GradmapError, RecipeError, StageError, on_one_line
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
@@ -209,7 +209,7 @@ def _call(
             raise failure from error
         told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
         kept = store.save_traceback(told[1])
-        failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {_on_one_line(error)}; traceback in {kept}")
+        failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {on_one_line(error)}; traceback in {kept}")
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):
@@ -217,10 +217,6 @@ def _call(
         failure.where = where
         raise failure
     return result
-
-
-def _on_one_line(error: BaseException) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def _check_outputs(step: PlannedStep, result: BaseModel, inputs: BaseModel, folder: StepFolder) -> None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticSerializationError
+from pydantic import BaseModel
 
 from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
 from .errors import StageError
+from .output_checks import dump_outputs
 from .partial import clear_partial_folders, partial_folder, replace_folder, write_file
 
 _OUTPUTS = "outputs.json"
@@ -116,16 +116,12 @@ class Store:
         Where another run has finished the same step meanwhile, its result stays: somebody may be reading it. Raises
         `StageError` where the outputs cannot be stored.
         """
-        try:
-            dumped = json.dumps(outputs.model_dump(mode="json", context={"store": self.root}), allow_nan=False)
-            described = json.loads(json.dumps({"key": key, **record}, allow_nan=False))
-        except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
-            raise StageError(f"its outputs cannot be stored: {_first_line(error)}") from error
+        dumped = dump_outputs(outputs, self.root)
+        described = json.loads(json.dumps({"key": key, **record}, allow_nan=False))
         inside, final = (json.dumps(str(path.relative_to(self.root)))[1:-1] for path in (folder.path, folder.final))
         stored = json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))
         content = _with_digest({**described, "outputs": stored})
         (folder.path / _OUTPUTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        self._check_stored(outputs, json.loads(dumped))
         finished = self._load_from(folder.final, key, type(outputs))
         if finished is not None:
             return finished
@@ -133,19 +129,6 @@ class Store:
         replace_folder(folder.path, folder.final)
         self._whole = {(path, digest) for path, digest in self._whole if not path.is_relative_to(folder.final)}
         return type(outputs).model_validate(stored, context={"store": self.root})
-
-    def _check_stored(self, outputs: BaseModel, dumped: Any) -> None:
-        """Raise `StageError` unless the JSON of these outputs gives them again."""
-        try:
-            again = type(outputs).model_validate(dumped, context={"store": self.root})
-        except ValidationError as error:
-            detail = error.errors(include_url=False)[0]
-            place = ".".join(map(str, detail["loc"]))
-            raise StageError(f"its outputs cannot be stored: {place} cannot be read back ({detail['msg']})") from error
-        for name in type(outputs).model_fields:
-            if getattr(again, name) != getattr(outputs, name):
-                change = f"{getattr(outputs, name)!r} would be read back as {getattr(again, name)!r}"
-                raise StageError(f"its outputs cannot be stored: {name!r} changes on the way, {change}")
 
     def seconds_of(self, stage: str, key: str) -> float:
         """What a finished step took when it ran, with the units it found finished."""

@@ -97,8 +97,8 @@ FAULTS = {
     "folder": ("os.chdir(context.folder)", "it changes the current folder, which other steps of the run share"),
     "environment": ("os.environ['MINE'] = str(random.random())", "it changes variables of the environment"),
     "torch": ("torch.set_grad_enabled(not torch.is_grad_enabled())", "it changes whether torch records gradients"),
-    "not stored": ("thing = Thing(value=object())", "its outputs do not survive being stored as JSON"),
-    "stored as another": ("thing = Hidden(value=1)", "its outputs do not survive being stored as JSON"),
+    "not stored": ("thing = Thing(value=object())", "its outputs cannot be stored"),
+    "stored as another": ("thing = Hidden(value=1)", "its outputs cannot be stored"),
     "failure": ("raise ValueError('no\\nway')", "of odd.py: ValueError: no; way"),
     "no outputs": ("return 3", "run() must return its Outputs, and returns int"),
 }
