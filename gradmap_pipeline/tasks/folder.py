@@ -34,7 +34,7 @@ class TaskFolder(RootModel[Path]):
         """Files and folders on this machine that are read; what a faulty file names is not known before its fault is told."""
         try:
             return [self.root, *self.outside_files()]
-        except ValueError:
+        except (ValueError, OSError):
             return [self.root]
 
     def outside_files(self) -> list[Path]:

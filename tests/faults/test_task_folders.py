@@ -243,3 +243,12 @@ def test_a_faulty_file_in_the_folder_is_no_bug_of_a_check(llama: Path, tmp_path:
     result = CliRunner().invoke(app, ["check", "r.yaml"])
     assert result.exit_code == 2, result.output
     assert "other.yaml' is not valid YAML" in result.stderr
+    Path("other.yaml").unlink()
+
+    def refuse(self: TaskFolder) -> list[Path]:
+        raise PermissionError(13, "Permission denied", "elsewhere")
+
+    monkeypatch.setattr(TaskFolder, "_own_files", refuse)
+    result = CliRunner().invoke(app, ["check", "r.yaml"])
+    assert result.exit_code == 2, result.output
+    assert "Permission denied" in result.stderr
