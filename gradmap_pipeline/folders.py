@@ -24,6 +24,7 @@ def write_companions(model: ModelGraph, folder: Path) -> None:
     """Config, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
     from .model.architecture import prune_config
     from .model.companions import CODE_KEY, copy_companions
+    from .model.infinities import to_json
     from .model.older import add_older_rope
     from .model.older_tokenizer import add_older_tokenizer
     from .model.tokenizer_check import TEXTS, check_tokenizer_copy
@@ -34,7 +35,7 @@ def write_companions(model: ModelGraph, folder: Path) -> None:
     if model.dtype is not None:
         for part in (config, config.get("text_config") or {}):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(to_json(config, model.base.folder), encoding="utf-8")
     copy_companions(model.base.folder, folder)
     add_older_tokenizer(folder, TEXTS)
     check_tokenizer_copy(model.base.folder, folder)

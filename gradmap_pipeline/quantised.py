@@ -88,8 +88,10 @@ def write_quantised(
 
 def _complete_config(file: Path, ours: dict[str, Any]) -> None:
     """Add what the pruned model's config has and transformers left out: the older form of rotary parameters."""
+    from .model.infinities import to_json
+
     written = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**ours, **written}, indent=2) + "\n", encoding="utf-8")
+    file.write_text(to_json({**ours, **written}, file.parent), encoding="utf-8")
 
 
 def _logits(model: Any, seed: int) -> torch.Tensor:

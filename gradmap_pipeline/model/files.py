@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ModelError
+from .infinities import find_infinite
 
 INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
@@ -20,8 +21,12 @@ _DEEPEST = 64
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises `ModelError` for every other file."""
+def read_json(file: Path, *, may_be_infinite: bool = False) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises `ModelError` for every other file.
+
+    JSON has no word for infinity or NaN, and most programs refuse the words that Python writes for them. `may_be_infinite`: read
+    them all the same.
+    """
     try:
         text = file.read_bytes()
         check_pointer(file, text)
@@ -38,6 +43,9 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ModelError(f"{str(file)!r} must hold a JSON object, found {type(content).__name__}")
     if _measure_depth(content) > _DEEPEST:
         raise ModelError(f"{str(file)!r} cannot be read: it is nested more than {_DEEPEST} levels deep")
+    infinite = None if may_be_infinite else next(find_infinite(content), None)
+    if infinite is not None:
+        raise ModelError(f"{str(file)!r} has {infinite[1]} as {infinite[0]!r}; JSON has only finite numbers")
     return content
 
 

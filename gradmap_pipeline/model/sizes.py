@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from .depth import count_layers
 from .files import check_pointer, find_shards
+from .infinities import find_infinite
 
 if TYPE_CHECKING:
     from .checkpoint import StoredTensor
@@ -24,6 +25,8 @@ _LARGEST = 1 << 20
 """Numbers up to this need no tensor: a list of so many entries is made in a moment."""
 _FREE = ("position", "theta", "length", "base", "seq", "context", "window", "token", "ctx", "seed", "pixels", "chunk")
 """Parts of the names of numbers that nothing is made from by its size."""
+_UNBOUNDED = "limit"
+"""Part of the names of numbers that may be infinite: no limit."""
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 _SLACK = 1 << 28  # bytes of buffers that any model may have: a causal mask of GPT-2's time
 
@@ -96,12 +99,11 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     if layers is not None and layers > len(shapes):
         raise ModelError(f"{where!r} says {layers:,} layers, but the checkpoint has {len(shapes)} tensors")
     most = max((size for shape in shapes.values() for size in shape), default=0)
+    for field, value in find_infinite(config):
+        if math.isnan(value) or _UNBOUNDED not in field.rpartition(".")[2].lower():
+            raise ModelError(f"{where!r} has {'NaN' if math.isnan(value) else value} as {field!r}; accepted: a finite number")
     for field, number in _numbers(config, ""):
         name = field.rpartition(".")[2].lower()
-        if isinstance(number, float):
-            if math.isnan(number):
-                raise ModelError(f"{where!r} has NaN as {field!r}")
-            continue
         if abs(number) > max(most, _LARGEST) and not any(part in name for part in _FREE):
             raise ModelError(f"{where!r} has {number:,} as {field!r}, but no size in the checkpoint is over {most:,}")
         if abs(number) >= 1 << 62:
@@ -113,12 +115,12 @@ def _text_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return text if isinstance(text, dict) else dict(config)
 
 
-def _numbers(content: object, field: str) -> Iterator[tuple[str, int | float]]:
+def _numbers(content: object, field: str) -> Iterator[tuple[str, int]]:
     if isinstance(content, dict):
         for name, value in content.items():
             yield from _numbers(value, f"{field}.{name}" if field else str(name))
     elif isinstance(content, list):
         for value in content:
             yield from _numbers(value, field)
-    elif isinstance(content, int | float) and not isinstance(content, bool):
+    elif isinstance(content, int) and not isinstance(content, bool):
         yield field, content

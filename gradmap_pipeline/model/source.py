@@ -177,9 +177,9 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Read config.json as it stands."""
+    """Read config.json as it stands; `check_sizes` says which of its numbers may be infinite."""
     check_inside(folder, folder / "config.json")
-    return read_json(folder / "config.json")
+    return read_json(folder / "config.json", may_be_infinite=True)
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import struct
@@ -16,10 +17,13 @@ import torch
 from safetensors.torch import load_file
 from spoilt import Q1, assert_refused, change_config, change_tensors, gradmap
 from tiny import make_model
+from zoo import make_config
 
 from gradmap_pipeline.errors import ModelError
+from gradmap_pipeline.model.architecture import prune_config
 from gradmap_pipeline.model.checkpoint import read_header
 from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.model.infinities import to_json
 from gradmap_pipeline.model.pretrained import read_config
 from gradmap_pipeline.model.skeleton import build_skeleton
 from gradmap_pipeline.model.survey import Survey
@@ -161,6 +165,47 @@ def test_floats_of_other_types_than_the_config_says_are_fine(model: Path) -> Non
 def test_numbers_of_a_config_are_compared_with_the_tensors_first(changes: dict[str, Any], message: str, model: Path) -> None:
     change_config(model, **changes)
     assert_refused(message, "check", "run")
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "1e400", '{"__float__": "NaN"}', "[1.0, Infinity]"])
+def test_an_infinite_number_in_a_config_is_refused(number: str, model: Path) -> None:
+    change_config(model, rms_norm_eps="HERE")
+    file = model / "config.json"
+    file.write_text(file.read_text().replace('"HERE"', number))
+    found = "NaN" if "NaN" in number else "-inf" if number[0] == "-" else "inf"
+    assert_refused(f"has {found} as 'rms_norm_eps'; accepted: a finite number", "check", "run")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_an_infinite_number_beside_the_config_is_refused(name: str, model: Path) -> None:
+    file = model / name
+    file.write_text('{"auto_map": {"AutoTokenizer": [null, null]}, "model_max_length": 1e999}')
+    assert_refused(f"{name}' has inf as 'model_max_length'; JSON has only finite numbers", "check", "run")
+
+
+@pytest.mark.parametrize(
+    ("limit", "exported"),
+    [
+        ("[0.0, Infinity]", None),
+        ('[0.0, {"__float__": "Infinity"}]', None),
+        ("[0.001, Infinity]", [0.001, {"__float__": "Infinity"}]),
+    ],
+)
+def test_an_infinity_that_an_architecture_means_is_exported_as_json(limit: str, exported: Any, tmp_path: Path) -> None:
+    """Mamba kinds have no upper limit of the time step. Left out, it is infinity by default, in transformers 4 too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(make_config("mamba2")).save_pretrained(folder)
+    change_config(folder, time_step_limit="HERE")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"HERE"', limit))
+    graph = open_folder(folder)
+    text = to_json(prune_config(folder, [0, 2]), folder)
+    assert json.loads(text, parse_constant=pytest.fail).get("time_step_limit") == exported
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(text)
+    assert list(AutoConfig.from_pretrained(tmp_path / "out").time_step_limit) == [0.001 if exported else 0.0, math.inf]
+    assert len(graph.layers) == 6
 
 
 @pytest.mark.parametrize(
