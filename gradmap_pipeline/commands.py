@@ -183,12 +183,15 @@ def compare(
     What they share is computed once. Steps that write folders are left out. A variant that fails does not stop the others.
     """
     with endings(store=store):
-        from .comparison import make_variants, run_variants
+        from .comparison import check_folder, make_variants, run_variants
+        from .places import find_machine_places
         from .report.comparison_files import print_comparison, save_comparison
         from .report.reporters import CompareReporter
         from .report.text import show
 
-        variants = make_variants(recipes, grids, overrides, _catalog(plugins))
+        catalog = _catalog(plugins)
+        variants = make_variants(recipes, grids, overrides, catalog, store)
+        check_folder(out, variants, [place for recipe in recipes for place in find_machine_places(store, recipe, plugins)])
         left_out = sorted({step for variant in variants for step in variant.left_out})
         if left_out:
             print(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))

@@ -11,16 +11,18 @@ from typing import Any
 
 from .artifacts import Evaluation, Work
 from .catalog import Catalog
-from .errors import GradmapError, Problem, RecipeError, StageError
+from .errors import CommandError, GradmapError, OptionError, Problem, RecipeError, StageError
 from .exports import Export
 from .machine import Machine
 from .model.graph import ModelGraph
+from .places import Place, find_model_places, find_read_places
 from .plan import Plan, make_plan
 from .recipe import MODEL_STEP, load_recipe
 from .report.events import Reporter
 from .report.summary import name_settings, setting_of
 from .runner import Ran, run_plan
 from .store import Store
+from .targets import check_target, find_foreign_files
 from .yaml_positions import load_yaml
 
 
@@ -52,7 +54,9 @@ class Row:
     """Passes of all samples through one layer, forward or backward, that those steps report."""
 
 
-def make_variants(recipes: Sequence[Path], grids: Sequence[str], overrides: Sequence[str], catalog: Catalog) -> list[Variant]:
+def make_variants(
+    recipes: Sequence[Path], grids: Sequence[str], overrides: Sequence[str], catalog: Catalog, store: Path
+) -> list[Variant]:
     """Plan everything before anything runs. Raises `RecipeError` with the problems of the first variant that has any.
 
     A grid is `STEP.OPTION=A,B,C`; several options before the `=`, with commas between, take each value together.
@@ -62,12 +66,36 @@ def make_variants(recipes: Sequence[Path], grids: Sequence[str], overrides: Sequ
     for path in recipes:
         for choice in itertools.product(*axes):
             settings = [setting for group in choice for setting in group]
-            plan = make_plan(load_recipe(path, [*overrides, *settings]), catalog)
+            plan = make_plan(load_recipe(path, [*overrides, *settings]), catalog, store)
             shown = ", ".join(_shorten(group) for group in choice)
             recipe = path.stem if stems.count(path.stem) == 1 else str(path)
             name = ": ".join(filter(None, [recipe if len(recipes) > 1 or not shown else "", shown]))
             variants.append(_without_writers(Variant(name, plan)))
     return variants
+
+
+def check_folder(folder: Path, variants: Sequence[Variant], places: Sequence[Place]) -> None:
+    """Raise `CommandError` unless a comparison can be written there, in the place of an earlier one or of nothing.
+
+    `places`: that must stay as they are, besides those that the recipes read.
+    """
+    target = folder.resolve()
+    taken = list(places)
+    for variant in variants:
+        taken += find_model_places(variant.plan.model)
+        for step in variant.plan.steps:
+            taken += find_read_places(step.stage, step.id)
+    hit = next((place for place in taken if place.find_relation(target)), None)
+    if hit is not None:
+        raise CommandError(f"--out {str(folder)!r} {hit.find_relation(target)} {hit.name}; choose another folder")
+    try:
+        check_target(folder, overwrite=True)
+    except OptionError as error:
+        raise CommandError(f"--out: {error}") from error
+    name, reason = next(find_foreign_files(folder) if folder.is_dir() else iter(()), ("", ""))
+    if name:
+        holds = f"--out {str(folder)!r} holds {name!r}, which {reason.replace('an export', 'a comparison')}"
+        raise CommandError(f"{holds}; choose another folder, or move that file away")
 
 
 def _read_grid(grid: str) -> Iterator[list[str]]:

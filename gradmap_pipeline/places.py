@@ -6,11 +6,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from .errors import GradmapError
 from .stage import Stage
+
+if TYPE_CHECKING:
+    from .model.source import ModelSource
 
 DEFAULT_STORE = Path(".gradmap")
 """Folder for results, where the command line names no other."""
@@ -47,6 +51,16 @@ def find_machine_places(store: Path, recipe: Path, plugins: Sequence[Path] = ())
         Place(Path(__file__).parent, "gradmap-pipeline"),
         *(Place(plugin, f"the plugin {str(plugin)!r}") for plugin in plugins),
     ]
+
+
+def find_model_places(model: ModelSource | None) -> Iterator[Place]:
+    """The folder of the recipe's model, if it is on this machine."""
+    try:
+        folder = None if model is None else model.find_folder()
+    except (GradmapError, OSError, ValueError):  # told elsewhere
+        return
+    if folder is not None:
+        yield Place(folder, "the model")
 
 
 def find_read_places(stage: Stage, step: str) -> Iterator[Place]:

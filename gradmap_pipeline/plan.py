@@ -16,7 +16,7 @@ from .errors import GradmapError, ModelError, OptionError, PluginError, Problem,
 from .extras import explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
-from .places import DEFAULT_STORE, Place, find_machine_places, find_read_places
+from .places import DEFAULT_STORE, Place, find_machine_places, find_model_places, find_read_places
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .stage import Stage, name_types
 from .stage_code import StageCode
@@ -111,7 +111,7 @@ def _forecast_model(recipe: Recipe, problems: list[Problem]) -> Any:
 
 def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place]) -> Iterator[Problem]:
     """Steps that would write over each other, over what the recipe reads, or over `places`."""
-    taken = [*places, *_find_model_places(recipe)]
+    taken = [*places, *find_model_places(recipe.model)]
     for step in steps:
         taken += find_read_places(step.stage, step.id)
     numbers = {step.id: number for number, step in enumerate(recipe.steps)}
@@ -128,15 +128,6 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
                 message = f"would write {str(folder)!r}, which {hit.find_relation(target)} {hit.name}; choose another folder"
                 yield recipe.problem(where, f"step {step.id!r} {message}")
             written.append((target, step.id))
-
-
-def _find_model_places(recipe: Recipe) -> Iterator[Place]:
-    try:
-        folder = None if recipe.model is None else recipe.model.find_folder()
-    except (GradmapError, OSError, ValueError):  # told already
-        return
-    if folder is not None:
-        yield Place(folder, "the model")
 
 
 def _plan_step(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from .artifacts import LINEAGE, ExportedFile
 from .digests import sha256_of, sha256_of_value
 from .errors import GradmapError, OptionError, StageError
 from .partial import partial_folder, replace_folder
+from .shortages import is_shortage
 
 OWN_DIGEST = "sha256"
 """Key of a lineage under which it has the digest of all that it says besides."""
@@ -35,11 +36,22 @@ def check_target(folder: Path, overwrite: bool, *, hashing: bool = False) -> Non
     if folder.exists() and not folder.is_dir():
         raise OptionError("to", f"{str(folder)!r} is {'a file' if folder.is_file() else 'no folder'}; name a folder")
     above = next((parent for parent in folder.resolve().parents if parent.exists()), folder.resolve())
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if not above.is_dir() or not _can_hold_files(above):
         raise OptionError("to", f"{str(folder)!r} cannot be made: {str(above)!r} is not a folder that can be written to")
     if folder.is_dir() and not overwrite:
         for name, reason in find_foreign_files(folder, hashing=hashing):
             raise OptionError("to", _explain(folder, name, reason))
+
+
+def _can_hold_files(folder: Path) -> bool:
+    """Tried with a file that has no name: the superuser may write to /proc, and yet there are no new files there."""
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        return False
 
 
 def find_foreign_files(folder: Path, *, hashing: bool = True) -> Iterator[tuple[str, str]]:

@@ -151,3 +151,48 @@ def test_recipes_of_one_name_and_one_that_measures_nothing(folder: Path) -> None
     assert list(rows_of(folder)) == ["model", "one.yaml: ridge 0.1", "one.yaml: ridge 0.2"]
     for ridge in ("0.1", "0.2"):
         assert f"error: more/one.yaml: ridge {ridge}: evaluates no model that it makes, besides those left out" in output
+
+
+def test_a_comparison_takes_the_place_of_an_earlier_one(folder: Path) -> None:
+    assert compare("one.yaml", "other.yaml")[0] == 0
+    assert compare("one.yaml")[0] == 0
+    assert list(rows_of(folder)) == ["model", "one"]
+    result = CliRunner().invoke(app, ["verify", "out/comparison"])
+    assert result.exit_code == 0, result.output
+    assert "it holds no model" in result.output
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("model", "--out 'model' is the model"),
+        ("model/sub", "--out 'model/sub' lies in the model"),
+        ("kept/sub", "--out 'kept/sub' lies in the store"),
+        (".", "--out '.' holds the store"),
+        ("text.txt", "--out 'text.txt' is 'text.txt', which step 'evaluate_dense' reads"),
+        ("one.yaml", "--out 'one.yaml' is the recipe"),
+        ("t.txt", "--out: 't.txt' is a file; name a folder"),
+        ("t.txt/x", "t.txt' is not a folder that can be written to"),
+        ("/proc/x", "--out: '/proc/x' cannot be made: '/proc' is not a folder that can be written to"),
+        ("mine", "--out 'mine' holds 'comparison.csv', which is not part of a comparison; choose another folder, or move"),
+    ],
+)
+def test_a_place_for_the_table_is_checked_before_anything_runs(out: str, message: str, folder: Path) -> None:
+    (folder / "t.txt").write_text("mine")
+    (folder / "mine").mkdir()
+    (folder / "mine/comparison.csv").write_text("mine")
+    before = sorted(folder.rglob("*"))
+    code, output = compare("one.yaml", "--out", out, "--store", "kept")
+    assert code == 2, output
+    assert message in output.replace("\n", " ")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_edited_comparison_is_kept(folder: Path) -> None:
+    assert compare("one.yaml")[0] == 0
+    file = folder / "out/comparison/comparison.csv"
+    file.write_text(file.read_text() + "mine\n")
+    code, output = compare("one.yaml", "other.yaml")
+    assert code == 2
+    assert "holds 'comparison.csv', which has been changed since it was exported" in output
+    assert file.read_text().endswith("mine\n")

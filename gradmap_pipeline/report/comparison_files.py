@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import __version__
 from ..extras import explain_missing
+from ..targets import describe_folder, new_folder
 from .text import add_row, make_console, make_table, show
 
 if TYPE_CHECKING:
@@ -38,8 +40,26 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:
-    """Write `comparison.csv` and `comparison.md`, and `comparison.svg` where matplotlib is installed; tell what was done."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `comparison.csv` and `comparison.md`, and `comparison.svg` where matplotlib is installed; tell what was done.
+
+    The folder takes the place of an earlier comparison. Raises `StageError` where it holds anything else.
+    """
+    missing = explain_missing(("matplotlib",), "plot")
+    with new_folder(folder, overwrite=False) as new:
+        _write_tables(comparison, new.path)
+        if missing is None and comparison.rows:
+            _draw(comparison, new.path / "comparison.svg")
+        files = describe_folder(new.path)
+        described = {name: file.model_dump() for name, file in files.items()}
+        new.finish({"made_by": f"gradmap-pipeline {__version__}", "holds": "comparison", "files": described}, files)
+    yield f"wrote {folder / 'comparison.csv'} and {folder / 'comparison.md'}"
+    if missing is not None:
+        yield f"no plot: it {missing}"
+    elif comparison.rows:
+        yield f"wrote {folder / 'comparison.svg'}"
+
+
+def _write_tables(comparison: Comparison, folder: Path) -> None:
     headings, rows = _headings(comparison), [_cells(row, comparison) for row in comparison.rows]
     with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -48,15 +68,9 @@ def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:
     lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2), *rows]
     text = "".join(f"| {' | '.join(show(cell).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
     (folder / "comparison.md").write_text(text, encoding="utf-8")
-    yield f"wrote {folder / 'comparison.csv'} and {folder / 'comparison.md'}"
-    missing = explain_missing(("matplotlib",), "plot")
-    if missing is not None:
-        yield f"no plot: it {missing}"
-    elif comparison.rows:
-        yield f"wrote {_draw(comparison, folder / 'comparison.svg')}"
 
 
-def _draw(comparison: Comparison, file: Path) -> Path:
+def _draw(comparison: Comparison, file: Path) -> None:
     """Perplexity against seconds, and against size; one row of plots for each data set."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -86,7 +100,6 @@ def _draw(comparison: Comparison, file: Path) -> Path:
             plot.grid(alpha=0.3)
         by_size.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, metadata={"Date": None})
-    return file
 
 
 def _as_label(name: str) -> str:
