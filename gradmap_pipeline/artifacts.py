@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+    from typing_extensions import Self
 
     from .model.batches import Batch
 
@@ -42,6 +44,20 @@ def _resolved_in_store(value: object, validate: ValidatorFunctionWrapHandler, in
 
 StoredPath = Annotated[Path, PlainSerializer(_relative_to_store), WrapValidator(_resolved_in_store)]
 """A path saved relative to the store, so that a store can be moved."""
+
+
+@dataclass(frozen=True)
+class NameOf:
+    """Marks a text of an artifact, in `Annotated`, as the name of what an option of its stage gives.
+
+    Options count by content, so a result from the store may be of a file that the recipe names otherwise: it gets the name of now.
+    """
+
+    option: str
+
+
+def _only_for_people(text: str, info: SerializationInfo) -> str:
+    return "" if (info.context or {}).get("content_only") else text
 
 
 LINEAGE = "gradmap.json"
@@ -68,6 +84,16 @@ class Artifact(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the content, in hexadecimal."""
         return sha256_of_value(self.content())
+
+    def with_names_of(self, options: BaseModel) -> Self:
+        """The same with the names that the options of its stage have now."""
+        names = {}
+        for field, info in type(self).model_fields.items():
+            for mark in info.metadata:
+                name = getattr(getattr(options, mark.option, None), "name", None) if isinstance(mark, NameOf) else None
+                if isinstance(name, str):
+                    names[field] = name
+        return self.model_copy(update=names)
 
     def files_by_path(self) -> dict[Path, str]:
         """SHA-256 of every file that belongs to it."""
@@ -146,8 +172,8 @@ class CalibrationSet(Artifact):
     """Tokens that are not padding."""
     tokenizer: str
     """Digest of the tokenizer that made the ids."""
-    source: str
-    """The text they come from, for people."""
+    source: Annotated[str, NameOf("dataset"), PlainSerializer(_only_for_people)]
+    """The text they come from, for people: no part of the content."""
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input_ids int64 and attention_mask int64, both (samples, length)."""
@@ -220,7 +246,7 @@ class Evaluation(Artifact):
     """Digest of the model."""
     label: str
     """What was done to the model last: dense, pruned, compensated."""
-    dataset: str
+    dataset: Annotated[str, NameOf("dataset")]
     perplexity: float
     loss: float
     """Mean next-token cross-entropy in nats."""

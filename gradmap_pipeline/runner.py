@@ -134,7 +134,8 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
         raise StageError(f"the result of step {step.id!r} is not in {str(store.root)!r}; all processes must share that folder")
     base = ran.outputs["model"]["model"]
     given = {output: getattr(result, output) for output in type(result).model_fields}
-    outputs = {output: _at_base(artifact, base) for output, artifact in given.items() if artifact is not None}
+    made = {output: artifact.with_names_of(step.stage) for output, artifact in given.items() if artifact is not None}
+    outputs = {output: _at_base(artifact, base) for output, artifact in made.items()}
     ran.outputs[step.id] = outputs
     options = step.stage.model_dump(mode="json")
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -26,7 +26,7 @@ from gradmap_pipeline import (
     StageError,
     hookimpl,
 )
-from gradmap_pipeline.artifacts import LINEAGE
+from gradmap_pipeline.artifacts import LINEAGE, NameOf
 from gradmap_pipeline.data import check_length
 from gradmap_pipeline.folders import extend_lineage, write_card
 from gradmap_pipeline.perplexity import perplexity_of
@@ -58,7 +58,7 @@ class QuantizedMatrices(Artifact):
     """Share of tokens, each after those before it, for which both graphs have the same most likely next token."""
     tokens: int
     """Tokens of the text that were predicted."""
-    text: str
+    text: Annotated[str, NameOf("dataset")]
 
 
 class QuantizeOnnx(FolderExport):

@@ -142,6 +142,19 @@ def test_changed_ratio_reuses_scores(folder: Path) -> None:
     assert "gradmap_score: done (from the store)" in said
 
 
+def test_a_result_from_the_store_has_the_name_of_now(folder: Path, text: Path, tmp_path: Path) -> None:
+    """Texts count by content: one of equal content is not evaluated again, and is told by its own name."""
+    gradmap("run", "r.yaml", "--quiet")
+    other = tmp_path / "other.txt"
+    other.write_bytes(text.read_bytes())
+    result = gradmap("run", "r.yaml", "--json", "--set", f"evaluate_dense.dataset.path={other}")
+    assert cached(result)["evaluate_dense"]
+    ended = {event["step"]: event["outputs"] for event in events(result) if event["event"] == "step_finished"}
+    assert ended["evaluate_dense"]["evaluation"]["dataset"] == str(other)
+    table = next(event for event in events(result) if event["event"] == "run_finished")["summary"]["models"]
+    assert str(other) in table[0]["perplexity"]
+
+
 def test_what_a_step_depends_on_runs_it_again(folder: Path, text: Path, tmp_path: Path) -> None:
     gradmap("run", "r.yaml", "--quiet")
     moved = tmp_path / "moved.txt"
