@@ -74,6 +74,27 @@ def _make_stream(old: IO[str] | None, descriptor: int, *, tells: bool) -> io.Tex
 
 
 @contextmanager
+def set_aside() -> Iterator[None]:
+    """What is written below Python meanwhile, by C or by other processes, is dropped. What this program writes is not.
+
+    Only where `guard_streams` has given this program descriptors of its own.
+    """
+    if not isinstance(getattr(getattr(sys.__stderr__ if sys.stderr is None else sys.stderr, "buffer", None), "raw", None), _Sink):
+        yield
+        return
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    with open(os.devnull, "wb") as nowhere:
+        for number, _ in kept:
+            os.dup2(nowhere.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@contextmanager
 def sole_output(is_wanted: bool = True) -> Iterator[IO[str]]:
     """Standard output for the caller alone: what anything else prints meanwhile, below Python too, goes to standard error."""
     ours = sys.stdout
