@@ -35,7 +35,8 @@ class _Sink(io.FileIO):
             except OSError as error:
                 self.is_lost = True
                 if self._tells and error.errno in _SHORTAGES:
-                    raise CapacityError(f"standard output cannot be written: {error.strerror}; free space on its disk") from error
+                    advice = "raise the limit on file size (ulimit -f)" if error.errno == errno.EFBIG else "free space on its disk"
+                    raise CapacityError(f"standard output cannot be written: {error.strerror}; {advice}") from error
             else:
                 if written is not None:
                     return written
