@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..data.columns import find_columns
 from ..errors import StageError
+from ..file_kinds import describe_other
 from .data_files import READERS, find_data
 from .settings import Task, Value, plain, strings_in
 from .templates import TEMPLATES, find_fields, find_template_fault
@@ -25,6 +26,10 @@ def find_data_faults(task: Task, bases: Sequence[Path]) -> Iterator[str]:
     missing = False
     for value in by_split.values():
         for item in value.items if value.items is not None else [value]:
+            for place in [] if item.text is None else find_data(item.text, bases):
+                if not place.is_file() and not place.is_dir():
+                    missing = True
+                    yield f"{item.where}: {str(place)!r} is {describe_other(place) or 'no file'}, not a file"
             if item.text is not None and "://" not in item.text and not find_data(item.text, bases):
                 missing = True
                 beside = ", ".join(sorted({repr(str(base)) for base in bases}))

@@ -44,7 +44,8 @@ class TaskFolder(RootModel[Path]):
         named: dict[Path, None] = {}
         for task in self.task_files():
             for place in [task.path, *(found for name in task.data_names() for found in find_data(name, [task.path.parent]))]:
-                inside = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+                held = place.rglob("*") if place.is_dir() else [place]
+                inside = sorted(file for file in held if file.is_file())
                 named |= dict.fromkeys(file for file in inside if not file.resolve().is_relative_to(root))
         return list(named)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,13 @@ def test_faults_of_tasks_are_told_by_a_check(case: str, llama: Path, tmp_path: P
     assert result.exit_code == 2, result.output
     assert re.search(message, result.stderr), result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_data_that_are_no_file_are_told_and_not_opened(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tasks", data="pipe.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(OptionError, match=r"line 3: '.*pipe\.jsonl' is a named pipe, not a file"):
+        make_stage(folder).forecast({})
 
 
 def test_tasks_that_lm_eval_takes_pass(tmp_path: Path) -> None:
