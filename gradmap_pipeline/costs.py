@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import CapacityError, GradmapError, ModelError, PluginError
+from .errors import CapacityError, GradmapError, ModelError, PluginError, first_line
 from .estimate import Estimate
 from .inspection import inspect_steps
 from .machine import Machine
@@ -100,8 +100,7 @@ def _ask(step: PlannedStep, inputs: dict[str, Any], rehearsal: Rehearsal) -> Est
 
 def _explain(error: BaseException, what: str, kind: type[GradmapError] = ModelError) -> GradmapError:
     """One line for an error that nobody foresaw."""
-    first_line = (str(error).strip().splitlines() or [""])[0]
     shortage = find_shortage(error)
     if shortage is not None:
         return CapacityError(f"{what}: {shortage.explain()}")
-    return kind(f"{what}: {type(error).__name__}: {first_line}")
+    return kind(f"{what}: {type(error).__name__}: {first_line(error)}")

@@ -92,6 +92,12 @@ class Interruption(GradmapError):  # noqa: N818 - nothing went wrong
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
 def on_one_line(error: BaseException) -> str:
     """The message of an error, its lines joined by semicolons."""
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

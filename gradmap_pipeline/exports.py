@@ -134,11 +134,11 @@ def load_folder(folder: Path, *, is_whole: bool = False, **options: Any) -> Any:
 
     Raises `StageError` where it cannot be loaded, or a library that it needs is not there.
     """
-    from .model.pretrained import first_line, load_model
+    from .model.pretrained import load_model, name_error
 
     try:
         return load_model(folder, is_whole=is_whole, **options)
     except ModelError as error:
         raise StageError(str(error)) from error
     except ImportError as error:
-        raise StageError(f"{str(folder)!r} cannot be loaded here: {first_line(error).partition(': ')[2]}") from error
+        raise StageError(f"{str(folder)!r} cannot be loaded here: {name_error(error).partition(': ')[2]}") from error

@@ -32,7 +32,8 @@ def _inspect(step: PlannedStep, inputs: dict[str, object], survey: Survey) -> No
         step.stage.inspect(inputs, survey)
     except GradmapError as error:
         if isinstance(error, OptionError):
-            where += f", option {error.option!r}"
+            override = step.overrides.get(error.option.partition(".")[0])
+            where += f", option {error.option!r}{f' ({override})' if override else ''}"
         error.where = error.where or where
         raise
     except KeyboardInterrupt:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .shortages import name_place
+
 _PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}")
 _LOCK = ".lock"
 _OLD = ".old"
@@ -53,6 +55,9 @@ def partial_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
     try:
         partial.mkdir(mode)
         yield partial
+    except Exception as error:
+        name_place(error, partial, final)
+        raise
     finally:
         _remove(partial, lock)
 

@@ -43,6 +43,8 @@ class PlannedStep:
     """What the Python it runs in must have; None: it runs in the one that is running."""
     python: Path | None = None
     """The Python to run it in, given by the recipe. Default: one made for `environment`."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """By option, the part of the command line that set it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,9 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
     numbers = {step.id: number for number, step in enumerate(recipe.steps)}
     written: list[tuple[Path, str]] = []
     for step in steps:
-        where: Location = ("steps", numbers[step.id], "with")
         for folder in step.stage.writes():
             target = folder.resolve()
+            where: Location = ("steps", numbers[step.id], "with", *_find_option(step.stage, folder))
             other = next((by for place, by in written if overlaps(place, target)), None)
             if other is not None:
                 message = f"writes {str(folder)!r}, which is, holds or lies in what step {other!r} writes; choose another folder"
@@ -128,6 +130,11 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
                 message = f"would write {str(folder)!r}, which {hit.find_relation(target)} {hit.name}; choose another folder"
                 yield recipe.problem(where, f"step {step.id!r} {message}")
             written.append((target, step.id))
+
+
+def _find_option(stage: Stage, path: Path) -> Location:
+    """The option that names a path; nothing where none does."""
+    return next(((name,) for name in type(stage).model_fields if getattr(stage, name) == path), ())
 
 
 def _plan_step(
@@ -170,7 +177,9 @@ def _plan_step(
         return None
     python = step.run.python if step.run is not None else None
     environment = stage_class.environment if python is None else stage_class.environment or Environment(())
-    return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts), advice, environment, python)
+    places = {name: recipe.where((*at, "with", name)) for name in step.options}
+    overrides = {name: place for name, place in places.items() if place.startswith("--set ")}
+    return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts), advice, environment, python, overrides)
 
 
 def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe) -> Iterator[Problem]:

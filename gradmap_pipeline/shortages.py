@@ -26,6 +26,12 @@ _MEMORY = re.compile(
     rf"|pthread_create failed|(?:os error|errno) {errno.ENOMEM}\b",
     re.IGNORECASE,
 )
+_LARGE = re.compile(rf"file too large|(?:os error|errno) {errno.EFBIG}\b", re.IGNORECASE)
+_FULL_DISK = re.compile(
+    rf"no space left|quota exceeded|not enough space|(?:os error|errno) (?:{errno.ENOSPC}|{errno.EDQUOT})\b", re.IGNORECASE
+)
+_PLACE = "gradmap_place"
+"""Attribute of an error: where a shortage was met."""
 _SHORT = 1 << 26
 _FULL = 1 << 24
 """Bytes: a disk with less than this free is taken for the full one, where the error does not name it."""
@@ -45,14 +51,21 @@ class Shortage:
         """One sentence: what ran out, where, and what to do. `places`: folders that may lie on the full disk."""
         if self.resource == "memory":
             return f"ran out of memory: {self.detail}; close other programs, or use less with --memory or --dtype bfloat16"
-        path = self.path or _find_full([*places, Path.cwd(), Path(tempfile.gettempdir())])
-        where = f" at {path!r}" if path and path not in self.detail else ""
-        if "too large" in self.detail.lower():
-            advice = "the limit on the size of files (ulimit -f, or the file system's own) must be higher"
-        else:
-            advice = (
-                "free space there, or name folders on another disk (--store, options of the recipe, TMPDIR for temporary files)"
+        full = _find_full([*places, Path.cwd(), Path(tempfile.gettempdir())])
+        if _LARGE.search(self.detail) or (full is None and not _FULL_DISK.search(self.detail) and _file_limit() is not None):
+            path = self.path or next(map(str, places), None)
+            where = f" at {path!r}" if path and path not in self.detail else ""
+            limit = _file_limit()
+            if limit is None:
+                advice = "the file system holds none that large, so name a folder on another"
+                return f"could not write a file{where}: {self.detail}; {advice}"
+            return (
+                f"could not write a file{where}: {self.detail}; the limit of this process on file size (ulimit -f) is "
+                f"{limit / 2**20:.4g} MiB, so raise or remove it"
             )
+        path = self.path or full
+        where = f" at {path!r}" if path and path not in self.detail else ""
+        advice = "free space there, or name folders on another disk (--store, options of the recipe, TMPDIR for temporary files)"
         return f"ran out of disk{where}: {self.detail}; {advice}"
 
 
@@ -74,6 +87,32 @@ def find_shortage_in(text: str) -> Shortage | None:
         if resource is not None:
             return Shortage(resource, line.strip())
     return None
+
+
+def _file_limit() -> int | None:
+    """Bytes that a file of this process may hold; None: no limit."""
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def name_place(error: BaseException, partial: Path, final: Path) -> None:
+    """Have an error that says a file grew too large, without its name, say which: the largest of a folder in the making.
+
+    `final`: the name that the folder would have got.
+    """
+    shortage = find_shortage(error) if isinstance(error, Exception) else None
+    if shortage is None or shortage.resource == "memory" or shortage.path is not None:
+        return
+    if not _LARGE.search(shortage.detail) and (_FULL_DISK.search(shortage.detail) or _file_limit() is None):
+        return
+    with suppress(OSError, AttributeError):
+        sizes = {file: file.stat().st_size for file in partial.rglob("*") if file.is_file()}
+        largest = max(sizes, key=lambda file: sizes[file], default=None)
+        setattr(error, _PLACE, str(final if largest is None else final / largest.relative_to(partial)))
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -129,6 +168,9 @@ def _resource_in(text: str) -> Literal["memory", "disk"] | None:
 
 def _path_of(error: BaseException) -> str | None:
     """The file an error names."""
+    noted = getattr(error, _PLACE, None)
+    if isinstance(noted, str):
+        return noted
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return next((str(target) for _, target, why in error.args[0] if _DISK.search(str(why))), None)
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)

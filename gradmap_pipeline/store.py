@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from .artifacts import Artifact
 from .digests import sha256_of, sha256_of_value
-from .errors import StageError
+from .errors import StageError, first_line
 from .output_checks import dump_outputs
 from .partial import clear_partial_folders, partial_folder, replace_folder, write_file
 
@@ -144,7 +144,9 @@ class Store:
         try:
             text = json.dumps({"key": key, "value": value, "seconds": seconds}, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
-            raise StageError(f"a value that it wants remembered cannot be stored: {_first_line(error)}") from error
+            raise StageError(
+                f"a value that it wants remembered cannot be stored: {first_line(error) or type(error).__name__}"
+            ) from error
         self._write(self._unit(stage, key), json.dumps(_with_digest(json.loads(text))))
 
     def save_traceback(self, text: str) -> Path:
@@ -226,7 +228,3 @@ def _remove_unless(is_right: Callable[[Path], bool], path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -35,7 +35,8 @@ class _Sink(io.FileIO):
             except OSError as error:
                 self.is_lost = True
                 if self._tells and error.errno in _SHORTAGES:
-                    raise CapacityError(f"standard output cannot be written: {error.strerror}; free space on its disk") from error
+                    advice = "raise the limit on file size (ulimit -f)" if error.errno == errno.EFBIG else "free space on its disk"
+                    raise CapacityError(f"standard output cannot be written: {error.strerror}; {advice}") from error
             else:
                 if written is not None:
                     return written
@@ -71,6 +72,27 @@ def _make_stream(old: IO[str] | None, descriptor: int, *, tells: bool) -> io.Tex
     encoding = getattr(old, "encoding", None) or "utf-8"
     unbuffered = not tells or sink.isatty()
     return io.TextIOWrapper(io.BufferedWriter(sink), encoding, "backslashreplace", line_buffering=unbuffered)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """What is written below Python meanwhile, by C or by other processes, is dropped. What this program writes is not.
+
+    Only where `guard_streams` has given this program descriptors of its own.
+    """
+    if not isinstance(getattr(getattr(sys.__stderr__ if sys.stderr is None else sys.stderr, "buffer", None), "raw", None), _Sink):
+        yield
+        return
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    with open(os.devnull, "wb") as nowhere:
+        for number, _ in kept:
+            os.dup2(nowhere.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 @contextmanager

@@ -5,20 +5,15 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import cache
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gradmap_pipeline import (
     Artifact,
-    CapacityError,
     Context,
     Export,
     ModelGraph,
@@ -32,10 +27,10 @@ from gradmap_pipeline import (
 )
 from gradmap_pipeline.tasks import TaskFolder
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 _RESAMPLES = 1000  # of documents, for the standard error of metrics that have no formula for it
+
+
+_SHOWN = 5  # faults of tasks told at once
 
 
 class TaskScore(BaseModel):
@@ -102,11 +97,16 @@ class EvaluateLmEval(Stage):
         return {}
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        self._find_tasks()
+        from gradmap_pipeline.tasks.harness import try_tasks
+
+        tasks, manager = self._find_tasks()
+        if self.task_folder is not None:
+            try_tasks(manager, self.task_folder, tasks, allow_code=self.allow_code)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import load_tokenizer
         from gradmap_pipeline.tasks.guard import guarded
+        from gradmap_pipeline.tasks.harness import make_harness, quietly
 
         model = inputs.model
         graph = model.graph if isinstance(model, Export) else model
@@ -118,8 +118,8 @@ class EvaluateLmEval(Stage):
 
                 def measure(task: str = task) -> list[dict[str, Any]]:
                     nonlocal harness
-                    with _quiet(), guarded(self.task_folder, allow_code=self.allow_code):
-                        harness = harness or _make_harness(model, load_tokenizer(graph.base), self.batch_size, context)
+                    with quietly(), guarded(self.task_folder, allow_code=self.allow_code):
+                        harness = harness or make_harness(model, load_tokenizer(graph.base), self.batch_size, context)
                         return self._measure(harness, task, manager, context.seed)
 
                 key = {
@@ -140,8 +140,11 @@ class EvaluateLmEval(Stage):
 
     def _check_folder(self, folder: TaskFolder) -> None:
         """Raise `OptionError` where the folder cannot be read, or would have Python run that nobody allowed."""
+        from gradmap_pipeline.tasks.checks import find_faults
+
         try:
             code = [] if self.allow_code else list(folder.find_code())
+            faults = [] if code else list(find_faults(folder, self.tasks, allow_code=self.allow_code))
             folder.outside_files()
         except (ValueError, OSError) as error:
             raise OptionError("task_folder", str(error)) from error
@@ -149,25 +152,23 @@ class EvaluateLmEval(Stage):
             others = f" (and {len(code) - 1} more)" if len(code) > 1 else ""
             advice = "read it, and set `allow_code: true` if it may run"
             raise OptionError("task_folder", f"would run Python code: {code[0]}{others}; {advice}")
+        if faults:
+            others = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+            raise OptionError("task_folder", "; ".join(faults[:_SHOWN]) + others)
 
     def _find_tasks(self) -> tuple[list[str], Any]:
         """The tasks that the names stand for, and lm-eval's manager of them. Raises `OptionError`."""
         from gradmap_pipeline.digests import sha256_of_value
-        from gradmap_pipeline.tasks.guard import check_metrics
+        from gradmap_pipeline.tasks.harness import open_manager
         from gradmap_pipeline.validation import suggest
 
         if self.task_folder is not None:
             self._check_folder(self.task_folder)
-            if not self.allow_code:
-                try:
-                    check_metrics(self.task_folder)
-                except StageError as error:
-                    raise OptionError("task_folder", f"{error}; set `allow_code: true` if it may run") from error
         folder = None if self.task_folder is None else str(self.task_folder.root.resolve())
         content = None if self.task_folder is None else sha256_of_value(self.task_folder.fingerprint(_digest))
-        manager = None if folder is None else _open_manager(folder, content, defaults=False)
+        manager = None if folder is None else open_manager(folder, content, defaults=False)
         if manager is None or not set(self.tasks) <= set(manager.all_tasks):
-            manager = _open_manager(folder, content, defaults=True)
+            manager = open_manager(folder, content, defaults=True)
         for task in self.tasks:
             if task not in manager.all_tasks:
                 near = suggest(task, manager.all_tasks)
@@ -227,54 +228,6 @@ def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
     return TaskScore(task=task, metrics=metrics, errors=errors, higher_is_better=higher, samples=samples, version=version)
 
 
-@cache
-def _open_manager(folder: str | None, content: str | None, *, defaults: bool) -> Any:
-    """lm-eval's manager of tasks; to look through its own takes it some ten seconds. `content`: digest of the folder."""
-    from lm_eval.tasks import TaskManager
-
-    with _quiet():
-        return TaskManager(include_path=folder, include_defaults=defaults)
-
-
-def _make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_size: int, context: Context) -> Any:
-    """The model as lm-eval takes it: whole, in memory."""
-    from lm_eval.models.huggingface import HFLM
-
-    from gradmap_pipeline.exports import load_folder
-    from gradmap_pipeline.memory import resident_bytes
-    from gradmap_pipeline.model.lengths import lengths_apart
-    from gradmap_pipeline.model.rope import forget_lengths
-    from gradmap_pipeline.model.whole import load_whole
-
-    width = 4 if context.dtype == "float32" else 2
-    needed = model.count_parameters() * width if isinstance(model, ModelGraph) else model.count_bytes()
-    free = context.memory - resident_bytes(context.device)
-    if needed > free:
-        raise CapacityError(
-            f"lm-eval needs the whole model in memory, {needed / 2**30:.2f} GiB, and of the memory allowed "
-            f"{max(0, free) / 2**30:.2f} GiB are left; use --dtype bfloat16, allow more with --memory, or use evaluate"
-        )
-    if isinstance(model, ModelGraph):
-        loaded = load_whole(model, context.dtype, context.device)
-    else:
-        loaded = load_folder(model.folder).to(context.device)
-    _guard_embeddings(loaded, tokenizer)
-    forget_lengths(loaded)
-    alone = lengths_apart(loaded.config.to_dict())  # then the harness must not pad one sequence to the length of another
-    return HFLM(pretrained=loaded.eval(), tokenizer=tokenizer, batch_size=1 if alone else batch_size, trust_remote_code=False)
-
-
-def _guard_embeddings(loaded: Any, tokenizer: Any) -> None:
-    """Have ids that the model has no embedding for refused by name, and padding done with one that it has."""
-    from gradmap_pipeline.data.tokenizer import check_ids
-
-    table = loaded.get_input_embeddings()
-    rows = int(table.weight.shape[0])
-    if isinstance(tokenizer.pad_token_id, int) and tokenizer.pad_token_id >= rows:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    table.register_forward_pre_hook(lambda _, inputs: check_ids(inputs[0].tolist(), tokenizer, rows))
-
-
 def _show(score: TaskScore, metric: str) -> str:
     error = score.errors.get(metric)
     return f"{metric} {score.metrics[metric]:.4g}{f' ± {error:.2g}' if error is not None else ''}"
@@ -284,18 +237,6 @@ def _digest(file: Path) -> str:
     from gradmap_pipeline.digests import sha256_of
 
     return sha256_of(file)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what lm-eval says to itself: every bar and log line it has is about its own work."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-            yield
-    finally:
-        logging.disable(level)
 
 
 @hookimpl

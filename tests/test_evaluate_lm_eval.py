@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gradmap_plugins import evaluate_lm_eval
 from gradmap_plugins.evaluate_lm_eval import EvaluateLmEval, make_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline import CapacityError, OptionError, QualityError, StageError
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.tasks import harness
 from gradmap_pipeline.testing import make_context, run_stage
 
 pytest.importorskip("lm_eval")
@@ -155,10 +157,8 @@ def test_in_a_recipe(llama: Path, tasks: Path, tmp_path: Path, monkeypatch: pyte
     cached = [json.loads(line)["cached"] for line in result.stdout.splitlines() if '"step_finished"' in line]
     assert cached == [True, False, True, False], "tasks count by what their folder holds"
 
-    opened = evaluate_lm_eval._open_manager  # without lm-eval's own tasks, which take it ten seconds to list
-    monkeypatch.setattr(
-        evaluate_lm_eval, "_open_manager", lambda folder, content, *, defaults: opened(folder, content, defaults=False)
-    )
+    opened = harness.open_manager  # without lm-eval's own tasks, which take it ten seconds to list
+    monkeypatch.setattr(harness, "open_manager", lambda folder, content, *, defaults: opened(folder, content, defaults=False))
     result = gradmap("run", "r.yaml", "--set", "again.tasks=[local_chance]")
     assert result.exit_code == 2
     assert "step 'again', option 'tasks': lm-eval has no task 'local_chance'; did you mean" in " ".join(result.stderr.split())
@@ -191,3 +191,12 @@ def test_filters_and_errors_are_told_apart() -> None:
     assert score.errors == {"acc": 0.1}
     assert score.higher_is_better == {"acc": True}
     assert (score.samples, score.version) == (4, "1.0")
+
+
+def test_nothing_of_git_on_the_terminal(llama: Path, tasks: Path, tmp_path: Path) -> None:
+    """lm-eval asks git for a hash, in a process that writes where this one does."""
+    step = {"use": "evaluate_lm_eval", "with": {"tasks": ["local_choice"], "task_folder": "tasks", "samples": 2}}
+    (tmp_path / "r.yaml").write_text(json.dumps({"version": 1, "model": {"path": str(llama)}, "steps": [step]}))
+    command = [sys.executable, "-m", "gradmap_pipeline", "run", "r.yaml", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..file_kinds import describe_other
+
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """Suffixes that may follow those of text files."""
@@ -59,8 +61,16 @@ def _list_folder(folder: Path) -> list[Path]:
     for name, kind in (("adapter_config.json", "an adapter"), ("config.json", "a model")):
         if (folder / name).is_file() and any(folder.glob("*.safetensors")):
             raise ValueError(f"{str(folder)!r} is the folder of {kind}, not of data")
-    files = sorted(file for file in folder.iterdir() if kind_of(file) is not None and file.is_file())
-    return [file for file in files if not _is_about_data(file)]
+    named = sorted(file for file in folder.iterdir() if kind_of(file) is not None and not _is_about_data(file))
+    for file in named:
+        other = describe_other(file)
+        if other is not None and not file.is_dir():
+            raise ValueError(f"{str(file)!r} is {other}, not a file")
+    files = [file for file in named if file.is_file()]
+    inner = next((file for file in named if file.is_dir()), None)
+    if files and inner is not None:
+        raise ValueError(f"{str(inner)!r} is a folder, not a file; name it alone, or move it elsewhere")
+    return files
 
 
 def _is_about_data(file: Path) -> bool:

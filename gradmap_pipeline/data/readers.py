@@ -75,6 +75,16 @@ def read_text(file: Path) -> Iterator[str]:
 
 
 def _read_json(file: Path, column: str) -> Iterator[Row]:
+    for place, value in read_objects(file):
+        if not isinstance(value, dict):
+            raise StageError(f"{place}: found {describe(value)}, where each row must be a JSON object, as {{{column!r}: …}}")
+        if column not in value:
+            raise StageError(f"{place}: {_no_column(column, list(value))}")
+        yield Row(value[column], place)
+
+
+def read_objects(file: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSON file, one a line or in one list, each with its place."""
     with _open(file) as stream:
         lines = _decode_lines(file, stream)
         first = next(((number, line) for number, line in lines if line.strip()), None)
@@ -82,12 +92,7 @@ def _read_json(file: Path, column: str) -> Iterator[Row]:
             return
         values = _read_array(file, first, lines) if first[1].lstrip().startswith("[") else _read_lines(file, first, lines)
         for number, value in values:
-            place = f"{str(file)!r}, line {number}"
-            if not isinstance(value, dict):
-                raise StageError(f"{place}: found {describe(value)}, where each row must be a JSON object, as {{{column!r}: …}}")
-            if column not in value:
-                raise StageError(f"{place}: {_no_column(column, list(value))}")
-            yield Row(value[column], place)
+            yield f"{str(file)!r}, line {number}", value
 
 
 def _read_lines(file: Path, first: tuple[int, str], lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Any]]:

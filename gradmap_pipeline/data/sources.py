@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..digests import sha256_of_value
-from ..errors import StageError
+from ..errors import StageError, first_line
 from .documents import LONG_BYTES, Document, LongText, make_documents, shuffle_documents
 from .files import compression_of, find_files, kind_of
 from .readers import Row, read_rows, read_text
@@ -137,8 +137,7 @@ class DatasetSource(BaseModel):
         except StageError:
             raise
         except Exception as error:  # the hub client raises a dozen unrelated types for the same user-facing fact
-            first_line = (str(error).strip().splitlines() or [""])[0]
             raise StageError(
-                f"cannot read data set {self.name!r} from the Hugging Face hub ({type(error).__name__}: {first_line}); "
+                f"cannot read data set {self.name!r} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); "
                 "check the name and the network, or use a local file: `dataset: {path: FILE}`"
             ) from error

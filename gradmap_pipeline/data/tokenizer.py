@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, StageError
@@ -59,8 +60,43 @@ def check_ids(rows: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase,
     beyond = next((token for row in rows if max(row, default=0) >= embeddings for token in row if token >= embeddings), None)
     if beyond is not None:
         token = tokenizer.convert_ids_to_tokens(beyond)
+        rows_said = f"the model has {embeddings} token embeddings (ids 0 to {embeddings - 1})"
+        if token is None:
+            raise StageError(_explain_unknown_id(tokenizer, beyond, rows_said))
         raise StageError(
-            f"token {token!r} has the id {beyond}, but the model has {embeddings} token embeddings (ids 0 to {embeddings - 1}); "
+            f"token {token!r} has the id {beyond}, but {rows_said}; "
             "tokens were added to the tokenizer and not to the model: use the tokenizer the model was trained with, "
             f"or call resize_token_embeddings({len(tokenizer)}) on the model and train it"
         )
+
+
+def _explain_unknown_id(tokenizer: PreTrainedTokenizerBase, beyond: int, rows_said: str) -> str:
+    """For an id that the tokenizer gives and that is none of its vocabulary's: of its post-processor, which has ids of its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    processor = {} if backend is None else json.loads(backend.to_str()).get("post_processor") or {}
+    name = next((name for name, known in _ids_of(processor) if known == beyond), None)
+    if name is None:
+        return f"the tokenizer gives the id {beyond}, which no token of its vocabulary has, but {rows_said}; mend the tokenizer"
+    vocabulary = tokenizer.get_vocab()
+    known_as = f"gives that token the id {vocabulary[name]}" if name in vocabulary else "has no such token"
+    return (
+        f"the post-processor of the tokenizer (tokenizer.json) adds {name!r} with the id {beyond}, but {rows_said}; the vocabulary "
+        f"{known_as}: write the right id there, or take the token out of the post-processor"
+    )
+
+
+def _ids_of(processor: Any) -> Iterator[tuple[str, int]]:
+    """Special tokens of a post-processor and their ids: of templates, of BERT's and RoBERTa's, and of sequences of these."""
+    if isinstance(processor, list):
+        if len(processor) == 2 and isinstance(processor[0], str) and isinstance(processor[1], int):
+            yield processor[0], processor[1]
+        else:
+            for part in processor:
+                yield from _ids_of(part)
+    elif isinstance(processor, dict):
+        if isinstance(processor.get("ids"), list) and isinstance(processor.get("id"), str):
+            tokens = processor.get("tokens") or [processor["id"]] * len(processor["ids"])
+            yield from zip(tokens, processor["ids"], strict=False)
+        else:
+            for part in processor.values():
+                yield from _ids_of(part)

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ModelError
+from ..file_kinds import describe_other
 from .infinities import find_infinite
 
 INDEX = "model.safetensors.index.json"
@@ -18,6 +19,8 @@ _WEIGHTS = "model.safetensors"
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 _DEEPEST = 64
 """Levels of nesting in a JSON file; configs have about six."""
+_OF_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Endings of files that a model is read from; other programs have folders of theirs beside it."""
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -62,6 +65,9 @@ def check_folder(folder: Path) -> None:
     if adapter is not None:
         _refuse_adapter(folder, adapter, has_weights="config.json" in names and _has_weights(names))
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]):
+        kind = describe_other(path)
+        if kind is not None and (path.suffix in _OF_FILES or not path.is_dir()) and _is_inside(folder, path):
+            raise ModelError(f"{str(path)!r} is {kind}, not a file")
         if path.is_symlink() and (path.name == TEMPLATES or not path.is_dir()):
             check_inside(folder, path)
 
@@ -76,6 +82,15 @@ def check_inside(folder: Path, file: Path) -> None:
     is_cached = home.parent.name == "snapshots" and real.parent == blobs
     if not (real.is_relative_to(home) or is_cached):
         raise ModelError(f"{str(file)!r} is a link to {str(real)!r}, outside the model folder; put the file itself there")
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    """Whether a link out of the folder is not what is to be told of a path."""
+    try:
+        check_inside(folder, path)
+    except ModelError:
+        return False
+    return True
 
 
 def find_shards(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..partial import scratch_folder
 from ..shortages import is_shortage
 from .files import check_folder, read_json
@@ -171,9 +171,9 @@ def _refusals(what: str, passing: tuple[type[Exception], ...] = (), advice: str 
         ):
             raise
         end = f"; {advice}" if advice else ""
-        raise ModelError(f"{what} ({first_line(error)}){end}") from error
+        raise ModelError(f"{what} ({name_error(error)}){end}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The name of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+def name_error(error: BaseException) -> str:
+    """The name of an error and what it says, short."""
+    return f"{type(error).__name__}: {first_line(error)[:300]}"

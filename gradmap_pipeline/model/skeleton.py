@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..shortages import is_shortage
-from .pretrained import first_line, make_model
+from .choices import find_unknown_name
+from .pretrained import make_model, name_error
 from .sizes import Room
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def build_skeleton(
     except Exception as error:  # an architecture's own code, given numbers that nobody has tried
         if isinstance(error, ModelError) or is_shortage(error):
             raise
-        raise ModelError(f"transformers cannot build this model: {first_line(error)}") from error
+        unknown = find_unknown_name(config.to_dict())
+        if isinstance(error, KeyError) and unknown is not None and error.args == (unknown.value,):
+            raise ModelError(f"transformers cannot build this model: {unknown}") from error
+        raise ModelError(f"transformers cannot build this model: {name_error(error)}") from error
     built: PreTrainedModel = model
     return built
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..artifacts import ModelForecast
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from . import depth
+from .choices import find_unknown_name
 from .files import INDEX, TEMPLATES, check_folder, check_inside, find_shards, read_json, read_weight_map
 from .sizes import check_sizes, read_shapes
 
@@ -110,7 +111,7 @@ class ModelSource(BaseModel):
             raise
         except Exception as error:  # the hub client raises a dozen unrelated types for the same user-facing fact
             raise ModelError(
-                f"cannot get model {self.id!r} from the Hugging Face hub ({type(error).__name__}: {_first_line(error)}); "
+                f"cannot get model {self.id!r} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); "
                 "check the name and the network, or download it elsewhere and use `model: {path: FOLDER}`"
             ) from error
         check_model_folder(folder)
@@ -123,9 +124,23 @@ class ModelSource(BaseModel):
             return ModelForecast()
         config = load_config(folder)
         check_sizes(config, read_shapes(folder), folder)
+        if find_unknown_name(config) is not None:  # most architectures cannot be built with it; transformers knows
+            _try_to_build(folder)
         layers = count_layers(config)
         kept = None if layers is None else tuple(range(layers))
         return ModelForecast(layers=layers, kept=kept, positions=count_positions(config), config=text_config(config), folder=folder)
+
+
+def _try_to_build(folder: Path) -> None:
+    """Raise `ModelError` where transformers cannot make the model of a folder, without its weights."""
+    from .checkpoint import read_folder
+    from .pretrained import read_config
+    from .skeleton import build_skeleton
+
+    try:
+        build_skeleton(read_config(folder), read_folder(folder))
+    except ModelError as error:
+        raise ModelError(f"{str(folder / 'config.json')!r}: {error}") from error
 
 
 def check_model_folder(folder: Path) -> None:
@@ -217,7 +232,3 @@ def _is_complete(folder: Path) -> bool:
         return False
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))
     return has_tokenizer and all((folder / shard).is_file() for shard in shards)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StageError
+from ..errors import StageError, first_line
 from .layout import find_graph
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class OnnxSession:
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime has an exception class for each of its status codes
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            raise StageError(f"ONNX Runtime cannot open {str(graph)!r}: {first_line}") from error
+            raise StageError(f"ONNX Runtime cannot open {str(graph)!r}: {first_line(error)}") from error
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._names = [name for name in self._inputs if name.startswith("past_key_values.")]

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, StageError
+from ..errors import ModelError, StageError, first_line
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -56,8 +56,7 @@ def trace(model: PreTrainedModel) -> onnx_ir.Model:
             config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET)
             graph: onnx_ir.Model = OnnxExporter().export(_make_flat(model), sample, config).program  # type: ignore[arg-type]
     except Exception as error:  # tracing fails in as many ways as there is Python code
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise StageError(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first_line[:300]}") from error
+        raise StageError(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first_line(error)[:300]}") from error
     _name_inputs(graph)
     _name_dimensions(graph)
     _read_batch_from_ids(graph)

@@ -39,6 +39,8 @@ class TaskFile:
     entries: tuple[Entry, ...]
     tags: tuple[tuple[int, str], ...]
     """Line and text of each value with a tag that is not plain YAML."""
+    root: Any = None
+    """The file as PyYAML's node; None: it is empty."""
 
     def includes(self) -> list[Path]:
         """Files that this one includes. Raises `ValueError` where one is not there."""
@@ -75,12 +77,6 @@ class TaskFile:
             elif entry.key == "hf_evaluate" and value is not False:
                 yield f"{where}: hf_evaluate loads a metric's code"
 
-    def metrics(self) -> Iterator[tuple[str, str]]:
-        """Name and place of each metric."""
-        for entry in self.entries:
-            if entry.key == "metric" and "metric_list" in entry.path and isinstance(entry.value, str):
-                yield entry.value, self._where(entry.line)
-
     def _is_script(self, name: str) -> bool:
         if name.endswith(".py"):
             return True
@@ -107,10 +103,11 @@ def read_task_file(path: Path) -> TaskFile:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ValueError(f"{str(path)!r} holds values that are nested more than {MAX_DEPTH} deep")
-        _collect(yaml.compose(text, Loader=loader), (), entries, tags, set())
+        root = yaml.compose(text, Loader=loader)
+        _collect(root, (), entries, tags, set())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    return TaskFile(path, tuple(entries), tuple(tags))
+    return TaskFile(path, tuple(entries), tuple(tags), root)
 
 
 def _collect(node: Any, path: tuple[str, ...], entries: list[Entry], tags: list[tuple[int, str]], seen: set[int]) -> None:

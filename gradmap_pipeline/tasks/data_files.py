@@ -7,7 +7,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from ..errors import StageError
+from ..errors import StageError, first_line
 
 READERS = ("json", "csv", "parquet", "arrow", "text")
 """Values of `dataset_path` by which lm-eval reads local files."""
@@ -68,8 +68,7 @@ def load_local(reader: str, name: str | None, options: dict[str, Any], folders: 
         raise
     except Exception as error:  # its readers fail in as many ways as there are formats
         told = error.__cause__ or error
-        first_line = (str(told).strip().splitlines() or [""])[0]
-        raise StageError(f"cannot read the task's data ({type(told).__name__}: {first_line}); named: {options}") from error
+        raise StageError(f"cannot read the task's data ({type(told).__name__}: {first_line(told)}); named: {options}") from error
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,15 @@ class TaskFolder(RootModel[Path]):
         named: dict[Path, None] = {}
         for task in self.task_files():
             for place in [task.path, *(found for name in task.data_names() for found in find_data(name, [task.path.parent]))]:
-                inside = sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+                held = place.rglob("*") if place.is_dir() else [place]
+                inside = sorted(file for file in held if file.is_file())
                 named |= dict.fromkeys(file for file in inside if not file.resolve().is_relative_to(root))
         return list(named)
 
     def task_files(self) -> list[TaskFile]:
         """The folder's YAML files and all that they include, but for those of lm-eval itself. Raises `ValueError`."""
         files: dict[Path, TaskFile] = {}
-        waiting = sorted(file for file in self._own_files() if file.suffix == ".yaml")
+        waiting = self.yaml_files()
         while waiting:
             path = waiting.pop(0)
             if path.resolve() in files or _is_of_library(path):
@@ -58,6 +60,33 @@ class TaskFolder(RootModel[Path]):
             file = files[path.resolve()] = read_task_file(path)
             waiting += file.includes()
         return list(files.values())
+
+    def find_bases(self, files: Mapping[Path, TaskFile], starts: Sequence[Path]) -> list[Path]:
+        """Where relative paths of data may start: the folders of some files and of what those include, then this folder.
+
+        `files`: those of the folder, by their resolved paths.
+        """
+        waiting, seen, folders = list(starts), set[Path](), dict[Path, None]()
+        while waiting:
+            path = waiting.pop(0)
+            folders[path.parent] = None
+            if path in files and path not in seen:
+                seen.add(path)
+                waiting += [include.resolve() for include in files[path].includes()]
+        return list(dict.fromkeys([*folders, self.root]))
+
+    def misnamed_files(self) -> list[TaskFile]:
+        """Files that would define tasks, but that lm-eval does not read for the end of their names."""
+        found = []
+        for file in self._own_files():
+            if file.suffix == ".yml":
+                with suppress(ValueError):  # it may be of anybody
+                    found.append(read_task_file(file))
+        return found
+
+    def yaml_files(self) -> list[Path]:
+        """The files in which lm-eval looks for tasks."""
+        return [file for file in self._own_files() if file.suffix == ".yaml"]
 
     def find_code(self) -> Iterator[str]:
         """For each place where a task would have Python run: where it is, and what it is."""

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import StageError
 from ..partial import scratch_folder
 from .data_files import READERS, find_data, load_local
 from .folder import TaskFolder
@@ -53,27 +52,10 @@ def guarded(folder: TaskFolder | None, *, allow_code: bool) -> Iterator[None]:
             ConfigurableTask.download, utils.env = download, environment
 
 
-def check_metrics(folder: TaskFolder) -> None:
-    """Raise `StageError` where a metric is not lm-eval's own: it would be fetched from elsewhere as code."""
-    import lm_eval.api.metrics  # noqa: F401 - registers them
-    from lm_eval.api import registry
-
-    known = getattr(registry, "metric_registry", None) or getattr(registry, "METRIC_REGISTRY", {})
-    for file in folder.task_files():
-        for name, where in file.metrics():
-            if name not in known:
-                raise StageError(f"{where}: lm-eval has no metric {name!r} of its own, and would load its code from elsewhere")
-
-
 def _folders_of(task: Any, files: dict[Path, Any], folder: TaskFolder | None) -> list[Path]:
-    """Where a task's relative paths may start: the folders of its YAML and of what that includes, then the task folder."""
+    """Where a task's relative paths may start."""
+    if folder is None:
+        return []
     metadata = getattr(task.config, "metadata", None) or {}
     source = Path(str(metadata.get("config_source", ""))).resolve()
-    waiting, folders = [source] if source in files else list(files), []
-    while waiting:
-        path = waiting.pop(0)
-        if path.parent not in folders:
-            folders.append(path.parent)
-        if path in files:
-            waiting += [include.resolve() for include in files[path].includes() if include.resolve().parent not in folders]
-    return [*folders, *([] if folder is None else [folder.root])]
+    return folder.find_bases(files, [source] if source in files else list(files))

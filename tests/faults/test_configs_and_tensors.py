@@ -323,3 +323,25 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_any_step(name: str,
 def test_a_generation_config_that_transformers_refuses(model: Path) -> None:
     (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": -3}))
     assert_refused("generation_config.json' is refused by transformers", "run")
+
+
+def test_names_that_transformers_has_no_such_thing_for(model: Path) -> None:
+    """Told with the field by a check, which asks transformers only then; the tables are transformers' own."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    change_config(model, hidden_act="foo")
+    accepted = f"accepted: {', '.join(ACT2FN)} (transformers' ACT2FN)"
+    assert_refused(f"transformers cannot build this model: 'hidden_act' is 'foo'; {accepted}", "check", "run")
+    change_config(model, hidden_act="silu", rope_parameters={"rope_type": "foo", "rope_theta": 1e4})
+    accepted = f"accepted: default, {', '.join(ROPE_INIT_FUNCTIONS)} (transformers' ROPE_INIT_FUNCTIONS)"
+    assert_refused(f"'rope_parameters.rope_type' is 'foo'; {accepted}", "check", "run")
+    change_config(model, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, hidden_activation="foo")
+    assert gradmap("check").exit_code == 0, "Llama has no such field"
+
+
+def test_a_field_of_another_type_is_told_with_the_reason(model: Path) -> None:
+    change_config(model, rms_norm_eps="a")
+    assert_refused(
+        "Validation error for field 'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float, got str (value: 'a')", "run"
+    )

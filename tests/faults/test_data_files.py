@@ -20,6 +20,7 @@ from gradmap_pipeline import DatasetSource, StageError
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data import load_tokenizer, make_sequences
 from gradmap_pipeline.data.documents import Chat, LongText
+from gradmap_pipeline.data.files import find_files
 from gradmap_pipeline.model.graph import open_folder
 
 TEXTS = ["first", "second, with a\nnew line", "third"]
@@ -311,3 +312,14 @@ def test_draws_do_not_depend_on_how_rows_are_stored(tmp_path: Path) -> None:
     assert drawn[0] != texts
     assert sorted(drawn[0]) == sorted(texts)
     assert drawn[0] != list(DatasetSource(path=files[0]).documents(shuffle_seed=4))
+
+
+def test_what_is_no_file_in_a_folder_of_data_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match=r"b\.jsonl' is a named pipe, not a file"):
+        find_files(tmp_path)
+    (tmp_path / "b.jsonl").unlink()
+    (tmp_path / "b.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"b\.jsonl' is a folder, not a file"):
+        find_files(tmp_path)

@@ -242,3 +242,26 @@ def test_the_digest_of_a_tokenizer_is_of_all_that_it_depends_on(model: Path) -> 
 
 def test_a_model_that_is_fine_still_is(llama: Path) -> None:
     assert open_model(ModelSource(path=llama)).layers == (0, 1, 2, 3)
+
+
+# What is no file
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"])
+def test_what_is_no_file_is_named_as_such(name: str, model: Path) -> None:
+    file = model / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    assert_refused(f"{name}' is a named pipe, not a file", "check", "run", "plan")
+    file.unlink()
+    file.mkdir()
+    assert_refused(f"{name}' is a folder, not a file", "check", "run")
+    file.rmdir()
+    file.symlink_to("nowhere")
+    assert_refused(f"{name}' is a link to 'nowhere', where nothing is, not a file", "check", "run")
+
+
+def test_folders_of_other_programs_are_let_be(model: Path) -> None:
+    (model / "runs").mkdir()
+    (model / ".cache").mkdir()
+    assert gradmap("check").exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,18 @@ def test_whole_run_on_a_small_disk(kind: str, tmp_path: Path, llama: Path, text:
         assert "ran out of disk" in err
         assert str(disk) in err
         assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+
+
+def test_limit_on_the_size_of_files_of_a_whole_run(tmp_path: Path, llama: Path, text: Path) -> None:
+    """`ulimit -f` counts blocks of 1 KiB."""
+    write_recipe(tmp_path, llama, text)
+    code, err = gradmap(tmp_path, "run", "r.yaml", "--quiet", prefix="ulimit -f 64;")
+    assert code == 3, err
+    assert re.fullmatch(
+        r"error: step '[a-z_]+': stage '[a-z_]+' could not write a file at '.*\.safetensors': .*File too large.*; "
+        r"the limit of this process on file size \(ulimit -f\) is 0\.0625 MiB, so raise or remove it\n",
+        err,
+    ), err
 
 
 @pytest.mark.parametrize("mebibytes", [64, 700])

@@ -71,6 +71,23 @@ def test_places_that_a_run_needs_are_never_written_over(target: str, relation: s
     assert f"step 'export' would write {target!r}, which {relation}; choose another folder" in message
 
 
+def test_a_target_of_the_command_line_is_told_with_its_option(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("r.yaml").write_text(RECIPE.replace("TARGET", "out"))
+    for target in (".", "model"):
+        result = CliRunner().invoke(app, ["check", "r.yaml", "--set", f"export.to={target}"])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: --set export.to={target}: step 'export' would write {target!r}"), result.stderr
+    _, message = check(".")
+    assert message.startswith("error: r.yaml:7:12: step 'export' would write '.'"), message
+
+    def refuse(*_: object) -> None:
+        raise OptionError("to", "no")
+
+    monkeypatch.setattr("gradmap_plugins.export.ExportModel.inspect", refuse)
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--set", "export.to=elsewhere", "--quiet"])
+    assert (result.exit_code, result.stderr) == (2, "error: step 'export', option 'to' (--set export.to=elsewhere): no\n")
+
+
 def test_current_folder_is_never_written_over(project: Path, tmp_path: Path) -> None:
     """Wherever the store is."""
     for target in (project, project.parent):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ def test_code_is_refused_and_not_run(case: str, llama: Path, tmp_path: Path, mon
 def test_a_metric_that_is_not_of_lm_eval_is_refused(llama: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "tasks", task=TASK.replace("byte_perplexity", "./mine.py"))
     with pytest.raises(OptionError, match=r"line 9: lm-eval has no metric '\./mine\.py' of its own, and would load its code"):
-        make_stage(folder).inspect({}, None)  # type: ignore[arg-type]
+        make_stage(folder).forecast({})
 
 
 def test_templates_do_not_reach_python(llama: Path, tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_data_lie_beside_their_task_wherever_the_run_starts(llama: Path, tmp_pat
     assert sub.is_dir()
     assert score(folder, llama, tmp_path / "c") == beside
     (folder / "only.jsonl").unlink()
-    with pytest.raises(StageError, match=r"no data 'only\.jsonl': looked in the current folder, .* and beside the task"):
+    with pytest.raises(OptionError, match=r"no data 'only\.jsonl': looked in the current folder, .* and beside the task"):
         score(folder, llama, tmp_path / "d")
 
 
@@ -215,6 +217,151 @@ def test_files_that_are_no_tasks(content: str | bytes, message: str, tmp_path: P
         return
     with pytest.raises(OptionError, match=message):
         make_stage(folder).forecast({})
+
+
+CHOICE = (
+    TASK.replace("loglikelihood_rolling", "multiple_choice")
+    .replace("{metric: byte_perplexity", "{metric: acc")
+    .replace(", aggregation: weighted_perplexity, higher_is_better: false}", "}")
+)
+FAULTS: dict[str, tuple[dict[str, str], str]] = {
+    "include of itself": (
+        {"t.yaml": "include: t.yaml\n" + TASK},
+        r"t\.yaml', line 1 includes itself; lm-eval takes each file once",
+    ),
+    "include in a circle": (
+        {"t.yaml": "include: a\n" + TASK, "a": "include: b\n", "b": "x: y\ninclude: [a]\n"},
+        r"b', line 2 includes 'a', which is included already",
+    ),
+    "include twice": (
+        {"t.yaml": "include: [a, b]\n" + TASK, "a": "include: b\n", "b": "num_fewshot: 0\n"},
+        r"t\.yaml', line 1 includes 'b', which is included already",
+    ),
+    "ending": ({"t.yaml": "a: b\n", "u.yml": TASK}, r"u\.yml', line 1 defines 'mine', .* rename the file to 'u\.yaml'"),
+    "list": (
+        {"t.yaml": TASK.replace("task: mine", "task: [mine]")},
+        r"t\.yaml', line 1: task is a list; accepted: text, .*`group: NAME`",
+    ),
+    "number": (
+        {"t.yaml": TASK.replace("task: mine", "task: 5")},
+        r"line 1: task is 5; accepted: text, its name; put quotes around it",
+    ),
+    "group": ({"t.yaml": TASK, "g.yaml": "group: [g]\ntask: [mine]\n"}, r"g\.yaml', line 1: group is a list; accepted: text"),
+    "setting": (
+        {"t.yaml": TASK.replace("doc_to_text", "doc_to_txt")},
+        r"line 6: .* no setting 'doc_to_txt'; did you mean 'doc_to_text'",
+    ),
+    "split": (
+        {"t.yaml": TASK.replace("test_split: test", "test_split: tset")},
+        r"line 4: test_split is 'tset'; accepted: 'test', as data_files \('.*t\.yaml', line 3\) has them",
+    ),
+    "split of a list": (
+        {"t.yaml": TASK.replace('{test: "DATA"}', "[rows.jsonl]")},
+        r"line 4: test_split is 'test'; accepted: 'train'",
+    ),
+    "split, included": (
+        {"t.yaml": "include: base\ntest_split: tset\n", "base": TASK},
+        r"t\.yaml', line 2: test_split is 'tset'; accepted: 'test', as data_files \('.*base', line 3\)",
+    ),
+    "no split": (
+        {"t.yaml": TASK.replace("test_split", "training_split")},
+        "has neither 'test_split'",
+    ),
+    "data": (
+        {"t.yaml": TASK.replace("DATA", "rosw.jsonl")},
+        r"line 3: no data 'rosw\.jsonl': looked in the current folder, .* beside",
+    ),
+    "template": (
+        {"t.yaml": TASK.replace("{{question}}", "{{ question")},
+        r"line 7: doc_to_target is .*no Jinja template: unexpected end",
+    ),
+    "filter of a template": (
+        {"t.yaml": TASK.replace("{{question}}", "{{ question | nothing }}")},
+        r"line 7: .*which is no Jinja template: No filter named 'nothing'",
+    ),
+    "field": (
+        {"t.yaml": TASK.replace("{{question}}", "{{ qestion }}")},
+        r"line 7: doc_to_target is '\{\{ qestion \}\}', but no row has a field 'qestion'; fields: 'question'",
+    ),
+    "choices": (
+        {"t.yaml": CHOICE + "doc_to_choice: options\n"},
+        r"line 10: doc_to_choice is 'options', but no row has a field 'options'",
+    ),
+    "output type": (
+        {"t.yaml": TASK.replace("loglikelihood_rolling", "loglikelyhood")},
+        r"line 5: output_type is 'loglikelyhood'; accepted: generate_until, loglikelihood, loglikelihood_rolling, multiple_choice",
+    ),
+    "metric": (
+        {"t.yaml": TASK.replace("byte_perplexity", "byte_perplexty")},
+        r"line 9: .* no metric 'byte_perplexty' .*did you mean 'b",
+    ),
+    "entry of metrics": (
+        {"t.yaml": TASK.replace("{metric: byte_perplexity", "{name: x")},
+        "line 9: an entry of metric_list is a mapping",
+    ),
+    "aggregation": (
+        {"t.yaml": TASK.replace("weighted_perplexity", "avg")},
+        r"line 9: lm-eval has no aggregation 'avg'; accepted: .*mean",
+    ),
+    "filter": (
+        {"t.yaml": TASK + "filter_list:\n  - {name: a, filter: [{function: regexp}]}\n"},
+        r"line 11: lm-eval has no filter 'regexp'; accepted: .*regex",
+    ),
+    "member of a group": (
+        {"t.yaml": TASK.replace("mine", "inner").replace("split: test", "split: tset"), "g.yaml": "group: mine\ntask: [inner]\n"},
+        r"t\.yaml', line 4: test_split is 'tset'",
+    ),
+    "all with a tag": (
+        {"t.yaml": "tag: mine\n" + TASK.replace("task: mine", "task: a").replace("split: test", "split: tset")},
+        r"t\.yaml', line 5: test_split is 'tset'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_of_tasks_are_told_by_a_check(case: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files, message = FAULTS[case]
+    write(tmp_path / "tasks", task="a: b")
+    for name, content in files.items():
+        (tmp_path / "tasks" / name).write_text(content.replace("DATA", "rows.jsonl"))
+    step = {"use": "evaluate_lm_eval", "with": {"tasks": ["mine"], "task_folder": "tasks"}}
+    Path("r.yaml").write_text(json.dumps({"version": 1, "model": {"path": str(llama)}, "steps": [step]}))
+    result = CliRunner().invoke(app, ["check", "r.yaml"])
+    assert result.exit_code == 2, result.output
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_data_that_are_no_file_are_told_and_not_opened(tmp_path: Path) -> None:
+    folder = write(tmp_path / "tasks", data="pipe.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    with pytest.raises(OptionError, match=r"line 3: '.*pipe\.jsonl' is a named pipe, not a file"):
+        make_stage(folder).forecast({})
+
+
+def test_tasks_that_lm_eval_takes_pass(tmp_path: Path) -> None:
+    """Names that come late, or not at all, in ways that a template allows; faults of tasks that nobody asks for."""
+    folder = write(
+        tmp_path / "tasks",
+        task="<<: {repeats: 1}\n"
+        + TASK.replace("{{question}}", "{{late}}{% if x is defined %}{{x}}{% endif %}{{ y | default('') }}"),
+    )
+    (folder / "t.yaml").write_text((folder / "t.yaml").read_text().replace("DATA", "rows.jsonl"))
+    (folder / "rows.jsonl").write_text('{"question": 1}\n{"question": 2, "late": "x"}\n')
+    (folder / "other.yaml").write_text("task: other\noutput_type: x\n")
+    assert make_stage(folder).forecast({}) == {}
+
+
+def test_what_only_lm_eval_can_tell_is_told_before_the_run(llama: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "tasks", task=TASK.replace("{{question}}", "{{ question.nothing.more }}"))
+    with pytest.raises(OptionError, match=r"t\.yaml': task 'mine': lm-eval cannot make it: .*has no attribute 'nothing'") as caught:
+        make_stage(folder).inspect({}, None)  # type: ignore[arg-type]
+    assert caught.value.option == "task_folder"
+    choice = CHOICE.replace("{{question}}", "qestion") + "doc_to_choice: [one, two]\n"
+    with pytest.raises(OptionError, match="in the first row doc_to_target gives 'qestion', which is none of the choices"):
+        make_stage(write(tmp_path / "choice", task=choice)).inspect({}, None)  # type: ignore[arg-type]
+    make_stage(write(tmp_path / "fine")).inspect({}, None)  # type: ignore[arg-type]
 
 
 def test_ids_beyond_the_embeddings_are_refused(tmp_path: Path) -> None:

@@ -90,3 +90,32 @@ def test_resized_embeddings_take_the_token(added: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 261}))
     options = {"dataset": {"path": write(tmp_path, ["<|im_start|>user " * 9] * 9)}, "samples": 4, "sequence_length": 16}
     run_stage(Evaluate.model_validate(options), tmp_path / "step", model=open_folder(folder))
+
+
+@pytest.mark.parametrize("kind", ["template", "roberta"])
+def test_an_id_of_the_post_processor_alone_is_told_as_such(kind: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", vocab_size=259)
+    content = json.loads((model / "tokenizer.json").read_text())
+    if kind == "template":
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [259], "tokens": ["</s>"]}},
+        }
+    else:
+        content["post_processor"] = {
+            "type": "RobertaProcessing",
+            "sep": ["</s>", 259],
+            "cls": ["<s>", 1],
+            "trim_offsets": True,
+            "add_prefix_space": False,
+        }
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    options = {"dataset": {"path": write(tmp_path, ["one two " * 9] * 9)}, "samples": 4, "sequence_length": 16}
+    message = (
+        r"the post-processor of the tokenizer \(tokenizer\.json\) adds '</s>' with the id 259, but the model has 259 "
+        r"token embeddings \(ids 0 to 258\); the vocabulary gives that token the id 2: write"
+    )
+    with pytest.raises(StageError, match=message):
+        run_stage(Calibrate.model_validate(options), tmp_path / "step", model=open_folder(model))
