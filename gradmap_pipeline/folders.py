@@ -41,7 +41,24 @@ def write_companions(model: ModelGraph, folder: Path) -> None:
     check_tokenizer_copy(model.base.folder, folder)
 
 
-def explain_types(model: ModelGraph) -> str | None:
+def explain_config(model: ModelGraph, *, with_types: bool = True) -> list[str]:
+    """What to say of an export's config: what it lacks or has otherwise than the base's, and where it does not fit the weights.
+
+    `with_types`: whether the weights are in the types of the model.
+    """
+    from .model.companions import describe_left_out
+    from .model.pretrained import name_generative_class
+    from .model.source import load_config
+
+    lines = [describe_left_out(model.base.folder), _explain_types(model) if with_types else None]
+    generative = name_generative_class(model.base.folder)
+    if generative is not None:
+        named = load_config(model.base.folder)["architectures"][0]
+        lines.append(f"config.json of the model names the class {named}; the export's names {generative}, which it is")
+    return [line for line in lines if line is not None]
+
+
+def _explain_types(model: ModelGraph) -> str | None:
     """What to say where config.json names another type than most weights are stored in; None where they agree."""
     from .model.source import load_config, text_config
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import StageError
 from .exports import TransformersFolder, load_folder
-from .folders import check_loading, make_lineage, write_card, write_companions
+from .folders import check_loading, explain_config, make_lineage, write_card, write_companions
 from .targets import NewFolder, describe_folder
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ def write_quantised(
     writes nothing then.
     """
     from .model.checkpoint import write_folder
-    from .model.companions import describe_left_out
 
     plain = context.folder / "plain"
     plain.mkdir()
@@ -76,9 +75,8 @@ def write_quantised(
         files = new.finish(lineage, files)
         advance()
     shutil.rmtree(plain)
-    left_out = describe_left_out(graph.base.folder)
-    if left_out is not None:
-        context.note(left_out)
+    for line in explain_config(graph):
+        context.note(line)
     size = sum(file.size for file in files.values()) / 1e6
     context.note(f"wrote {new.target}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")
     return TransformersFolder(

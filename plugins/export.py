@@ -28,7 +28,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, explain_types, make_lineage, write_card, write_companions
+from gradmap_pipeline.folders import check_loading, explain_config, make_lineage, write_card, write_companions
 from gradmap_pipeline.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
@@ -124,7 +124,6 @@ class ExportModel(FolderExport):
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.consumers import explain_removal
         from gradmap_pipeline.model.architecture import full_config
-        from gradmap_pipeline.model.companions import describe_left_out
 
         model = inputs.model
         misread = explain_removal(full_config(model.base.folder), model.layers)
@@ -138,17 +137,13 @@ class ExportModel(FolderExport):
             files = new.finish(make_lineage(model, evaluation, files, difference, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
-        left_out = describe_left_out(model.base.folder)
-        if left_out is not None:
-            context.note(left_out)
+        for line in explain_config(model, with_types=self.format != "onnx"):
+            context.note(line)
         if self.format == "onnx":
             context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
         for misreading in misread:
             context.note(misreading)
-        types = explain_types(model)
-        if types is not None:
-            context.note(types)
         context.note(f"wrote {self.to}: {size:.1f} MB, loaded back, logits equal")
         return self.Outputs(exported=TransformersFolder(**made))
 

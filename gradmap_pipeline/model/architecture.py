@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ModelError
 from .depth import prune_fields
-from .pretrained import read_config
+from .pretrained import name_generative_class, read_config
 from .source import load_config, text_config
 
 _TEXT_PARTS = {"language_model", "text_model"}
@@ -55,6 +55,9 @@ def full_config(folder: Path) -> dict[str, Any]:
 def prune_config(folder: Path, kept: Sequence[int]) -> dict[str, Any]:
     """config.json of the model that keeps these base layers. Raises `ModelError` where none can express it."""
     written = load_config(folder)
+    generative = name_generative_class(folder)
+    if generative is not None:
+        written["architectures"] = [generative]
     if isinstance(written.get("text_config"), dict):
         return {**written, "text_config": prune_fields(written["text_config"], full_config(folder), kept)}
     return prune_fields(written, full_config(folder), kept)

@@ -63,8 +63,17 @@ def read_config(folder: Path, content: dict[str, Any] | None = None) -> Pretrain
         stack.enter_context(quietly())
         stack.enter_context(_refusals(f"transformers refuses the config of {str(folder)!r}"))
         config = AutoConfig.from_pretrained(folder if content is None else place, **_LOCAL)
-        config.get_text_config()
+        _answer_plainly(config)
     return config
+
+
+def _answer_plainly(config: PretrainedConfig) -> None:
+    """Undo what a config asks of every call, and is nothing of the model: tuples for outputs, further outputs, checkpointing."""
+    for part in (config, config.get_text_config()):
+        part.return_dict = True
+        for asked in ("output_hidden_states", "output_attentions", "gradient_checkpointing"):
+            if getattr(part, asked, False):
+                setattr(part, asked, False)
 
 
 def make_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -90,7 +99,9 @@ def load_model(folder: Path, *, is_whole: bool = False, **options: Any) -> Any:
     check_sizes(config, read_shapes(folder), folder)
     loader: Any = (_named_class(config) if is_whole else None) or transformers.AutoModelForCausalLM
     with quietly(), _refusals(f"{str(folder)!r} cannot be loaded", (ImportError,)):
-        return loader.from_pretrained(folder, dtype="auto", use_safetensors=True, **_LOCAL, **options)
+        loaded = loader.from_pretrained(folder, dtype="auto", use_safetensors=True, **_LOCAL, **options)
+    _answer_plainly((loaded[0] if isinstance(loaded, tuple) else loaded).config)
+    return loaded
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -158,6 +169,23 @@ def _named_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     named = names[0] if isinstance(names, list) and names else None
     found = getattr(transformers, named, None) if isinstance(named, str) else None
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def name_generative_class(folder: Path) -> str | None:
+    """The class to name in a config in place of one that the model is not of, or that has no head to predict tokens.
+
+    The model type says what a model is; programs besides transformers go by the class. None: the one there will do.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    named = _named_class(load_config(folder))
+    if named is None:
+        return None
+    config = read_config(folder)
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    wanted: Any = named.config_class or type(config)
+    is_of = named is known or isinstance(config, wanted) or isinstance(config.get_text_config(), wanted)
+    return known.__name__ if known is not None and not (is_of and named.can_generate()) else None
 
 
 @contextmanager

@@ -173,13 +173,20 @@ def check_model_folder(folder: Path) -> None:
 def check_config(config: dict[str, Any], name: str) -> None:
     """Raise `ModelError` where config.json alone says that the model cannot be pruned."""
     text = text_config(config)
-    quantised = next((part[key] for part in (config, text) for key in _QUANTISED_KEYS if part.get(key)), None)
-    if quantised:
+    quantised = next((part[key] for part in (config, text) for key in _QUANTISED_KEYS if part.get(key) is not None), None)
+    if quantised == {}:
+        raise ModelError(f"config.json of {name!r} has an empty 'quantization_config', which transformers refuses; remove it")
+    if quantised is not None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
         raise ModelError(f"{name!r} is already quantised ({method}); prune the original model first, then quantise")
     if config.get("is_encoder_decoder") or "decoder_layers" in config or "num_decoder_layers" in config:
         kind = config.get("model_type", "of no type")
         raise ModelError(f"{name!r} is an encoder-decoder model ({kind}); only a decoder that stands alone can be pruned")
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(item, str) for item in named)):
+        raise ModelError(
+            f"config.json of {name!r} has {str(named)[:60]!r} as 'architectures'; accepted: a list of names of classes"
+        )
     for part in (config, text):
         for key in ("dtype", "torch_dtype"):
             named = part.get(key)

@@ -345,3 +345,53 @@ def test_a_field_of_another_type_is_told_with_the_reason(model: Path) -> None:
     assert_refused(
         "Validation error for field 'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float, got str (value: 'a')", "run"
     )
+
+
+# What a config asks of programs, and not of the model
+
+WHOLE = [
+    {"use": "calibrate", "with": {"dataset": {"path": "text.txt"}, "samples": 2, "sequence_length": 16}},
+    {"use": "gradmap_score", "with": {"layers": 1}},
+    {"use": "prune", "with": {"layers": 1}},
+    {"use": "evaluate", "with": {"dataset": {"path": "text.txt"}, "samples": 2, "sequence_length": 16}},
+    {"use": "export", "with": {"to": "out"}},
+]
+
+
+@pytest.mark.parametrize("named", ["BertModel", "LlamaForSequenceClassification", "LlamaModel", "MistralForCausalLM"])
+def test_an_export_names_the_class_that_it_is_of(named: str, model: Path) -> None:
+    """Programs besides transformers go by the class, and transformers by the model type."""
+    change_config(model, architectures=[named])
+    result = gradmap("run")
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("out/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    said = " ".join(result.stdout.split())
+    assert f"config.json of the model names the class {named}; the export's names LlamaForCausalLM, which it is" in said
+
+
+@pytest.mark.parametrize("named", [5, "LlamaForCausalLM", [5]])
+def test_classes_that_are_no_list_of_names_are_refused(named: Any, model: Path) -> None:
+    change_config(model, architectures=named)
+    assert_refused("as 'architectures'; accepted: a list of names of classes", "check", "run")
+
+
+def test_an_empty_quantisation_is_told_before_any_work(model: Path) -> None:
+    change_config(model, quantization_config={})
+    assert_refused("has an empty 'quantization_config', which transformers refuses; remove it", "check", "run")
+
+
+def test_what_a_config_asks_of_every_call_changes_nothing(model: Path, text: Path) -> None:
+    """Tuples for outputs, outputs besides, and checkpointing: the same layers and perplexity as without, and no word of it."""
+    shutil.copy(text, "text.txt")
+    plain = gradmap("run", steps=WHOLE)
+    assert plain.exit_code == 0, plain.output
+    found = json.loads(Path("out/gradmap.json").read_text())
+    asked = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "gradient_checkpointing": True}
+    change_config(model, **asked)
+    result = gradmap("run", steps=WHOLE)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    again = json.loads(Path("out/gradmap.json").read_text())
+    assert again["layers_kept"] == found["layers_kept"]
+    assert again["evaluation"]["perplexity"] == found["evaluation"]["perplexity"]
+    assert asked.items() <= json.loads(Path("out/config.json").read_text()).items()
