@@ -11,8 +11,8 @@ from typing import Any
 
 from .artifacts import Artifact
 from .catalog import Catalog
-from .environment import Environment
-from .errors import GradmapError, ModelError, OptionError, PluginError, Problem, RecipeError
+from .environment import Environment, check_python, find_program
+from .errors import GradmapError, ModelError, OptionError, PluginError, Problem, RecipeError, StageError
 from .extras import explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
@@ -188,9 +188,15 @@ def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recip
     if missing is not None:
         yield recipe.problem((*at, "use"), f"step {step.id!r} {missing}")
     python = step.run.python if step.run is not None else None
+    place = (*at, "run", "python")
     if python is not None and shutil.which(python) is None:
         advice = "give the path of a Python, as in `run: {python: venv/bin/python}`"
-        yield recipe.problem((*at, "run", "python"), f"step {step.id!r}: {str(python)!r} is not a program; {advice}")
+        yield recipe.problem(place, f"step {step.id!r}: {str(python)!r} is not a program; {advice}")
+    elif python is not None:
+        try:
+            check_python(find_program(python), stage_class.environment or Environment(()))
+        except StageError as error:
+            yield recipe.problem(place, f"step {step.id!r}: {error}")
 
 
 def _forecast(stage: Stage, known: Mapping[str, Any], catalog: Catalog) -> Mapping[str, Any]:
