@@ -90,7 +90,7 @@ def _shorten(settings: list[str]) -> str:
 def _without_writers(variant: Variant) -> Variant:
     kept, left_out = [], set()
     for step in variant.plan.steps:
-        if step.stage.writes() or any(source in left_out for source, _ in step.inputs.values()):
+        if step.writes or any(source in left_out for source, _ in step.inputs.values()):
             left_out.add(step.id)
         else:
             kept.append(step)

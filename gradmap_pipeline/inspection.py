@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .errors import GradmapError, OptionError, PluginError
+from .asking import ask
+from .errors import GradmapError, OptionError
 from .memory import give_back
 from .model.graph import ModelGraph
 from .model.survey import Survey
@@ -29,13 +30,9 @@ def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, m
 def _inspect(step: PlannedStep, inputs: dict[str, object], survey: Survey) -> None:
     where = f"step {step.id!r}"
     try:
-        step.stage.inspect(inputs, survey)
+        ask("inspect", step.stage, step.id, step.plugin, inputs, survey)
     except GradmapError as error:
         if isinstance(error, OptionError):
             where += f", option {error.option!r}"
         error.where = error.where or where
         raise
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise PluginError(f"inspect() of stage {step.stage.name!r} failed: {type(error).__name__}: {error}") from error
