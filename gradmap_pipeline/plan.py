@@ -20,7 +20,7 @@ from .places import DEFAULT_STORE, Place, find_machine_places, find_read_places
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .stage import Stage, name_types
 from .stage_code import StageCode
-from .targets import overlaps
+from .targets import find_clashing_export, overlaps
 from .validation import Invalid, suggest, validate
 from .yaml_positions import Location
 
@@ -130,6 +130,9 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
                 yield recipe.problem(where, f"step {step.id!r} {message}")
             elif (hit := next((place for place in taken if place.find_relation(target)), None)) is not None:
                 message = f"would write {str(folder)!r}, which {hit.find_relation(target)} {hit.name}; choose another folder"
+                yield recipe.problem(where, f"step {step.id!r} {message}")
+            elif (clash := find_clashing_export(target)) is not None:
+                message = f"would write {str(folder)!r}, which {clash}; choose another folder, or move that one away"
                 yield recipe.problem(where, f"step {step.id!r} {message}")
             written.append((target, step.id))
 
