@@ -16,6 +16,7 @@ HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "h
 ORDER = [
     "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "group", "memory", "estimate",
     "machine", "partial", "environment", "artifacts",
+    "input_files",
     "yaml_positions", "validation", "targets", "stage", "places", "asking", "exporting", "hookspecs", "removal", "builtin", "model",
     "consumers", "llamacpp",
     "exports", "output_checks", "perplexity", "ort", "data", "tasks",

@@ -36,7 +36,8 @@ def gradmap_stages():
 MACHINERY = {
     "__main__", "asking",
     "catalog", "cli", "command_options", "commands", "comparison", "costs", "ending", "errors", "estimate", "exporting",
-    "extras", "inspection", "isolation", "keys", "machine", "output_checks", "places", "plan", "processes", "rates", "recipe",
+    "extras", "input_files",
+    "inspection", "isolation", "keys", "machine", "output_checks", "places", "plan", "processes", "rates", "recipe",
     "rehearsal", "removal", "report", "runner", "schema", "shortages", "stage_code", "store", "streams", "supervision", "trial",
     "validation", "verify", "worker", "yaml_positions",
 }  # fmt: skip
