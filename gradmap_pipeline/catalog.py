@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.metadata import Distribution, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -13,10 +13,11 @@ import pluggy
 
 from . import hookspecs
 from .artifacts import Artifact
-from .errors import GradmapError, PluginError
+from .errors import GradmapError, PluginError, describe_value, name_error
 from .shortages import is_shortage
 from .stage import Stage, is_abstract
 from .stage_code import StageCode
+from .streams import keep_streams
 from .validation import suggest
 
 GROUP = "gradmap"
@@ -70,17 +71,23 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
     catalog = Catalog()
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.value.split(".")[0] != "gradmap_plugins", entry.name)):
         try:
-            catalog.add(entry.value, entry.load(), entry.dist)
+            catalog.add(entry.value, _load(entry), entry.dist)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever a stranger's module does, only recipes that use it stop
             if is_shortage(error):
                 raise
-            catalog.broken[entry.value] = _describe(error)
+            catalog.broken[entry.value] = name_error(error)
     for file in plugin_files:
         catalog.add(str(file), _import_file(file))
         catalog.plugin_files.append(file)
     return catalog
+
+
+def _load(entry: EntryPoint) -> ModuleType:
+    with keep_streams():
+        module: ModuleType = entry.load()
+    return module
 
 
 def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
@@ -94,13 +101,14 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
     if not manager.get_hookcallers(module):
         raise PluginError(f"plugin {plugin!r} has no function gradmap_stages() marked with @hookimpl")
     try:
-        (found,) = manager.hook.gradmap_stages()
+        with keep_streams():
+            (found,) = manager.hook.gradmap_stages()
     except (GradmapError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {_describe(error)}") from error
+        raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {name_error(error)}") from error
     if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
-        raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {found!r}")
+        raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {describe_value(found)}")
     base = next((stage for stage in found if is_abstract(stage)), None)
     if base is not None:
         raise PluginError(
@@ -119,13 +127,10 @@ def _import_file(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with keep_streams():
+            spec.loader.exec_module(module)
     except (GradmapError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise PluginError(f"plugin {str(file)!r} cannot be imported: {_describe(error)}") from error
+        raise PluginError(f"plugin {str(file)!r} cannot be imported: {name_error(error)}") from error
     return module
-
-
-def _describe(error: BaseException) -> str:
-    return str(error) if isinstance(error, GradmapError) else f"{type(error).__name__}: {error}"

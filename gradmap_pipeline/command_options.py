@@ -74,6 +74,27 @@ def check_threads(threads: int | None) -> int | None:
     return threads
 
 
+def parse_path(text: str | Path) -> Path:
+    """A path; an empty one would be the current folder."""
+    if not str(text).strip():
+        raise typer.BadParameter("is empty; name a file or folder")
+    return Path(text)
+
+
+def parse_output(text: str | Path) -> Path:
+    """A folder that is there, or can be made."""
+    folder = parse_path(text)
+    try:
+        above = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if not above.is_dir():
+            raise typer.BadParameter(f"{str(above if above != folder.absolute() else folder)!r} is no folder; name a folder")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise typer.BadParameter(f"{str(folder)!r} cannot be written; name another folder")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{str(text)!r} cannot be a folder: {getattr(error, 'strerror', None) or error}") from None
+    return folder
+
+
 def parse_store(text: str | Path) -> Path:
     """A folder that is a store, is empty, or can be made."""
     store = Path(text)

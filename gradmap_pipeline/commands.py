@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .command_options import CommandGroup, check_device, check_size, check_threads, parse_store
+from .command_options import CommandGroup, check_device, check_size, check_threads, parse_output, parse_path, parse_store
 from .ending import endings
 from .streams import sole_output
 
@@ -32,11 +32,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.", show_default=False)]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", parser=parse_path, help="Recipe file.", show_default=False)]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Replace one option of the recipe. Repeatable.")
 ]
-PluginFiles = Annotated[list[Path], typer.Option("--plugin", metavar="FILE", help="Python file with stages to use. Repeatable.")]
+PluginFiles = Annotated[
+    list[Path], typer.Option("--plugin", metavar="FILE", parser=parse_path, help="Python file with stages to use. Repeatable.")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -114,12 +116,17 @@ def check(
     store: StorePath = Path(".gradmap"),
     plugins: PluginFiles = [],  # noqa: B006
 ) -> None:
-    """Check a recipe without running it: options, wiring, files. Prints every problem with its place."""
+    """Check a recipe without running it: options, wiring, files, and whether its steps can work on the model.
+
+    Prints every problem with its place. The model's tensors are not read; a model that is not on this machine is not looked at.
+    """
     with endings():
+        from .inspection import inspect_plan
         from .report.plan_table import print_advice
         from .report.text import show
 
         plan = _plan(recipe, overrides, plugins, store)
+        inspect_plan(plan)
         print_advice(plan)
         print(show(f"{recipe}: no problems in {len(plan.steps)} steps"))
 
@@ -165,12 +172,16 @@ def plan(
 
 @app.command()
 def compare(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files.", show_default=False)],
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", parser=parse_path, help="Recipe files.", show_default=False)
+    ],
     grids: Annotated[
         list[str], typer.Option("--grid", metavar="STEP.OPTION=A,B,C", help="Try each value. Repeatable: all combinations.")
     ] = [],  # noqa: B006
     overrides: Overrides = [],  # noqa: B006
-    out: Annotated[Path, typer.Option("--out", help="Folder for the table and the plot.")] = Path("out/comparison"),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", parser=parse_output, help="Folder for the table and the plot.")
+    ] = Path("out/comparison"),
     store: StorePath = Path(".gradmap"),
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
@@ -237,7 +248,9 @@ def stages(
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="An exported folder.", show_default=False)]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", parser=parse_path, help="An exported folder.", show_default=False)],
+) -> None:
     """Check an exported folder: every file as it was written, and the model loads."""
     with endings():
         from .report.text import show

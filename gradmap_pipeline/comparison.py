@@ -84,7 +84,7 @@ def check_folder(folder: Path, variants: Sequence[Variant], places: Sequence[Pla
     for variant in variants:
         taken += find_model_places(variant.plan.model)
         for step in variant.plan.steps:
-            taken += find_read_places(step.stage, step.id)
+            taken += find_read_places(step.stage, step.id, step.writes)
     hit = next((place for place in taken if place.find_relation(target)), None)
     if hit is not None:
         raise CommandError(f"--out {str(folder)!r} {hit.find_relation(target)} {hit.name}; choose another folder")
@@ -118,7 +118,7 @@ def _shorten(settings: list[str]) -> str:
 def _without_writers(variant: Variant) -> Variant:
     kept, left_out = [], set()
     for step in variant.plan.steps:
-        if step.stage.writes() or any(source in left_out for source, _ in step.inputs.values()):
+        if step.writes or any(source in left_out for source, _ in step.inputs.values()):
             left_out.add(step.id)
         else:
             kept.append(step)

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from .artifacts import Artifact
+from .asking import ask
 from .digests import sha256_of
-from .errors import GradmapError, StageError, on_one_line
+from .errors import GradmapError, PluginError, StageError, describe_value, on_one_line, text_of
 from .output_checks import dump_outputs, find_output_faults
 from .partial import scratch_folder
 from .stage import Stage
@@ -33,6 +34,11 @@ def find_breaches(stage: Stage, inputs: Mapping[str, Artifact], seed: int, dtype
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         raise GradmapError(f"input {'.'.join(map(str, detail['loc']))!r} of {stage.name!r}: {detail['msg']}") from error
+    try:
+        for method in ("writes", "output_types"):
+            ask(method, stage, stage.name, "")
+    except GradmapError as error:
+        return [text_of(error)]
     findings: list[str] = list(_check_forecast(stage, inputs))
     contents = []
     with scratch_folder() as scratch:
@@ -75,13 +81,13 @@ class _Run:
         if failure is not None:
             self.findings.append(failure)
         elif not isinstance(result, stage.Outputs):
-            self.findings.append(f"run() must return its Outputs, and returns {type(result).__name__}")
+            self.findings.append(f"run() must return its Outputs, and returns {describe_value(result)}")
         else:
             self.findings += find_output_faults(result, inputs, folder, stage.writes())
             try:
                 dump_outputs(result)
             except StageError as error:
-                self.findings.append(str(error))
+                self.findings.append(text_of(error))
             else:
                 outputs = {name: getattr(result, name) for name in type(result).model_fields}
                 self.content = {name: value.content() for name, value in outputs.items() if isinstance(value, Artifact)}
@@ -91,11 +97,11 @@ def _check_forecast(stage: Stage, inputs: Mapping[str, Artifact]) -> Iterator[st
     """The plan asks before anything is known, and must get an answer or a refusal."""
     nothing_known = dict.fromkeys(type(stage).input_fields())
     try:
-        forecasts = stage.forecast(nothing_known)
-    except GradmapError:
+        forecasts = ask("forecast", stage, stage.name, "", nothing_known)
+    except PluginError as error:
+        yield f"{text_of(error)}; take None for a forecast of which nothing is known"
         return
-    except Exception as error:
-        yield f"forecast() fails where nothing is known of the inputs: {_name_error(error)}; take None for a forecast"
+    except GradmapError:
         return
     unknown = sorted(set(forecasts) - set(stage.output_fields()))
     if unknown:

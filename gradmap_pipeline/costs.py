@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from .errors import CapacityError, GradmapError, ModelError, PluginError, first_line
+from .asking import ask
+from .errors import CapacityError, GradmapError, ModelError, first_line
 from .estimate import Estimate
 from .inspection import inspect_steps
 from .machine import Machine
-from .plan import Plan, PlannedStep
+from .plan import Plan
 from .recipe import MODEL_STEP
 from .rehearsal import Rehearsal
 from .shortages import find_shortage
@@ -75,7 +75,7 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         made = getattr(step.forecasts.get("model"), "layers", None)
         parameters = None if made is None else rehearsal.count_parameters(made)
         try:
-            estimate = _ask(step, inputs, rehearsal)
+            estimate: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, inputs, rehearsal)
         except CapacityError as error:
             steps.append(StepCost(step.id, parameters, None, str(error)))
             continue
@@ -85,22 +85,9 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
     return PlanCosts(rehearsal.memory, steps)
 
 
-def _ask(step: PlannedStep, inputs: dict[str, Any], rehearsal: Rehearsal) -> Estimate | None:
-    where = f"estimate() of stage {step.stage.name!r}"
-    try:
-        estimate: object = step.stage.estimate(inputs, rehearsal)
-    except (GradmapError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise _explain(error, f"{where} failed", PluginError) from error
-    if estimate is not None and not isinstance(estimate, Estimate):
-        raise PluginError(f"{where} must return an Estimate or None, got {type(estimate).__name__}")
-    return estimate
-
-
-def _explain(error: BaseException, what: str, kind: type[GradmapError] = ModelError) -> GradmapError:
+def _explain(error: BaseException, what: str) -> GradmapError:
     """One line for an error that nobody foresaw."""
     shortage = find_shortage(error)
     if shortage is not None:
         return CapacityError(f"{what}: {shortage.explain()}")
-    return kind(f"{what}: {type(error).__name__}: {first_line(error)}")
+    return ModelError(f"{what}: {type(error).__name__}: {first_line(error)}")

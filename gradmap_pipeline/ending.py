@@ -170,7 +170,7 @@ def _describe(error: BaseException, store: Path | None) -> tuple[int, str, str |
     """Exit code, message and place of an error."""
     if isinstance(error, KeyboardInterrupt) or _state.number is not None:  # libraries turn an interruption into errors of theirs
         return INTERRUPTED, _describe_interruption(), None
-    from .errors import CapacityError, GradmapError
+    from .errors import CapacityError, GradmapError, name_error, text_of
     from .shortages import find_shortage
 
     is_ours = isinstance(error, GradmapError)
@@ -179,11 +179,11 @@ def _describe(error: BaseException, store: Path | None) -> tuple[int, str, str |
     if shortage is not None:
         return CapacityError.exit_code, shortage.explain([] if store is None else [store]), where
     if is_ours:
-        return error.exit_code, str(error), where  # type: ignore[attr-defined]
+        return error.exit_code, text_of(error), where  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.strerror or error}: {error.filename}"
     else:
-        message = f"{type(error).__name__}: {error}, which nothing here foresees"
+        message = f"{name_error(error)}, which nothing here foresees"
     return _UNFORESEEN, f"{message}; {_keep_traceback(error, store)}", None
 
 
@@ -225,6 +225,7 @@ def finish(code: Any) -> NoReturn:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Threads of the communication library may outlive the interpreter, and abort a process that has done its work.
         os._exit(exit_code)
+    sys.stdout = sys.stderr = None  # else Python flushes them, and where that fails ends with a code of its own
     sys.exit(exit_code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from .digests import sha256_of_value
 from .errors import StageError
 from .partial import partial_folder, replace_folder
-from .processes import explain_end, tie
+from .processes import ask_program, explain_end, tie
 from .shortages import find_shortage_in
 
 MACHINERY = ("pluggy", "psutil", "pydantic", "safetensors")
@@ -25,15 +26,24 @@ _PINNED = (*MACHINERY, "torch")
 """Distributions that are installed in the version that is running, unless the stage asks for another."""
 _RECORD = "environment.json"
 _LOG = "pip.log"
+_OLDEST = (3, 10)
+_PATIENCE = 120.0
+"""Seconds that another Python has to say what it is."""
 _PROBE = """
-import json, sys
-from importlib.metadata import PackageNotFoundError, version
+import sys
+sys.path = [place for place in sys.path if place]  # no module of the current folder
+import json
+try:
+    from importlib.metadata import PackageNotFoundError, version
+except ImportError:
+    version = None
 def find(name):
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-print(json.dumps({"python": list(sys.version_info[:2]), "versions": {name: find(name) for name in sys.argv[1:]}}))
+versions = dict((name, find(name)) for name in sys.argv[1:]) if version else {}
+print(json.dumps({"python": list(sys.version_info[:2]), "versions": versions}))
 """
 
 
@@ -77,7 +87,7 @@ class Workplace:
     def executable(self) -> Path:
         """The Python to start. A managed one is there after `prepare`."""
         if self.python is not None:
-            return Path(shutil.which(self.python) or self.python).absolute()
+            return find_program(self.python)
         return _executable_in(self._folder)
 
     def identify(self, libraries: Sequence[str]) -> dict[str, Any]:
@@ -89,7 +99,7 @@ class Workplace:
     def prepare(self, tell: Callable[[str], None]) -> None:
         """Make the environment unless it is there; of a given Python, check that it has what is needed. Raises `StageError`."""
         if self.python is not None:
-            self._check_given()
+            check_python(self.executable, self.environment)
         elif not (self._folder / _RECORD).is_file():
             wanted = ", ".join(self.environment.requirements) or "its libraries"
             tell(f"makes a virtual environment with {wanted} in {str(self._folder)!r}; this is done once")
@@ -98,22 +108,6 @@ class Workplace:
     @property
     def _folder(self) -> Path:
         return self.root / self.environment.digest[:16]
-
-    def _check_given(self) -> None:
-        from packaging.requirements import Requirement
-
-        found = probe(self.executable, (*MACHINERY, *self.environment.distributions))["versions"]
-        wrong = [f"{name} is missing" for name in MACHINERY if found[name] is None]
-        lacking = [name for name in MACHINERY if found[name] is None]
-        for text in self.environment.requirements:
-            requirement = Requirement(text)
-            there = found[requirement.name]
-            if there is None or not requirement.specifier.contains(there, prereleases=True):
-                wrong.append(f"{requirement.name} is {'missing' if there is None else there}, needed: {text}")
-                lacking.append(text)
-        if wrong:
-            command = " ".join([str(self.python), "-m pip install", *(f"'{name}'" for name in lacking)])
-            raise StageError(f"{str(self.python)!r} lacks what the stage needs ({'; '.join(wrong)}): {command}")
 
     def _make(self) -> None:
         pins = [f"{name}=={number}" for name, number in self.environment.pins.items()]
@@ -130,17 +124,77 @@ class Workplace:
             replace_folder(partial, self._folder)
 
 
-@cache
-def probe(python: Path, distributions: tuple[str, ...]) -> dict[str, Any]:
-    """Ask another Python for its version and those of distributions; None for one that it does not have."""
+def find_program(python: Path) -> Path:
+    """Where a program lies that is named by a path, or found on the search path by its name."""
+    return Path(shutil.which(python) or python).absolute()
+
+
+def check_python(python: Path, environment: Environment) -> None:
+    """Raise `StageError` unless a program is a Python that has what a stage with this environment needs."""
+    from packaging.requirements import Requirement
+
+    wanted = " and ".join(filter(None, (", ".join(MACHINERY), ", ".join(environment.requirements))))
     try:
-        done = subprocess.run([str(python), "-c", _PROBE, *distributions], capture_output=True, text=True, check=True, timeout=120)
-        found: dict[str, Any] = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise StageError(f"{str(python)!r} does not run as a Python: {_last_line(error)}") from error
-    if tuple(found["python"]) < (3, 10):
-        raise StageError(f"{str(python)!r} is Python {'.'.join(map(str, found['python']))}; stages need 3.10 or later")
+        found = probe(python, (*MACHINERY, *environment.distributions))["versions"]
+    except StageError as error:
+        oldest = ".".join(map(str, _OLDEST))
+        advice = f"give the path of a Python {oldest} or later that has {wanted}, as in `run: {{python: venv/bin/python}}`"
+        raise StageError(f"{error}; {advice}") from error
+    wrong = [f"{name} is missing" for name in MACHINERY if found[name] is None]
+    lacking = [name for name in MACHINERY if found[name] is None]
+    for text in environment.requirements:
+        requirement = Requirement(text)
+        there = found[requirement.name]
+        if there is None or not requirement.specifier.contains(there, prereleases=True):
+            wrong.append(f"{requirement.name} is {'missing' if there is None else there}, needed: {text}")
+            lacking.append(text)
+    if wrong:
+        command = " ".join([str(python), "-m pip install", *(f"'{name}'" for name in lacking)])
+        raise StageError(f"{str(python)!r} lacks what the stage needs ({'; '.join(wrong)}): {command}")
+
+
+def probe(python: Path, distributions: tuple[str, ...]) -> dict[str, Any]:
+    """Ask another Python for its version and those of distributions; None for one that it does not have.
+
+    Raises `StageError` where it is no Python, or is too old.
+    """
+    answer = _probe(python, distributions)
+    if isinstance(answer, str):
+        raise StageError(answer)
+    return answer
+
+
+@cache
+def _probe(python: Path, distributions: tuple[str, ...]) -> dict[str, Any] | str:
+    """What a Python says of itself, or why that cannot be had; a program that hangs is waited for once."""
+    try:
+        code, said = ask_program([str(python), "-c", _PROBE, *distributions], _PATIENCE, surroundings())
+    except OSError as error:
+        return f"{str(python)!r} does not run as a Python: {error.strerror or error}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    found = next((found for line in reversed(lines) if (found := _read_answer(line)) is not None), None)
+    if code is None:
+        return f"{str(python)!r} does not run as a Python: it has not answered within {_PATIENCE:g} seconds"
+    if code or found is None:
+        how = f"it ended with code {code}" if code else "it does not say which Python it is"
+        return f"{str(python)!r} does not run as a Python: {lines[-1] if lines else how}"
+    if tuple(found["python"]) < _OLDEST:
+        return f"{str(python)!r} is Python {'.'.join(map(str, found['python']))}"
     return found
+
+
+def _read_answer(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"python", "versions"} else None
+
+
+def surroundings() -> dict[str, str]:
+    """Variables for another Python: without those that say where the modules of this one lie."""
+    ours = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH")
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def _executable_in(folder: Path) -> Path:
@@ -160,8 +214,3 @@ def _run(command: list[str], log: Path, what: str) -> None:
         lines = [line for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines or [f"exit code {code}"]
         raise StageError(f"{what}: {errors[-1].removeprefix('ERROR: ')}; all of its output is in {str(log)!r}")
-
-
-def _last_line(error: Exception) -> str:
-    text = getattr(error, "stderr", None) or getattr(error, "strerror", None) or str(error)
-    return str(text).strip().splitlines()[-1] if str(text).strip() else type(error).__name__

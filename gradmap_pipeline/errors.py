@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_LONGEST = 100
+"""Characters of a value in a message."""
+
 
 class GradmapError(Exception):
     """Base of all errors caused by a recipe, a plugin, a model or a machine; never by a bug here."""
@@ -94,10 +97,40 @@ class Interruption(GradmapError):  # noqa: N818 - nothing went wrong
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, and the next where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()] or [""]
     return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def on_one_line(error: BaseException) -> str:
     """The message of an error, its lines joined by semicolons."""
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return "; ".join(line.strip() for line in text_of(error).splitlines() if line.strip())
+
+
+def text_of(error: BaseException) -> str:
+    """The message of an error, also of one that fails when it is asked."""
+    try:
+        return str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as failure:
+        return f"its message cannot be had, as __str__ fails with {type(failure).__name__}"
+
+
+def name_error(error: BaseException) -> str:
+    """Its message, after its type where it is none of ours."""
+    return text_of(error) if isinstance(error, GradmapError) else f"{type(error).__name__}: {text_of(error)}"
+
+
+def describe_value(value: object) -> str:
+    """A value that a plugin gave where another was wanted: as it is where that is short and plain, else its type."""
+    kind = type(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or kind in (bool, int, float, complex, str, bytes, list, tuple, set, dict):
+        try:
+            text = repr(value)
+        except Exception:  # of what it holds
+            text = ""
+        if 0 < len(text) <= _LONGEST:
+            return text
+    return f"{'an' if kind.__name__[:1].lower() in 'aeiou' else 'a'} {kind.__name__}"

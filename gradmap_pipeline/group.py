@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError, GradmapError, StageError
+from .errors import CommandError, GradmapError, StageError, text_of
 
 if TYPE_CHECKING:
     import torch
@@ -217,7 +217,7 @@ def _others_may_end() -> Iterator[None]:
 def _describe(error: Exception | None) -> dict[str, Any]:
     return {
         "kind": type(error).__name__,
-        "message": str(error),
+        "message": "" if error is None else text_of(error),
         **{name: getattr(error, name, None) for name in ("where", "option")},
     }
 

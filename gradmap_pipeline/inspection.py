@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .errors import GradmapError, OptionError, PluginError
-from .memory import give_back
-from .model.graph import ModelGraph
+from .asking import ask
+from .errors import GradmapError, OptionError
+from .memory import default_budget, give_back
+from .model.graph import ModelGraph, open_folder
 from .model.survey import Survey
 from .plan import Plan, PlannedStep
 from .recipe import MODEL_STEP
+
+
+def inspect_plan(plan: Plan) -> None:
+    """Ask the stages of all steps where the model is on this machine. Raises as `inspect_steps`; no tensor is read."""
+    folder = plan.model.find_folder()
+    if folder is not None:
+        graph = open_folder(folder, plan.model.name, plan.model.dtype, digest_of=lambda _: "")
+        inspect_steps(plan, plan.steps, graph, default_budget("cpu"))
 
 
 def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
@@ -29,14 +38,10 @@ def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, m
 def _inspect(step: PlannedStep, inputs: dict[str, object], survey: Survey) -> None:
     where = f"step {step.id!r}"
     try:
-        step.stage.inspect(inputs, survey)
+        ask("inspect", step.stage, step.id, step.plugin, inputs, survey)
     except GradmapError as error:
         if isinstance(error, OptionError):
             override = step.overrides.get(error.option.partition(".")[0])
             where += f", option {error.option!r}{f' ({override})' if override else ''}"
         error.where = error.where or where
         raise
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise PluginError(f"inspect() of stage {step.stage.name!r} failed: {type(error).__name__}: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from . import errors
-from .environment import Workplace
+from .environment import Workplace, surroundings
 from .errors import GradmapError, OptionError, StageError
 from .memory import resident_bytes
 from .partial import scratch_folder
@@ -80,16 +79,16 @@ def _start(
         if not link.exists():
             link.symlink_to(place.resolve())
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    surroundings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH")}
+    variables = surroundings()
     if threads is not None:
-        surroundings["OMP_NUM_THREADS"] = str(threads)
+        variables["OMP_NUM_THREADS"] = str(threads)
     command = [str(workplace.executable), "-m", f"{_PACKAGE}.worker", str(folder / "request.json")]
     with ExitStack() as stack:
         output = stack.enter_context(log.open("w"))
         process = subprocess.Popen(
             tie(command),
             cwd=folder,
-            env=surroundings,
+            env=variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,

@@ -25,7 +25,7 @@ def make_key(
             "stage": step.stage.name,
             "code": step.code.digest,
             "options": options,
-            "writes": [str(folder.resolve()) for folder in step.stage.writes()],
+            "writes": [str(folder.resolve()) for folder in step.writes],
             "inputs": {name: artifact.content() for name, artifact in inputs.items()},
             "seed": seed,
             "dtype": dtype,

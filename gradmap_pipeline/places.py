@@ -63,9 +63,9 @@ def find_model_places(model: ModelSource | None) -> Iterator[Place]:
         yield Place(folder, "the model")
 
 
-def find_read_places(stage: Stage, step: str) -> Iterator[Place]:
+def find_read_places(stage: Stage, step: str, writes: Sequence[Path]) -> Iterator[Place]:
     """Files and folders that the options of a step name, but those that it writes."""
-    written = {path.resolve() for path in stage.writes()}
+    written = {path.resolve() for path in writes}
     for option in type(stage).model_fields:
         for path in _paths_in(getattr(stage, option)):
             if path.exists() and path.resolve() not in written:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .artifacts import Artifact
+from .asking import ask
 from .catalog import Catalog
-from .environment import Environment
-from .errors import GradmapError, ModelError, OptionError, PluginError, Problem, RecipeError
+from .environment import Environment, check_python, find_program
+from .errors import ModelError, OptionError, Problem, RecipeError, StageError
 from .extras import explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
@@ -20,7 +20,7 @@ from .places import DEFAULT_STORE, Place, find_machine_places, find_model_places
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .stage import Stage, name_types
 from .stage_code import StageCode
-from .targets import overlaps
+from .targets import find_clashing_export, overlaps
 from .validation import Invalid, suggest, validate
 from .yaml_positions import Location
 
@@ -43,6 +43,10 @@ class PlannedStep:
     """What the Python it runs in must have; None: it runs in the one that is running."""
     python: Path | None = None
     """The Python to run it in, given by the recipe. Default: one made for `environment`."""
+    writes: tuple[Path, ...] = ()
+    """Files and folders outside the store that it makes."""
+    plugin: str = ""
+    """That the stage comes from, for messages."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """By option, the part of the command line that set it."""
 
@@ -115,11 +119,11 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
     """Steps that would write over each other, over what the recipe reads, or over `places`."""
     taken = [*places, *find_model_places(recipe.model)]
     for step in steps:
-        taken += find_read_places(step.stage, step.id)
+        taken += find_read_places(step.stage, step.id, step.writes)
     numbers = {step.id: number for number, step in enumerate(recipe.steps)}
     written: list[tuple[Path, str]] = []
     for step in steps:
-        for folder in step.stage.writes():
+        for folder in step.writes:
             target = folder.resolve()
             where: Location = ("steps", numbers[step.id], "with", *_find_option(step.stage, folder))
             other = next((by for place, by in written if overlaps(place, target)), None)
@@ -128,6 +132,9 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
                 yield recipe.problem(where, f"step {step.id!r} {message}")
             elif (hit := next((place for place in taken if place.find_relation(target)), None)) is not None:
                 message = f"would write {str(folder)!r}, which {hit.find_relation(target)} {hit.name}; choose another folder"
+                yield recipe.problem(where, f"step {step.id!r} {message}")
+            elif (clash := find_clashing_export(target)) is not None:
+                message = f"would write {str(folder)!r}, which {clash}; choose another folder, or move that one away"
                 yield recipe.problem(where, f"step {step.id!r} {message}")
             written.append((target, step.id))
 
@@ -146,6 +153,7 @@ def _plan_step(
         if step.stage:
             problems.append(recipe.problem((*at, "use"), catalog.explain_unknown(step.stage)))
         return None
+    plugin = catalog.plugin_of[step.stage]
     stage: Stage | None = None
     inputs: dict[str, tuple[str, str]] = {}
     forecasts: Mapping[str, Any] = {}
@@ -163,12 +171,12 @@ def _plan_step(
         if stage is not None and is_wired and len(problems) == before:
             known = {name: board.forecasts.get(source) for name, source in inputs.items()}
             try:
-                forecasts = _forecast(stage, known, catalog)
-                advice = _ask_advice(stage, known, catalog)
+                forecasts = ask("forecast", stage, step.id, plugin, known)
+                advice = tuple(ask("advise", stage, step.id, plugin, known))
             except OptionError as error:
                 place = (*at, "with", *error.option.split("."))
                 problems.append(recipe.problem(place, _name_option(step, (error.option,), str(error))))
-    kinds = stage_class.output_fields() if stage is None else stage.output_types()
+    kinds = stage_class.output_fields() if stage is None else ask("output_types", stage, step.id, plugin)
     for name, kind in kinds.items():
         board.types.pop((step.id, name), None)
         board.types[step.id, name] = kind
@@ -177,9 +185,11 @@ def _plan_step(
         return None
     python = step.run.python if step.run is not None else None
     environment = stage_class.environment if python is None else stage_class.environment or Environment(())
+    writes = tuple(ask("writes", stage, step.id, plugin))
+    code = catalog.code_of[step.stage]
     places = {name: recipe.where((*at, "with", name)) for name in step.options}
     overrides = {name: place for name, place in places.items() if place.startswith("--set ")}
-    return PlannedStep(step.id, stage, inputs, catalog.code_of[step.stage], dict(forecasts), advice, environment, python, overrides)
+    return PlannedStep(step.id, stage, inputs, code, dict(forecasts), advice, environment, python, writes, plugin, overrides)
 
 
 def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe) -> Iterator[Problem]:
@@ -188,39 +198,15 @@ def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recip
     if missing is not None:
         yield recipe.problem((*at, "use"), f"step {step.id!r} {missing}")
     python = step.run.python if step.run is not None else None
+    place = (*at, "run", "python")
     if python is not None and shutil.which(python) is None:
         advice = "give the path of a Python, as in `run: {python: venv/bin/python}`"
-        yield recipe.problem((*at, "run", "python"), f"step {step.id!r}: {str(python)!r} is not a program; {advice}")
-
-
-def _forecast(stage: Stage, known: Mapping[str, Any], catalog: Catalog) -> Mapping[str, Any]:
-    """What a stage knows of its outputs. Raises `OptionError`, or `PluginError` where the stage itself fails."""
-    with _blaming(stage, "forecast()", catalog):
-        forecasts = stage.forecast(known)
-        if not isinstance(forecasts, Mapping):
-            raise TypeError(f"it must return a mapping of output names, got {type(forecasts).__name__}")
-        return forecasts
-
-
-def _ask_advice(stage: Stage, known: Mapping[str, Any], catalog: Catalog) -> tuple[str, ...]:
-    """What a stage would have the user know. Raises as `_forecast` does."""
-    with _blaming(stage, "advise()", catalog):
-        lines = stage.advise(known)
-        if isinstance(lines, str) or not all(isinstance(line, str) for line in lines):
-            raise TypeError(f"it must return a list of texts, got {lines!r}")
-        return tuple(lines)
-
-
-@contextmanager
-def _blaming(stage: Stage, method: str, catalog: Catalog) -> Iterator[None]:
-    """Turn what a stage's method fails with into a `PluginError` that names the plugin."""
-    try:
-        yield
-    except (GradmapError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # SystemExit too: a plugin does not end the program
-        plugin = catalog.plugin_of[stage.name]
-        raise PluginError(f"{method} of stage {stage.name!r} ({plugin}) failed: {type(error).__name__}: {error}") from error
+        yield recipe.problem(place, f"step {step.id!r}: {str(python)!r} is not a program; {advice}")
+    elif python is not None:
+        try:
+            check_python(find_program(python), stage_class.environment or Environment(()))
+        except StageError as error:
+            yield recipe.problem(place, f"step {step.id!r}: {error}")
 
 
 def _wire(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from .errors import CapacityError, GradmapError, Interruption, StageError
 from .shortages import find_shortage_in
@@ -23,15 +27,54 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """PR_SET_PDEATHSIG, SIGKILL: the kernel kills the program when its parent ends. It outlives exec; only Linux has it."""
 _INTERRUPTIONS = ("SIGINT", "SIGTERM", "SIGHUP")
 _LINES_SEARCHED = 200
+_MOST_SAID = 1 << 18
+"""Bytes that a program which is asked something may print."""
 
 
 def tie(command: Sequence[str]) -> list[str]:
     """A command that runs the given one, and ends with the process that starts it."""
-    import os
-
     if sys.platform == "win32":
         return list(command)
     return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), *command]
+
+
+def ask_program(command: Sequence[str], seconds: float, variables: Mapping[str, str] | None = None) -> tuple[int | None, str]:
+    """Run a program that is to answer at once; return its exit code and all that it printed.
+
+    None as the code: it took too long, or printed without end. Then it is killed, with all that it has started. Raises `OSError`
+    where it cannot be started.
+    """
+    process = subprocess.Popen(
+        tie(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=variables,
+        start_new_session=True,
+    )
+    said: list[bytes] = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda read: said.append(read(_MOST_SAID)), args=(process.stdout.read,), daemon=True)
+    reader.start()
+    try:
+        reader.join(seconds)
+        is_whole = bool(said) and len(said[0]) < _MOST_SAID
+        code = process.wait(seconds) if is_whole else None
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        _kill_session(process)
+    return code, b"".join(said).decode("utf-8", "replace")
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads a session, and those that it has left behind in it."""
+    with suppress(OSError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def explain_end(process: str, code: int, said: str, where: str = "") -> GradmapError:

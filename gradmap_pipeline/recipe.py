@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import Problem, RecipeError
+from .input_files import read_input
 from .model.source import ModelSource
 from .validation import LARGEST_INTEGER, Invalid, suggest, validate
 from .yaml_positions import Document, Location, load_yaml
@@ -156,11 +157,10 @@ def _name_key(location: Location, message: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = read_input(path, MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError([Problem(str(path), f"cannot be read: {reason}")]) from error
+        raise RecipeError([Problem(str(path), f"cannot be read: {reason}; name a recipe file")]) from error
     if len(content) > MAX_BYTES:
         raise RecipeError([Problem(str(path), f"is no recipe: it holds more than {MAX_BYTES >> 20} MiB")])
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

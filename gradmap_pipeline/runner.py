@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from .artifacts import Artifact
+from .asking import name_method
 from .digests import sha256_of_value
 from .environment import Workplace
-from .errors import CapacityError, GradmapError, RecipeError, StageError, on_one_line
+from .errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, on_one_line, text_of
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
@@ -31,6 +32,7 @@ from .report.summary import summarise
 from .shortages import find_shortage
 from .stage import Advance, Context, FinishedStep
 from .store import StepFolder, Store
+from .streams import keep_streams
 
 
 @dataclass
@@ -103,7 +105,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
             ran.inspected = True
         together = group if step.stage.parallel else ALONE
         if group.leads or step.stage.parallel:
-            with store.step(name, key) if group.leads else _scratch_step() as folder:
+            with store.step(name, key) if group.leads else _scratch_step() as folder, _noticing_loss(step, store, folder):
                 device = machine.prepare_torch(group)
                 found_finished: list[float] = []
                 context = Context(
@@ -193,7 +195,8 @@ def _call(
     where = f"step {step.id!r}"
     try:
         if workplace is None:
-            result = step.stage.run(inputs, context)
+            with keep_streams():
+                result = step.stage.run(inputs, context)
         else:
             result = run_elsewhere(step.stage, inputs, context, workplace, threads, store.log)
     except KeyboardInterrupt:
@@ -201,11 +204,11 @@ def _call(
     except BaseException as error:
         shortage = None if isinstance(error, CapacityError) else find_shortage(error)
         if shortage is not None:
-            shortage_error = CapacityError(f"stage {step.stage.name!r} {shortage.explain([context.folder, *step.stage.writes()])}")
+            shortage_error = CapacityError(f"stage {step.stage.name!r} {shortage.explain([context.folder, *step.writes])}")
             shortage_error.where = where
             raise shortage_error from error
         if isinstance(error, GradmapError):
-            failure = StageError(str(error)) if error.exit_code == RecipeError.exit_code else error
+            failure = StageError(text_of(error)) if error.exit_code == RecipeError.exit_code else error
             failure.where = error.where or where
             raise failure from error
         told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
@@ -214,7 +217,8 @@ def _call(
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):
-        failure = StageError(f"stage {step.stage.name!r} must return its Outputs, got {type(result).__name__}")
+        name = name_method("run", step.stage, step.plugin)
+        failure = StageError(f"{name} must return its Outputs, got {describe_value(result)}")
         failure.where = where
         raise failure
     return result
@@ -222,7 +226,7 @@ def _call(
 
 def _check_outputs(step: PlannedStep, result: BaseModel, inputs: BaseModel, folder: StepFolder) -> None:
     """Raise `StageError` where files or replaced tensors are not what they should be."""
-    for fault in find_output_faults(result, inputs, folder.path, step.stage.writes()):
+    for fault in find_output_faults(result, inputs, folder.path, step.writes):
         failure = StageError(f"stage {step.stage.name!r}: {fault}")
         failure.where = f"step {step.id!r}"
         raise failure
@@ -236,6 +240,20 @@ def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder
         return store.finish(folder, key, record, result)
     except StageError as error:
         failure = StageError(f"stage {step.stage.name!r}: {error}")
+        failure.where = f"step {step.id!r}"
+        raise failure from error
+
+
+@contextmanager
+def _noticing_loss(step: PlannedStep, store: Store, folder: StepFolder) -> Iterator[None]:
+    """Whatever fails because somebody has deleted the store or the step's folder: that is what is told."""
+    try:
+        yield
+    except Exception as error:
+        loss = store.find_loss(folder)
+        if loss is None:
+            raise
+        failure = StageError(f"stage {step.stage.name!r}: {loss}")
         failure.where = f"step {step.id!r}"
         raise failure from error
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .errors import GradmapError, text_of
+
 _DISK_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK = re.compile(
     r"no space left on device|disk quota exceeded|file too large|not enough space on the disk"
@@ -131,8 +133,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _resource_of(error: BaseException) -> Literal["memory", "disk"] | None:
-    from .errors import GradmapError
-
     if isinstance(error, GradmapError):  # its words are ours, and name limits of files and numbers as well
         return None
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -143,7 +143,7 @@ def _resource_of(error: BaseException) -> Literal["memory", "disk"] | None:
         return "memory" if error.errno == errno.ENOMEM else None
     if isinstance(error, SystemError | ImportError) and _is_address_space_used_up():
         return "memory"  # C code that cannot allocate breaks in many ways
-    return _resource_in(str(error))
+    return _resource_in(text_of(error))
 
 
 def _is_address_space_used_up() -> bool:
@@ -189,5 +189,5 @@ def _find_full(places: Sequence[Path]) -> str | None:
 
 def _telling_line(error: BaseException) -> str:
     """The line of an error that says what ran out, else its first."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = text_of(error).strip().splitlines() or [type(error).__name__]
     return next((line.strip() for line in lines if _resource_in(line)), lines[0])

@@ -130,6 +130,15 @@ class Store:
         self._whole = {(path, digest) for path, digest in self._whole if not path.is_relative_to(folder.final)}
         return type(outputs).model_validate(stored, context={"store": self.root})
 
+    def find_loss(self, folder: StepFolder) -> str | None:
+        """What somebody has deleted while a step ran, and what to do; None where all is there."""
+        gone = next((path for path in (self.root, folder.path) if not path.is_dir()), None)
+        if gone is None:
+            return None
+        what = "the store" if gone == self.root else "the folder of the step in the making,"
+        who = "by its stage or by another program"
+        return f"{what} {str(gone)!r} was deleted while the step ran, {who}; nothing of it is kept: run again"
+
     def seconds_of(self, stage: str, key: str) -> float:
         """What a finished step took when it ran, with the units it found finished."""
         return float(_read_object(self._step(stage, key) / _OUTPUTS).get("seconds", 0.0))
@@ -183,7 +192,7 @@ class Store:
         self._drafts = None
 
     def _write(self, file: Path, text: str) -> None:
-        if self._drafts is None:
+        if self._drafts is None or not self._drafts.is_dir():
             self._drafts = self._resources.enter_context(partial_folder(self.root / "drafts"))
         _remove_unless(_is_own_file, file)
         write_file(file, text, self._drafts)

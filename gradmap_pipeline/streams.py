@@ -9,7 +9,7 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import CapacityError
 
@@ -26,6 +26,9 @@ class _Sink(io.FileIO):
         """`tells`: whether a full disk is an error; on standard error there is nobody to tell."""
         super().__init__(descriptor, "w", closefd=False)
         self._tells, self.is_lost = tells, False
+
+    def close(self) -> None:
+        """Nothing: the descriptor is open as long as the process."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         size = memoryview(data).nbytes
@@ -71,7 +74,39 @@ def _make_stream(old: IO[str] | None, descriptor: int, *, tells: bool) -> io.Tex
     sink = _Sink(descriptor, tells=tells)
     encoding = getattr(old, "encoding", None) or "utf-8"
     unbuffered = not tells or sink.isatty()
-    return io.TextIOWrapper(io.BufferedWriter(sink), encoding, "backslashreplace", line_buffering=unbuffered)
+    return _Stream(_Buffer(sink), encoding, "backslashreplace", line_buffering=unbuffered)
+
+
+class _Buffer(io.BufferedWriter):
+    """What is written to a sink. It stays open, as the sink does, whatever a plugin does to `sys.stdout`."""
+
+    def close(self) -> None:
+        self.flush()
+
+    def detach(self) -> Any:
+        self.flush()
+        return self.raw
+
+
+class _Stream(io.TextIOWrapper):
+    """As `_Buffer`, for text."""
+
+    def close(self) -> None:
+        self.flush()
+
+    def detach(self) -> Any:
+        self.flush()
+        return self.buffer
+
+
+@contextmanager
+def keep_streams() -> Iterator[None]:
+    """Give `sys.stdout` and `sys.stderr` back as they were, whatever code of a plugin puts there meanwhile."""
+    ours = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = ours
 
 
 @contextmanager
@@ -113,5 +148,6 @@ def sole_output(is_wanted: bool = True) -> Iterator[IO[str]]:
     finally:
         sys.stdout = ours
         if is_process_wide:
-            os.dup2(kept, 1)
-            os.close(kept)
+            with suppress(OSError):  # a plugin may have closed it
+                os.dup2(kept, 1)
+                os.close(kept)

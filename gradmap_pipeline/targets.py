@@ -75,6 +75,25 @@ def _is_as_written(file: Path, written: ExportedFile, hashing: bool) -> bool:
     return same_size and (not hashing or sha256_of(file) == written.sha256)
 
 
+def find_clashing_export(target: Path) -> str | None:
+    """How a folder that is about to be written, an absolute path, would spoil another export: it lies in one, or holds one."""
+    outer = next((folder for folder in target.parents if _is_export(folder)), None)
+    if outer is not None:
+        return f"lies in {str(outer)!r}, which is an export"
+    inner = next((file.parent for file in sorted(target.rglob(LINEAGE)) if file.parent != target and _is_export(file.parent)), None)
+    return None if inner is None else f"holds {str(inner)!r}, which is another export"
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether an export was left there, also one that was edited since."""
+    try:
+        file = folder / LINEAGE
+        lineage = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(lineage, dict) and {"files", OWN_DIGEST} <= lineage.keys()
+
+
 def read_written_files(folder: Path) -> dict[str, ExportedFile] | None:
     """Files of an export, without its lineage, by what that says; None where there is none that is as it was written."""
     try:
@@ -151,6 +170,9 @@ def new_folder(to: Path, overwrite: bool, *sources: Path) -> Iterator[NewFolder]
     for source in sources:
         if overlaps(target, source.resolve()):
             raise StageError(f"{str(to)!r} is, holds or lies in {str(source)!r}, which is being read; write to another folder")
+    clash = find_clashing_export(target)
+    if clash is not None:
+        raise StageError(f"{str(to)!r} {clash}; write to another folder")
     foreign = dict(find_foreign_files(target)) if target.is_dir() else {}
     if foreign and not overwrite:
         raise StageError(_explain(to, *next(iter(foreign.items()))))

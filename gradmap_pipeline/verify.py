@@ -8,14 +8,31 @@ from typing import Any
 
 from .artifacts import LINEAGE, ExportedFile
 from .digests import sha256_of
-from .errors import StageError
+from .errors import CommandError, StageError
 from .folders import check_loading
 from .targets import OWN_DIGEST, find_foreign_files, read_written_files
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `CommandError` where there is no folder, or nothing in it."""
+    try:
+        if not folder.exists():
+            raise CommandError(f"{str(folder)!r} is no export: there is no such folder; name the folder of an export")
+        if not folder.is_dir():
+            raise CommandError(f"{str(folder)!r} is no export: it is no folder; name the folder of an export")
+        if not any(folder.iterdir()):
+            raise CommandError(f"{str(folder)!r} is no export: the folder is empty; name the folder of an export")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CommandError(f"{str(folder)!r} cannot be read: {reason}; name the folder of an export") from error
+
+
 def read_lineage(folder: Path) -> dict[str, Any]:
     """How an export came to be. Raises `StageError` where the folder does not say, or says something else than was written."""
+    check_folder(folder)
     file = folder / LINEAGE
+    if file.exists() and not file.is_file():
+        raise StageError(f"{str(folder)!r} is no export: {LINEAGE} is no file")
     try:
         lineage = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .errors import CapacityError, GradmapError, OptionError
+from .errors import CapacityError, GradmapError, OptionError, describe_value, text_of
 from .shortages import find_shortage
 from .stage import Advance, Context, FinishedStep, Stage
 
@@ -97,7 +97,7 @@ def work(request: dict[str, Any], line: Line) -> None:
         inputs = stage.Inputs.model_validate(request["inputs"])
         result = stage.run(inputs, make_worker_context(request, line))
         if not isinstance(result, BaseModel) or not isinstance(result, stage.Outputs):
-            raise TypeError(f"it must return its Outputs, got {type(result).__name__}")
+            raise TypeError(f"it must return its Outputs, got {describe_value(result)}")
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -107,9 +107,9 @@ def work(request: dict[str, Any], line: Line) -> None:
             line.tell(error={"kind": CapacityError.__name__, "message": message, "option": None})
         elif isinstance(error, GradmapError):
             option = error.option if isinstance(error, OptionError) else None
-            line.tell(error={"kind": type(error).__name__, "message": str(error), "option": option})
+            line.tell(error={"kind": type(error).__name__, "message": text_of(error), "option": option})
         else:
-            line.tell(crash={"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()})
+            line.tell(crash={"kind": type(error).__name__, "message": text_of(error), "traceback": traceback.format_exc()})
     else:
         line.tell(outputs=result.model_dump(mode="json"))
 

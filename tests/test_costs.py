@@ -109,8 +109,8 @@ def test_tensors_of_whole_numbers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise KeyError('width')", "estimate() of stage 'mine' failed: KeyError: 'width'"),
-        ("return 3", "estimate() of stage 'mine' must return an Estimate or None, got int"),
+        ("raise KeyError('width')", "step 'mine': estimate() of stage 'mine' (mine.py) failed: KeyError: 'width'"),
+        ("return 3", "step 'mine': estimate() of stage 'mine' (mine.py) must return an Estimate or None, got 3"),
     ],
 )
 def test_a_stage_whose_estimate_fails_is_named(body: str, message: str, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -220,21 +221,53 @@ def test_python_that_is_not_there_is_found_by_check(folder: Path) -> None:
 def test_given_python_must_have_what_the_stage_needs(folder: Path) -> None:
     asked = 'Environment(("pytest>=1", "torch<2", "sheep==1.0"))'
     (folder / "p.py").write_text(PLUGIN.replace("ENVIRONMENT", asked))
-    result = gradmap("run", "r.yaml")
-    assert result.exit_code == 4
+    result = gradmap("check", "r.yaml")
+    assert result.exit_code == 2
     said = " ".join(result.stderr.split())
     assert "lacks what the stage needs (torch is " in said
     assert f"needed: torch<2; sheep is missing, needed: sheep==1.0): {sys.executable} -m pip install 'torch<2' 'sheep==1.0'" in said
 
 
-def test_program_that_is_no_python(folder: Path, tmp_path: Path) -> None:
-    program = tmp_path / "program"
-    program.write_text("#!/bin/sh\necho no such thing >&2\nexit 3\n")
+PROGRAMS = {
+    "fails": ("#!/bin/sh\necho no such thing >&2\nexit 3\n", "does not run as a Python: no such thing"),
+    "fails silently": ("#!/bin/sh\nexit 3\n", "does not run as a Python: it ended with code 3"),
+    "says nothing": ("#!/bin/sh\n", "does not run as a Python: it does not say which Python it is"),
+    "says other things": ("#!/bin/sh\necho '[1]'\n", "does not run as a Python: [1]"),
+    "text": ("only words", "Exec format error"),
+    "hangs": ("#!/bin/sh\necho started\nsleep 600 &\nsleep 600\n", "it has not answered within 1 seconds"),
+    "leaves another": ("#!/bin/sh\nsleep 600 &\n", "it has not answered within 1 seconds"),
+    "prints without end": ("#!/bin/sh\nexec yes\n", "it has not answered within 1 seconds"),
+    "waits for input": ("#!/bin/sh\ncat\n", "does not run as a Python: it does not say which Python it is"),
+    "old": ('#!/bin/sh\necho \'{"python": [3, 8], "versions": {}}\'\n', "is Python 3.8"),
+    "bare": ('#!/bin/sh\nexec PYTHON -I -S "$@"\n', "lacks what the stage needs (pluggy is missing; psutil is missing; "),
+}
+
+
+@pytest.mark.parametrize(("case", "command"), [*((case, "check") for case in PROGRAMS), ("bare", "plan"), ("hangs", "run")])
+def test_program_that_is_no_python_for_the_stage(case: str, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, message = PROGRAMS[case]
+    monkeypatch.setattr(environment, "_PATIENCE", 1.0 if "1 seconds" in message else 60.0)
+    program = folder / "program"
+    program.write_text(content.replace("PYTHON", sys.executable))
     program.chmod(0o755)
     (folder / "r.yaml").write_text((folder / "r.yaml").read_text().replace(json.dumps(sys.executable), json.dumps(str(program))))
-    result = gradmap("run", "r.yaml")
-    assert result.exit_code == 4
-    assert f"'{program}' does not run as a Python: no such thing" in " ".join(result.stderr.split())
+    started = time.monotonic()
+    result = gradmap(command, "r.yaml")
+    assert time.monotonic() - started < 30
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.stderr.split())
+    assert said.startswith("error: r.yaml:1:")
+    assert f": step 'probe': '{program}' " in said
+    assert message in said
+    advice = f"{program} -m pip install 'pluggy'" if case == "bare" else "give the path of a Python 3.10 or later that has "
+    assert advice in said
+    assert said.count("error: ") == 1
+    assert not (folder / ".gradmap").exists() or not any((folder / ".gradmap").rglob("*.txt"))
+
+
+def test_a_module_of_the_current_folder_does_not_answer_for_a_python(folder: Path) -> None:
+    (folder / "json.py").write_text("raise SystemExit(5)")
+    assert gradmap("check", "r.yaml").exit_code == 0
 
 
 def make_wheel(folder: Path) -> None:

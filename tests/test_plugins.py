@@ -108,7 +108,7 @@ def test_unknown_stage_is_described_by_its_neighbours() -> None:
     [
         (("def gradmap_stages", "def gradmap_stage"), r"unknown hook 'gradmap_stage'.*the only hook is gradmap_stages\(\)"),
         (("@hookimpl", ""), r"has no function gradmap_stages\(\) marked with @hookimpl"),
-        (("return [Nothing]", "return Nothing"), r"must return a list of Stage classes, got <class"),
+        (("return [Nothing]", "return Nothing"), r"must return a list of Stage classes, got the class Nothing"),
         (("return [Nothing]", "return ['Nothing']"), r"must return a list of Stage classes, got \['Nothing'\]"),
         (('    name = "do_nothing"\n', ""), "stage Nothing in .* must define 'name'"),
         (('    """Do nothing."""\n', ""), "stage 'do_nothing' needs a docstring"),
@@ -163,7 +163,7 @@ def test_forecast_must_return_a_mapping(tmp_path: Path, llama: Path) -> None:
     result = CliRunner().invoke(app, ["check", str(tmp_path / "r.yaml"), "--plugin", str(tmp_path / "n.py")])
     assert result.exit_code == 2
     assert "forecast() of stage 'do_nothing'" in result.stderr
-    assert "failed: TypeError: it must return a mapping of output names, got NoneType" in result.stderr
+    assert "must return a mapping of output names, got None" in result.stderr
 
 
 OPTIONAL = """

@@ -16,7 +16,8 @@ HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "h
 ORDER = [
     "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "file_kinds", "group", "memory", "estimate",
     "machine", "partial", "environment", "artifacts",
-    "yaml_positions", "validation", "targets", "stage", "places", "exporting", "hookspecs", "removal", "builtin", "model",
+    "input_files",
+    "yaml_positions", "validation", "targets", "stage", "places", "asking", "exporting", "hookspecs", "removal", "builtin", "model",
     "consumers", "llamacpp",
     "exports", "output_checks", "perplexity", "ort", "data", "tasks",
     "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ..processes import tie
+from ..processes import ask_program
 
 REWRITER = Path(__file__).with_name("rewrite_gguf.py")
 QUANTIZER = Path(__file__).with_name("quantize_file.py")
@@ -18,6 +17,8 @@ RUNNER = Path(__file__).with_name("run_gguf.py")
 BINDINGS = "llama-cpp-python"
 _MODULES = ("gguf", "numpy", "torch", "transformers", "sentencepiece")
 """What llama.cpp's converter imports; the last for most models, whether or not they have a `tokenizer.model`."""
+_PATIENCE = 30.0
+"""Seconds that a Python has to say what it lacks."""
 _ASK = """
 import json, sys
 from importlib.util import find_spec
@@ -77,9 +78,8 @@ def _ask(python: str, modules: tuple[str, ...], folders: tuple[str, ...]) -> lis
     if not modules:
         return []
     try:
-        command = tie([python, "-c", _ASK, json.dumps(modules), *folders])
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=30)
-        missing: list[str] = json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
+        code, said = ask_program([python, "-c", _ASK, json.dumps(modules), *folders], _PATIENCE)
+        missing = json.loads((said.strip().splitlines() or [""])[-1])
+    except (OSError, ValueError, RecursionError):
         return None
-    return missing if done.returncode == 0 else None
+    return missing if code == 0 and isinstance(missing, list) and set(missing) <= set(modules) else None

@@ -83,7 +83,7 @@ def test_plugin(folder: Path) -> None:
     (folder / "empty.py").write_text("")
     (folder / "folder.py").mkdir()
     for name, message in {
-        "": "is not a Python file",
+        "": "is empty; name a file or folder",
         "folder.py": "--plugin 'folder.py' is not a Python file",
         "nowhere.py": "--plugin 'nowhere.py' is not a Python file",
         "r.yaml": "--plugin 'r.yaml' is not a Python file",

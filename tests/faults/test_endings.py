@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def test_whatever_a_stage_raises(folder: Path, code: str, exit_code: int, messag
 @pytest.mark.parametrize(
     ("command", "where", "message"),
     [
-        ("check", "forecast", "forecast() of stage 'fail' (p.py) failed: SystemExit: 0"),
-        ("run", "inspect", "inspect() of stage 'fail' failed: SystemExit: 0"),
-        ("plan", "estimate", "estimate() of stage 'fail' failed: SystemExit: 0"),
+        ("check", "forecast", "step 'fail': forecast() of stage 'fail' (p.py) failed: SystemExit: 0"),
+        ("run", "inspect", "step 'fail': inspect() of stage 'fail' (p.py) failed: SystemExit: 0"),
+        ("plan", "estimate", "step 'fail': estimate() of stage 'fail' (p.py) failed: SystemExit: 0"),
     ],
 )
 def test_whatever_a_stage_raises_before_it_runs(folder: Path, command: str, where: str, message: str) -> None:
@@ -112,6 +113,25 @@ def test_shortage_before_a_stage_runs_is_a_shortage(folder: Path) -> None:
     result = gradmap("run", "inspect:raise MemoryError")
     assert result.exit_code == 3
     assert "ran out of memory: MemoryError" in result.stderr
+
+
+LOSSES = {"store": "'.gradmap'", "step": "next(p for p in Path('.gradmap/steps').glob('.fail-*') if p.is_dir())"}
+
+
+@pytest.mark.parametrize("then", ["", "; raise ValueError('then')", "; context.remember('a', lambda: 1)"])
+@pytest.mark.parametrize("lost", LOSSES)
+def test_a_stage_that_deletes_what_it_works_in_is_told_and_leaves_nothing(lost: str, then: str, folder: Path) -> None:
+    text = PLUGIN.replace('act(self.how, "run")', f"import shutil; from pathlib import Path; shutil.rmtree({LOSSES[lost]}){then}")
+    (folder / "p.py").write_text(text)
+    result = gradmap("run", "")
+    assert result.exit_code == 4
+    assert result.stderr.startswith("error: step 'fail': stage 'fail': the ")
+    assert f"{folder}/.gradmap" in result.stderr
+    assert "' was deleted while the step ran, by its stage or by another program" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(folder.glob(".gradmap/steps/*"))
+    (folder / "p.py").write_text(PLUGIN)
+    assert gradmap("run", "").exit_code == 0
 
 
 @pytest.mark.parametrize("code", ["import sys; sys.exit(0)", "raise GeneratorExit", "raise BaseException('no')"])
@@ -194,3 +214,13 @@ def test_entry_points_are_the_same() -> None:
     with pytest.raises(AttributeError):
         _ = gradmap_pipeline.cli.frob  # type: ignore[attr-defined]
     assert "gradmap_pipeline.cli" in sys.modules
+
+
+@pytest.mark.parametrize(("how", "code"), [("os._exit(7)", 7), ("os.kill(os.getpid(), 9)", -9)])
+def test_a_process_ended_by_a_plugin_leaves_a_whole_store(how: str, code: int, folder: Path) -> None:
+    command = [sys.executable, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "p.py", "--set", f"fail.how=run:{how}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    result = gradmap("run", "")
+    assert result.exit_code == 0
+    assert [path.name[:5] for path in (folder / ".gradmap" / "steps").iterdir()] == ["fail-"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def test_home_folder_in_every_path(folder: Path, llama: Path, text: Path, monkey
     (folder / "m").symlink_to(llama)
     (folder / "t.txt").symlink_to(text)
     (folder / "tasks").mkdir()
-    (folder / "python").write_text("#!/bin/sh\n")
+    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (folder / "python").chmod(0o755)
     Path("r.yaml").write_text(
         "version: 1\nmodel: {path: ~/m}\nsteps:\n  - use: calibrate\n    with: {dataset: {path: ~/t.txt}}\n"

@@ -141,6 +141,42 @@ def test_earlier_export_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "file").read_text() == "new"
 
 
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize(
+    ("earlier", "target", "relation"),
+    [
+        ("out", "out/sub", "lies in '{}/out', which is an export"),
+        ("out", "out/deep/sub", "lies in '{}/out', which is an export"),
+        ("out", "link/sub", "lies in '{}/out', which is an export"),
+        ("out/sub", "out", "holds '{}/out/sub', which is another export"),
+        ("out/deep/sub", "out", "holds '{}/out/deep/sub', which is another export"),
+    ],
+)
+def test_no_export_spoils_another(earlier: str, target: str, relation: str, edited: bool, project: Path) -> None:
+    Path(earlier).parent.mkdir(parents=True, exist_ok=True)
+    export(Path(earlier))
+    Path("link").symlink_to("out")
+    if edited:
+        lineage = Path(earlier, "gradmap.json")
+        lineage.write_text(lineage.read_text().replace("}", "} "))
+        Path(earlier, "model").write_text("edited")
+    before = sorted(path for path in Path("out").rglob("*"))
+    code, message = check(target)
+    assert code == 2
+    assert f"step 'export' would write '{target}', which {relation.format(project)}; choose another folder" in message
+    with pytest.raises(StageError, match="export; write to another folder"):
+        export(Path(target), overwrite=True)
+    assert sorted(path for path in Path("out").rglob("*")) == before
+
+
+def test_an_export_beside_another_is_accepted(project: Path) -> None:
+    Path("out").mkdir()
+    Path("out/gradmap.json").write_text('{"files": 1}')  # somebody else's
+    export(Path("out/one"))
+    assert check("out/two")[0] == 0
+    assert check("out/one")[0] == 0
+
+
 @pytest.mark.parametrize("edited", ["file", "inner/file"])
 def test_edited_file_of_an_earlier_export_is_not_deleted(edited: str, tmp_path: Path) -> None:
     """Same name and size: the digest tells."""
