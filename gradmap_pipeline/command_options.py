@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 _UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """Base of all complaints about arguments; typer has it from click or brings its own."""
 _THREADS_A_CORE = 4
-_STORE_HOLDS = {"steps", "units", "environments", "files.json", "traceback.txt", "stage.log", ".gitignore"}
+_STORE_HOLDS = {"steps", "units", "environments", "files.json", "traceback.txt", "stage.log", "quiet.log", ".gitignore"}
 
 
 class CommandGroup(TyperGroup):

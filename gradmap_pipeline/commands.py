@@ -12,7 +12,7 @@ import typer
 
 from .command_options import CommandGroup, check_device, check_size, check_threads, parse_output, parse_path, parse_store
 from .ending import endings
-from .streams import sole_output
+from .streams import sole_errors, sole_output
 
 if TYPE_CHECKING:
     from .catalog import Catalog
@@ -91,13 +91,16 @@ def run(
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line on standard output, and nothing else.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but errors; what others print is in the store's quiet.log.")
+    ] = False,
 ) -> None:
     """Run a recipe. Steps whose results are in the store are not run again."""
     from .report.reporters import make_reporter
 
     leads = environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one reports
-    with sole_output(json or quiet) as output:
+    log = store / "quiet.log" if leads else None
+    with sole_errors(log, is_wanted=quiet), sole_output(json or quiet) as output:
         reporter = make_reporter(json=json and leads, quiet=quiet or not leads, stream=output)
         with endings(reporter, store):
             from .group import open_group
@@ -152,13 +155,17 @@ def plan(
     with sole_output(json) as output:
         with endings(make_reporter(json=json, quiet=True, stream=output), store):
             from .costs import estimate_plan
+            from .listening import heard
             from .report.cost_table import costs_as_json, print_costs
             from .report.plan_table import print_plan
+            from .report.text import show
 
             planned = _plan(recipe, overrides, plugins, store)
             if not json:
                 print_plan(planned)
-            costs = estimate_plan(planned, _machine(device, dtype, threads, memory), store)
+            machine = _machine(device, dtype, threads, memory)
+            with heard(lambda text: None if json else print(show(f"note: {text}"))):
+                costs = estimate_plan(planned, machine, store)
             if json:
                 print(costs_as_json(costs), file=output, flush=True)
             else:
@@ -253,11 +260,13 @@ def verify(
 ) -> None:
     """Check an exported folder: every file as it was written, and the model loads."""
     with endings():
+        from .listening import heard
         from .report.text import show
         from .verify import verify_folder
 
-        for line in verify_folder(folder):
-            print(show(line))
+        with heard(lambda text: print(show(f"note: {text}"))):
+            for line in verify_folder(folder):
+                print(show(line))
 
 
 @app.command()

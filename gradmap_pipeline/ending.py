@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .streams import error_number
+
 if TYPE_CHECKING:
     from .report.events import Reporter
 
@@ -83,7 +85,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     if now - _state.since > _SAME_SECONDS:
         with suppress(OSError):
-            os.write(2, (_SHOW_CURSOR if os.isatty(2) else b"") + b"error: interrupted again; ended at once\n")
+            number = error_number()
+            os.write(number, (_SHOW_CURSOR if os.isatty(number) else b"") + b"error: interrupted again; ended at once\n")
         os._exit(INTERRUPTED)
 
 
@@ -143,7 +146,7 @@ def tell_plainly(failure: BaseException) -> int:
     is_short = isinstance(failure, MemoryError | ImportError | SystemError)
     text = f"error: {'ran out of memory' if is_short else 'ended'}: {type(failure).__name__} while an error was told\n"
     with suppress(OSError):
-        os.write(2, text.encode("ascii", "backslashreplace"))
+        os.write(error_number(), text.encode("ascii", "backslashreplace"))
     return 3 if is_short else _UNFORESEEN
 
 

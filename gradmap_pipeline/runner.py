@@ -21,6 +21,7 @@ from .group import Group
 from .inspection import inspect_steps
 from .isolation import WorkerCrash, run_elsewhere
 from .keys import make_key, versions_of
+from .listening import heard
 from .machine import ALONE, Machine
 from .memory import give_back, tune_allocator
 from .model.graph import ModelGraph, open_model
@@ -46,6 +47,8 @@ class Ran:
     finished: list[StepFinished] = field(default_factory=list)
     inspected: bool = False
     """Whether the stages of all steps that are to run have looked at the model."""
+    heard: set[str] = field(default_factory=set)
+    """What libraries have said, and was told."""
 
 
 def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: Group = ALONE) -> Ran:
@@ -98,7 +101,8 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
     if not cached:
         if not ran.inspected:
             rest = plan.steps[plan.steps.index(step) :]
-            inspect_steps(plan, rest, ran.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
+            with heard(lambda text: reporter.note(step.id, text), ran.heard):
+                inspect_steps(plan, rest, ran.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
             for later in rest:
                 if group.leads and (place := _workplace_of(later, store)) is not None:
                     _prepare(place, later, reporter)
@@ -122,7 +126,8 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 )
                 called = time.monotonic()
                 taken = step.stage.Inputs.model_validate(inputs)
-                result = _call(step, taken, context, store, workplace, machine.threads)
+                with heard(context.note, ran.heard):
+                    result = _call(step, taken, context, store, workplace, machine.threads)
                 if group.leads:
                     _check_outputs(step, result, taken, folder)
                     record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}

@@ -43,6 +43,7 @@ class Store:
     steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests of files elsewhere)
     traceback.txt (of the latest stage that failed unexpectedly)
     environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
+    quiet.log (what others than this program printed in the latest run under --quiet)
 
     Whatever is read is compared with its digest first. What does not fit counts as not there, so it is made again.
     """

@@ -9,6 +9,8 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .errors import CapacityError
@@ -45,6 +47,18 @@ class _Sink(io.FileIO):
                     return written
                 select.select([], [self.fileno()], [])  # somebody has made it non-blocking
         return size
+
+
+@dataclass
+class _Ours:
+    """Standard error, while others write elsewhere."""
+
+    stream: IO[str] | None = None
+    number: int | None = None
+    """Its descriptor, where others write elsewhere below Python too."""
+
+
+_ours = _Ours()
 
 
 def is_lost(stream: IO[str]) -> bool:
@@ -128,6 +142,52 @@ def set_aside() -> Iterator[None]:
         for number, copy in kept:
             os.dup2(copy, number)
             os.close(copy)
+
+
+def error_stream() -> IO[str]:
+    """Standard error as this program writes its own errors to it, whatever else is kept off it."""
+    return _ours.stream or sys.stderr
+
+
+def error_number() -> int:
+    """The descriptor of the same."""
+    return 2 if _ours.number is None else _ours.number
+
+
+@contextmanager
+def sole_errors(log: Path | None, *, is_wanted: bool = True) -> Iterator[None]:
+    """Standard error for our errors alone: what anything else prints meanwhile, below Python too, goes to a file.
+
+    `log`: gets that file's content at the end, where there is any and its folder is there.
+    """
+    if not is_wanted:
+        yield
+        return
+    import tempfile
+
+    kept = sys.stderr
+    is_process_wide = isinstance(getattr(getattr(kept, "buffer", None), "raw", None), _Sink)
+    with tempfile.TemporaryFile() as others:
+        writer = io.TextIOWrapper(io.FileIO(os.dup(others.fileno()), "w"), "utf-8", "backslashreplace", write_through=True)
+        if is_process_wide:
+            number = os.dup(2)
+            os.dup2(others.fileno(), 2)
+            _ours.number = number
+        _ours.stream, sys.stderr = kept, writer
+        try:
+            yield
+        finally:
+            _ours.stream, sys.stderr = None, kept
+            if is_process_wide:
+                _ours.number = None
+                os.dup2(number, 2)
+                os.close(number)
+            with suppress(OSError, ValueError):
+                writer.close()
+                others.seek(0)
+                text = others.read()
+                if text and log is not None and log.parent.is_dir():
+                    log.write_bytes(text)
 
 
 @contextmanager

@@ -161,7 +161,10 @@ def test_in_a_recipe(llama: Path, tasks: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(harness, "open_manager", lambda folder, content, *, defaults: opened(folder, content, defaults=False))
     result = gradmap("run", "r.yaml", "--set", "again.tasks=[local_chance]")
     assert result.exit_code == 2
-    assert "step 'again', option 'tasks': lm-eval has no task 'local_chance'; did you mean" in " ".join(result.stderr.split())
+    assert (
+        "step 'again', option 'tasks' (--set again.tasks=[local_chance]): lm-eval has no task 'local_chance'; did you mean"
+        in " ".join(result.stderr.split())
+    )
     result = gradmap("check", "r.yaml", "--set", "again.task_folder=nowhere")
     assert result.exit_code == 2
     assert "'nowhere' is not a folder; name one that holds tasks as YAML files" in result.stderr

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
-from ..streams import is_lost
+from ..streams import error_stream, is_lost
 from .events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .summary import Summary
 from .text import add_row, dump_json, make_console, make_table, say, show
@@ -47,7 +47,7 @@ class QuietReporter:
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         place = f"{where}: " if where and not message.startswith(where) else ""
         for line in filter(str.strip, message.split("\n")):
-            print(show(f"error: {place}{line}"), file=sys.stderr)
+            print(show(f"error: {place}{line}"), file=error_stream())
 
 
 class JsonReporter(QuietReporter):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_model
 from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
@@ -83,8 +84,9 @@ def test_json_quiet_and_schema_are_ours_alone(folder: Path) -> None:
     assert events[2]["outputs"]["told"]["loss"] == 1.5
     assert all(text in err for text in OTHERS), err
     code, out, err = shell(folder, f"{GRADMAP} run r.yaml --plugin p.py --quiet --store other")
-    assert (code, out) == (0, "")
-    assert all(text in err for text in OTHERS), err
+    assert (code, out, err) == (0, "", "")
+    log = (folder / "other" / "quiet.log").read_text()
+    assert all(text in log for text in OTHERS), log
     code, out, err = shell(folder, f"{GRADMAP} schema --plugin p.py")
     assert code == 0
     assert json.loads(out)["type"] == "object"
@@ -152,3 +154,19 @@ def test_characters_that_the_encoding_lacks(folder: Path, llama: Path) -> None:
             assert code == (2 if command.startswith("check 漢") else 0), err
             assert (out + err).isascii()
     assert "\\u" in err
+
+
+def test_what_transformers_says_is_a_note(tmp_path: Path) -> None:
+    """Of a config that ties what the checkpoint holds as two."""
+    model = make_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    steps = [{"use": "prune", "with": {"layers": [1]}}, {"use": "export", "with": {"to": "out", "overwrite": True}}]
+    (tmp_path / "r.yaml").write_text(json.dumps({"version": 1, "model": {"path": "model"}, "steps": steps}))
+    assert shell(tmp_path, f"{GRADMAP} run r.yaml --quiet") == (0, "", "")
+    code, out, err = shell(tmp_path, f"{GRADMAP} run r.yaml --store other")
+    assert (code, err) == (0, "")
+    assert " ".join(out.split()).count("transformers: The tied weights mapping and config for this model specifies to tie") == 1
+    code, out, err = shell(tmp_path, f"{GRADMAP} run r.yaml --store third --json")
+    assert (code, err) == (0, "")
+    assert all(json.loads(line) for line in out.splitlines())
