@@ -190,7 +190,7 @@ def test_mistake_in_set(override: str, message: str, folder: Path, llama: Path) 
     assert result.stderr.count("error:") == 1, result.stderr
 
 
-@pytest.mark.parametrize(("file", "message"), [("no.yaml", "no.yaml: cannot be read: No such file"), (".", "Is a directory")])
+@pytest.mark.parametrize(("file", "message"), [("no.yaml", "no.yaml: cannot be read: No such file"), (".", "it is a folder")])
 def test_unreadable_file(file: str, message: str, folder: Path) -> None:
     result = CliRunner().invoke(app, ["check", file])
     assert (result.exit_code, message in result.stderr) == (2, True)
