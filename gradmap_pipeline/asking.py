@@ -18,7 +18,7 @@ from .streams import keep_streams
 def _is_estimate(answer: Any) -> bool:
     if not isinstance(answer, Estimate):
         return answer is None
-    numbers = (answer.peak_bytes, answer.bytes_read, answer.bytes_written, answer.flops, answer.seconds)
+    numbers = (answer.peak_bytes, answer.bytes_read, answer.bytes_written, answer.flops, answer.seconds, answer.disk_bytes)
     return isinstance(answer.how, str) and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
 
 

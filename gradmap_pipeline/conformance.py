@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from .artifacts import Artifact
 from .asking import ask
 from .digests import sha256_of
-from .errors import GradmapError, PluginError, StageError, describe_value, on_one_line, text_of
+from .errors import GradmapError, PluginError, StageError, describe_value, name_error, on_one_line, text_of
 from .output_checks import dump_outputs, find_output_faults
 from .partial import scratch_folder
 from .stage import Stage
@@ -99,7 +99,11 @@ def _check_forecast(stage: Stage, inputs: Mapping[str, Artifact]) -> Iterator[st
     try:
         forecasts = ask("forecast", stage, stage.name, "", nothing_known)
     except PluginError as error:
-        yield f"{text_of(error)}; take None for a forecast of which nothing is known"
+        if error.__cause__ is None:
+            yield text_of(error)
+        else:
+            why = name_error(error.__cause__)
+            yield f"forecast() fails where nothing is known of the inputs: {why}; take None for a forecast"
         return
     except GradmapError:
         return

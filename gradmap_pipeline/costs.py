@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from .errors import CapacityError, GradmapError, ModelError, first_line
 from .estimate import Estimate
 from .inspection import inspect_steps
 from .machine import Machine
-from .plan import Plan
+from .model.budget import format_size
+from .plan import Plan, PlannedStep
 from .recipe import MODEL_STEP
 from .rehearsal import Rehearsal
 from .shortages import find_shortage
@@ -79,10 +81,24 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         except CapacityError as error:
             steps.append(StepCost(step.id, parameters, None, str(error)))
             continue
+        obstacle = None if estimate is None else _find_full_disk(step, estimate, store)
         if estimate is not None and estimate.seconds:
             estimate, starting = replace(estimate, seconds=estimate.seconds + starting), 0.0
-        steps.append(StepCost(step.id, parameters, estimate))
+        steps.append(StepCost(step.id, parameters, estimate, obstacle))
     return PlanCosts(rehearsal.memory, steps)
+
+
+def _find_full_disk(step: PlannedStep, estimate: Estimate, store: Path) -> str | None:
+    """Why what a step writes does not fit its disk: that of the folder it makes, else that of the store."""
+    place, needed = (step.writes[0], estimate.bytes_written) if step.writes else (store, estimate.disk_bytes)
+    above = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(above).free
+    if needed <= free:
+        return None
+    what = "what it writes needs" if step.writes else "hidden states in a file need"
+    elsewhere = "use fewer samples, allow more with --memory, or name another disk with --store"
+    advice = "name a folder on another disk" if step.writes else elsewhere
+    return f"{what} {format_size(needed)}, and {str(above)!r} has {format_size(free)} free; {advice}"
 
 
 def _explain(error: BaseException, what: str) -> GradmapError:

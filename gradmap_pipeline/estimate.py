@@ -18,6 +18,8 @@ class Estimate:
     seconds: float = 0.0
     how: str = ""
     """Which way the work is done, where the memory decides it."""
+    disk_bytes: int = 0
+    """Most bytes that lie in the store at once besides results: what is written, less what takes the place of other things."""
 
     def __add__(self, after: Estimate) -> Estimate:
         """One after the other."""
@@ -28,6 +30,7 @@ class Estimate:
             self.flops + after.flops,
             self.seconds + after.seconds,
             self.how or after.how,
+            max(self.disk_bytes, after.disk_bytes),
         )
 
     def __mul__(self, times: int) -> Estimate:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .errors import CapacityError
 from .estimate import Estimate
 from .machine import Machine
-from .memory import give_back, resident_bytes, tune_allocator
+from .memory import free_bytes, give_back, resident_bytes, tune_allocator
 from .model.budget import SweepNeeds, choose_way, format_size
 from .model.streams import plan_streams
 from .rates import Rates
@@ -112,8 +112,19 @@ class Rehearsal:
         seconds = self.open_seconds + self.stored_rest_bytes * self.rates.read_again()
         return Estimate(self.occupied, self.stored_rest_bytes, seconds=seconds)
 
-    def text(self, tokens: int) -> Estimate:
-        """Make ids of so many tokens of text; the time to download it is not known."""
+    def text(self, tokens: int, least: int | None = None) -> Estimate:
+        """Make ids of so many tokens of text; the time to download it is not known.
+
+        `least`: how many it takes even where the text has no more. Raises `CapacityError` where their ids alone do not fit.
+        """
+        needed = (tokens if least is None else least) * _TOKEN_BYTES
+        allowed = self.memory if self.device == "cpu" else free_bytes()
+        if needed > allowed:
+            raise CapacityError(
+                f"the ids of {needed // _TOKEN_BYTES:,} tokens need {format_size(needed)}, over the {format_size(allowed)} "
+                f"{'allowed' if self.device == 'cpu' else 'free in the machine'}; lower 'samples' or 'sequence_length'"
+                f"{', or allow more with --memory' if self.device == 'cpu' else ''}"
+            )
         return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.rates.token)
 
     def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0) -> Estimate:
@@ -133,6 +144,7 @@ class Rehearsal:
             flops=passes * (layers * layer.flops + head.flops),
             seconds=passes * (layers * layer.forward + head.forward) + moving,
             how=way.describe(),
+            disk_bytes=2 * way.bytes_written // layers,  # what leaves a layer takes the place of what came in, a layer at a time
         )
 
     def backward_sweeps(
@@ -146,7 +158,7 @@ class Rehearsal:
             self.trial.head_pass(way.batch_samples, tokens),
         )
         forward = layer.forward_for_backward if way.keep_graphs else layer.forward + layer.forward_for_backward
-        total = Estimate(self.occupied + way.peak_bytes, how=way.describe())
+        total = Estimate(self.occupied + way.peak_bytes, how=way.describe(), disk_bytes=way.bytes_written)
         for number, count in enumerate(layers):
             read = way.bytes_read * count // layers[0] if number == 0 or not way.resident else 0
             forwards = 1 if way.keep_graphs else 2
@@ -184,6 +196,7 @@ class Rehearsal:
             flops=count * layer.flops,
             seconds=count * layer.forward + self._moving(read, written),
             how=replace(way, bytes_written=written).describe(),
+            disk_bytes=written,
         )
 
     def _moving(self, read: int, spilled: int, besides: int = 0) -> float:

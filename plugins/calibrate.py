@@ -46,11 +46,15 @@ class Calibrate(Stage):
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         length = check_length(self.sequence_length, inputs.get("model"))
+        self.dataset.check_amount(self.samples, length, self.packing)
         return {"calibration": CalibrationForecast(samples=self.samples, sequence_length=length)}
 
     def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
         length = check_length(self.sequence_length, inputs.get("model"))
-        return None if length is None else rehearsal.text(self.samples * length * (POOL if self.shuffle else 1))
+        if length is None:
+            return None
+        tokens = self.samples * length
+        return rehearsal.text(tokens * (POOL if self.shuffle else 1), least=tokens)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import torch

@@ -62,7 +62,9 @@ class Evaluate(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(self.samples, int) and self.samples < 1:
             raise OptionError("samples", f"found {self.samples}; accepted: a whole number from 1, or all")
-        check_length(self.sequence_length, inputs.get("model"))
+        length = check_length(self.sequence_length, inputs.get("model"))
+        if self.samples != "all":
+            self.dataset.check_amount(self.samples, length, self.packing)
         return {}
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:

@@ -100,7 +100,7 @@ FAULTS = {
     "not stored": ("thing = Thing(value=object())", "its outputs cannot be stored"),
     "stored as another": ("thing = Hidden(value=1)", "its outputs cannot be stored"),
     "failure": ("raise ValueError('no\\nway')", "of odd.py: ValueError: no; way"),
-    "no outputs": ("return 3", "run() must return its Outputs, and returns int"),
+    "no outputs": ("return 3", "run() must return its Outputs, and returns 3"),
 }
 
 

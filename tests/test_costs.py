@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gradmap_pipeline.model.checkpoint import read_header
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.rates import time_call
 from gradmap_pipeline.rehearsal import Rehearsal
+from gradmap_pipeline.report.reporters import format_seconds
 
 RECIPE = """\
 version: 1
@@ -206,6 +208,73 @@ def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path
     assert "step 'project_compensate': one layer and what is computed with it" in result.stderr
     assert "or more with --memory, or use space: output" in result.stderr
     assert "use space" not in gradmap("plan", "r.yaml", "--set", "project_compensate.space=output").stderr
+
+
+HUB = "{dataset: {id: some/data}, samples: 1000000000000, sequence_length: 24}"
+
+
+def test_ids_that_fit_no_memory_are_said(folder: Path) -> None:
+    (folder / "r.yaml").write_text(RECIPE.split("  - use: evaluate", maxsplit=1)[0] + f"  - use: calibrate\n    with: {HUB}\n")
+    result = gradmap("plan", "r.yaml", "--memory", "2GiB")
+    assert result.exit_code == 3
+    message = "error: step 'calibrate': the ids of 24,000,000,000,000 tokens need 894069.67 GiB, over the 2.00 GiB allowed; lower "
+    assert message + "'samples' or 'sequence_length', or allow more with --memory" in result.stderr
+
+
+def test_samples_that_no_text_gives_are_refused(folder: Path) -> None:
+    size = (folder / "text.txt").stat().st_size
+    for samples in ("1000000000000", str(64 * size // 24 + 1)):
+        text = RECIPE.replace("samples: 8", f"samples: {samples}", 2)
+        for command in ("check", "plan", "run"):
+            (folder / "r.yaml").write_text(text)
+            result = gradmap(command, "r.yaml")
+            assert result.exit_code == 2
+            found = f"samples': {int(samples):,} samples of 24 tokens are more than the {size:,} bytes of 'text.txt' can give"
+            assert [line.split(": ", 2)[2].split(";")[0] for line in result.stderr.splitlines()] == [
+                f"step 'evaluate_dense': option '{found}",
+                f"step 'calibrate': option '{found}",
+            ]
+    (folder / "r.yaml").write_text(RECIPE.replace("samples: 8", f"samples: {64 * size // 24}"))
+    assert gradmap("check", "r.yaml").exit_code == 0, "no more is known before the text is read"
+    text = RECIPE.replace("samples: 8", "packing: none, samples: " + str(size + 1))
+    (folder / "r.yaml").write_text(text)
+    assert gradmap("check", "r.yaml").exit_code == 2
+    (folder / "r.yaml").write_text(text.replace(str(size + 1), str(size)))
+    assert gradmap("check", "r.yaml").exit_code == 0
+
+
+def test_what_no_disk_holds_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states that the memory does not hold go into the store; an export goes where it is written."""
+    free = namedtuple("free", ["free"])
+    monkeypatch.setattr(costs.shutil, "disk_usage", lambda path: free(1 << 10))
+    result = gradmap("plan", "r.yaml")
+    assert result.exit_code == 3
+    assert "step 'export': what it writes needs 148 KiB" in result.stderr
+    assert f"and {str(folder)!r} has 1 KiB free; name a folder on another disk" in result.stderr
+    assert "does not fit" in result.stdout
+    assert "'gradmap_score'" not in result.stderr, "its hidden states fit the memory"
+    monkeypatch.setattr(Rehearsal, "backward_sweeps", lambda *_, **__: Estimate(bytes_written=9 << 40, disk_bytes=3 << 40))
+    result = gradmap("plan", "r.yaml")
+    assert "step 'gradmap_score': hidden states in a file need 3072.00 GiB, and " in result.stderr
+    assert "use fewer samples, allow more with --memory, or name another disk with --store" in result.stderr
+
+
+def test_disk_that_a_sweep_needs(folder: Path) -> None:
+    """As much as lies there at once, not all that is ever written."""
+    rehearsal = Rehearsal(Path("model"), "model", None, Machine(), folder)
+    many = 10**9
+    sample = rehearsal.needs(4, 1, 24).boundary_bytes
+    backward = rehearsal.backward_sweeps([4, 3], many, 24, divisible=False)
+    assert 5 * sample * many > backward.disk_bytes > 4 * sample * many
+    assert backward.disk_bytes < backward.bytes_written
+    assert rehearsal.forward_sweep(4, 8, 24).disk_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3600 * 71, "71 h 00 min"), (86400 * 3, "3 days"), (86400 * 1095, "3 years"), (1e12, "31,709 years")]
+)
+def test_absurd_times_are_told_in_years(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
 
 
 def test_less_memory_reads_more(folder: Path) -> None:

@@ -10,10 +10,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..digests import sha256_of_value
-from ..errors import StageError, first_line
+from ..errors import OptionError, StageError, first_line
 from .documents import LONG_BYTES, Document, LongText, make_documents, shuffle_documents
 from .files import compression_of, find_files, kind_of
 from .readers import Row, read_rows, read_text
+
+_BUILTIN_BYTES = 1 << 26
+"""More than the sources of Python's standard library hold."""
+_TOKENS_A_BYTE = 64
+"""More than any tokenizer and chat template make of a byte."""
 
 
 class DatasetSource(BaseModel):
@@ -66,6 +71,31 @@ class DatasetSource(BaseModel):
         """The local files, all of one kind. Raises `ValueError`."""
         assert self.path is not None
         return find_files(self.path)
+
+    def check_amount(self, samples: int, length: int | None, packing: str) -> None:
+        """Raise `OptionError` where the text, as far as its size is known, cannot give so many samples, whatever the tokenizer."""
+        size = self._count_bytes()
+        if size is None:
+            return
+        tokens = samples * (length or 1)
+        if samples > size if packing == "none" else tokens > _TOKENS_A_BYTE * size:
+            what = f"{samples:,} samples" + (f" of {length:,} tokens" if length else "")
+            raise OptionError(
+                "samples",
+                f"{what} are more than the {size:,} bytes of {self.name!r} can give; lower 'samples' or 'sequence_length', or use "
+                "more text",
+            )
+
+    def _count_bytes(self) -> int | None:
+        """Of the text; None where that takes more than a look at files."""
+        if self.builtin is not None:
+            return _BUILTIN_BYTES
+        if self.path is None:
+            return None
+        files = self.files()
+        if any(compression_of(file) or kind_of(file) in ("parquet", "arrow") for file in files):
+            return None
+        return sum(file.stat().st_size for file in files)
 
     def local_paths(self) -> list[Path]:
         """Files and folders on this machine that are read."""

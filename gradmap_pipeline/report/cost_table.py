@@ -21,7 +21,9 @@ def print_costs(costs: PlanCosts | None) -> None:
     table = make_table("step", *columns, "how", right=columns, fold=True)
     for step in costs.steps:
         parameters = "" if step.parameters is None else f"{step.parameters:,}"
-        if step.estimate is None:
+        if step.estimate is not None and step.obstacle:
+            add_row(table, step.step, parameters, *_cells(step.estimate), "does not fit")
+        elif step.estimate is None:
             add_row(table, step.step, parameters, *["?"] * 5, "does not fit" if step.obstacle else "")
         else:
             add_row(table, step.step, parameters, *_cells(step.estimate), step.estimate.how)

@@ -199,7 +199,7 @@ def print_summary(console: Console, summary: Summary, seconds: float) -> None:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Short text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    """Short text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min, 12 days, 31,710 years."""
     if seconds is None:
         return "?"
     if seconds < 10:
@@ -209,4 +209,7 @@ def format_seconds(seconds: float | None) -> str:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    days = whole // 86400
+    if days < 3:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{days} days" if days < 3 * 365 else f"{days // 365:,} years"
