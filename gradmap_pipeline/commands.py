@@ -6,11 +6,12 @@ import logging
 import sys
 from os import environ
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .command_options import CommandGroup, check_device, check_size, check_threads, parse_output, parse_path, parse_store
+from .command_arguments import DeviceName, DtypeName, MemorySize, Overrides, PluginFiles, RecipePath, StorePath, Threads
+from .command_options import CommandGroup, parse_output, parse_path
 from .ending import endings
 from .streams import sole_errors, sole_output
 
@@ -32,14 +33,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", parser=parse_path, help="Recipe file.", show_default=False)]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Replace one option of the recipe. Repeatable.")
-]
-PluginFiles = Annotated[
-    list[Path], typer.Option("--plugin", metavar="FILE", parser=parse_path, help="Python file with stages to use. Repeatable.")
-]
-
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -47,28 +40,6 @@ def _show_version(wanted: bool) -> None:
 
         print(f"gradmap-pipeline {version('gradmap-pipeline')}")
         raise typer.Exit
-
-
-StorePath = Annotated[
-    Path, typer.Option("--store", metavar="FOLDER", parser=parse_store, help="Folder for results, shared by all recipes.")
-]
-DeviceName = Annotated[
-    str, typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
-]
-DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type to compute in.")]
-MemorySize = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        metavar="SIZE",
-        callback=check_size,
-        help="Memory this process may use, as 3GiB; of the GPU, where there is one. Default: 80 % of what is free.",
-        show_default=False,
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", callback=check_threads, help="CPU threads. Default: all cores.", show_default=False)
-]
 
 
 @app.callback()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +13,13 @@ from pydantic import BaseModel
 
 from .artifacts import Artifact
 from .asking import name_method
-from .digests import sha256_of_value
 from .environment import Workplace
 from .errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, on_one_line, text_of
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
 from .isolation import WorkerCrash, run_elsewhere
-from .keys import make_key, versions_of
+from .keys import make_key
 from .listening import heard
 from .machine import ALONE, Machine
 from .memory import give_back, tune_allocator
@@ -28,10 +27,11 @@ from .model.graph import ModelGraph, open_model
 from .output_checks import find_output_faults
 from .partial import scratch_folder
 from .plan import Plan, PlannedStep
-from .report.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
+from .report.events import Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .report.summary import summarise
 from .shortages import find_shortage
-from .stage import Advance, Context, FinishedStep
+from .stage import Context, FinishedStep
+from .step_context import memory_of, progress_of
 from .store import StepFolder, Store
 from .streams import keep_streams
 
@@ -118,9 +118,9 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                     device=device,
                     dtype=machine.dtype,
                     memory=machine.budget(device, group),
-                    progress=_progress_of(step.id, reporter),
+                    progress=progress_of(step.id, reporter),
                     note=lambda text: reporter.note(step.id, text),
-                    remember=_memory_of(step, machine.dtype, store, together, found_finished),
+                    remember=memory_of(step, workplace, machine.dtype, store, together, found_finished),
                     group=together,
                     lineage=lineage,
                 )
@@ -268,56 +268,6 @@ def _scratch_step() -> Iterator[StepFolder]:
     """A folder for what another process writes into the store."""
     with scratch_folder() as folder:
         yield StepFolder(folder, folder)
-
-
-def _memory_of(
-    step: PlannedStep, dtype: str, store: Store, group: Group, found_finished: list[float]
-) -> Callable[[Any, Callable[[], Any]], Any]:
-    """Units of a stage's work, kept under what the stage names as key and the code that made them.
-
-    `found_finished`: gets the seconds of those that earlier runs have computed.
-    """
-    versions = versions_of(step, _workplace_of(step, store))
-
-    def remember(key: Any, compute: Callable[[], Any]) -> Any:
-        whole = sha256_of_value([step.code.digest, dtype, versions, key])
-        found = group.tell(store.load_unit(step.stage.name, whole))
-        if found is not None:
-            found_finished.append(found["seconds"])
-            return found["value"]
-        started = time.monotonic()
-        value = group.tell(compute())
-        if group.leads:
-            store.save_unit(step.stage.name, whole, value, time.monotonic() - started)
-        return value
-
-    return remember
-
-
-def _progress_of(step: str, reporter: Reporter) -> Any:
-    @contextmanager
-    def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
-        started, done = time.monotonic(), 0
-
-        def report() -> None:
-            seconds = time.monotonic() - started
-            rate = done / seconds if done and seconds > 0 else None
-            left = (total - done) / rate if rate else None
-            reporter.progress(Progress(step, description, done, total, unit, rate, left))
-
-        def advance(units: int = 1, /) -> None:
-            nonlocal done
-            done = min(total, done + units)
-            if not ended:
-                report()
-
-        ended = False
-        report()
-        yield advance
-        ended = True
-        reporter.progress_ended(step, description)
-
-    return progress
 
 
 def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, ...]:
