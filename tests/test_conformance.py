@@ -165,6 +165,7 @@ def test_memory_beyond_the_given(model: ModelGraph, tmp_path: Path) -> None:
     ("forecast", "message"),
     [
         ("{'model': inputs['model'].layers}", "forecast() fails where nothing is known of the inputs: AttributeError"),
+        ("None", "must return a mapping of output names, got None"),
         ("{'mine': 1}", "forecast() speaks of 'mine', which is no output; outputs are model, thing"),
     ],
 )
