@@ -123,11 +123,13 @@ def test_second_run_computes_nothing(folder: Path) -> None:
     """In a new process, which does not even import torch."""
     first = gradmap("run", "r.yaml", "--json")
     assert not any(cached(first).values())
-    code = "import sys; from gradmap_pipeline.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, "run", "r.yaml", "--json"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-X", "importtime", "-m", "gradmap_pipeline", "run", "r.yaml", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 30
-    assert done.stderr.strip() == "False"
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "gradmap_pipeline.runner" in imported
+    assert "torch" not in imported
     second = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(event["cached"] for event in second if event["event"] == "step_finished")
     outputs = [[event["outputs"] for event in found if event["event"] == "step_finished"] for found in (events(first), second)]
@@ -262,7 +264,7 @@ def test_failing_stage(folder: Path, llama: Path) -> None:
     assert result.stderr == f"error: step 'fail': {message}\n"
     assert 'fails.py", line 14, in run' in traceback.read_text()
     result = gradmap("run", "f.yaml", "--plugin", "fails.py", "--set", "fail.how=type")
-    assert result.stderr == "error: step 'fail': stage 'fail' must return its Outputs, got int\n"
+    assert result.stderr == "error: step 'fail': run() of stage 'fail' (fails.py) must return its Outputs, got 1\n"
     assert not list((folder / ".gradmap" / "steps").iterdir())
 
 
