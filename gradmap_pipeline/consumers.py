@@ -26,7 +26,7 @@ _VERSIONS = {LLAMA_CPP: "0c1e570", "mlx-lm": "0.32.2", "SGLang": "0.5.23", "vLLM
 
 @dataclass(frozen=True)
 class Placing:
-    """A program takes the last of every `period` layers for those of a kind."""
+    """A program takes the last of every `period` layers for those of a kind, or the first."""
 
     program: str
     types: tuple[str, ...]
@@ -39,6 +39,8 @@ class Placing:
     """Config field that holds another period: a number, or text with a letter a layer."""
     array: str | None = None
     """Key of a GGUF file that lists the layers, and goes before the period."""
+    is_first: bool = False
+    """Whether it takes the first of every `period`."""
     was_run: bool = False
     """Otherwise the source was read."""
 
@@ -53,7 +55,8 @@ class Placing:
         period = len(told) if isinstance(told, str) and told else told
         if not isinstance(period, int) or period < 1:
             period = self.period
-        return tuple((layer + 1) % period == 0 for layer in range(depth))
+        place = 0 if self.is_first else period - 1
+        return tuple(layer % period == place for layer in range(depth))
 
 
 _LLAMA4 = ("llama4_text", "llama4")
@@ -63,14 +66,23 @@ PLACINGS = (
     Placing(LLAMA_CPP, ("gemma3_text", "gemma3"), "full attention", 6, "src/models/gemma3.cpp", array=WINDOWS, was_run=True),
     Placing(LLAMA_CPP, ("gpt_oss",), "full attention", 2, "src/models/openai-moe.cpp", array=WINDOWS, was_run=True),
     Placing(LLAMA_CPP, ("cohere2",), "full attention", 4, "src/models/cohere2.cpp", array=WINDOWS, was_run=True),
+    Placing(LLAMA_CPP, ("laguna",), "full attention", 4, "src/models/laguna.cpp", array=WINDOWS, is_first=True, was_run=True),
     Placing(LLAMA_CPP, ("afmoe",), "full attention", 4, "src/models/afmoe.cpp", array=WINDOWS),
     Placing(LLAMA_CPP, ("afmoe",), "no rotary embedding", 4, "src/models/afmoe.cpp"),
     Placing(LLAMA_CPP, _LLAMA4, "full attention", 4, "src/models/llama4.cpp", array=WINDOWS, was_run=True),
     Placing(LLAMA_CPP, _LLAMA4, "no rotary embedding", 4, "src/models/llama4.cpp", was_run=True),
     Placing(LLAMA_CPP, _LLAMA4, "experts", 1, "src/models/llama4.cpp", field="interleave_moe_layer_step", was_run=True),
     Placing(LLAMA_CPP, ("smollm3",), "no rotary embedding", 4, "src/models/smollm3.cpp", was_run=True),
-    Placing("mlx-lm", ("gemma3_text", "gemma3"), "full attention", 6, "models/gemma3_text.py", field="sliding_window_pattern"),
-    Placing("mlx-lm", ("cohere2",), "full attention", 4, "models/cohere2.py", field="sliding_window_pattern"),
+    Placing(
+        "mlx-lm",
+        ("gemma3_text", "gemma3"),
+        "full attention",
+        6,
+        "models/gemma3_text.py",
+        field="sliding_window_pattern",
+        was_run=True,
+    ),
+    Placing("mlx-lm", ("cohere2",), "full attention", 4, "models/cohere2.py", field="sliding_window_pattern", was_run=True),
     Placing("mlx-lm", ("exaone4",), "full attention", 1, "models/exaone4.py", field="sliding_window_pattern"),
     Placing("mlx-lm", _LLAMA4, "full attention", 4, "models/llama4.py"),
     Placing("mlx-lm", _LLAMA4, "no rotary embedding", 4, "models/llama4.py"),

@@ -85,12 +85,16 @@ class ExportGguf(FolderExport):
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        from gradmap_pipeline.llamacpp.dry_run import explain_failure
         from gradmap_pipeline.model.architecture import full_config
 
         super().inspect(inputs, survey)
         kept = getattr(inputs.get("model"), "kept", None)
         if kept is not None:
             self._check_config(full_config(survey.graph.base.folder), kept)
+        failure = explain_failure(survey.graph, self._find_converter(), self._python)
+        if failure is not None:
+            raise OptionError("converter", f"{failure}; export in another format")
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.llamacpp.limits import explain_deviations

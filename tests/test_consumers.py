@@ -26,6 +26,8 @@ from gradmap_pipeline.model.cadence import is_regular
 DEPTH = 12
 EVERY = {period: tuple(layer % period == period - 1 for layer in range(DEPTH)) for period in (1, 2, 3, 4, 6)}
 
+FIRST_OF_4 = tuple(layer % 4 == 0 for layer in range(DEPTH))
+
 
 def windows(period: int, depth: int = DEPTH, name: str = "sliding_attention") -> list[str]:
     return ["full_attention" if layer % period == period - 1 else name for layer in range(depth)]
@@ -36,6 +38,7 @@ EXPECTED = {
     ("llama.cpp", "gemma3_text", "full attention"): ({"sliding_window_pattern": 2}, EVERY[6]),
     ("llama.cpp", "gpt_oss", "full attention"): ({}, EVERY[2]),
     ("llama.cpp", "cohere2", "full attention"): ({}, EVERY[4]),
+    ("llama.cpp", "laguna", "full attention"): ({}, FIRST_OF_4),
     ("llama.cpp", "afmoe", "full attention"): ({}, EVERY[4]),
     ("llama.cpp", "afmoe", "no rotary embedding"): ({}, EVERY[4]),
     ("llama.cpp", "llama4_text", "full attention"): ({}, EVERY[4]),
@@ -114,6 +117,10 @@ def test_arrays_of_a_file() -> None:
     other = {**GEMMA3, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     assert find_arrays(other) == {"attention.sliding_window_pattern": [True, False, True]}
     assert find_arrays(GEMMA3) == {}
+    first = ["full_attention", *["sliding_attention"] * 3] * 2
+    assert find_arrays({"model_type": "laguna", "layer_types": first}) == {}
+    without = {"model_type": "laguna", "layer_types": [*first[:2], *first[3:]]}
+    assert find_arrays(without) == {"attention.sliding_window_pattern": [False, True, True, False, True, True, True]}
     assert explain_refusal(other) is None
     chunks = {"model_type": "llama4_text", "layer_types": ["chunked_attention", "full_attention", "chunked_attention"]}
     assert find_arrays(chunks) == {"attention.sliding_window_pattern": [True, False, True]}
@@ -161,6 +168,23 @@ def test_arrays_of_a_file() -> None:
         ({"model_type": "deepseek_v3", "num_hidden_layers": 26, "q_lora_rank": 1536}, "one of 26 layers for a model without that"),
         ({"model_type": "deepseek_v3", "num_hidden_layers": 50, "q_lora_rank": 1536}, None),
         (
+            {"model_type": "dots1", "layer_types": ["full_attention", "sliding_attention"]},
+            "llama.cpp runs dots1 without windows of attention, which layers 1 have",
+        ),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, None),
+        ({"model_type": "minicpm3", "scale_depth": 1.4, "scale_emb": 12, "dim_model_base": 256}, None),
+        (
+            {"model_type": "minicpm3", "scale_depth": 1.4 * (4 / 6) ** 0.5, "scale_emb": 12, "dim_model_base": 256},
+            "llama.cpp runs minicpm3 with scale_depth = 1.4, where this model has 1.1431",
+        ),
+        ({"model_type": "minicpm3", "scale_emb": 1}, "minicpm3 with scale_emb = 12, where this model has 1,"),
+        ({"model_type": "cohere", "use_qk_norm": True, "num_hidden_layers": 64}, None),
+        (
+            {"model_type": "cohere", "use_qk_norm": True, "num_hidden_layers": 60},
+            "normalises queries and keys, from 64 on, and this model has such norms and 60 layers",
+        ),
+        ({"model_type": "cohere", "use_qk_norm": False, "num_hidden_layers": 40}, None),
+        (
             {"model_type": "llama4_text", "layer_types": windows(4, 8, "chunked_attention"), "attention_chunk_size": 4096},
             "llama4 with attention_chunk_size = 8192, where this model has 4096",
         ),
@@ -175,6 +199,10 @@ def test_what_llama_cpp_leaves_out() -> None:
     window = {"model_type": "mistral", "sliding_window": 4096}
     assert explain_deviations(window) == ["llama.cpp has no windows for mistral: beyond 4096 tokens it computes another model"]
     assert explain_deviations({**window, "sliding_window": None}) == []
+    assert explain_deviations({**window, "model_type": "llama"}) == []
+    listed = {"model_type": "ministral3", "sliding_window": 50, "layer_types": ["sliding_attention"] * 3}
+    assert explain_deviations(listed) == ["llama.cpp has no windows for ministral3: beyond 50 tokens it computes another model"]
+    assert explain_deviations({**listed, "model_type": "olmo3"}) == []
     yarn = {"rope_type": "yarn", "truncate": False}
     assert "rounds the bounds of YaRN" in explain_deviations({"model_type": "gpt_oss", "rope_parameters": yarn})[0]
     assert explain_deviations({"model_type": "gpt_oss", "rope_parameters": {**yarn, "truncate": True}}) == []
@@ -235,6 +263,7 @@ REGULAR: list[dict[str, Any]] = [
     {"model_type": "gemma3_text", "layer_types": windows(6), "sliding_window_pattern": 6},
     {"model_type": "cohere2", "layer_types": windows(4), "sliding_window_pattern": 4},
     {"model_type": "smollm3", "no_rope_layers": [int(layer % 4 != 3) for layer in range(DEPTH)]},
+    {"model_type": "laguna", "layer_types": ["sliding_attention" if layer % 4 else "full_attention" for layer in range(DEPTH)]},
 ]
 
 

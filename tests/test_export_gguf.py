@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from gradmap_plugins.export_gguf import ExportGguf
 from tiny import make_model
+from typer.testing import CliRunner
 from walk import make_model as make_any_model
 
 from gradmap_pipeline import ModelGraph, OptionError, StageError
 from gradmap_pipeline.catalog import load_catalog
+from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import RecipeError
 from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.model.graph import open_folder
@@ -162,3 +164,23 @@ def test_evaluate_takes_a_file(tmp_path: Path, graph: ModelGraph, monkeypatch: p
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
     with pytest.raises(StageError, match=r"nothing runs the file, as '.*' lacks llama-cpp-python: .* -m pip install"):
         exported.open("cpu")
+
+
+def test_a_model_that_the_converter_refuses_is_told_before_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter reads the whole model, as an export would have it, without writing."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    refuses = """open(folder + "/model.safetensors", "rb").read(8)
+assert "--dry-run" in sys.argv and config["num_hidden_layers"] == 4
+config["n_ctx"]
+"""
+    converter = make_converter(tmp_path, refuses)
+    steps = [{"use": "prune", "with": {"layers": [1]}}, {"use": "export_gguf", "with": {"to": "out", "converter": str(converter)}}]
+    (tmp_path / "r.yaml").write_text(json.dumps({"version": 1, "model": {"path": "model"}, "steps": steps}))
+    monkeypatch.setattr(pythons, "explain_missing", lambda *_: None)
+    for command in ("check", "run"):
+        result = CliRunner().invoke(app, [command, "r.yaml"])
+        assert result.exit_code == 2, result.output
+        said = " ".join(result.stderr.split())
+        assert "llama.cpp's converter ended with code 1: KeyError: 'n_ctx'; export in another format" in said
+        assert not (tmp_path / ".gradmap/steps").exists() or not any((tmp_path / ".gradmap/steps").iterdir())

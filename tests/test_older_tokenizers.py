@@ -46,7 +46,10 @@ def make_with_further_tokens(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("content", "older"),
     [
-        ({"tokenizer_class": "TokenizersBackend", "a": 1}, {"tokenizer_class": "PreTrainedTokenizerFast", "a": 1}),
+        (
+            {"tokenizer_class": "TokenizersBackend", "a": 1},
+            {"tokenizer_class": "PreTrainedTokenizerFast", "a": 1, "model_input_names": ["input_ids", "attention_mask"]},
+        ),
         ({"tokenizer_class": "GemmaTokenizer"}, {"tokenizer_class": "GemmaTokenizer"}),
         ({"extra_special_tokens": ["x", "y"]}, {"additional_special_tokens": ["x", "y"]}),
         (

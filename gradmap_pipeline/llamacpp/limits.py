@@ -13,8 +13,18 @@ from ..consumers import LLAMA_CPP, find_misreadings
 
 Config = Mapping[str, Any]
 
-WITHOUT_WINDOWS = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
-"""`model_type`s that have windows in transformers, and never in llama.cpp."""
+WITH_WINDOWS = frozenset(
+    (
+        *("afmoe", "cohere2", "cohere2_moe", "deepseek_v4", "dots3_note", "dots3_note_text", "exaone4", "exaone_moe"),
+        *("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"),
+        *("gemma4_unified_text", "gpt_oss", "granite_swa", "granitemoe_swa", "laguna", "lfm2", "llama4", "llama4_text", "maple"),
+        *("mellum", "mimo_v2_flash", "muse_glimmer", "muse_glimmer_text", "olmo3", "plamo3", "step3p5", "step3p7"),
+    )
+)
+"""`model_type`s for which llama.cpp reads a window of attention from the file. It runs all others without."""
+ALWAYS_WINDOWS = ("mistral", "ministral3", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "starcoder2")
+"""Those of the others whose layers all have the window of `sliding_window`, unless `layer_types` says otherwise."""
+_WINDOWS = {"sliding_attention", "chunked_attention"}
 
 
 def explain_refusal(config: Config) -> str | None:
@@ -24,7 +34,7 @@ def explain_refusal(config: Config) -> str | None:
         return (
             f"{untold[0]}, and no GGUF file can tell it; `prune: {{among: regular}}` chooses layers that leave the pattern as it is"
         )
-    for check in (_check_windows, _check_scale, _check_depth, _check_llama4):
+    for check in (_check_windows, _check_scale, _check_depth, _check_minicpm3, _check_llama4):
         reason = check(config)
         if reason is not None:
             return reason
@@ -39,11 +49,11 @@ def find_arrays(config: Config) -> dict[str, list[bool]]:
 
 def name_ignored_window(config: Config) -> int | None:
     """The window in tokens that llama.cpp leaves out of a model whose layers all have it; None where there is none."""
-    window = config.get("sliding_window")
-    kinds = config.get("layer_types") or ["sliding_attention"]
-    if config.get("model_type") in WITHOUT_WINDOWS and isinstance(window, int) and config.get("use_sliding_window", True):
-        return window if set(kinds) == {"sliding_attention"} else None
-    return None
+    kind, window = config.get("model_type"), config.get("sliding_window")
+    if kind in WITH_WINDOWS or not isinstance(window, int) or not config.get("use_sliding_window", True):
+        return None
+    kinds = set(config.get("layer_types") or (["sliding_attention"] if kind in ALWAYS_WINDOWS else []))
+    return window if kinds and kinds <= _WINDOWS else None
 
 
 def rounds_yarn(config: Config) -> bool:
@@ -68,8 +78,8 @@ def explain_deviations(config: Config) -> list[str]:
 
 def _check_windows(config: Config) -> str | None:
     kind, kinds = config.get("model_type"), config.get("layer_types") or []
-    if kind in WITHOUT_WINDOWS and len(set(kinds)) > 1:
-        windows = [layer for layer, name in enumerate(kinds) if name != "full_attention"]
+    windows = [layer for layer, name in enumerate(kinds) if name in _WINDOWS]
+    if kind not in WITH_WINDOWS and 0 < len(windows) < len(kinds):
         return f"llama.cpp runs {kind} without windows of attention, which layers {', '.join(map(str, windows))} have"
     return None
 
@@ -101,6 +111,12 @@ def _check_depth(config: Config) -> str | None:
             f"llama.cpp takes the first 20 layers of gemma3n for those with keys and values of their own, and this model has "
             f"{depth - shared}"
         )
+    if kind == "cohere" and isinstance(depth, int) and bool(config.get("use_qk_norm")) != (depth >= 64):
+        has = "has" if config.get("use_qk_norm") else "has no"
+        return (
+            f"llama.cpp knows by the number of layers whether cohere normalises queries and keys, from 64 on, and this model {has} "
+            f"such norms and {depth} layers"
+        )
     if kind in {"deepseek_v2", "deepseek_v3"}:
         is_lite = depth in {26, 27} or (depth == 48 and config.get("vocab_size") == 128256)
         if is_lite != (config.get("q_lora_rank") is None):
@@ -108,6 +124,17 @@ def _check_depth(config: Config) -> str | None:
                 f"llama.cpp knows by the number of layers whether the queries of {kind} are compressed, and takes one of {depth} "
                 f"layers for a model {'without' if is_lite else 'with'} that"
             )
+    return None
+
+
+def _check_minicpm3(config: Config) -> str | None:
+    """Numbers that llama.cpp fixes for MiniCPM3. The scale of residuals changes with the number of layers."""
+    if config.get("model_type") != "minicpm3":
+        return None
+    for field, taken in (("scale_depth", 1.4), ("scale_emb", 12), ("dim_model_base", 256)):
+        meant = config.get(field)
+        if isinstance(meant, int | float) and not math.isclose(meant, taken, rel_tol=1e-6):
+            return f"llama.cpp runs minicpm3 with {field} = {taken}, where this model has {meant:g}, and no GGUF file can tell it"
     return None
 
 

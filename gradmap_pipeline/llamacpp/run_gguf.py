@@ -13,12 +13,13 @@ logits after each of their tokens, float32 (prompts, T, V).
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 _FLOAT32 = 0  # ggml's number of the type
-_ERROR = 3  # and of the level of a message
+_ERROR = 4  # and of the level of a message
 _AT_ONCE = 256  # tokens whose logits llama.cpp holds together
 
 
@@ -37,6 +38,7 @@ class Runner:
         llama_cpp.llama_log_set(self._log, None)
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
+        options.use_extra_bufts = False  # weights repacked for the processor: with AMX, 8-bit ones can crash
         self.model = llama_cpp.llama_model_load_from_file(file.encode(), options)
         if not self.model:
             raise SystemExit(f"it does not load the file: {self._name_error()}")
@@ -55,7 +57,8 @@ class Runner:
         options.n_ctx = options.n_batch = options.n_ubatch = length
         options.n_threads = options.n_threads_batch = self.threads
         options.type_k = options.type_v = _FLOAT32
-        options.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if hasattr(options, "flash_attn_type"):  # before, it is off unless it is asked for
+            options.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = self.api.llama_init_from_model(self.model, options)
         if not self.context:
             raise SystemExit(f"it makes no context of {length} tokens: {self._name_error()}")
@@ -113,12 +116,14 @@ class Runner:
 
 
 def main(file: str, threads: int) -> None:
-    """Answer until standard input ends."""
+    """Answer until standard input ends. Whatever else is written to standard output goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     runner = Runner(file, threads)
-    print(json.dumps({"words": runner.words}), flush=True)
+    print(json.dumps({"words": runner.words}), file=answers, flush=True)
     for line in sys.stdin:
         runner.answer(**json.loads(line))
-        print("{}", flush=True)
+        print("{}", file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Sizes: B sequences, T tokens, V vocabulary of the file.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import weakref
@@ -37,9 +38,9 @@ class GgufSession:
             self._scratch = stack.enter_context(scratch_folder())
             self._said = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
             command = tie([python, str(RUNNER), str(file), str(torch.get_num_threads())])
-            self._process = stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True)
-            )
+            streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+            environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else a failure starts a debugger, where there is one
+            self._process = stack.enter_context(subprocess.Popen(command, **streams, text=True, env=environment))
             stack.callback(self._process.kill)
             self.words: int = self._read()["words"]
             """Tokens that the file knows."""

@@ -15,6 +15,8 @@ from .files import read_json
 
 CONFIG = "tokenizer_config.json"
 _NEWER, _OLDER = "TokenizersBackend", "PreTrainedTokenizerFast"
+_INPUTS = ["input_ids", "attention_mask"]
+"""What the newer class gives a model. The older one gives `token_type_ids` besides, which decoders refuse, unless it is told."""
 
 
 def add_older_tokenizer(folder: Path, texts: tuple[str, ...]) -> None:
@@ -33,6 +35,7 @@ def with_older_words(content: dict[str, Any]) -> dict[str, Any]:
     content = dict(content)
     if content.get("tokenizer_class") == _NEWER:
         content["tokenizer_class"] = _OLDER
+        content.setdefault("model_input_names", _INPUTS)
     further = content.get("extra_special_tokens")
     if isinstance(further, list):
         del content["extra_special_tokens"]
