@@ -83,6 +83,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
     },
     "qwen2": {"use_sliding_window": True, "max_window_layers": 6},
+    "laguna": {"layer_types": cycle("full_attention", *["sliding_attention"] * 3)},
+    "minicpm3": {"scale_depth": 1.4, "scale_emb": 12, "dim_model_base": 256},
 }
 
 
@@ -105,6 +107,8 @@ def export(base: Path, removed: list[int], tmp_path: Path, weights: str = "f32")
         ("lfm2", [1, 5, 7]),
         ("llama4_text", [4, 5, 6, 7]),
         ("qwen2", [6, 7, 8, 9, 10, 11]),
+        ("laguna", [2]),
+        ("minicpm3", []),
     ],
 )
 def test_files_agree_with_torch(model_type: str, removed: list[int], tmp_path: Path) -> None:
@@ -126,6 +130,7 @@ def test_files_agree_with_torch(model_type: str, removed: list[int], tmp_path: P
         ("smollm3", [2], "would take layers 3, 7 for those with no rotary embedding, where the model has layers 2, 6, 10, and no"),
         ("llama4_text", [2, 3], "would take layers 3, 7 for those with no rotary embedding, where the model has layers 5, 9"),
         ("qwen2", [1], "llama.cpp runs qwen2 without windows of attention, which layers 5, 6, 7, 8, 9, 10 have"),
+        ("minicpm3", [1, 2], "llama.cpp runs minicpm3 with scale_depth = 1.4, where this model has 1.278"),
     ],
 )
 def test_what_no_file_can_say_is_refused(model_type: str, removed: list[int], message: str, tmp_path: Path) -> None:
