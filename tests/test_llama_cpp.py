@@ -83,7 +83,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
     },
     "qwen2": {"use_sliding_window": True, "max_window_layers": 6},
-    "laguna": {"layer_types": cycle("full_attention", *["sliding_attention"] * 3)},
+    "laguna": {
+        "layer_types": cycle("full_attention", *["sliding_attention"] * 3),
+        "num_attention_heads_per_layer": None,
+        "mlp_layer_types": None,
+    },
     "minicpm3": {"scale_depth": 1.4, "scale_emb": 12, "dim_model_base": 256},
 }
 
