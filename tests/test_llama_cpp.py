@@ -122,7 +122,9 @@ def test_files_agree_with_torch(model_type: str, removed: list[int], tmp_path: P
     parity = json.loads((tmp_path / "out" / "gradmap.json").read_text())["llama_cpp"]
     assert parity["lengths"] == [12, 100, 500]
     assert parity["difference"] == exported.max_logit_difference
-    exactness = 2e-3 if model_type.startswith("gemma") else 1e-5  # llama.cpp's table of GELU is in float16
+    exactness = 1e-5
+    if model_type.startswith(("gemma", "minicpm3")):  # a table of GELU in float16; embeddings that are scaled by 12
+        exactness = 2e-3
     assert parity["difference"] < exactness
     assert parity["log_probability_difference"] < exactness
     assert parity["lost"] < exactness
