@@ -38,6 +38,8 @@ SAME = ("program", "architecture", "model", "removed", "format")
 """Keys that make two rows one."""
 AGREES = 0.1
 """Nats by which the log-probability of the likeliest token may differ for a row to say `agrees`."""
+ALIKE = 0.9
+"""Share of positions at which both must find the same token likeliest: small random models have logits that differ little."""
 
 
 def run_llama_cpp(graph: ModelGraph, folder: Path, asked: argparse.Namespace) -> parity.Parity:
@@ -113,7 +115,7 @@ def make_row(asked: argparse.Namespace) -> dict[str, Any]:
             return {**row, "result": "refused", "figure": str(error)}
         except (GradmapError, RuntimeError) as error:
             return {**row, "result": "fails", "figure": str(error)}
-    result = "agrees" if found.log_probability_difference < AGREES else "computes another model"
+    result = "agrees" if found.log_probability_difference < AGREES and found.agreeing >= ALIKE else "computes another model"
     if asked.program == "llama.cpp" and asked.type not in PLAIN:
         result = "runs quantised"
     figure = (
