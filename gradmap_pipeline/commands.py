@@ -13,7 +13,7 @@ import typer
 from .command_arguments import DeviceName, DtypeName, MemorySize, Overrides, PluginFiles, RecipePath, StorePath, Threads
 from .command_options import CommandGroup, open_store, parse_output, parse_path
 from .ending import endings
-from .material_commands import new_plugin
+from .material_commands import new_plugin, recipes
 from .streams import sole_errors, sole_output
 
 if TYPE_CHECKING:
@@ -250,6 +250,7 @@ def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
         print(dump_json(make_schema(_catalog(plugins)), indent=2), file=output, flush=True)
 
 
+app.command()(recipes)
 app.command(name="new-plugin")(new_plugin)
 
 

@@ -1,4 +1,4 @@
-"""Commands that hand out what to start from: the package of a plugin."""
+"""Commands that hand out what to start from: the package of a plugin, and recipes."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ def new_plugin(
 
         folder, stage = write_plugin(name, kind, to)
         print(show(f"wrote {folder}: stage {stage}, its tests and a recipe; {folder / 'README.md'} says how to go on"))
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Recipe to print.", show_default=False)] = None,
+) -> None:
+    """List the recipes that come with the package, or print one: `gradmap recipes quickstart > mine.yaml`."""
+    with endings():
+        from .shipped_recipes import list_recipes, read_recipe
+
+        if name is None:
+            print(list_recipes())
+        else:
+            print(read_recipe(name), end="")
