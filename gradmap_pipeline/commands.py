@@ -36,9 +36,9 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from . import __version__
 
-        print(f"gradmap-pipeline {version('gradmap-pipeline')}")
+        print(f"gradmap-pipeline {__version__}")
         raise typer.Exit
 
 

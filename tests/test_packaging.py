@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
+import gradmap_pipeline
 from gradmap_pipeline.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +48,44 @@ def test_unknown_recipe_is_refused(name: str, told: str) -> None:
     assert result.exit_code == 2
     assert f"no recipe named {name!r} ships; {told}" in result.stderr
     assert result.stdout == ""
+
+
+def test_there_is_one_version() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in text
+    assert not re.search(r"^version = \"", text, re.MULTILINE)
+    assert version("gradmap-pipeline") == gradmap_pipeline.__version__
+    assert run("--version") == f"gradmap-pipeline {gradmap_pipeline.__version__}\n"
+    assert f"## {gradmap_pipeline.__version__}" in (ROOT / "docs" / "changelog.md").read_text()
+
+
+def test_pinned_versions_are_allowed_and_the_next_major_ones_are_not() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    allowed = {
+        found.name: found.specifier for found in map(Requirement, re.findall(r'^    "([a-z][\w-]*>=[^"]*)",$', text, re.MULTILINE))
+    }
+    pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    for pin in pinned:
+        (exact,) = pin.specifier
+        name = pin.name.lower().replace("_", "-")
+        assert exact.version in allowed.get(name, SpecifierSet()), pin
+    assert not {"6.0.0", "6.1"} & set(allowed["transformers"].filter(["6.0.0", "6.1"]))
+    assert "3.0" not in allowed["torch"]
+    assert "2.13.0" in allowed["torch"]
+
+
+def test_ci_runs_what_there_is() -> None:
+    """Targets that the Makefile has, from the oldest Python that is allowed."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    assert jobs["pinned"]["strategy"]["matrix"]["python"][0] == oldest[1]
+    targets = {line.partition(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if re.match(r"[\w-]+:", line)}
+    commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    wanted = {word for command in commands if command.startswith("make ") for word in command.split()[1:] if "=" not in word}
+    assert {"test", "test-quick", "lint"} <= wanted <= targets
+    assert jobs["gpu"]["runs-on"] == ["self-hosted", "gpu"]
+    assert jobs["gpu"]["if"]
 
 
 @pytest.mark.slow
