@@ -1,8 +1,8 @@
-# Everything a fresh clone needs: `make quickstart`, `make test`.
+# Everything a fresh clone needs: `make quickstart`, `make test-quick`, `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint docs architectures consumers clean
+.PHONY: quickstart test-quick test test-slow lint docs architectures consumers clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
@@ -12,6 +12,9 @@ BIN := .venv/bin
 
 quickstart: .venv/installed
 	$(BIN)/gradmap run recipes/quickstart.yaml
+
+test-quick: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m 'not slow and not full'
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile

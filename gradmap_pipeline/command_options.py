@@ -6,10 +6,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from .store import Store
 
 _UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """Base of all complaints about arguments; typer has it from click or brings its own."""
@@ -112,3 +115,20 @@ def parse_store(text: str | Path) -> Path:
     except OSError as error:
         raise typer.BadParameter(f"{str(text)!r} cannot be a folder: {error.strerror}") from None
     return store
+
+
+def open_store(folder: Path) -> Store:
+    """Make the folder unless it is there. Raises `CommandError` where it cannot be used."""
+    from .errors import CommandError
+    from .shortages import is_shortage
+    from .store import Store
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").touch()
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        advice = "name a folder that can be written"
+        raise CommandError(f"--store {str(folder)!r} cannot be used: {error.strerror}; {advice}") from error
+    return Store(folder)

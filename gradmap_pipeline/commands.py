@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command_arguments import DeviceName, DtypeName, MemorySize, Overrides, PluginFiles, RecipePath, StorePath, Threads
-from .command_options import CommandGroup, parse_output, parse_path
+from .command_options import CommandGroup, open_store, parse_output, parse_path
 from .ending import endings
+from .material_commands import new_plugin, recipes
 from .streams import sole_errors, sole_output
 
 if TYPE_CHECKING:
     from .catalog import Catalog
     from .machine import Machine
     from .plan import Plan
-    from .store import Store
 
 app = typer.Typer(
     name="gradmap",
@@ -36,9 +36,9 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from . import __version__
 
-        print(f"gradmap-pipeline {version('gradmap-pipeline')}")
+        print(f"gradmap-pipeline {__version__}")
         raise typer.Exit
 
 
@@ -80,7 +80,7 @@ def run(
             plan = _plan(recipe, overrides, plugins, store)
             machine = _machine(device, dtype, threads, memory)
             with open_group(device) as group:
-                run_plan(plan, _open_store(store), machine, reporter, group)
+                run_plan(plan, open_store(store), machine, reporter, group)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def compare(
         if left_out:
             print(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
         reporter = CompareReporter([variant.name for variant in variants])
-        comparison = run_variants(variants, _open_store(store), _machine(device, dtype, threads, memory), reporter)
+        comparison = run_variants(variants, open_store(store), _machine(device, dtype, threads, memory), reporter)
         print_comparison(comparison)
         for line in save_comparison(comparison, out):
             print(show(line))
@@ -250,6 +250,10 @@ def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
         print(dump_json(make_schema(_catalog(plugins)), indent=2), file=output, flush=True)
 
 
+app.command()(recipes)
+app.command(name="new-plugin")(new_plugin)
+
+
 def run_command() -> int:
     """Run the command that the arguments name; return its exit code."""
     from .memory import prefer_huge_pages
@@ -274,23 +278,6 @@ def _machine(device: str, dtype: str, threads: int | None, memory: str | None) -
 
     check_address_space()
     return Machine(device, dtype, threads, None if memory is None else parse_size(memory))
-
-
-def _open_store(folder: Path) -> Store:
-    """Make the folder unless it is there. Raises `CommandError` where it cannot be used."""
-    from .errors import CommandError
-    from .shortages import is_shortage
-    from .store import Store
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".gitignore").touch()
-    except OSError as error:
-        if is_shortage(error):
-            raise
-        advice = "name a folder that can be written"
-        raise CommandError(f"--store {str(folder)!r} cannot be used: {error.strerror}; {advice}") from error
-    return Store(folder)
 
 
 def _plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:

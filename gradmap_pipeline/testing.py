@@ -54,6 +54,18 @@ def check_stage(stage: Stage, *, seed: int = 0, dtype: str = "float32", memory: 
     return find_breaches(stage, inputs, seed, dtype, memory)
 
 
+def make_inputs(kind: type[Stage], folder: Path) -> dict[str, Any]:
+    """Small inputs for a stage, made in `folder` from the built-in model by the stages that are installed.
+
+    The model has all its layers where the stage ranks layers, or takes a ranking; else two are missing. Raises `PluginError` where
+    no installed stage makes an input that is required.
+    """
+    from . import sample_inputs
+    from .catalog import load_catalog
+
+    return sample_inputs.make_inputs(kind, load_catalog(), folder)
+
+
 @contextmanager
 def _silent_progress(description: str, total: int, unit: str) -> Iterator[Advance]:
     def advance(units: int = 1, /) -> None:

@@ -51,8 +51,12 @@ class Seen:
     """Most bytes that the process had resident; None where the system does not say."""
 
     def left_outside(self, places: Collection[Path]) -> list[Path]:
-        """Paths outside some places that are other than before: not those that it made and removed again."""
-        own = (*places, Path("/dev"), Path("/proc"))
+        """Paths outside some places that are other than before: not those that it made and removed again.
+
+        What lay in a folder that it made and removed was not there before either, also where a library wrote it unseen.
+        """
+        passing = [path for path, before in self.changed.items() if before is None and _state_of(path) is None]
+        own = (*places, *passing, Path("/dev"), Path("/proc"))
         outside = [path for path in self.changed if not any(path.is_relative_to(place) for place in own)]
         return [path for path in outside if _state_of(path) != self.changed[path] and "__pycache__" not in path.parts]
 

@@ -130,6 +130,17 @@ def test_a_stage_that_keeps_the_contract(model: ModelGraph, tmp_path: Path) -> N
     assert check_stage(load_stage(tmp_path, GOOD), model=model) == []
 
 
+def test_file_of_a_library_in_a_folder_that_is_gone_is_no_finding(model: ModelGraph, tmp_path: Path) -> None:
+    """Python sees nothing of the file until its permissions change, when it is there already."""
+    body = (
+        "import shutil; place = ELSEWHERE / 'making'; place.mkdir(); os.system(f'touch {place}/unseen'); "
+        "(place / 'unseen').chmod(0o600); shutil.rmtree(place)"
+    )
+    assert check_stage(load_stage(tmp_path, body), model=model) == []
+    kept = check_stage(load_stage(tmp_path, body.replace("shutil.rmtree(place)", "1")), model=model)
+    assert any("making" in line for line in kept)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(fault: str, model: ModelGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body, message = FAULTS[fault]

@@ -24,7 +24,8 @@ ORDER = [
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
     "isolation", "worker", "keys", "step_context",
     "runner", "comparison", "testing", "witness", "conformance", "sample_inputs", "stage_check",
-    "ending", "command_options", "command_arguments", "commands", "cli", "__main__", "reference",
+    "template", "new_plugin", "shipped_recipes",
+    "ending", "command_options", "command_arguments", "material_commands", "commands", "cli", "__main__", "reference",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

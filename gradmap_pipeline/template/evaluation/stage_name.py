@@ -1,0 +1,78 @@
+"""Measure how often the token that a model finds most likely is the next one of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from gradmap_pipeline import Artifact, Context, DatasetSource, ModelGraph, QualityError, Stage, StageError, Survey, hookimpl
+
+
+class Accuracy(Artifact):
+    """How often a model's first choice is the next token."""
+
+    model: str
+    """Digest of the model."""
+    accuracy: float
+    tokens: int
+    """Tokens predicted."""
+
+
+class StageName(Stage):
+    """Measure how often the model's first choice is the next token of a text."""
+
+    name = "stage_name"
+    libraries = ("torch", "transformers", "tokenizers", "datasets")
+
+    dataset: DatasetSource = Field(description="Text to predict.")
+    samples: int = Field(128, ge=1, description="Number of sequences, the first of the data set.")
+    sequence_length: int = Field(256, ge=2, description="Tokens in a sequence.")
+    min_accuracy: float | None = Field(None, ge=0, le=1, description="Smallest share that passes.")
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+
+    class Outputs(BaseModel):
+        accuracy: Accuracy
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.dataset.check_amount(self.samples, self.sequence_length, "documents")
+        return {}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        survey.check_layerwise()
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
+        from gradmap_pipeline.model.batches import make_batches, predicted_tokens
+        from gradmap_pipeline.model.layerwise import LayerwiseModel
+        from gradmap_pipeline.model.sweep import Sweep
+
+        base = inputs.model.base
+        tokenizer, embeddings = load_tokenizer(base), count_embeddings(base)
+        documents = self.dataset.documents()
+        ids, mask = make_sequences(tokenizer, documents, self.sequence_length, self.samples, embeddings=embeddings)
+        layerwise = LayerwiseModel(inputs.model, device=context.device, dtype=context.dtype)
+        batches = make_batches(ids, mask, lengths_apart=layerwise.lengths_apart)
+        right = tokens = 0
+        with context.progress("predict text", len(batches), "batch") as advance:
+            for batch, logits in zip(batches, Sweep(layerwise, batches, keep_boundaries=False).logits(), strict=True):
+                if not logits.isfinite().all():
+                    raise StageError("the model computes logits that are not finite; use another --dtype")
+                hit = logits[:, :-1].argmax(dim=-1).cpu() == batch.input_ids[:, 1:].cpu()
+                counted = predicted_tokens(batch).cpu()
+                right += int((hit & counted).sum())
+                tokens += int(counted.sum())
+                advance()
+        accuracy = right / tokens
+        context.note(f"the first choice is right for {accuracy:.1%} of {tokens} tokens of {self.dataset.name}")
+        if self.min_accuracy is not None and accuracy < self.min_accuracy:
+            raise QualityError(f"accuracy {accuracy:.4f} is under min_accuracy {self.min_accuracy:g}")
+        return self.Outputs(accuracy=Accuracy(model=inputs.model.digest, accuracy=accuracy, tokens=tokens))
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [StageName]
