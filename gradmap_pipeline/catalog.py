@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from contextlib import suppress
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -14,10 +15,11 @@ import pluggy
 from . import hookspecs
 from .artifacts import Artifact
 from .errors import GradmapError, PluginError, describe_value, name_error
+from .interruptions import is_interruption
 from .shortages import is_shortage
 from .stage import Stage, is_abstract
 from .stage_code import StageCode
-from .streams import keep_streams
+from .streams import plugin_code
 from .validation import suggest
 
 GROUP = "gradmap"
@@ -69,13 +71,11 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
     An installed plugin that fails is noted in `broken` and left out; a file that fails raises `PluginError`.
     """
     catalog = Catalog()
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.value.split(".")[0] != "gradmap_plugins", entry.name)):
+    for entry in sorted(_find_entries(), key=lambda entry: (entry.value.split(".")[0] != "gradmap_plugins", entry.name)):
         try:
             catalog.add(entry.value, _load(entry), entry.dist)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # whatever a stranger's module does, only recipes that use it stop
-            if is_shortage(error):
+            if is_interruption(error) or is_shortage(error):
                 raise
             catalog.broken[entry.value] = name_error(error)
     for file in plugin_files:
@@ -84,8 +84,20 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
     return catalog
 
 
+def _find_entries() -> list[EntryPoint]:
+    """What installed distributions name as plugins. One whose list cannot be read counts as one that has none."""
+    with suppress(Exception):
+        return list(entry_points(group=GROUP))
+    found: dict[str, list[EntryPoint]] = {}
+    for distribution in distributions():
+        with suppress(Exception):
+            entries = [entry for entry in distribution.entry_points if entry.group == GROUP]
+            found.setdefault(distribution.name, entries)  # the first on the path is the one that is imported
+    return [entry for entries in found.values() for entry in entries]
+
+
 def _load(entry: EntryPoint) -> ModuleType:
-    with keep_streams():
+    with plugin_code():
         module: ModuleType = entry.load()
     return module
 
@@ -101,11 +113,13 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
     if not manager.get_hookcallers(module):
         raise PluginError(f"plugin {plugin!r} has no function gradmap_stages() marked with @hookimpl")
     try:
-        with keep_streams():
+        with plugin_code():
             (found,) = manager.hook.gradmap_stages()
-    except (GradmapError, KeyboardInterrupt):
+    except GradmapError:
         raise
     except BaseException as error:
+        if is_interruption(error):
+            raise
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {name_error(error)}") from error
     if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {describe_value(found)}")
@@ -127,10 +141,12 @@ def _import_file(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with keep_streams():
+        with plugin_code():
             spec.loader.exec_module(module)
-    except (GradmapError, KeyboardInterrupt):
+    except GradmapError:
         raise
     except BaseException as error:
+        if is_interruption(error):
+            raise
         raise PluginError(f"plugin {str(file)!r} cannot be imported: {name_error(error)}") from error
     return module

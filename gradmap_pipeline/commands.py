@@ -135,7 +135,7 @@ def plan(
             if not json:
                 print_plan(planned)
             machine = _machine(device, dtype, threads, memory)
-            with heard(lambda text: None if json else print(show(f"note: {text}"))):
+            with heard(lambda text: None if json else print(show(f"note: {text}"), file=output)):
                 costs = estimate_plan(planned, machine, store)
             if json:
                 print(costs_as_json(costs), file=output, flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Artifact
-from .asking import ask
+from .asking import ask, make_stage
 from .catalog import Catalog
 from .environment import Environment, check_python, find_program
 from .errors import ModelError, OptionError, Problem, RecipeError, StageError
@@ -21,7 +21,7 @@ from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .stage import Stage, name_types
 from .stage_code import StageCode
 from .targets import find_clashing_export, overlaps
-from .validation import Invalid, suggest, validate
+from .validation import Invalid, suggest
 from .yaml_positions import Location
 
 
@@ -162,7 +162,7 @@ def _plan_step(
     if at[1] not in recipe.broken:
         problems += _check_place(step, at, stage_class, recipe)
         try:
-            stage = validate(stage_class, step.options)
+            stage = make_stage(stage_class, step.options, step.id, plugin)
         except Invalid as invalid:
             for location, message in invalid.complaints:
                 problems.append(recipe.problem((*at, "with", *location), _name_option(step, location, message)))

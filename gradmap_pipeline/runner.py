@@ -18,6 +18,7 @@ from .errors import CapacityError, GradmapError, RecipeError, StageError, descri
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
+from .interruptions import is_interruption
 from .isolation import WorkerCrash, run_elsewhere
 from .keys import make_key
 from .listening import heard
@@ -33,7 +34,7 @@ from .shortages import find_shortage
 from .stage import Context, FinishedStep
 from .step_context import memory_of, progress_of
 from .store import StepFolder, Store
-from .streams import keep_streams
+from .streams import plugin_code
 
 
 @dataclass
@@ -200,13 +201,13 @@ def _call(
     where = f"step {step.id!r}"
     try:
         if workplace is None:
-            with keep_streams():
+            with plugin_code():
                 result = step.stage.run(inputs, context)
         else:
             result = run_elsewhere(step.stage, inputs, context, workplace, threads, store.log)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
+        if is_interruption(error):
+            raise
         shortage = None if isinstance(error, CapacityError) else find_shortage(error)
         if shortage is not None:
             shortage_error = CapacityError(f"stage {step.stage.name!r} {shortage.explain([context.folder, *step.writes])}")
@@ -218,7 +219,9 @@ def _call(
             raise failure from error
         told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
         kept = store.save_traceback(told[1])
-        failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {on_one_line(error)}; traceback in {kept}")
+        failure = StageError(
+            f"stage {step.stage.name!r} ({step.plugin}) failed: {told[0]}: {on_one_line(error)}; traceback in {kept}"
+        )
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):

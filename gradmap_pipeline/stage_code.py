@@ -19,7 +19,9 @@ from .digests import sha256_of, sha256_of_value
 
 _PACKAGE = __name__.partition(".")[0]
 _OURS = f"{_PACKAGE.partition('_')[0]}_plugins"
-_WITHOUT_RESULTS = {f"{_PACKAGE}.{name}" for name in ("errors", "extras", "estimate", "rates", "rehearsal", "trial")}
+_WITHOUT_RESULTS = {
+    f"{_PACKAGE}.{name}" for name in ("errors", "interruptions", "extras", "estimate", "rates", "rehearsal", "trial")
+}
 """Modules that say what went wrong or what a run would take. A change there makes no other result."""
 
 

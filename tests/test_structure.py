@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
-    "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "file_kinds", "group", "memory", "estimate",
+    "interruptions", "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "file_kinds", "group", "memory", "estimate",
     "machine", "partial", "environment", "artifacts",
     "input_files",
     "yaml_positions", "validation", "targets", "stage", "places", "asking", "exporting", "hookspecs", "removal", "builtin", "model",

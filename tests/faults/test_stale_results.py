@@ -35,7 +35,7 @@ def gradmap_stages():
 '''
 MACHINERY = {
     "__main__", "asking", "catalog", "cli", "command_arguments", "command_options", "commands", "comparison", "costs",
-    "ending", "errors", "estimate", "exporting", "extras", "input_files", "inspection", "isolation", "keys",
+    "ending", "errors", "estimate", "exporting", "extras", "input_files", "inspection", "interruptions", "isolation", "keys",
     "listening", "machine", "output_checks", "places", "plan", "processes", "rates", "recipe", "rehearsal", "removal",
     "report", "runner", "schema", "shortages", "stage_code", "step_context", "store", "streams", "supervision", "trial",
     "validation", "verify", "worker", "yaml_positions",
