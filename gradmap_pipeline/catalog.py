@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
@@ -16,6 +15,7 @@ from . import hookspecs
 from .artifacts import Artifact
 from .errors import GradmapError, PluginError, describe_value, name_error
 from .interruptions import is_interruption
+from .plugin_files import name_module, open_folder
 from .shortages import is_shortage
 from .stage import Stage, is_abstract
 from .stage_code import StageCode
@@ -78,8 +78,9 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
             if is_interruption(error) or is_shortage(error):
                 raise
             catalog.broken[entry.value] = name_error(error)
+    packages = {folder: open_folder(folder) for folder in {file.resolve().parent for file in plugin_files}}
     for file in plugin_files:
-        catalog.add(str(file), _import_file(file))
+        catalog.add(str(file), _import_file(file, packages))
         catalog.plugin_files.append(file)
     return catalog
 
@@ -131,22 +132,16 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
     return found
 
 
-def _import_file(file: Path) -> ModuleType:
+def _import_file(file: Path, packages: Mapping[Path, str]) -> ModuleType:
+    """The module that a file is. `packages`: by folder, the package of the modules in it."""
     if not file.is_file() or file.suffix != ".py":
         raise PluginError(f"--plugin {str(file)!r} is not a Python file")
-    name = f"gradmap_plugin_file_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
         with plugin_code():
-            spec.loader.exec_module(module)
+            return importlib.import_module(f"{packages[file.resolve().parent]}.{name_module(file)}")
     except GradmapError:
         raise
     except BaseException as error:
         if is_interruption(error):
             raise
         raise PluginError(f"plugin {str(file)!r} cannot be imported: {name_error(error)}") from error
-    return module

@@ -17,6 +17,7 @@ from .extras import explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
 from .places import DEFAULT_STORE, Place, find_machine_places, find_model_places, find_read_places
+from .plugin_files import name_apart
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .stage import Stage, name_types
 from .stage_code import StageCode
@@ -232,9 +233,9 @@ def _wire(
             if source is not None and issubclass(board.types[source], wanted):
                 wired[name] = source
             elif source is not None and required:
-                kind = board.types[source].__name__
+                taken, kind = name_apart(wanted, board.types[source])
                 message = (
-                    f"step {step.id!r} takes a {name_types(wanted)} as {name!r}, but after step {source[0]!r} it is a {kind}; "
+                    f"step {step.id!r} takes a {taken} as {name!r}, but after step {source[0]!r} it is a {kind}; "
                     f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
                 )
                 problems.append(recipe.problem((*at, "use"), message))
@@ -257,8 +258,8 @@ def _wire(
                 recipe.problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}")
             )
         elif not issubclass(board.types[source], wanted):
-            found = board.types[source].__name__
-            problems.append(recipe.problem(place, f"input {name!r} takes a {name_types(wanted)}, but {chosen!r} is a {found}"))
+            taken, kind = name_apart(wanted, board.types[source])
+            problems.append(recipe.problem(place, f"input {name!r} takes a {taken}, but {chosen!r} is a {kind}"))
         else:
             wired[name] = source
     return wired

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from .errors import CapacityError, GradmapError, OptionError, describe_value, text_of
 from .interruptions import is_interruption, note_interruption
+from .plugin_files import open_folder
 from .shortages import find_shortage
 from .stage import Advance, Context, FinishedStep, Stage
 
@@ -94,6 +95,8 @@ def make_worker_context(request: dict[str, Any], line: Line) -> Context:
 def work(request: dict[str, Any], line: Line) -> None:
     """Run the stage, and send what it gives or what went wrong."""
     try:
+        if request["plugin_folder"] is not None:
+            open_folder(Path(request["plugin_folder"]))
         stage_class: type[Stage] = getattr(importlib.import_module(request["module"]), request["class"])
         stage = stage_class.model_validate(request["options"])
         inputs = stage.Inputs.model_validate(request["inputs"])
