@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pluggy
 
@@ -25,6 +27,13 @@ from .validation import suggest
 GROUP = "gradmap"
 
 
+class Origin(NamedTuple):
+    """A distribution that installs a plugin."""
+
+    name: str
+    version: str
+
+
 class Catalog:
     """All stages that recipes can use, by name."""
 
@@ -35,8 +44,12 @@ class Catalog:
         """By stage: the code that makes its results, so that editing it, or installing another version, runs the stage again."""
         self.plugin_files: list[Path] = []
         """Single files that were given on the command line."""
+        self.origin_of: dict[str, Origin | None] = {}
+        """By stage: the distribution that installs it; None where none does."""
         self.broken: dict[str, str] = {}
         """By plugin: why it is left out."""
+        self.meant_by: dict[str, str] = {}
+        """By plugin that is left out: the name that its distribution gives it, which is that of its stage or near it."""
 
     def add(self, plugin: str, module: ModuleType, distribution: Distribution | None = None) -> None:
         """Take in the stages of a plugin. Raises `PluginError` and changes nothing when it breaks the contract.
@@ -54,11 +67,17 @@ class Catalog:
             self.stages[stage.name] = stage
             self.plugin_of[stage.name] = plugin
             self.code_of[stage.name] = StageCode.of(stage.__module__, distribution)
+            self.origin_of[stage.name] = None if distribution is None else Origin(distribution.name, distribution.version)
 
     def explain_unknown(self, name: str) -> str:
-        """What to say about a stage that is not there."""
-        broken = "".join(f"; plugin {plugin!r} is left out: {reason}" for plugin, reason in self.broken.items())
-        return f"no stage named {name!r}; {suggest(name, self.stages)}{broken}"
+        """What to say about a stage that is not there, and of plugins that are left out, those that may have it."""
+        is_near = bool(get_close_matches(name, self.stages, n=1))
+        meant = [plugin for plugin in self.broken if get_close_matches(name, [self.meant_by.get(plugin, plugin)])]
+        exact = [plugin for plugin in meant if self.meant_by.get(plugin) == name]
+        blamed = exact or meant or ([] if is_near else list(self.broken))
+        advice = [] if exact else [suggest(name, self.stages)]
+        advice += [f"plugin {plugin!r} is left out: {self.broken[plugin]}" for plugin in blamed]
+        return f"no stage named {name!r}; {'; '.join(advice)}"
 
     def producers(self, output: str, wanted: tuple[type[Artifact], ...]) -> list[str]:
         """Names of stages with an output that could fill an input."""
@@ -78,6 +97,7 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
             if is_interruption(error) or is_shortage(error):
                 raise
             catalog.broken[entry.value] = name_error(error)
+            catalog.meant_by[entry.value] = entry.name
     packages = {folder: open_folder(folder) for folder in {file.resolve().parent for file in plugin_files}}
     for file in plugin_files:
         catalog.add(str(file), _import_file(file, packages))

@@ -211,17 +211,23 @@ def stages(
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="With --check: an option of the stage. Repeatable.")
     ] = [],  # noqa: B006
+    json: Annotated[bool, typer.Option("--json", help="Print all that is known of the stages as one JSON list.")] = False,
 ) -> None:
     """List the stages that recipes can use, describe one, or check whether one keeps the contract."""
-    with endings():
-        from .report.stage_help import describe_stage, list_stages
+    from .report.reporters import make_reporter
+
+    with sole_output(json) as output, endings(make_reporter(json=json, quiet=True, stream=output)):
+        from .report.stage_help import describe_stage, list_stages, print_json
 
         if check is not None:
             from .stage_check import check_stages
 
-            check_stages(check, plugins, overrides)
+            check_stages(check, plugins, overrides, json=json)
             return
         catalog = _catalog(plugins)
+        if json:
+            print_json(catalog, name, output)
+            return
         print(list_stages(catalog) if name is None else describe_stage(catalog, name))
 
 

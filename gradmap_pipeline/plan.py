@@ -13,7 +13,7 @@ from .asking import ask, make_stage
 from .catalog import Catalog
 from .environment import Environment, check_python, find_program
 from .errors import ModelError, OptionError, Problem, RecipeError, StageError
-from .extras import explain_missing
+from .extras import OURS, explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
 from .places import DEFAULT_STORE, Place, find_machine_places, find_model_places, find_read_places
@@ -161,7 +161,7 @@ def _plan_step(
     advice: tuple[str, ...] = ()
     before = len(problems)
     if at[1] not in recipe.broken:
-        problems += _check_place(step, at, stage_class, recipe)
+        problems += _check_place(step, at, stage_class, recipe, catalog)
         try:
             stage = make_stage(stage_class, step.options, step.id, plugin)
         except Invalid as invalid:
@@ -193,9 +193,10 @@ def _plan_step(
     return PlannedStep(step.id, stage, inputs, code, dict(forecasts), advice, environment, python, writes, plugin, overrides)
 
 
-def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe) -> Iterator[Problem]:
+def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe, catalog: Catalog) -> Iterator[Problem]:
     """What is missing where the step is to run."""
-    missing = explain_missing(stage_class.requires, stage_class.extra)
+    origin = catalog.origin_of[stage_class.name]
+    missing = explain_missing(stage_class.requires, stage_class.extra, OURS if origin is None else origin.name)
     if missing is not None:
         yield recipe.problem((*at, "use"), f"step {step.id!r} {missing}")
     python = step.run.python if step.run is not None else None

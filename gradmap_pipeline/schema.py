@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import PydanticUserError
+from pydantic.json_schema import DEFAULT_REF_TEMPLATE
+
 from .catalog import Catalog
 from .recipe import RecipeFile, RecipeStep
+from .stage import Stage
+
+
+def make_options_schema(stage: type[Stage], references: str = DEFAULT_REF_TEMPLATE) -> dict[str, Any]:
+    """The schema of a stage's options; of any mapping, where an option is of a kind that JSON Schema has no words for."""
+    try:
+        return stage.model_json_schema(ref_template=references)
+    except PydanticUserError:
+        return {"type": "object"}
 
 
 def make_schema(catalog: Catalog) -> dict[str, Any]:
@@ -16,7 +28,7 @@ def make_schema(catalog: Catalog) -> dict[str, Any]:
     step = RecipeStep.model_json_schema(by_alias=True)
     choices = []
     for name, stage in sorted(catalog.stages.items()):
-        options = stage.model_json_schema(ref_template="#/$defs/{model}")
+        options = make_options_schema(stage, "#/$defs/{model}")
         definitions |= options.pop("$defs", {})
         options["description"] = (stage.__doc__ or "").strip()
         definitions[f"options of {name}"] = options

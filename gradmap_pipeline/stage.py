@@ -81,7 +81,7 @@ class Stage(BaseModel):
     requires: ClassVar[tuple[str, ...]] = ()
     """Modules besides the package's own dependencies, without which the stage cannot work; `gradmap check` looks for them."""
     extra: ClassVar[str] = ""
-    """The extra of the package that installs them."""
+    """The extra that installs them, of the distribution that installs the stage; of this package for a stage in a single file."""
 
     environment: ClassVar[Environment | None] = None
     """What the stage needs of a Python of its own, where its libraries exclude those of the others. Its options, `forecast` and

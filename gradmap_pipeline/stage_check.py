@@ -15,11 +15,13 @@ from .testing import check_stage
 from .yaml_positions import load_yaml
 
 
-def check_stages(target: str, plugins: Sequence[Path], overrides: Sequence[str]) -> None:
+def check_stages(target: str, plugins: Sequence[Path], overrides: Sequence[str], *, json: bool = False) -> None:
     """Check a stage by its name, or all stages of a Python file, and print what was found.
 
     Raises `PluginError` where one breaks the contract.
     """
+    if json:
+        raise CommandError("--json lists stages, and --check runs them; give one of the two")
     is_file = target.endswith(".py")
     if is_file and not Path(target).is_file():
         raise CommandError(f"--check {target}: there is no such file; name a Python file with stages, or a stage")
