@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import pluggy
 
-from . import hookspecs
+from . import API_VERSION, hookspecs
 from .artifacts import Artifact
-from .errors import GradmapError, PluginError, describe_value, name_error
+from .errors import GradmapError, PluginError, describe_value
 from .interruptions import is_interruption
+from .plugin_contract import check_module, check_stages, explain_failure
 from .plugin_files import name_module, open_folder
 from .shortages import is_shortage
 from .stage import Stage, is_abstract
@@ -39,6 +40,8 @@ class Catalog:
 
     def __init__(self) -> None:
         self.stages: dict[str, type[Stage]] = {}
+        self.aliases: dict[str, str] = {}
+        """By old name of a stage: its present one."""
         self.plugin_of: dict[str, str] = {}
         self.code_of: dict[str, StageCode] = {}
         """By stage: the code that makes its results, so that editing it, or installing another version, runs the stage again."""
@@ -56,18 +59,27 @@ class Catalog:
 
         `distribution`: what installed the plugin, if anything did.
         """
+        check_module(plugin, module, API_VERSION)
         found = _stages_of(plugin, module)
+        check_stages(plugin, found, API_VERSION)
         for stage in found:
-            if stage.name in self.stages:
-                raise PluginError(
-                    f"stage {stage.name!r} is provided by both {self.plugin_of[stage.name]!r} and {plugin!r}; "
-                    "rename one or uninstall its plugin"
-                )
+            for name in (stage.name, *stage.aliases):
+                other = self.find(name)
+                if other is not None:
+                    raise PluginError(
+                        f"stage {name!r} is provided by both {self.plugin_of[other.name]!r} and {plugin!r}; "
+                        "rename one or uninstall its plugin"
+                    )
         for stage in found:
+            self.aliases |= dict.fromkeys(stage.aliases, stage.name)
             self.stages[stage.name] = stage
             self.plugin_of[stage.name] = plugin
             self.code_of[stage.name] = StageCode.of(stage.__module__, distribution)
             self.origin_of[stage.name] = None if distribution is None else Origin(distribution.name, distribution.version)
+
+    def find(self, name: str) -> type[Stage] | None:
+        """The stage that has or had a name."""
+        return self.stages.get(self.aliases.get(name, name))
 
     def explain_unknown(self, name: str) -> str:
         """What to say about a stage that is not there, and of plugins that are left out, those that may have it."""
@@ -96,7 +108,8 @@ def load_catalog(plugin_files: Sequence[Path] = ()) -> Catalog:
         except BaseException as error:  # whatever a stranger's module does, only recipes that use it stop
             if is_interruption(error) or is_shortage(error):
                 raise
-            catalog.broken[entry.value] = name_error(error)
+            reason = explain_failure(error, API_VERSION)
+            catalog.broken[entry.value] = reason.removeprefix(f"plugin {entry.value!r}").lstrip(": ")
             catalog.meant_by[entry.value] = entry.name
     packages = {folder: open_folder(folder) for folder in {file.resolve().parent for file in plugin_files}}
     for file in plugin_files:
@@ -141,7 +154,7 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
     except BaseException as error:
         if is_interruption(error):
             raise
-        raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {name_error(error)}") from error
+        raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {explain_failure(error, API_VERSION)}") from error
     if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {describe_value(found)}")
     base = next((stage for stage in found if is_abstract(stage)), None)
@@ -164,4 +177,4 @@ def _import_file(file: Path, packages: Mapping[Path, str]) -> ModuleType:
     except BaseException as error:
         if is_interruption(error):
             raise
-        raise PluginError(f"plugin {str(file)!r} cannot be imported: {name_error(error)}") from error
+        raise PluginError(f"plugin {str(file)!r} cannot be imported: {explain_failure(error, API_VERSION)}") from error

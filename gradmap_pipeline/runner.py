@@ -93,6 +93,8 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
 def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran, group: Group) -> None:
     name, started = step.stage.name, time.monotonic()
     reporter.step_started(StepStarted(step=step.id, stage=name))
+    for notice in step.notices:
+        reporter.note(step.id, notice)
     inputs = _find_inputs(step, ran)
     workplace = _workplace_of(step, store)
     key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace)

@@ -21,7 +21,7 @@ from .text import dump_json, show, show_lines
 def list_stages(catalog: Catalog) -> str:
     """One line a stage, then where they come from, and the plugins that are left out, and why."""
     width = max((len(name) for name in catalog.stages), default=0)
-    lines = [f"{name:<{width}}  {_first_line(stage)}" for name, stage in catalog.stages.items()]
+    lines = [f"{name:<{width}}  {_summarise(stage)}" for name, stage in catalog.stages.items()]
     foreign = {plugin for plugin in catalog.plugin_of.values() if not plugin.startswith("gradmap_plugins.")}
     for plugin in sorted(foreign):
         names = [name for name, owner in catalog.plugin_of.items() if owner == plugin]
@@ -53,9 +53,10 @@ def print_json(catalog: Catalog, name: str | None, stream: IO[str]) -> None:
 
 
 def _find(catalog: Catalog, name: str) -> str:
-    if name not in catalog.stages:
+    stage = catalog.find(name)
+    if stage is None:
         raise PluginError(catalog.explain_unknown(name))
-    return name
+    return stage.name
 
 
 def _as_data(catalog: Catalog, name: str) -> dict[str, Any]:
@@ -73,6 +74,9 @@ def _as_data(catalog: Catalog, name: str) -> dict[str, Any]:
         },
         "outputs": {port: kind.__name__ for port, kind in stage.output_fields().items()},
         "options": make_options_schema(stage),
+        "deprecated": stage.deprecated or None,
+        "aliases": list(stage.aliases),
+        "renamed": dict(stage.renamed),
     }
 
 
@@ -81,6 +85,10 @@ def describe_stage(catalog: Catalog, name: str) -> str:
     name = _find(catalog, name)
     stage = catalog.stages[name]
     lines = [f"{name} ({_name_plugin(catalog, name)})", "", inspect.cleandoc(stage.__doc__ or "")]
+    if stage.deprecated:
+        lines += ["", f"deprecated: {stage.deprecated}"]
+    if stage.aliases:
+        lines += ["", f"formerly: {', '.join(stage.aliases)}"]
     lines += [
         "",
         "takes:   " + _describe_ports(stage.input_fields()),
@@ -91,6 +99,8 @@ def describe_stage(catalog: Catalog, name: str) -> str:
         lines += ["", "options:"]
         for option, kind, default, description in rows:
             lines += [f"  {option}: {kind}{f' = {default}' if default else ''}", f"      {description}"]
+            former = [old for old, new in stage.renamed.items() if new == option]
+            lines += [f"      Formerly: {', '.join(former)}."] if former else []
     return show_lines("\n".join(lines))
 
 
@@ -112,6 +122,10 @@ def list_options(model: type[BaseModel], prefix: str = "") -> list[tuple[str, st
 
 def _first_line(stage: type[Stage]) -> str:
     return (stage.__doc__ or "").strip().splitlines()[0]
+
+
+def _summarise(stage: type[Stage]) -> str:
+    return f"{_first_line(stage)}{' (deprecated)' if stage.deprecated else ''}"
 
 
 def _describe_ports(ports: dict[str, tuple[tuple[type[Artifact], ...], bool]]) -> str:
