@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from .artifacts import Artifact
 from .asking import name_method
 from .environment import Workplace
-from .errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, on_one_line, text_of
+from .errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, name_error, on_one_line, text_of
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
@@ -85,6 +85,13 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
         except Exception as error:
             group.agree(error)
             raise
+        except BaseException as error:  # of code that is not asked through its stage, such as an artifact's own checks
+            if is_interruption(error):
+                raise
+            failure = StageError(f"stage {step.stage.name!r} ({step.plugin}) failed: {name_error(error)}")
+            failure.where = f"step {step.id!r}"
+            group.agree(failure)
+            raise failure from error
     tables = summarise(ran.outputs, ran.finished)
     reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
     return ran

@@ -140,7 +140,12 @@ def test_an_unknown_name_blames_only_plugins_that_may_have_it(entry: str, name: 
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"), [("fast", "pip install 'acme-stages[fast]'"), ("", "acme-stages names no extra that has it")]
+    ("extra", "said"),
+    [
+        ("fast", "pip install 'acme-stages[fast]'"),
+        ("", "acme-stages names no extra that has it"),
+        ("onnx", "pip install 'gradmap-pipeline[onnx]'"),
+    ],
 )
 def test_what_is_missing_is_installed_with_the_distribution_that_asks(extra: str, said: str, site: Path) -> None:
     fields = f'requires = ("nobody_has_this.part",)\n    extra = {extra!r}'

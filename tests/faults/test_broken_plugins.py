@@ -166,6 +166,19 @@ def test_a_signal_still_interrupts(folder: Path, no_signal: object) -> None:
     assert (result.exit_code, result.stderr[:18]) == (130, "error: interrupted")
 
 
+@pytest.mark.parametrize("code", RAISED)
+def test_whatever_an_artifact_raises_is_told_with_step_and_plugin(code: str, folder: Path, no_signal: object) -> None:
+    write_plugin("nowhere", "pass")
+    assert CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code == 0
+    write_plugin("artifact", code)
+    check = '    @model_validator(mode="after")\n    def look(self):\n        act("artifact")\n        return self\n'
+    Path("p.py").write_text(Path("p.py").read_text().replace("\nclass Odd", f"{check}\nclass Odd"))
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"])
+    assert result.exit_code == 4
+    assert result.stderr.startswith("error: step 's': stage 'odd' (p.py) failed: ")
+    assert RAISED[code] in result.stderr
+
+
 def test_stages_check_tells_what_run_raises(folder: Path, no_signal: object) -> None:
     write_plugin("run", "sys.exit(3)")
     result = CliRunner().invoke(app, ["stages", "--check", "p.py"])
