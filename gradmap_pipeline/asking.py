@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .artifacts import Artifact
 from .errors import CapacityError, GradmapError, PluginError, describe_value, name_error
 from .estimate import Estimate
+from .interruptions import is_interruption
 from .shortages import find_shortage
 from .stage import Stage
-from .streams import keep_streams
+from .streams import plugin_code
+from .validation import Invalid, validate
 
 
 def _is_estimate(answer: Any) -> bool:
@@ -52,16 +55,34 @@ def ask(method: str, stage: Stage, step: str, plugin: str, *arguments: Any) -> A
     """
     name = name_method(method, stage, plugin)
     wanted, is_accepted = _ACCEPTED[method]
+    with _failures(name, step):
+        answer = getattr(stage, method)(*arguments)
+        if is_accepted(answer):
+            return answer
+    failure = PluginError(f"{name} must return {wanted}, got {describe_value(answer)}")
+    failure.where = f"step {step!r}"
+    raise failure
+
+
+def make_stage(kind: type[Stage], options: dict[str, Any], step: str, plugin: str) -> Stage:
+    """The stage with these options. Raises `Invalid` where they do not fit, `PluginError` where its own checks fail."""
+    with _failures(f"stage {kind.name!r} ({plugin}), asked to check its options,", step):
+        return validate(kind, options)
+
+
+@contextmanager
+def _failures(name: str, step: str) -> Iterator[None]:
+    """Code of a plugin runs meanwhile. What it raises is told with its name and the step; refusals pass as they are."""
     failure: GradmapError
     try:
-        with keep_streams():
-            answer = getattr(stage, method)(*arguments)
-            if is_accepted(answer):
-                return answer
-        failure = PluginError(f"{name} must return {wanted}, got {describe_value(answer)}")
-    except (GradmapError, KeyboardInterrupt):
+        with plugin_code():
+            yield
+        return
+    except (GradmapError, Invalid):
         raise
     except BaseException as error:  # SystemExit too: a plugin does not end the program
+        if is_interruption(error):
+            raise
         shortage = find_shortage(error)
         if shortage is None:
             failure = PluginError(f"{name} failed: {name_error(error)}")

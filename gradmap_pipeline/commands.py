@@ -135,7 +135,7 @@ def plan(
             if not json:
                 print_plan(planned)
             machine = _machine(device, dtype, threads, memory)
-            with heard(lambda text: None if json else print(show(f"note: {text}"))):
+            with heard(lambda text: None if json else print(show(f"note: {text}"), file=output)):
                 costs = estimate_plan(planned, machine, store)
             if json:
                 print(costs_as_json(costs), file=output, flush=True)
@@ -211,17 +211,23 @@ def stages(
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="With --check: an option of the stage. Repeatable.")
     ] = [],  # noqa: B006
+    json: Annotated[bool, typer.Option("--json", help="Print all that is known of the stages as one JSON list.")] = False,
 ) -> None:
     """List the stages that recipes can use, describe one, or check whether one keeps the contract."""
-    with endings():
-        from .report.stage_help import describe_stage, list_stages
+    from .report.reporters import make_reporter
+
+    with sole_output(json) as output, endings(make_reporter(json=json, quiet=True, stream=output)):
+        from .report.stage_help import describe_stage, list_stages, print_json
 
         if check is not None:
             from .stage_check import check_stages
 
-            check_stages(check, plugins, overrides)
+            check_stages(check, plugins, overrides, json=json)
             return
         catalog = _catalog(plugins)
+        if json:
+            print_json(catalog, name, output)
+            return
         print(list_stages(catalog) if name is None else describe_stage(catalog, name))
 
 

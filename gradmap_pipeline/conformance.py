@@ -15,6 +15,7 @@ from .artifacts import Artifact
 from .asking import ask
 from .digests import sha256_of
 from .errors import GradmapError, PluginError, StageError, describe_value, name_error, on_one_line, text_of
+from .interruptions import is_interruption
 from .output_checks import dump_outputs, find_output_faults
 from .partial import scratch_folder
 from .stage import Stage
@@ -72,7 +73,9 @@ class _Run:
         with watch() as self.seen:
             try:
                 result = stage.run(inputs, context)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too
+                if is_interruption(error):
+                    raise
                 failure = _name_failure(stage, error)
         self.findings = list(_check_behaviour(self.seen))
         if memory is not None and self.seen.peak is not None and self.seen.peak > _TOLERATED * memory:
@@ -136,7 +139,7 @@ def _check_inputs(inputs: BaseModel, before: Any, digests: dict[Path, str]) -> I
             yield f"it changes {str(path)!r}, a file of its inputs; write to context.folder"
 
 
-def _name_failure(stage: Stage, error: Exception) -> str:
+def _name_failure(stage: Stage, error: BaseException) -> str:
     """Where in the stage's own file it failed, where it did there."""
     own = getattr(sys.modules.get(type(stage).__module__), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
@@ -144,7 +147,7 @@ def _name_failure(stage: Stage, error: Exception) -> str:
     return f"run() fails{place}: {_name_error(error)}"
 
 
-def _name_error(error: Exception) -> str:
+def _name_error(error: BaseException) -> str:
     """Its message, after its type where it is none of ours."""
     return on_one_line(error) if isinstance(error, GradmapError) else f"{type(error).__name__}: {on_one_line(error)}"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .interruptions import note_interruption
 from .streams import error_number
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if _state.number is None or _state.is_repeated:
         if _state.number is None:
             _state.number, _state.since = number, now
+            note_interruption()
         _state.is_repeated = False
         if _state.is_telling:
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .interruptions import is_interruption
+
 _LONGEST = 100
 """Characters of a value in a message."""
 
@@ -110,9 +112,9 @@ def text_of(error: BaseException) -> str:
     """The message of an error, also of one that fails when it is asked."""
     try:
         return str(error)
-    except KeyboardInterrupt:
-        raise
     except BaseException as failure:
+        if is_interruption(failure):
+            raise
         return f"its message cannot be had, as __str__ fails with {type(failure).__name__}"
 
 

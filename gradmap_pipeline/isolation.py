@@ -17,6 +17,7 @@ from .environment import Workplace, surroundings
 from .errors import GradmapError, OptionError, StageError
 from .memory import resident_bytes
 from .partial import scratch_folder
+from .plugin_files import folder_of
 from .processes import explain_end, tie
 from .stage import Advance, Context, Stage
 
@@ -43,6 +44,7 @@ def run_elsewhere(
     request = {
         "current_folder": str(Path.cwd()),
         "module": type(stage).__module__,
+        "plugin_folder": None if (beside := folder_of(type(stage).__module__)) is None else str(beside),
         "class": type(stage).__name__,
         "stage": stage.name,
         "options": stage.model_dump(mode="json", by_alias=True),
@@ -72,7 +74,8 @@ def _start(
     folder: Path, request: dict[str, Any], stage: Stage, workplace: Workplace, threads: int | None, log: Path
 ) -> Iterator[subprocess.Popen[str]]:
     """A worker that imports this package and the plugin's from where they are, and all else from its own Python."""
-    for name in (_PACKAGE, type(stage).__module__.partition(".")[0]):
+    own = type(stage).__module__
+    for name in (_PACKAGE, own.partition(".")[0])[: 1 if folder_of(own) else 2]:
         module = sys.modules[name]
         place = Path(next(iter(module.__path__))) if hasattr(module, "__path__") else Path(str(module.__file__))
         link = folder / (name if place.is_dir() else f"{name}.py")

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import Artifact
-from .asking import ask
+from .asking import ask, make_stage
 from .catalog import Catalog
 from .environment import Environment, check_python, find_program
 from .errors import ModelError, OptionError, Problem, RecipeError, StageError
-from .extras import explain_missing
+from .extras import OURS, explain_missing
 from .model.graph import ModelGraph
 from .model.source import ModelSource
 from .places import DEFAULT_STORE, Place, find_machine_places, find_model_places, find_read_places
+from .plugin_files import name_apart
 from .recipe import MODEL_STEP, Recipe, RecipeStep
+from .renames import find_notices, find_present_names
 from .stage import Stage, name_types
 from .stage_code import StageCode
 from .targets import find_clashing_export, overlaps
-from .validation import Invalid, suggest, validate
+from .validation import Invalid, suggest
 from .yaml_positions import Location
 
 
@@ -49,6 +51,8 @@ class PlannedStep:
     """That the stage comes from, for messages."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """By option, the part of the command line that set it."""
+    notices: tuple[str, ...] = ()
+    """What the recipe should say instead of what it does, a line each with its place."""
 
 
 @dataclass(frozen=True)
@@ -147,25 +151,27 @@ def _find_option(stage: Stage, path: Path) -> Location:
 def _plan_step(
     step: RecipeStep, at: Location, recipe: Recipe, catalog: Catalog, board: _Board, problems: list[Problem]
 ) -> PlannedStep | None:
-    stage_class = catalog.stages.get(step.stage)
+    stage_class = catalog.find(step.stage)
     if stage_class is None:
         board.unknown.add(step.id)
         if step.stage:
             problems.append(recipe.problem((*at, "use"), catalog.explain_unknown(step.stage)))
         return None
-    plugin = catalog.plugin_of[step.stage]
+    plugin = catalog.plugin_of[stage_class.name]
+    written: dict[str, str] = {}
     stage: Stage | None = None
     inputs: dict[str, tuple[str, str]] = {}
     forecasts: Mapping[str, Any] = {}
     advice: tuple[str, ...] = ()
     before = len(problems)
     if at[1] not in recipe.broken:
-        problems += _check_place(step, at, stage_class, recipe)
+        problems += _check_place(step, at, stage_class, recipe, catalog)
         try:
-            stage = validate(stage_class, step.options)
+            options, written = find_present_names(stage_class, step, at, recipe)
+            stage = make_stage(stage_class, options, step.id, plugin)
         except Invalid as invalid:
             for location, message in invalid.complaints:
-                problems.append(recipe.problem((*at, "with", *location), _name_option(step, location, message)))
+                problems.append(recipe.problem(_place_of(at, location, written), _name_option(step, location, message)))
         inputs = _wire(step, stage_class, at, recipe, catalog, board, problems)
         is_wired = not board.unknown or len(inputs) == len(stage_class.input_fields())
         if stage is not None and is_wired and len(problems) == before:
@@ -174,7 +180,7 @@ def _plan_step(
                 forecasts = ask("forecast", stage, step.id, plugin, known)
                 advice = tuple(ask("advise", stage, step.id, plugin, known))
             except OptionError as error:
-                place = (*at, "with", *error.option.split("."))
+                place = _place_of(at, tuple(error.option.split(".")), written)
                 problems.append(recipe.problem(place, _name_option(step, (error.option,), str(error))))
     kinds = stage_class.output_fields() if stage is None else ask("output_types", stage, step.id, plugin)
     for name, kind in kinds.items():
@@ -186,15 +192,24 @@ def _plan_step(
     python = step.run.python if step.run is not None else None
     environment = stage_class.environment if python is None else stage_class.environment or Environment(())
     writes = tuple(ask("writes", stage, step.id, plugin))
-    code = catalog.code_of[step.stage]
-    places = {name: recipe.where((*at, "with", name)) for name in step.options}
+    code = catalog.code_of[stage_class.name]
+    places = {present: recipe.where((*at, "with", name)) for present, name in written.items()}
     overrides = {name: place for name, place in places.items() if place.startswith("--set ")}
-    return PlannedStep(step.id, stage, inputs, code, dict(forecasts), advice, environment, python, writes, plugin, overrides)
+    notices = tuple(find_notices(stage_class, step, written, at, recipe))
+    known_outputs = dict(forecasts)
+    return PlannedStep(step.id, stage, inputs, code, known_outputs, advice, environment, python, writes, plugin, overrides, notices)
 
 
-def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe) -> Iterator[Problem]:
+def _place_of(at: Location, location: Location, written: Mapping[str, str]) -> Location:
+    """Where the recipe says an option, under whichever name."""
+    first, *rest = location or ("",)
+    return (*at, "with", written.get(str(first), first), *rest) if location else (*at, "with")
+
+
+def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe, catalog: Catalog) -> Iterator[Problem]:
     """What is missing where the step is to run."""
-    missing = explain_missing(stage_class.requires, stage_class.extra)
+    origin = catalog.origin_of[stage_class.name]
+    missing = explain_missing(stage_class.requires, stage_class.extra, OURS if origin is None else origin.name)
     if missing is not None:
         yield recipe.problem((*at, "use"), f"step {step.id!r} {missing}")
     python = step.run.python if step.run is not None else None
@@ -232,9 +247,9 @@ def _wire(
             if source is not None and issubclass(board.types[source], wanted):
                 wired[name] = source
             elif source is not None and required:
-                kind = board.types[source].__name__
+                taken, kind = name_apart(wanted, board.types[source])
                 message = (
-                    f"step {step.id!r} takes a {name_types(wanted)} as {name!r}, but after step {source[0]!r} it is a {kind}; "
+                    f"step {step.id!r} takes a {taken} as {name!r}, but after step {source[0]!r} it is a {kind}; "
                     f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
                 )
                 problems.append(recipe.problem((*at, "use"), message))
@@ -257,8 +272,8 @@ def _wire(
                 recipe.problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}")
             )
         elif not issubclass(board.types[source], wanted):
-            found = board.types[source].__name__
-            problems.append(recipe.problem(place, f"input {name!r} takes a {name_types(wanted)}, but {chosen!r} is a {found}"))
+            taken, kind = name_apart(wanted, board.types[source])
+            problems.append(recipe.problem(place, f"input {name!r} takes a {taken}, but {chosen!r} is a {kind}"))
         else:
             wired[name] = source
     return wired

@@ -86,6 +86,10 @@ class Recipe:
         place = self._override_at(location)
         return self.document.where(location) if place is None else f"--set {self.overrides[place]}"
 
+    def is_override(self, location: Location) -> bool:
+        """Whether the command line has set a value."""
+        return self._override_at(location) is not None
+
     def problem(self, location: Location, message: str) -> Problem:
         """What is wrong with a value; with advice where a `--set` option clashes with what the file says beside it."""
         inside = [override for place, override in self.overrides.items() if place[: len(location)] == location != place]

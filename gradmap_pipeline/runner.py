@@ -14,10 +14,11 @@ from pydantic import BaseModel
 from .artifacts import Artifact
 from .asking import name_method
 from .environment import Workplace
-from .errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, on_one_line, text_of
+from .errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, name_error, on_one_line, text_of
 from .exports import Export
 from .group import Group
 from .inspection import inspect_steps
+from .interruptions import is_interruption
 from .isolation import WorkerCrash, run_elsewhere
 from .keys import make_key
 from .listening import heard
@@ -33,7 +34,7 @@ from .shortages import find_shortage
 from .stage import Context, FinishedStep
 from .step_context import memory_of, progress_of
 from .store import StepFolder, Store
-from .streams import keep_streams
+from .streams import plugin_code
 
 
 @dataclass
@@ -84,6 +85,13 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
         except Exception as error:
             group.agree(error)
             raise
+        except BaseException as error:  # of code that is not asked through its stage, such as an artifact's own checks
+            if is_interruption(error):
+                raise
+            failure = StageError(f"stage {step.stage.name!r} ({step.plugin}) failed: {name_error(error)}")
+            failure.where = f"step {step.id!r}"
+            group.agree(failure)
+            raise failure from error
     tables = summarise(ran.outputs, ran.finished)
     reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
     return ran
@@ -92,6 +100,8 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
 def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran, group: Group) -> None:
     name, started = step.stage.name, time.monotonic()
     reporter.step_started(StepStarted(step=step.id, stage=name))
+    for notice in step.notices:
+        reporter.note(step.id, notice)
     inputs = _find_inputs(step, ran)
     workplace = _workplace_of(step, store)
     key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace)
@@ -200,13 +210,13 @@ def _call(
     where = f"step {step.id!r}"
     try:
         if workplace is None:
-            with keep_streams():
+            with plugin_code():
                 result = step.stage.run(inputs, context)
         else:
             result = run_elsewhere(step.stage, inputs, context, workplace, threads, store.log)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
+        if is_interruption(error):
+            raise
         shortage = None if isinstance(error, CapacityError) else find_shortage(error)
         if shortage is not None:
             shortage_error = CapacityError(f"stage {step.stage.name!r} {shortage.explain([context.folder, *step.writes])}")
@@ -218,7 +228,9 @@ def _call(
             raise failure from error
         told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
         kept = store.save_traceback(told[1])
-        failure = StageError(f"stage {step.stage.name!r} failed: {told[0]}: {on_one_line(error)}; traceback in {kept}")
+        failure = StageError(
+            f"stage {step.stage.name!r} ({step.plugin}) failed: {told[0]}: {on_one_line(error)}; traceback in {kept}"
+        )
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import PydanticUserError
+from pydantic.json_schema import DEFAULT_REF_TEMPLATE
+
 from .catalog import Catalog
 from .recipe import RecipeFile, RecipeStep
+from .stage import Stage
+
+
+def make_options_schema(stage: type[Stage], references: str = DEFAULT_REF_TEMPLATE) -> dict[str, Any]:
+    """The schema of a stage's options; of any mapping, where an option is of a kind that JSON Schema has no words for."""
+    try:
+        return stage.model_json_schema(ref_template=references)
+    except PydanticUserError:
+        return {"type": "object"}
 
 
 def make_schema(catalog: Catalog) -> dict[str, Any]:
@@ -16,12 +28,25 @@ def make_schema(catalog: Catalog) -> dict[str, Any]:
     step = RecipeStep.model_json_schema(by_alias=True)
     choices = []
     for name, stage in sorted(catalog.stages.items()):
-        options = stage.model_json_schema(ref_template="#/$defs/{model}")
+        options = make_options_schema(stage, "#/$defs/{model}")
         definitions |= options.pop("$defs", {})
         options["description"] = (stage.__doc__ or "").strip()
+        _add_old_names(options, stage)
         definitions[f"options of {name}"] = options
-        properties = {**step["properties"], "use": {"const": name}, "with": {"$ref": f"#/$defs/options of {name}"}}
+        names = {"enum": [name, *stage.aliases]} if stage.aliases else {"const": name}
+        properties = {**step["properties"], "use": names, "with": {"$ref": f"#/$defs/options of {name}"}}
         required = ["use", "with"] if options.get("required") else ["use"]
-        choices.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
+        choice = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        choices.append({**choice, "deprecated": True} if stage.deprecated else choice)
     schema["properties"]["steps"]["items"] = {"oneOf": choices}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "gradmap recipe", **schema, "$defs": definitions}
+
+
+def _add_old_names(options: dict[str, Any], stage: type[Stage]) -> None:
+    """Options under the names that they had, each of which stands for the present one."""
+    properties = options.get("properties", {})
+    for old, new in stage.renamed.items():
+        if new in properties:
+            properties[old] = {**properties[new], "deprecated": True, "description": f"Is now called {new!r}."}
+    if "required" in options:
+        options["required"] = [name for name in options["required"] if name not in stage.renamed.values()]

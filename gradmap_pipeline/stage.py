@@ -81,11 +81,20 @@ class Stage(BaseModel):
     requires: ClassVar[tuple[str, ...]] = ()
     """Modules besides the package's own dependencies, without which the stage cannot work; `gradmap check` looks for them."""
     extra: ClassVar[str] = ""
-    """The extra of the package that installs them."""
+    """The extra that installs them, of the distribution that installs the stage; of this package for a stage in a single file."""
 
     environment: ClassVar[Environment | None] = None
     """What the stage needs of a Python of its own, where its libraries exclude those of the others. Its options, `forecast` and
     `inspect` are asked here; `run` is called there. None: it runs in the Python that is running."""
+
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Names that the stage had before. Recipes that use them work, and are told the present one."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old names of options, each with the present one. Recipes that use them work, and are told the present one."""
+    deprecated: ClassVar[str] = ""
+    """What to use instead, where the stage is going to be removed."""
+    requires_api: ClassVar[str] = ""
+    """Versions of the plugin API that the stage works with: `>=1`. A plugin's module may have one for all its stages."""
 
     abstract: ClassVar[bool]
     """True on a class that is no stage but what several stages have in common. Classes derived from it are stages again."""

@@ -15,18 +15,21 @@ from .testing import check_stage
 from .yaml_positions import load_yaml
 
 
-def check_stages(target: str, plugins: Sequence[Path], overrides: Sequence[str]) -> None:
+def check_stages(target: str, plugins: Sequence[Path], overrides: Sequence[str], *, json: bool = False) -> None:
     """Check a stage by its name, or all stages of a Python file, and print what was found.
 
     Raises `PluginError` where one breaks the contract.
     """
+    if json:
+        raise CommandError("--json lists stages, and --check runs them; give one of the two")
     is_file = target.endswith(".py")
     if is_file and not Path(target).is_file():
         raise CommandError(f"--check {target}: there is no such file; name a Python file with stages, or a stage")
     catalog = load_catalog([*plugins, Path(target)] if is_file else plugins)
-    if not is_file and target not in catalog.stages:
+    stage = catalog.find(target)
+    if not is_file and stage is None:
         raise PluginError(catalog.explain_unknown(target))
-    names = [name for name, plugin in catalog.plugin_of.items() if plugin == target] if is_file else [target]
+    names = [stage.name] if stage is not None else [name for name, plugin in catalog.plugin_of.items() if plugin == target]
     options = _read_options(overrides, names)
     findings = {name: _check(name, catalog, options.get(name, {})) for name in names}
     for name in names:

@@ -16,10 +16,13 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 from .digests import sha256_of, sha256_of_value
+from .plugin_files import find_neighbours, folder_of, name_module
 
 _PACKAGE = __name__.partition(".")[0]
 _OURS = f"{_PACKAGE.partition('_')[0]}_plugins"
-_WITHOUT_RESULTS = {f"{_PACKAGE}.{name}" for name in ("errors", "extras", "estimate", "rates", "rehearsal", "trial")}
+_WITHOUT_RESULTS = {
+    f"{_PACKAGE}.{name}" for name in ("errors", "interruptions", "extras", "estimate", "rates", "rehearsal", "trial")
+}
 """Modules that say what went wrong or what a run would take. A change there makes no other result."""
 
 
@@ -33,10 +36,15 @@ class StageCode:
     """Name and version of the distribution that installs it; None for a single file, and for the stages of this package."""
     packages: tuple[str, ...] = ()
     """Top-level packages and modules of that distribution."""
+    folder: Path | None = None
+    """Of a plugin file, whose modules go without the name of their package here: the folder that it shares with them."""
 
     @classmethod
     def of(cls, module: str, distribution: Distribution | None) -> StageCode:
         """Of a stage defined in `module`, which came with `distribution`."""
+        folder = folder_of(module)
+        if folder is not None:
+            return cls(module.partition(".")[2], folder=folder)
         top = module.partition(".")[0]
         if distribution is None or top in (_PACKAGE, _OURS):
             return cls(module, packages=(top,))
@@ -81,6 +89,8 @@ class StageCode:
         """Source file of a module that counts; None for other libraries, and for names that are no modules."""
         top, *parts = name.split(".")
         root = _find_root(top) if top in (_PACKAGE, *self.packages) else self._neighbours.get(top)
+        if root is None and name == self.module and self.folder is not None:  # its name is no name to import
+            root = next((file for file in self.folder.glob("*.py") if name_module(file) == name), None)
         if root is None:
             return None
         if not parts:
@@ -91,12 +101,8 @@ class StageCode:
 
     @cached_property
     def _neighbours(self) -> dict[str, Path]:
-        """By name: modules and packages in the folder of a stage that no distribution installs."""
-        own = None if self.distribution is not None or self.module.startswith(f"{_OURS}.") else _find_root(self.module)
-        if own is None:
-            return {}
-        packages = {file.parent.name: file for file in own.parent.glob("*/__init__.py")}
-        return packages | {file.stem: file for file in own.parent.glob("*.py")}
+        """By name: modules and packages in the folder of a plugin file."""
+        return {} if self.folder is None else find_neighbours(self.folder)
 
 
 def _find_root(top: str) -> Path | None:
@@ -120,7 +126,7 @@ def _read_imports(name: str, source: bytes, *, is_package: bool) -> tuple[str, .
             parts = name.split(".")
             above = parts[: len(parts) - node.level + is_package] if node.level else []
             origin = ".".join([*above, *filter(None, [node.module])])
-            names += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+            names += [origin, *(f"{origin}.{alias.name}".lstrip(".") for alias in node.names)]
             if origin == _PACKAGE:
                 names += [home for alias in node.names for home in _find_home(alias.name)]
     return tuple(names)

@@ -211,3 +211,10 @@ def sole_output(is_wanted: bool = True) -> Iterator[IO[str]]:
             with suppress(OSError):  # a plugin may have closed it
                 os.dup2(kept, 1)
                 os.close(kept)
+
+
+@contextmanager
+def plugin_code() -> Iterator[None]:
+    """Code of a plugin runs meanwhile: what it prints goes to standard error, and both streams come back as they were."""
+    with keep_streams(), sole_output():
+        yield

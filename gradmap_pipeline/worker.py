@@ -17,11 +17,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pydantic import BaseModel
 
 from .errors import CapacityError, GradmapError, OptionError, describe_value, text_of
+from .interruptions import is_interruption, note_interruption
+from .plugin_files import open_folder
 from .shortages import find_shortage
 from .stage import Advance, Context, FinishedStep, Stage
 
@@ -92,15 +95,17 @@ def make_worker_context(request: dict[str, Any], line: Line) -> Context:
 def work(request: dict[str, Any], line: Line) -> None:
     """Run the stage, and send what it gives or what went wrong."""
     try:
+        if request["plugin_folder"] is not None:
+            open_folder(Path(request["plugin_folder"]))
         stage_class: type[Stage] = getattr(importlib.import_module(request["module"]), request["class"])
         stage = stage_class.model_validate(request["options"])
         inputs = stage.Inputs.model_validate(request["inputs"])
         result = stage.run(inputs, make_worker_context(request, line))
         if not isinstance(result, BaseModel) or not isinstance(result, stage.Outputs):
             raise TypeError(f"it must return its Outputs, got {describe_value(result)}")
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
+        if is_interruption(error):
+            raise
         shortage = None if isinstance(error, CapacityError) else find_shortage(error)
         if shortage is not None:
             message = f"stage {request['stage']!r} {shortage.explain([Path(request['folder'])])}"
@@ -114,7 +119,14 @@ def work(request: dict[str, Any], line: Line) -> None:
         line.tell(outputs=result.model_dump(mode="json"))
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    note_interruption()
+    raise KeyboardInterrupt
+
+
 def main() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.chdir(request["current_folder"])
     try:

@@ -194,7 +194,7 @@ def test_what_the_stage_tells_arrives_in_order(folder: Path) -> None:
         ("capacity", 3, "no room for sheep"),
         ("option", 4, "cannot be this"),
         ("memory", 3, "stage 'probe' ran out of memory: sheep too large; close other programs"),
-        ("crash", 4, "stage 'probe' failed: ZeroDivisionError: sheep by zero; traceback in "),
+        ("crash", 4, "stage 'probe' (p.py) failed: ZeroDivisionError: sheep by zero; traceback in "),
         ("exit", 4, "the process of the stage ended with code 7: last words; what it printed is in "),
         ("killed", 3, "the process of the stage was killed by signal 9, as the system does when memory runs out; what it printed"),
     ],

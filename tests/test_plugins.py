@@ -87,7 +87,7 @@ def test_same_file_without_packaging(recipe: Path) -> None:
 
 def test_broken_plugin_is_reported_and_stops_only_its_users(recipe: Path, installed: dict[str, str]) -> None:
     shown = run_gradmap(installed, "stages").stdout
-    assert "top_layers_score: from plugin gradmap_top_layers" in shown
+    assert "top_layers_score: from plugin gradmap_top_layers, gradmap-top-layers 1.0\n" in shown
     reason = "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"
     assert f"left out: plugin broken_plugin: {reason}" in shown
     assert run_gradmap(installed, "check", str(recipe)).returncode == 0

@@ -260,7 +260,7 @@ def test_failing_stage(folder: Path, llama: Path) -> None:
     result = gradmap("run", "f.yaml", "--plugin", "fails.py")
     assert result.exit_code == 4
     traceback = folder / ".gradmap" / "traceback.txt"
-    message = f"stage 'fail' failed: ZeroDivisionError: division by zero; traceback in {traceback}"
+    message = f"stage 'fail' (fails.py) failed: ZeroDivisionError: division by zero; traceback in {traceback}"
     assert result.stderr == f"error: step 'fail': {message}\n"
     assert 'fails.py", line 14, in run' in traceback.read_text()
     result = gradmap("run", "f.yaml", "--plugin", "fails.py", "--set", "fail.how=type")

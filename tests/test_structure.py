@@ -14,13 +14,14 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
-    "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "file_kinds", "group", "memory", "estimate",
-    "machine", "partial", "environment", "artifacts",
+    "interruptions", "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "file_kinds", "group",
+    "memory", "estimate", "machine", "partial", "environment", "artifacts",
     "input_files",
-    "yaml_positions", "validation", "targets", "stage", "places", "asking", "exporting", "hookspecs", "removal", "builtin", "model",
-    "consumers", "llamacpp",
+    "yaml_positions", "validation", "targets", "stage",
+    "plugin_files", "plugin_contract", "places", "asking", "exporting", "hookspecs",
+    "removal", "builtin", "model", "consumers", "llamacpp",
     "exports", "listening", "output_checks", "perplexity", "ort", "data", "tasks",
-    "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",
+    "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "renames", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
     "isolation", "worker", "keys", "step_context",
     "runner", "comparison", "testing", "witness", "conformance", "sample_inputs", "stage_check",

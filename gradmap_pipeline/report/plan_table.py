@@ -32,5 +32,7 @@ def print_plan(plan: Plan) -> None:
 def print_advice(plan: Plan) -> None:
     """What the user should know before a run, a line each."""
     for step in plan.steps:
+        for line in step.notices:
+            print(show(line))
         for line in step.advice:
             print(show(f"step {step.id!r}: {line}"))

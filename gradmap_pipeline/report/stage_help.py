@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal, get_args, get_origin
+import sys
+from typing import IO, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -11,28 +12,83 @@ from pydantic_core import PydanticUndefined
 from ..artifacts import Artifact
 from ..catalog import Catalog
 from ..errors import PluginError
+from ..plugin_files import show_module
+from ..schema import make_options_schema
 from ..stage import Stage, name_types
-from .text import show, show_lines
+from .text import dump_json, show, show_lines
 
 
 def list_stages(catalog: Catalog) -> str:
-    """One line a stage, then the plugins that are left out, and why."""
+    """One line a stage, then where they come from, and the plugins that are left out, and why."""
     width = max((len(name) for name in catalog.stages), default=0)
-    lines = [f"{name:<{width}}  {_first_line(stage)}" for name, stage in catalog.stages.items()]
+    lines = [f"{name:<{width}}  {_summarise(stage)}" for name, stage in catalog.stages.items()]
     foreign = {plugin for plugin in catalog.plugin_of.values() if not plugin.startswith("gradmap_plugins.")}
     for plugin in sorted(foreign):
-        names = ", ".join(name for name, owner in catalog.plugin_of.items() if owner == plugin)
-        lines.append(f"{names}: from plugin {plugin}")
+        names = [name for name, owner in catalog.plugin_of.items() if owner == plugin]
+        lines.append(f"{', '.join(names)}: from plugin {_name_plugin(catalog, names[0])}")
+    ours = next((name for name, owner in catalog.plugin_of.items() if owner not in foreign), None)
+    if ours is not None:
+        lines.append(f"{'all others' if foreign else 'all'}: from {_name_origin(catalog, ours)}")
     lines += [f"left out: plugin {plugin}: {reason}" for plugin, reason in catalog.broken.items()]
     return "\n".join(map(show, lines))
 
 
+def _name_plugin(catalog: Catalog, name: str) -> str:
+    """The plugin of a stage, with the distribution that installs it."""
+    origin = _name_origin(catalog, name)
+    return catalog.plugin_of[name] + (f", {origin}" if origin else "")
+
+
+def _name_origin(catalog: Catalog, name: str) -> str:
+    origin = catalog.origin_of[name]
+    return "" if origin is None else f"{origin.name} {origin.version}"
+
+
+def print_json(catalog: Catalog, name: str | None, stream: IO[str]) -> None:
+    """All that is known of one stage, or of all, as one JSON list; on standard error, the plugins that are left out."""
+    names = list(catalog.stages) if name is None else [_find(catalog, name)]
+    print(dump_json([_as_data(catalog, found) for found in names], indent=2), file=stream, flush=True)
+    for plugin, reason in catalog.broken.items():
+        print(show(f"left out: plugin {plugin}: {reason}"), file=sys.stderr)
+
+
+def _find(catalog: Catalog, name: str) -> str:
+    stage = catalog.find(name)
+    if stage is None:
+        raise PluginError(catalog.explain_unknown(name))
+    return stage.name
+
+
+def _as_data(catalog: Catalog, name: str) -> dict[str, Any]:
+    stage, origin = catalog.stages[name], catalog.origin_of[name]
+    return {
+        "name": name,
+        "summary": _first_line(stage),
+        "distribution": None if origin is None else origin.name,
+        "version": None if origin is None else origin.version,
+        "module": show_module(stage.__module__),
+        "plugin": catalog.plugin_of[name],
+        "inputs": {
+            port: {"types": [kind.__name__ for kind in kinds], "required": required}
+            for port, (kinds, required) in stage.input_fields().items()
+        },
+        "outputs": {port: kind.__name__ for port, kind in stage.output_fields().items()},
+        "options": make_options_schema(stage),
+        "deprecated": stage.deprecated or None,
+        "aliases": list(stage.aliases),
+        "renamed": dict(stage.renamed),
+    }
+
+
 def describe_stage(catalog: Catalog, name: str) -> str:
     """Everything a recipe's author needs to know of a stage."""
-    if name not in catalog.stages:
-        raise PluginError(catalog.explain_unknown(name))
+    name = _find(catalog, name)
     stage = catalog.stages[name]
-    lines = [f"{name} ({catalog.plugin_of[name]})", "", inspect.cleandoc(stage.__doc__ or "")]
+    lines = [f"{name} ({_name_plugin(catalog, name)})", "", inspect.cleandoc(stage.__doc__ or "")]
+    if stage.deprecated:
+        lines += ["", f"deprecated: {stage.deprecated}"]
+    if stage.aliases:
+        lines += ["", f"formerly: {', '.join(stage.aliases)}"]
     lines += [
         "",
         "takes:   " + _describe_ports(stage.input_fields()),
@@ -43,6 +99,8 @@ def describe_stage(catalog: Catalog, name: str) -> str:
         lines += ["", "options:"]
         for option, kind, default, description in rows:
             lines += [f"  {option}: {kind}{f' = {default}' if default else ''}", f"      {description}"]
+            former = [old for old, new in stage.renamed.items() if new == option]
+            lines += [f"      Formerly: {', '.join(former)}."] if former else []
     return show_lines("\n".join(lines))
 
 
@@ -64,6 +122,10 @@ def list_options(model: type[BaseModel], prefix: str = "") -> list[tuple[str, st
 
 def _first_line(stage: type[Stage]) -> str:
     return (stage.__doc__ or "").strip().splitlines()[0]
+
+
+def _summarise(stage: type[Stage]) -> str:
+    return f"{_first_line(stage)}{' (deprecated)' if stage.deprecated else ''}"
 
 
 def _describe_ports(ports: dict[str, tuple[tuple[type[Artifact], ...], bool]]) -> str:

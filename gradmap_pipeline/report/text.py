@@ -48,6 +48,7 @@ def make_console() -> Console:
     from rich.console import Console
 
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    plain["file"] = sys.stdout  # as it is now, whatever is there while code of a plugin runs
     return Console(**plain) if sys.stdout.isatty() else Console(width=200, force_terminal=False, **plain)
 
 

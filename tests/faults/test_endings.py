@@ -75,12 +75,12 @@ def gradmap(command: str, how: str, *arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("code", "exit_code", "message"),
     [
-        ("sys.exit(0)", 4, "stage 'fail' failed: SystemExit: 0; traceback in "),
-        ("sys.exit('enough')", 4, "stage 'fail' failed: SystemExit: enough; traceback in "),
-        ("raise GeneratorExit", 4, "stage 'fail' failed: GeneratorExit: ; traceback in "),
-        ("raise StopIteration", 4, "stage 'fail' failed: StopIteration: ; traceback in "),
-        ("raise Odd('odd')", 4, "stage 'fail' failed: Odd: odd; traceback in "),
-        ("recurse()", 4, "stage 'fail' failed: RecursionError: maximum recursion depth exceeded"),
+        ("sys.exit(0)", 4, "stage 'fail' (p.py) failed: SystemExit: 0; traceback in "),
+        ("sys.exit('enough')", 4, "stage 'fail' (p.py) failed: SystemExit: enough; traceback in "),
+        ("raise GeneratorExit", 4, "stage 'fail' (p.py) failed: GeneratorExit: ; traceback in "),
+        ("raise StopIteration", 4, "stage 'fail' (p.py) failed: StopIteration: ; traceback in "),
+        ("raise Odd('odd')", 4, "stage 'fail' (p.py) failed: Odd: odd; traceback in "),
+        ("recurse()", 4, "stage 'fail' (p.py) failed: RecursionError: maximum recursion depth exceeded"),
         ("raise MemoryError", 3, "stage 'fail' ran out of memory: MemoryError; close other programs"),
         ("raise KeyboardInterrupt", 130, "interrupted; what is finished is kept"),
     ],

@@ -294,7 +294,7 @@ def test_torchrun_tells_once(folder: Path, text: Path) -> None:
     assert done.returncode == 1
     ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(ours) == 1, done.stderr
-    assert "stage 'wait' failed: ZeroDivisionError: division by zero; traceback in" in ours[0]
+    assert "stage 'wait' (p.py) failed: ZeroDivisionError: division by zero; traceback in" in ours[0]
     assert "exitcode  : 4" in done.stderr
 
 

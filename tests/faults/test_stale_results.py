@@ -35,10 +35,11 @@ def gradmap_stages():
 '''
 MACHINERY = {
     "__main__", "asking", "catalog", "cli", "command_arguments", "command_options", "commands", "comparison", "costs",
-    "ending", "errors", "estimate", "exporting", "extras", "input_files", "inspection", "isolation", "keys",
-    "listening", "machine", "material_commands", "output_checks", "places", "plan", "processes", "rates", "recipe", "rehearsal",
-    "removal", "report", "runner", "schema", "shortages", "stage_code", "step_context", "store", "streams", "supervision", "trial",
-    "validation", "verify", "worker", "yaml_positions",
+    "ending", "errors", "estimate", "exporting", "extras", "input_files", "inspection", "interruptions", "isolation",
+    "keys", "listening", "machine", "material_commands", "output_checks", "places", "plan", "plugin_contract",
+    "plugin_files", "processes", "rates", "recipe", "rehearsal", "removal", "renames", "report", "runner", "schema",
+    "shortages", "stage_code", "step_context", "store", "streams", "supervision", "trial", "validation", "verify",
+    "worker", "yaml_positions",
 }  # fmt: skip
 """Modules that find, wire, run, keep and report steps, and decide nothing about what a stage computes."""
 

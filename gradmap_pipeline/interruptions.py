@@ -1,0 +1,32 @@
+"""Whether a `KeyboardInterrupt` comes from outside, or from code that raises it by itself."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+
+@dataclass
+class _Signals:
+    """What is known of the signals of this process."""
+
+    has_come: bool = False
+    """Whether one that interrupts has come."""
+
+
+_signals = _Signals()
+
+
+def note_interruption() -> None:
+    """Called by the handlers of this program, before they raise `KeyboardInterrupt`."""
+    _signals.has_come = True
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether an error is an interruption from outside.
+
+    Where Python's own handler is in place, as under pytest, nobody can tell: then every `KeyboardInterrupt` is one.
+    """
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    return _signals.has_come or signal.getsignal(signal.SIGINT) is signal.default_int_handler
