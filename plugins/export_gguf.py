@@ -67,8 +67,7 @@ class ExportGguf(FolderExport):
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         super().forecast(inputs)
-        if self.python is not None and not self.python.is_file():
-            raise OptionError("python", f"there is no file {str(self.python)!r}")
+        pythons.check_program("python", self.python)
         converter = self._find_converter()
         model = inputs.get("model") or ModelForecast()
         missing = pythons.explain_missing(self._python, converter)
@@ -154,8 +153,7 @@ class ExportGguf(FolderExport):
     def _find_converter(self) -> Path:
         if self.converter is not None:
             found = self.converter / CONVERTER if self.converter.is_dir() else self.converter
-            if not found.is_file():
-                raise OptionError("converter", f"there is no file {str(found)!r}")
+            pythons.check_converter(found)
             return found
         on_path = shutil.which(CONVERTER)
         if on_path is None:
@@ -170,23 +168,28 @@ class ExportGguf(FolderExport):
         """Write a checkpoint for the converter, and the file from it; return the keys that the file has besides the converter's."""
         from gradmap_pipeline.model.checkpoint import write_folder
 
-        plain = context.folder / "plain"
-        plain.mkdir()
+        name = Path(graph.base.name if graph.base.from_hub else graph.base.folder.resolve()).name
+        scratch = context.folder / "plain"
+        plain = scratch / name  # from whose name converters take the model's
+        plain.mkdir(parents=True)
         try:
             list(write_folder(graph.export_tensors(), plain, graph.dtype))
             write_companions(graph, plain)
-            return self._convert(plain, file, config)
+            return self._convert(plain, file, config, name)
         finally:
-            shutil.rmtree(plain)
+            shutil.rmtree(scratch)
 
-    def _convert(self, folder: Path, file: Path, config: Mapping[str, Any]) -> list[str]:
-        """Write the file; return the keys that it has besides those of the converter."""
+    def _convert(self, folder: Path, file: Path, config: Mapping[str, Any], name: str) -> list[str]:
+        """Write the file, which names the model so; return the keys that it has besides those of the converter."""
         from gradmap_pipeline.llamacpp.limits import find_arrays
 
         arrays = find_arrays(config)
         made = file.with_name(f"converted-{file.name}") if arrays else file
         converter = self._find_converter()
-        self._start("llama.cpp's converter", str(converter), str(folder), "--outfile", str(made), "--outtype", self.type)
+        options = ["--outfile", str(made), "--outtype", self.type]
+        if pythons.takes_name(converter):
+            options.append(f"{pythons.NAME_OPTION}={name}")  # one word, as a name may start with a hyphen
+        self._start("llama.cpp's converter", str(converter), str(folder), *options)
         if not made.is_file() or not made.open("rb").read(4) == _MAGIC:
             raise StageError("llama.cpp's converter ended without an error, and without a GGUF file; nothing was written")
         if arrays:

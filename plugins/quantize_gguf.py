@@ -82,9 +82,8 @@ class QuantizeGguf(FolderExport):
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         super().forecast(inputs)
-        for option, file in (("program", self.program), ("python", self.python)):
-            if file is not None and not file.is_file():
-                raise OptionError(option, f"there is no file {str(file)!r}")
+        pythons.check_program("program", self.program)
+        pythons.check_program("python", self.python)
         if self._find_program() is None and self._find_runner() is None:
             raise OptionError(
                 "program",

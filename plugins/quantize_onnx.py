@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _LONGEST_DEFAULT = 256
 _EIGHT_BITS = 0.05
+_ADVICE = {"int4": "keep more in 8 bits", "int8": "use a smaller block_size", "int8_dynamic": "use method int8"}
 _BLOCK_SIZES = {"int4": 16, "int8": 32, "int8_dynamic": 32}
 
 
@@ -154,7 +155,7 @@ class QuantizeOnnx(FolderExport):
                 )
             found = self._compare(source, new.path, context)
             perplexity, base_perplexity = (perplexity_of(loss, self.dataset.name) for loss in (found.loss, found.base_loss))
-            self._check_limits(found)
+            self._check_limits(found, is_calibrated=inputs.calibration is not None)
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), new.path)
             tell_programs(new.path, source.dtype, self.method)
             details = self._describe(quantised, found, perplexity, base_perplexity)
@@ -222,7 +223,7 @@ class QuantizeOnnx(FolderExport):
             f"{base_perplexity:.4g} ({found.ratio:.3f} times), the same next token for {found.agreement:.1%}",
         )
 
-    def _check_limits(self, found: Agreement) -> None:
+    def _check_limits(self, found: Agreement, *, is_calibrated: bool) -> None:
         missed = []
         if self.max_perplexity_ratio is not None and not found.ratio <= self.max_perplexity_ratio:
             missed.append(
@@ -235,9 +236,10 @@ class QuantizeOnnx(FolderExport):
                 f"{self.min_agreement:g}"
             )
         if missed:
-            raise QualityError(
-                f"{'; '.join(missed)}; keep more in 8 bits, calibrate on more text, or change the limit; nothing was written"
-            )
+            advice = _ADVICE[self.method]
+            if self.method == "int4":
+                advice += ", calibrate on more text" if is_calibrated else ", put calibrate before this step"
+            raise QualityError(f"{'; '.join(missed)}; {advice}, or change the limit; nothing was written")
 
 
 @hookimpl

@@ -25,6 +25,7 @@ from gradmap_pipeline.verify import verify_folder
 
 CONVERTER = """
 import json, sys
+# --outfile, --outtype
 folder, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
 config = json.load(open(folder + "/config.json"))
 print("some log", file=sys.stderr)
@@ -58,6 +59,14 @@ def test_converter_gets_the_pruned_model(graph: ModelGraph, tmp_path: Path) -> N
     assert verify_folder(tmp_path / "out")[-1] == "model-q8_0.gguf is for llama.cpp, which is not asked here"
 
 
+@pytest.mark.parametrize(("has_option", "words"), [(True, ["--model-name=model"]), (False, [])])
+def test_the_converter_is_told_the_name(has_option: bool, words: list[str], graph: ModelGraph, tmp_path: Path) -> None:
+    action = 'open(options["--outfile"], "wb").write(b"GGUF" + json.dumps([folder.split("/")[-1], *sys.argv[6:]]).encode())'
+    converter = make_converter(tmp_path, f"{action}  # {'--model-name' if has_option else ''}")
+    run_stage(ExportGguf(to=tmp_path / "out", converter=converter), tmp_path / "step", model=graph)
+    assert json.loads((tmp_path / "out" / "model-f16.gguf").read_bytes()[4:]) == ["model", *words]
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [
@@ -81,7 +90,10 @@ def test_converter_that_fails(action: str, message: str, graph: ModelGraph, tmp_
         ({}, "convert_hf_to_gguf.py is not on the search path for programs: git clone https://github.com/ggml-org/llama.cpp"),
         ({"converter": "nowhere"}, "there is no file 'nowhere'"),
         ({"converter": "."}, "there is no file 'convert_hf_to_gguf.py'"),
+        ({"converter": "notes.txt"}, "'notes.txt' has no option --outtype, so it is not llama.cpp's converter"),
+        ({"converter": "old.gguf"}, "'old.gguf' is no Python file, so it is not llama.cpp's converter"),
         ({"python": "nowhere"}, "there is no file 'nowhere'"),
+        ({"python": "notes.txt"}, r"'notes.txt' may not be started: chmod \+x notes.txt"),
     ],
 )
 def test_plan_looks_for_the_converter(
@@ -89,6 +101,8 @@ def test_plan_looks_for_the_converter(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("--outfile")
+    (tmp_path / "old.gguf").write_bytes(b"GGUF\0--outfile--outtype")
     with pytest.raises(OptionError, match=message):
         ExportGguf.model_validate({"to": tmp_path / "out", **options}).forecast({})
 

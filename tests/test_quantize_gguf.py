@@ -18,7 +18,7 @@ from gradmap_pipeline import GgufFolder, OptionError, StageError
 from gradmap_pipeline.errors import RecipeError
 from gradmap_pipeline.exports import GgufForecast
 from gradmap_pipeline.llamacpp import pythons
-from gradmap_pipeline.llamacpp.parity import choose_lengths, compare_logits
+from gradmap_pipeline.llamacpp.parity import choose_lengths, compare_logits, make_prompts
 from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import run_stage
 
@@ -82,6 +82,7 @@ def test_a_program_that_fails(
             "is not on the search path for programs, and '.*' lacks llama-cpp-python, .* -m pip install llama-cpp-python",
         ),
         ({"program": "nowhere"}, "program", "there is no file 'nowhere'"),
+        ({"program": "my notes"}, "program", r"'my notes' may not be started: chmod \+x 'my notes'"),
         ({"python": "nowhere"}, "python", "there is no file 'nowhere'"),
         (
             {"program": sys.executable, "min_agreement": 0.5},
@@ -94,6 +95,8 @@ def test_a_program_that_fails(
 def test_the_plan_refuses(
     options: dict[str, Any], option: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my notes").write_text("quantise")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
     with pytest.raises(OptionError, match=message) as caught:
@@ -127,6 +130,22 @@ def test_prompts_go_beyond_a_window(
     window: int | None, positions: int | None, ignored: int | None, lengths: tuple[int, ...]
 ) -> None:
     assert choose_lengths(window, positions, ignored) == lengths
+
+
+@pytest.mark.parametrize(
+    ("positions", "window", "message"),
+    [
+        (128, 4, "llama.cpp computes another model beyond the window of 4 tokens, and 9 tokens are needed to run it"),
+        (8, None, "the model has 8 positions, and 9 tokens are needed to run it"),
+    ],
+)
+def test_a_model_that_is_too_short(
+    positions: int, window: int | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"model_type": "mistral", "max_position_embeddings": positions, "sliding_window": window}
+    monkeypatch.setattr("gradmap_pipeline.model.architecture.full_config", lambda _: config)
+    with pytest.raises(StageError, match=message):
+        make_prompts(open_folder(make_model(tmp_path / "model")), 32, 0)
 
 
 def test_logits_are_compared_over_tokens_that_both_know() -> None:
