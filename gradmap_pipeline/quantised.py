@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .model.graph import ModelGraph
     from .report.card_usage import Format
-    from .stage import Context
+    from .stage import Context, Stage
 
 _CHECK_SHAPE = (2, 32)  # sequences, tokens
 
@@ -29,6 +29,7 @@ def write_quantised(
     form: Format,
     quantisation: str,
     quantise: Callable[[Path], Any],
+    stage: Stage,
     context: Context,
     tolerance: float = 0.0,
     **saving: Any,
@@ -71,7 +72,7 @@ def write_quantised(
         told = f"Logits of random tokens differ by up to {difference:.2g} from those of the model before quantisation."
         write_card(partial, graph, None, form, quantisation, (told,))
         files = describe_folder(partial)
-        lineage = make_lineage(graph, None, files, difference, context) | {"quantisation": quantisation}
+        lineage = make_lineage(graph, None, files, difference, stage, context) | {"quantisation": quantisation}
         files = new.finish(lineage, files)
         advance()
     shutil.rmtree(plain)

@@ -134,7 +134,7 @@ class ExportModel(FolderExport):
             else:
                 files = self._write(model, evaluation, misread, new.path, context)
                 difference = check_export(model, new.path, context.seed)
-            files = new.finish(make_lineage(model, evaluation, files, difference, context), files)
+            files = new.finish(make_lineage(model, evaluation, files, difference, self, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
         for line in explain_config(model, with_types=self.format != "onnx"):

@@ -109,7 +109,7 @@ class ExportGguf(FolderExport):
             write_card(new.path, graph, evaluation, "gguf")
             files = describe_folder(new.path)
             difference = None if parity is None else parity.difference
-            lineage = make_lineage(graph, evaluation, files, difference, context)
+            lineage = make_lineage(graph, evaluation, files, difference, self, context)
             files = new.finish(lineage | {"llama_cpp": None if parity is None else parity.as_json()}, files)
         if arrays:
             context.note(f"the file lists {', '.join(arrays)}, which llama.cpp would place by a period")

@@ -112,7 +112,7 @@ class QuantizeGguf(FolderExport):
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.endswith(".gguf")), new.path)
             files = describe_folder(new.path)
             difference = None if agreement is None else agreement.difference
-            lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, difference)
+            lineage = extend_lineage(source.folder, files, difference, self, context)
             lineage["llama_cpp"] = None if agreement is None else agreement.model_dump()
             files = new.finish(lineage, files)
         size = sum(written.size for written in files.values()) / 1e6

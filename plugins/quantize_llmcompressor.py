@@ -114,7 +114,7 @@ class QuantizeLlmcompressor(FolderExport):
         label = " ".join(filter(None, [self.scheme, self._method, "smoothquant" if self.smoothquant is not None else None]))
         with self.new_folder(inputs.model.base.folder) as new:
             exported = write_quantised(
-                inputs.model, new, "compressed-tensors", label, quantise, context, tolerance=_ROUNDING, save_compressed=True
+                inputs.model, new, "compressed-tensors", label, quantise, self, context, tolerance=_ROUNDING, save_compressed=True
             )
         return self.Outputs(model=exported)
 

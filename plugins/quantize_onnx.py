@@ -5,7 +5,6 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +16,6 @@ from gradmap_pipeline import (
     CalibrationSet,
     Context,
     DatasetSource,
-    Evaluation,
     FolderExport,
     OnnxFolder,
     OptionError,
@@ -28,7 +26,7 @@ from gradmap_pipeline import (
 )
 from gradmap_pipeline.artifacts import LINEAGE, NameOf
 from gradmap_pipeline.data import check_length
-from gradmap_pipeline.folders import extend_lineage, write_card
+from gradmap_pipeline.folders import extend_lineage, read_evaluation, write_card
 from gradmap_pipeline.perplexity import perplexity_of
 from gradmap_pipeline.targets import copy_files, describe_folder
 
@@ -159,11 +157,9 @@ class QuantizeOnnx(FolderExport):
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), new.path)
             tell_programs(new.path, source.dtype, self.method)
             details = self._describe(quantised, found, perplexity, base_perplexity)
-            evaluation = json.loads((source.folder / LINEAGE).read_text(encoding="utf-8"))["evaluation"]
-            made_from = None if evaluation is None else Evaluation.model_validate(evaluation)
-            write_card(new.path, source.graph, made_from, "onnx", self.method, details)
+            write_card(new.path, source.graph, read_evaluation(source.folder), "onnx", self.method, details)
             files = describe_folder(new.path)
-            lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, found.difference)
+            lineage = extend_lineage(source.folder, files, found.difference, self, context)
             files = new.finish(lineage, files)
         exported = source.model_copy(
             update={"folder": new.target, "files": files, "max_logit_difference": found.difference, "quantisation": self.method}

@@ -43,7 +43,7 @@ class QuantizeTorchao(FolderExport):
             return load_folder(folder, quantization_config=self._config())
 
         with self.new_folder(inputs.model.base.folder) as new:
-            exported = write_quantised(inputs.model, new, "torchao", f"{self.method} torchao", quantise, context)
+            exported = write_quantised(inputs.model, new, "torchao", f"{self.method} torchao", quantise, self, context)
         return self.Outputs(model=exported)
 
     def _config(self) -> Any:

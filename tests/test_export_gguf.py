@@ -25,7 +25,7 @@ from gradmap_pipeline.verify import verify_folder
 
 CONVERTER = """
 import json, sys
-# --outfile, --outtype
+# --outfile, --outtype, --vocab-only
 folder, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
 config = json.load(open(folder + "/config.json"))
 print("some log", file=sys.stderr)
@@ -102,7 +102,7 @@ def test_plan_looks_for_the_converter(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "notes.txt").write_text("--outfile")
-    (tmp_path / "old.gguf").write_bytes(b"GGUF\0--outfile--outtype")
+    (tmp_path / "old.gguf").write_bytes(b"GGUF\0--outfile--outtype--vocab-only")
     with pytest.raises(OptionError, match=message):
         ExportGguf.model_validate({"to": tmp_path / "out", **options}).forecast({})
 

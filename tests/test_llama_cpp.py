@@ -31,6 +31,7 @@ pytestmark = [
 ]
 
 WITHOUT_WORDS = """
+# --outfile, --outtype, --vocab-only
 import sys
 sys.path.insert(0, {folder!r})
 import conversion, convert_hf_to_gguf
