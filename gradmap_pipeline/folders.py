@@ -90,8 +90,24 @@ def write_card(
     """The model card of a folder that has its weights: sizes are those of the files there."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
     sizes = {name: file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)}
-    card = make_model_card(model, evaluation, Holding(form, sizes, quantisation, details))
+    deviations = tuple(find_deviations(model, form))
+    card = make_model_card(model, evaluation, Holding(form, sizes, quantisation, details, deviations))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def find_deviations(model: ModelGraph, form: Format) -> list[str]:
+    """What programs compute otherwise than the model, a line each, from a folder of this format."""
+    from .consumers import explain_removal
+    from .llamacpp.limits import explain_deviations
+    from .model.architecture import full_config
+    from .model.depth import prune_fields
+
+    if form == "onnx":
+        return []
+    config = full_config(model.base.folder)
+    return (
+        explain_deviations(prune_fields(config, config, model.layers)) if form == "gguf" else explain_removal(config, model.layers)
+    )
 
 
 def make_lineage(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import StageError
 from .exports import TransformersFolder, load_folder
-from .folders import check_loading, explain_config, make_lineage, write_card, write_companions
+from .folders import check_loading, explain_config, find_deviations, make_lineage, write_card, write_companions
 from .targets import NewFolder, describe_folder
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def write_quantised(
         files = new.finish(lineage, files)
         advance()
     shutil.rmtree(plain)
-    for line in explain_config(graph):
+    for line in (*explain_config(graph), *find_deviations(graph, form)):
         context.note(line)
     size = sum(file.size for file in files.values()) / 1e6
     context.note(f"wrote {new.target}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")

@@ -30,7 +30,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.exports import GgufForecast
-from gradmap_pipeline.folders import make_lineage, write_card, write_companions
+from gradmap_pipeline.folders import find_deviations, make_lineage, write_card, write_companions
 from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import describe_folder
@@ -78,7 +78,8 @@ class ExportGguf(FolderExport):
         for architecture in (model.config or {}).get("architectures") or ():
             if not pythons.knows(converter, architecture):
                 raise OptionError("converter", f"llama.cpp's converter does not know {architecture}; export in another format")
-        return {"exported": GgufForecast(**model.model_dump(), type=self.type)}
+        python = self._find_runner() or self._python
+        return {"exported": GgufForecast(**model.model_dump(), type=self.type, quantisation=self._quantisation, python=python)}
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
@@ -92,7 +93,6 @@ class ExportGguf(FolderExport):
             self._check_config(full_config(survey.graph.base.folder), kept)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.llamacpp.limits import explain_deviations
         from gradmap_pipeline.model.architecture import full_config
         from gradmap_pipeline.model.companions import find_licences
 
@@ -106,18 +106,20 @@ class ExportGguf(FolderExport):
             parity = None if runner is None else self._run_file(graph, file, runner, context)
             for licence in find_licences(graph.base.folder):
                 shutil.copyfile(licence, new.path / licence.name)
-            write_card(new.path, graph, evaluation, "gguf")
+            details = () if parity is None else (f"Beside the model before quantisation: {parity}.",)
+            write_card(new.path, graph, evaluation, "gguf", self._quantisation and self.type.upper(), details)
             files = describe_folder(new.path)
             difference = None if parity is None else parity.difference
             lineage = make_lineage(graph, evaluation, files, difference, self, context)
             files = new.finish(lineage | {"llama_cpp": None if parity is None else parity.as_json()}, files)
         if arrays:
             context.note(f"the file lists {', '.join(arrays)}, which llama.cpp would place by a period")
-        for deviation in explain_deviations(config):
+        for deviation in find_deviations(graph, "gguf"):
             context.note(deviation)
         size = sum(written.size for written in files.values()) / 1e6
         context.note(f"wrote {self.to}: {size:.1f} MB, {parity or pythons.explain_no_runner(self._python)}")
         made: dict[str, Any] = {"graph": graph, "folder": new.target, "files": files, "max_logit_difference": difference}
+        made["quantisation"] = self._quantisation
         return self.Outputs(exported=GgufFolder(**made, type=self.type, python=runner))
 
     def _check_config(self, config: Mapping[str, Any], kept: tuple[int, ...]) -> dict[str, Any]:
@@ -142,6 +144,10 @@ class ExportGguf(FolderExport):
             parity = measure_parity(graph, file, self.type, runner, context.seed)
             advance()
         return parity
+
+    @property
+    def _quantisation(self) -> str | None:
+        return self.type if self.type == "q8_0" else None
 
     @property
     def _python(self) -> str:

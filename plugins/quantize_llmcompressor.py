@@ -6,7 +6,7 @@ https://arxiv.org/abs/2211.10438. Its pins exclude newer transformers, so the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from gradmap_pipeline import (
     TransformersFolder,
     hookimpl,
 )
+from gradmap_pipeline.consumers import explain_forecast
 from gradmap_pipeline.exports import load_folder
 from gradmap_pipeline.quantised import write_quantised
 
@@ -94,6 +95,9 @@ class QuantizeLlmcompressor(FolderExport):
             option = "method" if self._method == "gptq" else "smoothquant"
             raise OptionError(option, "needs a calibration set; put calibrate before this step, or use method: rtn")
         return {"model": inputs.get("model")}
+
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        return explain_forecast(inputs.get("model"))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer

@@ -63,6 +63,7 @@ def write_recipe(folder: Path, *steps: dict[str, Any]) -> str:
     return str(folder / "recipe.yaml")
 
 
+ONNX = [{"use": "export", "with": {"format": "onnx", "to": "a"}}]
 HELDOUT = {"dataset": {"builtin": "heldout"}, "samples": 4, "sequence_length": 64}
 
 
@@ -97,8 +98,21 @@ HELDOUT = {"dataset": {"builtin": "heldout"}, "samples": 4, "sequence_length": 6
             "input 'model' takes a Model, but 'calibrate.calibration' is a CalibrationSet",
         ),
         ([{"use": "quantize_onnx", "with": {"to": "b"}}], "step 'quantize_onnx' needs an input 'exported' (OnnxFolder)"),
+        (
+            [*ONNX, {"use": "quantize_onnx", "with": {"to": "b", "sequence_length": 100_000}}],
+            "option 'sequence_length': found 100000, but the model is made for 512 tokens; accepted: 2 to 512",
+        ),
+        (
+            [*ONNX, {"use": "quantize_onnx", "with": {"to": "b"}}, {"use": "quantize_onnx", "id": "again", "with": {"to": "c"}}],
+            "step 'again': option 'method': the graph is quantised already (int4); quantise the export it was made from",
+        ),
+        (
+            [*ONNX, {"use": "evaluate", "from": {"model": "export.exported"}, "with": {**HELDOUT, "sequence_length": 100_000}}],
+            "option 'sequence_length': found 100000, but the model is made for 512 tokens; accepted: 2 to 512",
+        ),
     ],
 )
+@onnx_libraries
 def test_wrong_order_is_found_by_kind(steps: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     code, output = invoke("check", write_recipe(tmp_path, *steps))
     assert code == 2

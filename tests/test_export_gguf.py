@@ -52,7 +52,10 @@ def test_converter_gets_the_pruned_model(graph: ModelGraph, tmp_path: Path) -> N
     exported = run_stage(stage, tmp_path / "step", model=graph).exported
     assert (tmp_path / "out" / "model-q8_0.gguf").read_bytes() == b'GGUF[3, "q8_0"]'
     assert exported.files.keys() == {"model-q8_0.gguf", "README.md", "gradmap.json"}
-    assert "model-q8_0.gguf" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "bytes in `model-q8_0.gguf`." in card
+    assert "\nWeights quantised: Q8_0.\n" in card
+    assert (exported.quantisation, exported.label) == ("q8_0", "pruned, GGUF q8_0")
     assert exported.max_logit_difference is None
     assert json.loads((tmp_path / "out" / "gradmap.json").read_text())["layers_removed"] == [1]
     assert not any((tmp_path / "step").iterdir())
@@ -171,8 +174,41 @@ def test_evaluate_takes_a_file(tmp_path: Path, graph: ModelGraph, monkeypatch: p
         exporting(tmp_path),
         {"use": "evaluate", "from": {"model": "export_gguf.exported"}, "with": {"dataset": {"builtin": "heldout"}}},
     ]
-    assert plan(tmp_path, tmp_path / "model", steps).steps[1].inputs == {"model": ("export_gguf", "exported")}
+    with monkeypatch.context() as patch:
+        patch.setattr(pythons, "_ask", lambda _, modules, folders: [])
+        assert plan(tmp_path, tmp_path / "model", steps).steps[1].inputs == {"model": ("export_gguf", "exported")}
     exported = run_stage(ExportGguf.model_validate(steps[0]["with"]), tmp_path / "step", model=graph).exported
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
     with pytest.raises(StageError, match=r"nothing runs the file, as '.*' lacks llama-cpp-python: .* -m pip install"):
         exported.open("cpu")
+
+
+@pytest.mark.parametrize("has_runner", [True, False])
+def test_check_says_that_nothing_can_evaluate_a_file(has_runner: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Python that a step before names, of the quantised file too."""
+    monkeypatch.chdir(tmp_path)
+    named, program = tmp_path / "named" / "python", tmp_path / "named" / "llama-quantize"
+    named.parent.mkdir()
+    for file in (named, program):
+        file.touch(0o755)
+    asked = {str(named)} if has_runner else set()
+    monkeypatch.setattr(
+        pythons, "_ask", lambda python, modules, _: [name for name in modules if name == "llama_cpp" and python not in asked]
+    )
+    evaluating = {"dataset": {"builtin": "heldout"}, "samples": 2, "sequence_length": 16}
+    make_model(tmp_path / "model")
+    steps = [
+        exporting(tmp_path, python=str(named)),
+        {"use": "evaluate", "id": "file", "from": {"model": "export_gguf.exported"}, "with": evaluating},
+        {"use": "quantize_gguf", "with": {"to": "small", "program": str(program)}},
+        {"use": "evaluate", "id": "small", "from": {"model": "quantize_gguf.exported"}, "with": evaluating},
+    ]
+    if has_runner:
+        assert plan(tmp_path, tmp_path / "model", steps).steps[3].forecasts == {}
+        return
+    with pytest.raises(RecipeError) as caught:
+        plan(tmp_path, tmp_path / "model", steps)
+    told = f"nothing runs the file, as {str(named)!r} lacks llama-cpp-python: {named} -m pip install llama-cpp-python"
+    assert f"step 'file': {told}" in str(caught.value)
+    assert f"step 'small': {told}" in str(caught.value)
+    assert caught.value.exit_code == 2

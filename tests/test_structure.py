@@ -19,7 +19,7 @@ ORDER = [
     "input_files",
     "yaml_positions", "validation", "targets", "stage", "places", "asking", "exporting", "hookspecs", "removal", "builtin", "model",
     "consumers", "llamacpp",
-    "exports", "listening", "output_checks", "perplexity", "ort", "data", "tasks",
+    "exports", "listening", "output_checks", "perplexity", "agreement", "ort", "data", "tasks",
     "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
     "isolation", "worker", "keys", "step_context",
