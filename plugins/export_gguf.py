@@ -7,6 +7,7 @@ runs; it is used where the user has it, and never copied.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 CONVERTER = "convert_hf_to_gguf.py"
 _MAGIC = b"GGUF"
+_SIZE = re.compile(r"-(a|\d+x)?\d+([._]\d+)?[kmbt]\d?(?=-|$)", re.IGNORECASE)
+"""The size in a model's name: `-135M`, `-8x7B`."""
 
 
 class ExportGguf(FolderExport):
@@ -176,7 +179,7 @@ class ExportGguf(FolderExport):
 
         name = Path(graph.base.name if graph.base.from_hub else graph.base.folder.resolve()).name
         scratch = context.folder / "plain"
-        plain = scratch / name  # from whose name converters take the model's
+        plain = scratch / _SIZE.sub("", name)  # what the converter takes basename and size from; that of what is left it counts
         plain.mkdir(parents=True)
         try:
             list(write_folder(graph.export_tensors(), plain, graph.dtype))

@@ -62,12 +62,14 @@ def test_converter_gets_the_pruned_model(graph: ModelGraph, tmp_path: Path) -> N
     assert verify_folder(tmp_path / "out")[-1] == "model-q8_0.gguf is for llama.cpp, which is not asked here"
 
 
-@pytest.mark.parametrize(("has_option", "words"), [(True, ["--model-name=model"]), (False, [])])
-def test_the_converter_is_told_the_name(has_option: bool, words: list[str], graph: ModelGraph, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("has_option", "words"), [(True, ["--model-name=tiny-1.7B-chat"]), (False, [])])
+def test_the_converter_is_told_the_name(has_option: bool, words: list[str], tmp_path: Path) -> None:
+    """The size in the name is the base's, and not what is left."""
+    graph = open_folder(make_model(tmp_path / "tiny-1.7B-chat")).without_layers([1])
     action = 'open(options["--outfile"], "wb").write(b"GGUF" + json.dumps([folder.split("/")[-1], *sys.argv[6:]]).encode())'
     converter = make_converter(tmp_path, f"{action}  # {'--model-name' if has_option else ''}")
     run_stage(ExportGguf(to=tmp_path / "out", converter=converter), tmp_path / "step", model=graph)
-    assert json.loads((tmp_path / "out" / "model-f16.gguf").read_bytes()[4:]) == ["model", *words]
+    assert json.loads((tmp_path / "out" / "model-f16.gguf").read_bytes()[4:]) == ["tiny-chat", *words]
 
 
 @pytest.mark.parametrize(
