@@ -284,6 +284,10 @@ class ModelForecast(BaseModel):
     folder: Path | None = None
     """The base model's folder."""
 
+    def explain_unusable(self) -> str | None:
+        """Why no program of this machine can run it; None where one can, or that is not known."""
+        return None
+
 
 class CalibrationForecast(BaseModel):
     """What a plan knows of a calibration set before anything runs. None: not known yet."""

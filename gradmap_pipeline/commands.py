@@ -102,7 +102,8 @@ def check(
         plan = _plan(recipe, overrides, plugins, store)
         inspect_plan(plan)
         print_advice(plan)
-        print(show(f"{recipe}: no problems in {len(plan.steps)} steps"))
+        count = len(plan.steps)
+        print(show(f"{recipe}: no problems in {count} step{'' if count == 1 else 's'}"))
 
 
 @app.command()

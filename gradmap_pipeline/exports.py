@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,14 +90,24 @@ class OnnxFolder(Export, Model):
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
         from .ort.session import OnnxSession
 
-        session = OnnxSession(self.folder)
-        return lambda batch: session.run(batch.input_ids, batch.mask.long(), session.start(len(batch.input_ids)))[0]
+        return OnnxSession(self.folder).compute
 
 
-class GgufForecast(ModelForecast):
-    """What a plan knows of a GGUF file before anything runs."""
+class ExportForecast(ModelForecast):
+    """What a plan knows of an exported folder before anything runs."""
+
+    quantisation: str | None = None
+
+
+class GgufForecast(ExportForecast):
+    """The same of a GGUF file."""
 
     type: str
+    python: str | None = None
+    """The Python with llama-cpp-python that is to run it, or the one that the recipe names for that."""
+
+    def explain_unusable(self) -> str | None:
+        return None if _find_runner(self.python) else _explain_no_runner(self.python)
 
 
 class GgufFolder(Export, Model):
@@ -117,16 +128,26 @@ class GgufFolder(Export, Model):
         return self.folder / next(name for name in self.files if name.endswith(".gguf"))
 
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
-        import sys
-
-        from .llamacpp.pythons import explain_no_runner, find_runner
         from .llamacpp.session import GgufSession
 
-        python = find_runner([self.python or sys.executable, sys.executable])
+        python = _find_runner(self.python)
         if python is None:
-            raise StageError(explain_no_runner(self.python or sys.executable))
+            raise StageError(_explain_no_runner(self.python))
         session = GgufSession(self.file, python)
         return lambda batch: session.run_batch(batch.input_ids)
+
+
+def _find_runner(python: str | None) -> str | None:
+    """The Python that runs GGUF files: this one, where it has llama-cpp-python, else the one that is running."""
+    from .llamacpp.pythons import find_runner
+
+    return find_runner([python or sys.executable, sys.executable])
+
+
+def _explain_no_runner(python: str | None) -> str:
+    from .llamacpp.pythons import explain_no_runner
+
+    return explain_no_runner(python or sys.executable)
 
 
 def load_folder(folder: Path, *, is_whole: bool = False, **options: Any) -> Any:

@@ -13,11 +13,12 @@ from .artifacts import LINEAGE, Evaluation, ExportedFile
 from .errors import StageError
 from .exports import WEIGHTS, load_folder
 from .report.model_card import Holding, make_model_card
+from .stage import FinishedStep
 
 if TYPE_CHECKING:
     from .model.graph import ModelGraph
     from .report.card_usage import Format
-    from .stage import Context
+    from .stage import Context, Stage
 
 
 def write_companions(model: ModelGraph, folder: Path) -> None:
@@ -89,14 +90,35 @@ def write_card(
     """The model card of a folder that has its weights: sizes are those of the files there."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
     sizes = {name: file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)}
-    card = make_model_card(model, evaluation, Holding(form, sizes, quantisation, details))
+    deviations = tuple(find_deviations(model, form))
+    card = make_model_card(model, evaluation, Holding(form, sizes, quantisation, details, deviations))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def find_deviations(model: ModelGraph, form: Format) -> list[str]:
+    """What programs compute otherwise than the model, a line each, from a folder of this format."""
+    from .consumers import explain_removal
+    from .llamacpp.limits import explain_deviations
+    from .model.architecture import full_config
+    from .model.depth import prune_fields
+
+    if form == "onnx":
+        return []
+    config = full_config(model.base.folder)
+    return (
+        explain_deviations(prune_fields(config, config, model.layers)) if form == "gguf" else explain_removal(config, model.layers)
+    )
+
+
 def make_lineage(
-    model: ModelGraph, evaluation: Evaluation | None, files: dict[str, ExportedFile], difference: float | None, context: Context
+    model: ModelGraph,
+    evaluation: Evaluation | None,
+    files: dict[str, ExportedFile],
+    difference: float | None,
+    stage: Stage,
+    context: Context,
 ) -> dict[str, Any]:
-    """How the folder came to be, for machines."""
+    """How the folder came to be, for machines. `stage`: the one that writes it."""
     return {
         "made_by": f"gradmap-pipeline {__version__}",
         "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
@@ -104,7 +126,7 @@ def make_lineage(
         "layers_kept": model.layers,
         "layers_removed": model.removed,
         "patched": {name: file.sha256 for name, file in model.patches.items()},
-        "steps": [{"id": s.id, "stage": s.stage, "options": s.options, "outputs": s.outputs} for s in context.lineage],
+        "steps": _list_steps(stage, context),
         "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
         "max_logit_difference": difference,
         "files": {name: file.model_dump() for name, file in sorted(files.items())},
@@ -120,10 +142,26 @@ def check_loading(folder: Path) -> None:
 
 
 def extend_lineage(
-    source: Path, options: dict[str, Any], stage: str, files: dict[str, ExportedFile], difference: float | None
+    source: Path, files: dict[str, ExportedFile], difference: float | None, stage: Stage, context: Context
 ) -> dict[str, Any]:
-    """The lineage of a folder made from another export: that of the export, and one more step."""
-    lineage: dict[str, Any] = json.loads((source / LINEAGE).read_text(encoding="utf-8"))
-    lineage["steps"].append({"id": stage, "stage": stage, "options": options, "outputs": {}})
-    lineage |= {"max_logit_difference": difference, "files": {name: file.model_dump() for name, file in sorted(files.items())}}
-    return lineage
+    """The lineage of a folder that a stage makes from another export: that of the export, with the steps that led here."""
+    lineage = _read_lineage(source)
+    lineage |= {"steps": _list_steps(stage, context), "max_logit_difference": difference}
+    return lineage | {"files": {name: file.model_dump() for name, file in sorted(files.items())}}
+
+
+def read_evaluation(source: Path) -> Evaluation | None:
+    """That of the model in an export, if it was evaluated before it was written."""
+    found = _read_lineage(source)["evaluation"]
+    return None if found is None else Evaluation.model_validate(found)
+
+
+def _read_lineage(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+    return found
+
+
+def _list_steps(stage: Stage, context: Context) -> list[dict[str, Any]]:
+    """The steps that led here, and this one last, whose outputs are the folder itself."""
+    this = FinishedStep(context.step or stage.name, stage.name, stage.model_dump(mode="json"), {})
+    return [vars(step) for step in (*context.lineage, this)]

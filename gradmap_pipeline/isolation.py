@@ -55,6 +55,7 @@ def run_elsewhere(
         "dtype": context.dtype,
         "memory": max(0, context.memory - resident_bytes()),
         "lineage": [vars(step) for step in context.lineage],
+        "step": context.step,
     }
     with scratch_folder() as folder, _start(folder, request, stage, workplace, threads, log) as process:
         final = _Relay(process, context).run()

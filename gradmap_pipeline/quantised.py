@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import StageError
 from .exports import TransformersFolder, load_folder
-from .folders import check_loading, explain_config, make_lineage, write_card, write_companions
+from .folders import check_loading, explain_config, find_deviations, make_lineage, write_card, write_companions
 from .targets import NewFolder, describe_folder
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .model.graph import ModelGraph
     from .report.card_usage import Format
-    from .stage import Context
+    from .stage import Context, Stage
 
 _CHECK_SHAPE = (2, 32)  # sequences, tokens
 
@@ -29,6 +29,7 @@ def write_quantised(
     form: Format,
     quantisation: str,
     quantise: Callable[[Path], Any],
+    stage: Stage,
     context: Context,
     tolerance: float = 0.0,
     **saving: Any,
@@ -71,11 +72,11 @@ def write_quantised(
         told = f"Logits of random tokens differ by up to {difference:.2g} from those of the model before quantisation."
         write_card(partial, graph, None, form, quantisation, (told,))
         files = describe_folder(partial)
-        lineage = make_lineage(graph, None, files, difference, context) | {"quantisation": quantisation}
+        lineage = make_lineage(graph, None, files, difference, stage, context) | {"quantisation": quantisation}
         files = new.finish(lineage, files)
         advance()
     shutil.rmtree(plain)
-    for line in explain_config(graph):
+    for line in (*explain_config(graph), *find_deviations(graph, form)):
         context.note(line)
     size = sum(file.size for file in files.values()) / 1e6
     context.note(f"wrote {new.target}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")

@@ -133,6 +133,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                     remember=memory_of(step, workplace, machine.dtype, store, together, found_finished),
                     group=together,
                     lineage=lineage,
+                    step=step.id,
                 )
                 called = time.monotonic()
                 taken = step.stage.Inputs.model_validate(inputs)

@@ -64,6 +64,8 @@ class Context:
     """The processes that work on this step together; one, unless the stage is `parallel`."""
     lineage: tuple[FinishedStep, ...] = field(default=())
     """The steps that led here, in order."""
+    step: str | None = None
+    """Id of this step in the recipe; None where there is no recipe."""
 
 
 class Stage(BaseModel):

@@ -89,6 +89,7 @@ def make_worker_context(request: dict[str, Any], line: Line) -> Context:
         note=lambda text: line.tell(note=text),
         remember=remember,
         lineage=tuple(FinishedStep(**step) for step in request["lineage"]),
+        step=request["step"],
     )
 
 

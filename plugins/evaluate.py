@@ -25,6 +25,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.data import check_length
+from gradmap_pipeline.exports import ExportForecast
 from gradmap_pipeline.perplexity import perplexity_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,11 @@ class Evaluate(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(self.samples, int) and self.samples < 1:
             raise OptionError("samples", f"found {self.samples}; accepted: a whole number from 1, or all")
-        length = check_length(self.sequence_length, inputs.get("model"))
+        model = inputs.get("model")
+        unusable = None if model is None else model.explain_unusable()
+        if unusable is not None:
+            raise OptionError("", unusable)
+        length = check_length(self.sequence_length, model)
         if self.samples != "all":
             self.dataset.check_amount(self.samples, length, self.packing)
         return {}
@@ -75,6 +80,8 @@ class Evaluate(Stage):
         length = check_length(self.sequence_length, model)
         if model is None or model.layers is None or length is None or self.samples == "all":
             return None
+        if isinstance(model, ExportForecast):
+            return None  # another program runs it
         whole = len(rehearsal.graph.layers)
         text = (str(self.dataset), self.samples, length, self.packing)
         counts = [model.layers] if self.max_perplexity_ratio is None else [model.layers, whole]

@@ -27,8 +27,9 @@ from gradmap_pipeline import (
     TransformersFolder,
     hookimpl,
 )
+from gradmap_pipeline.exports import ExportForecast
 from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, explain_config, make_lineage, write_card, write_companions
+from gradmap_pipeline.folders import check_loading, explain_config, find_deviations, make_lineage, write_card, write_companions
 from gradmap_pipeline.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
@@ -84,7 +85,8 @@ class ExportModel(FolderExport):
             missing = explain_missing(("onnxscript", "onnxruntime"), "onnx")
             if missing is not None:
                 raise OptionError("format", missing)
-        return {}
+        model = inputs.get("model")
+        return {} if model is None else {"exported": ExportForecast(**model.model_dump())}
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
         from gradmap_pipeline.consumers import explain_forecast
@@ -122,19 +124,15 @@ class ExportModel(FolderExport):
         return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.consumers import explain_removal
-        from gradmap_pipeline.model.architecture import full_config
-
         model = inputs.model
-        misread = explain_removal(full_config(model.base.folder), model.layers)
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
         with self.new_folder(model.base.folder) as new:
             if self.format == "onnx":
                 files, difference = self._write_onnx(model, evaluation, new.path, context)
             else:
-                files = self._write(model, evaluation, misread, new.path, context)
+                files = self._write(model, evaluation, new.path, context)
                 difference = check_export(model, new.path, context.seed)
-            files = new.finish(make_lineage(model, evaluation, files, difference, context), files)
+            files = new.finish(make_lineage(model, evaluation, files, difference, self, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
         for line in explain_config(model, with_types=self.format != "onnx"):
@@ -142,8 +140,8 @@ class ExportModel(FolderExport):
         if self.format == "onnx":
             context.note(f"wrote {self.to}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
-        for misreading in misread:
-            context.note(misreading)
+        for deviation in find_deviations(model, self.format):
+            context.note(deviation)
         context.note(f"wrote {self.to}: {size:.1f} MB, loaded back, logits equal")
         return self.Outputs(exported=TransformersFolder(**made))
 
@@ -169,9 +167,7 @@ class ExportModel(FolderExport):
         write_card(folder, model, evaluation, "onnx")
         return describe_folder(folder), difference
 
-    def _write(
-        self, model: ModelGraph, evaluation: Evaluation | None, misread: list[str], folder: Path, context: Context
-    ) -> dict[str, ExportedFile]:
+    def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
         from gradmap_pipeline.model.checkpoint import split_shards, write_folder
 
         tensors = model.export_tensors()
@@ -182,7 +178,7 @@ class ExportModel(FolderExport):
                 files[name] = written
                 advance()
         write_companions(model, folder)
-        write_card(folder, model, evaluation, "safetensors", details=tuple(misread))
+        write_card(folder, model, evaluation, "safetensors")
         return describe_folder(folder, files)
 
 

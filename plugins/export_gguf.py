@@ -7,6 +7,7 @@ runs; it is used where the user has it, and never copied.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.exports import GgufForecast
-from gradmap_pipeline.folders import make_lineage, write_card, write_companions
+from gradmap_pipeline.folders import find_deviations, make_lineage, write_card, write_companions
 from gradmap_pipeline.llamacpp import pythons
 from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import describe_folder
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 CONVERTER = "convert_hf_to_gguf.py"
 _MAGIC = b"GGUF"
+_SIZE = re.compile(r"-(a|\d+x)?\d+([._]\d+)?[kmbt]\d?(?=-|$)", re.IGNORECASE)
+"""The size in a model's name: `-135M`, `-8x7B`."""
 
 
 class ExportGguf(FolderExport):
@@ -67,8 +70,7 @@ class ExportGguf(FolderExport):
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         super().forecast(inputs)
-        if self.python is not None and not self.python.is_file():
-            raise OptionError("python", f"there is no file {str(self.python)!r}")
+        pythons.check_program("python", self.python)
         converter = self._find_converter()
         model = inputs.get("model") or ModelForecast()
         missing = pythons.explain_missing(self._python, converter)
@@ -79,7 +81,8 @@ class ExportGguf(FolderExport):
         for architecture in (model.config or {}).get("architectures") or ():
             if not pythons.knows(converter, architecture):
                 raise OptionError("converter", f"llama.cpp's converter does not know {architecture}; export in another format")
-        return {"exported": GgufForecast(**model.model_dump(), type=self.type)}
+        python = self._find_runner() or self._python
+        return {"exported": GgufForecast(**model.model_dump(), type=self.type, quantisation=self._quantisation, python=python)}
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
@@ -97,7 +100,6 @@ class ExportGguf(FolderExport):
             raise OptionError("converter", f"{failure}; export in another format")
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.llamacpp.limits import explain_deviations
         from gradmap_pipeline.model.architecture import full_config
         from gradmap_pipeline.model.companions import find_licences
 
@@ -111,18 +113,20 @@ class ExportGguf(FolderExport):
             parity = None if runner is None else self._run_file(graph, file, runner, context)
             for licence in find_licences(graph.base.folder):
                 shutil.copyfile(licence, new.path / licence.name)
-            write_card(new.path, graph, evaluation, "gguf")
+            details = () if parity is None else (f"Beside the model before quantisation: {parity}.",)
+            write_card(new.path, graph, evaluation, "gguf", self._quantisation and self.type.upper(), details)
             files = describe_folder(new.path)
             difference = None if parity is None else parity.difference
-            lineage = make_lineage(graph, evaluation, files, difference, context)
+            lineage = make_lineage(graph, evaluation, files, difference, self, context)
             files = new.finish(lineage | {"llama_cpp": None if parity is None else parity.as_json()}, files)
         if arrays:
             context.note(f"the file lists {', '.join(arrays)}, which llama.cpp would place by a period")
-        for deviation in explain_deviations(config):
+        for deviation in find_deviations(graph, "gguf"):
             context.note(deviation)
         size = sum(written.size for written in files.values()) / 1e6
         context.note(f"wrote {self.to}: {size:.1f} MB, {parity or pythons.explain_no_runner(self._python)}")
         made: dict[str, Any] = {"graph": graph, "folder": new.target, "files": files, "max_logit_difference": difference}
+        made["quantisation"] = self._quantisation
         return self.Outputs(exported=GgufFolder(**made, type=self.type, python=runner))
 
     def _check_config(self, config: Mapping[str, Any], kept: tuple[int, ...]) -> dict[str, Any]:
@@ -149,6 +153,10 @@ class ExportGguf(FolderExport):
         return parity
 
     @property
+    def _quantisation(self) -> str | None:
+        return self.type if self.type == "q8_0" else None
+
+    @property
     def _python(self) -> str:
         return str(self.python or sys.executable)
 
@@ -158,8 +166,7 @@ class ExportGguf(FolderExport):
     def _find_converter(self) -> Path:
         if self.converter is not None:
             found = self.converter / CONVERTER if self.converter.is_dir() else self.converter
-            if not found.is_file():
-                raise OptionError("converter", f"there is no file {str(found)!r}")
+            pythons.check_converter(found)
             return found
         on_path = shutil.which(CONVERTER)
         if on_path is None:
@@ -174,23 +181,28 @@ class ExportGguf(FolderExport):
         """Write a checkpoint for the converter, and the file from it; return the keys that the file has besides the converter's."""
         from gradmap_pipeline.model.checkpoint import write_folder
 
-        plain = context.folder / "plain"
-        plain.mkdir()
+        name = Path(graph.base.name if graph.base.from_hub else graph.base.folder.resolve()).name
+        scratch = context.folder / "plain"
+        plain = scratch / _SIZE.sub("", name)  # what the converter takes basename and size from; that of what is left it counts
+        plain.mkdir(parents=True)
         try:
             list(write_folder(graph.export_tensors(), plain, graph.dtype))
             write_companions(graph, plain)
-            return self._convert(plain, file, config)
+            return self._convert(plain, file, config, name)
         finally:
-            shutil.rmtree(plain)
+            shutil.rmtree(scratch)
 
-    def _convert(self, folder: Path, file: Path, config: Mapping[str, Any]) -> list[str]:
-        """Write the file; return the keys that it has besides those of the converter."""
+    def _convert(self, folder: Path, file: Path, config: Mapping[str, Any], name: str) -> list[str]:
+        """Write the file, which names the model so; return the keys that it has besides those of the converter."""
         from gradmap_pipeline.llamacpp.limits import find_arrays
 
         arrays = find_arrays(config)
         made = file.with_name(f"converted-{file.name}") if arrays else file
         converter = self._find_converter()
-        self._start("llama.cpp's converter", str(converter), str(folder), "--outfile", str(made), "--outtype", self.type)
+        options = ["--outfile", str(made), "--outtype", self.type]
+        if pythons.takes_name(converter):
+            options.append(f"{pythons.NAME_OPTION}={name}")  # one word, as a name may start with a hyphen
+        self._start("llama.cpp's converter", str(converter), str(folder), *options)
         if not made.is_file() or not made.open("rb").read(4) == _MAGIC:
             raise StageError("llama.cpp's converter ended without an error, and without a GGUF file; nothing was written")
         if arrays:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from gradmap_pipeline import (
     Artifact,
     Context,
+    DatasetSource,
     FolderExport,
     GgufFolder,
     OptionError,
@@ -26,11 +27,18 @@ from gradmap_pipeline import (
     StageError,
     hookimpl,
 )
+from gradmap_pipeline.agreement import TextAgreement, check_text, compare_models, read_text
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.folders import extend_lineage
+from gradmap_pipeline.exports import GgufForecast
+from gradmap_pipeline.folders import extend_lineage, read_evaluation, write_card
 from gradmap_pipeline.llamacpp import pythons
+from gradmap_pipeline.llamacpp.parity import STEPS
 from gradmap_pipeline.processes import explain_end, tie
 from gradmap_pipeline.targets import copy_files, describe_folder
+
+if TYPE_CHECKING:
+    from gradmap_pipeline.agreement import Run
+    from gradmap_pipeline.llamacpp.session import GgufSession
 
 PROGRAM = "llama-quantize"
 Kind = Literal[
@@ -53,6 +61,12 @@ class FileAgreement(Artifact):
     lost: float
     """Most that the log-probability loses, in nats, where the likeliest token of the quantised file is taken."""
 
+    def __str__(self) -> str:
+        return (
+            f"at {len(self.lengths) * (STEPS + 1)} positions of random prompts, {self.agreeing:.0%} of likeliest tokens are those "
+            "of the file before quantisation"
+        )
+
 
 class QuantizeGguf(FolderExport):
     """Quantise an exported GGUF file with llama.cpp's own quantiser, and run it beside the file it was made from."""
@@ -69,8 +83,22 @@ class QuantizeGguf(FolderExport):
     python: Path | None = Field(
         None, description="Python with llama-cpp-python, to run the files and to quantise without the program. Default: this one."
     )
+    dataset: DatasetSource | None = Field(
+        None, description="Text on which both files are compared. Default: none; random prompts, which say less."
+    )
+    samples: int = Field(16, ge=1, description="Sequences of that text.")
+    sequence_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence. Default: as long as the model is made for, at most 256."
+    )
+    max_perplexity_ratio: float | None = Field(
+        None, gt=0, description="Largest perplexity on the text that passes, relative to the file before quantisation."
+    )
     min_agreement: float | None = Field(
-        None, gt=0, le=1, description="Smallest share of positions at which both files find the same token likeliest that passes."
+        None,
+        gt=0,
+        le=1,
+        description="Least share of tokens of the text, or of positions of random prompts, for which both files find the same next "
+        "token likeliest.",
     )
 
     class Inputs(BaseModel):
@@ -79,25 +107,36 @@ class QuantizeGguf(FolderExport):
     class Outputs(BaseModel):
         exported: GgufFolder
         agreement: FileAgreement | None = None
+        on_text: TextAgreement | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> QuantizeGguf:
+        for option in ("samples", "sequence_length", "max_perplexity_ratio"):
+            if self.dataset is None and option in self.model_fields_set:
+                raise ValueError(f"{option!r} belongs to 'dataset', which is not set")
+        return self
 
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         super().forecast(inputs)
-        for option, file in (("program", self.program), ("python", self.python)):
-            if file is not None and not file.is_file():
-                raise OptionError(option, f"there is no file {str(file)!r}")
+        pythons.check_program("program", self.program)
+        pythons.check_program("python", self.python)
         if self._find_program() is None and self._find_runner() is None:
             raise OptionError(
                 "program",
                 f"{PROGRAM} is not on the search path for programs, and {self._python!r} lacks {pythons.BINDINGS}, which holds the "
                 f"same quantiser: {self._python} -m pip install {pythons.BINDINGS}",
             )
-        if self.min_agreement is not None and self._find_runner() is None:
-            raise OptionError("min_agreement", pythons.explain_no_runner(self._python))
+        for option in ("dataset", "min_agreement"):
+            if getattr(self, option) is not None and self._find_runner() is None:
+                raise OptionError(option, pythons.explain_no_runner(self._python))
         source = inputs.get("exported")
-        if source is None:
+        if self.dataset is not None:
+            check_text(self.dataset, self.samples, self.sequence_length, source)
+        if not isinstance(source, GgufForecast):
             return {}
         self._check_source(source.type)
-        return {"exported": source.model_copy(update={"type": self.type})}
+        python = self._find_runner() or (str(self.python) if self.python else source.python)
+        return {"exported": source.model_copy(update={"type": self.type, "quantisation": self.type, "python": python})}
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
@@ -109,41 +148,64 @@ class QuantizeGguf(FolderExport):
         with self.new_folder(source.folder, source.graph.base.folder) as new:
             file = new.path / f"model-{self.type}.gguf"
             self._quantise(source.file, file)
-            agreement = None if runner is None else self._compare(source, file, runner, context)
+            found, difference = (None, None) if runner is None else self._compare(source, file, runner, context)
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.endswith(".gguf")), new.path)
+            told = () if found is None else (str(found), f"logits differ by up to {difference:.2g}")
+            details = (f"made from a file of type {source.type.upper()}", *told)
+            write_card(new.path, source.graph, read_evaluation(source.folder), "gguf", self.type.upper(), details)
             files = describe_folder(new.path)
-            difference = None if agreement is None else agreement.difference
-            lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, difference)
-            lineage["llama_cpp"] = None if agreement is None else agreement.model_dump()
+            lineage = extend_lineage(source.folder, files, difference, self, context)
+            lineage["llama_cpp"] = None if found is None else found.model_dump()
             files = new.finish(lineage, files)
         size = sum(written.size for written in files.values()) / 1e6
-        how = pythons.explain_no_runner(self._python)
-        if agreement is not None:
-            how = (
-                f"{agreement.agreeing:.0%} of likeliest tokens are those of {source.file.name}, logits differ by up to "
-                f"{agreement.difference:.2g}"
-            )
-        context.note(f"wrote {self.to}: {size:.1f} MB, {how}")
+        context.note(f"wrote {self.to}: {size:.1f} MB, {', '.join(told) or pythons.explain_no_runner(self._python)}")
         update = {"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.type}
         exported = source.model_copy(update={**update, "type": self.type, "python": runner or source.python})
-        return self.Outputs(exported=exported, agreement=agreement)
+        if isinstance(found, TextAgreement):
+            return self.Outputs(exported=exported, on_text=found)
+        return self.Outputs(exported=exported, agreement=found)
 
     def _check_source(self, kind: str) -> None:
         if kind not in PLAIN:
             raise OptionError("type", f"the file is quantised already ({kind}); quantise one of type {' or '.join(PLAIN)}")
 
-    def _compare(self, source: GgufFolder, file: Path, runner: str, context: Context) -> FileAgreement:
+    def _compare(
+        self, source: GgufFolder, file: Path, runner: str, context: Context
+    ) -> tuple[FileAgreement | TextAgreement, float]:
+        """What quantisation costs, and the largest difference of logits."""
+        if self.dataset is not None:
+            return self._compare_on_text(source, file, runner, self.dataset, context)
         from gradmap_pipeline.llamacpp.parity import compare_files
 
         with context.progress("run both GGUF files", 1, "pair") as advance:
             agreement = FileAgreement(**compare_files(source.graph, source.file, file, runner, context.seed).as_json())
             advance()
         if self.min_agreement is not None and agreement.agreeing < self.min_agreement:
-            raise QualityError(
-                f"{self.type} finds the same token likeliest at {agreement.agreeing:.3f} of positions, under min_agreement "
-                f"{self.min_agreement:g}; choose a type of more bits, or lower the limit"
+            self._refuse(
+                f"{self.type} finds the same token likeliest at {agreement.agreeing:.3f} of positions of random prompts, under "
+                f"min_agreement {self.min_agreement:g}"
             )
-        return agreement
+        return agreement, agreement.difference
+
+    def _compare_on_text(
+        self, source: GgufFolder, file: Path, runner: str, dataset: DatasetSource, context: Context
+    ) -> tuple[TextAgreement, float]:
+        from gradmap_pipeline.llamacpp.session import GgufSession
+
+        batches = read_text(source.graph.base, dataset, self.samples, self.sequence_length)
+        with (
+            GgufSession(source.file, runner) as plain,
+            GgufSession(file, runner) as quantised,
+            context.progress("compare both GGUF files", len(batches), "batch") as advance,
+        ):
+            found = compare_models(_run_in(plain), _run_in(quantised), batches, advance)
+        missed = found.find_missed(dataset.name, self.max_perplexity_ratio, self.min_agreement)
+        if missed:
+            self._refuse("; ".join(missed))
+        return TextAgreement.of(found, dataset.name), found.difference
+
+    def _refuse(self, missed: str) -> NoReturn:
+        raise QualityError(f"{missed}; choose a type of more bits, or change the limit; nothing was written")
 
     def _quantise(self, source: Path, target: Path) -> None:
         program = self._find_program()
@@ -169,6 +231,10 @@ class QuantizeGguf(FolderExport):
 
     def _find_program(self) -> str | None:
         return str(self.program) if self.program is not None else shutil.which(PROGRAM)
+
+
+def _run_in(session: GgufSession) -> Run:
+    return lambda batch: session.run_batch(batch.input_ids)
 
 
 def _count_threads() -> int:

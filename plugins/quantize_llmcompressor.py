@@ -6,7 +6,7 @@ https://arxiv.org/abs/2211.10438. Its pins exclude newer transformers, so the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from gradmap_pipeline import (
     TransformersFolder,
     hookimpl,
 )
+from gradmap_pipeline.consumers import explain_forecast
 from gradmap_pipeline.exports import load_folder
 from gradmap_pipeline.quantised import write_quantised
 
@@ -95,6 +96,9 @@ class QuantizeLlmcompressor(FolderExport):
             raise OptionError(option, "needs a calibration set; put calibrate before this step, or use method: rtn")
         return {"model": inputs.get("model")}
 
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        return explain_forecast(inputs.get("model"))
+
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
 
@@ -114,7 +118,7 @@ class QuantizeLlmcompressor(FolderExport):
         label = " ".join(filter(None, [self.scheme, self._method, "smoothquant" if self.smoothquant is not None else None]))
         with self.new_folder(inputs.model.base.folder) as new:
             exported = write_quantised(
-                inputs.model, new, "compressed-tensors", label, quantise, context, tolerance=_ROUNDING, save_compressed=True
+                inputs.model, new, "compressed-tensors", label, quantise, self, context, tolerance=_ROUNDING, save_compressed=True
             )
         return self.Outputs(model=exported)
 

@@ -5,19 +5,16 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from gradmap_pipeline import (
-    Artifact,
     CalibrationSet,
     Context,
     DatasetSource,
-    Evaluation,
     FolderExport,
     OnnxFolder,
     OptionError,
@@ -26,22 +23,22 @@ from gradmap_pipeline import (
     StageError,
     hookimpl,
 )
-from gradmap_pipeline.artifacts import LINEAGE, NameOf
-from gradmap_pipeline.data import check_length
-from gradmap_pipeline.folders import extend_lineage, write_card
-from gradmap_pipeline.perplexity import perplexity_of
+from gradmap_pipeline.agreement import TextAgreement, check_text, compare_models, read_text
+from gradmap_pipeline.artifacts import LINEAGE
+from gradmap_pipeline.exports import ExportForecast
+from gradmap_pipeline.folders import extend_lineage, read_evaluation, write_card
 from gradmap_pipeline.targets import copy_files, describe_folder
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.ort.agreement import Agreement
-    from gradmap_pipeline.ort.quantise import Quantisation, Quantised, Rounding
+    from gradmap_pipeline.agreement import Agreement
+    from gradmap_pipeline.ort.quantise import Quantisation, Rounding
 
-_LONGEST_DEFAULT = 256
 _EIGHT_BITS = 0.05
+_ADVICE = {"int4": "keep more in 8 bits", "int8": "use a smaller block_size", "int8_dynamic": "use method int8"}
 _BLOCK_SIZES = {"int4": 16, "int8": 32, "int8_dynamic": 32}
 
 
-class QuantizedMatrices(Artifact):
+class QuantizedMatrices(TextAgreement):
     """What was quantised, what was not, and what that costs."""
 
     quantised: int
@@ -50,15 +47,6 @@ class QuantizedMatrices(Artifact):
     """Of them in 8 bits."""
     left: dict[str, int]
     """Numbers in each constant matrix that stays as it was, by its name in the graph."""
-    perplexity: float
-    """Of the quantised graph on the text."""
-    base_perplexity: float
-    """Of the graph that it was made from."""
-    agreement: float
-    """Share of tokens, each after those before it, for which both graphs have the same most likely next token."""
-    tokens: int
-    """Tokens of the text that were predicted."""
-    text: Annotated[str, NameOf("dataset")]
 
 
 class QuantizeOnnx(FolderExport):
@@ -129,8 +117,12 @@ class QuantizeOnnx(FolderExport):
         super().forecast(inputs)
         if self.rounding == "gptq" and "calibration" not in inputs:
             raise OptionError("rounding", "gptq needs a calibration set; put calibrate before this step, or use least_squares")
-        check_length(self.sequence_length, inputs.get("model"))
-        return {}
+        source = inputs.get("exported")
+        check_text(self.dataset, self.samples, self.sequence_length, source)
+        if not isinstance(source, ExportForecast):
+            return {}
+        self._check_source(source.quantisation)
+        return {"exported": source.model_copy(update={"quantisation": self.method})}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
@@ -138,10 +130,7 @@ class QuantizeOnnx(FolderExport):
         from gradmap_pipeline.ort.quantise import quantise_graph
 
         source = inputs.exported
-        if source.quantisation is not None:
-            raise StageError(
-                f"{str(source.folder)!r} is quantised already ({source.quantisation}); quantise the export it was made from"
-            )
+        self._check_source(source.quantisation)
         if inputs.calibration is not None:
             check_tokenizer(inputs.calibration, source.graph)
         with self.new_folder(source.folder, source.graph.base.folder) as new:
@@ -153,16 +142,15 @@ class QuantizeOnnx(FolderExport):
                     "the graph has no product with a constant matrix that ONNX Runtime can quantise; nothing was written"
                 )
             found = self._compare(source, new.path, context)
-            perplexity, base_perplexity = (perplexity_of(loss, self.dataset.name) for loss in (found.loss, found.base_loss))
-            self._check_limits(found)
+            counts = {"quantised": quantised.count, "in_8_bits": quantised.in_8_bits, "left": quantised.left}
+            matrices = QuantizedMatrices.of(found, self.dataset.name, **counts)
+            self._check_limits(found, is_calibrated=inputs.calibration is not None)
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), new.path)
             tell_programs(new.path, source.dtype, self.method)
-            details = self._describe(quantised, found, perplexity, base_perplexity)
-            evaluation = json.loads((source.folder / LINEAGE).read_text(encoding="utf-8"))["evaluation"]
-            made_from = None if evaluation is None else Evaluation.model_validate(evaluation)
-            write_card(new.path, source.graph, made_from, "onnx", self.method, details)
+            details = self._describe(matrices)
+            write_card(new.path, source.graph, read_evaluation(source.folder), "onnx", self.method, details)
             files = describe_folder(new.path)
-            lineage = extend_lineage(source.folder, self.model_dump(mode="json"), self.name, files, found.difference)
+            lineage = extend_lineage(source.folder, files, found.difference, self, context)
             files = new.finish(lineage, files)
         exported = source.model_copy(
             update={"folder": new.target, "files": files, "max_logit_difference": found.difference, "quantisation": self.method}
@@ -172,17 +160,11 @@ class QuantizeOnnx(FolderExport):
         )
         for detail in details:
             context.note(detail)
-        matrices = QuantizedMatrices(
-            quantised=quantised.count,
-            in_8_bits=quantised.in_8_bits,
-            left=quantised.left,
-            perplexity=perplexity,
-            base_perplexity=base_perplexity,
-            agreement=found.agreement,
-            tokens=found.tokens,
-            text=self.dataset.name,
-        )
         return self.Outputs(exported=exported, matrices=matrices)
+
+    def _check_source(self, quantisation: str | None) -> None:
+        if quantisation is not None:
+            raise OptionError("method", f"the graph is quantised already ({quantisation}); quantise the export it was made from")
 
     def _plan(self, calibration: CalibrationSet | None) -> Quantisation:
         from gradmap_pipeline.ort.quantise import Quantisation
@@ -199,45 +181,26 @@ class QuantizeOnnx(FolderExport):
 
     def _compare(self, source: OnnxFolder, folder: Path, context: Context) -> Agreement:
         """Run both graphs on the text."""
-        from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
-        from gradmap_pipeline.ort.agreement import compare_graphs, cut_batches
         from gradmap_pipeline.ort.session import OnnxSession
 
-        base = source.graph.base
-        length = self.sequence_length or min(base.default_sequence_length, _LONGEST_DEFAULT)
-        embeddings = count_embeddings(base)
-        ids, mask = make_sequences(load_tokenizer(base), self.dataset.documents(), length, self.samples, embeddings=embeddings)
-        batches = cut_batches(ids, mask, embeddings)
+        batches = read_text(source.graph.base, self.dataset, self.samples, self.sequence_length)
         with context.progress("compare both graphs", len(batches), "batch") as advance:
-            return compare_graphs(OnnxSession(source.folder, fast=False), OnnxSession(folder), batches, advance)
+            return compare_models(OnnxSession(source.folder, fast=False).compute, OnnxSession(folder).compute, batches, advance)
 
-    def _describe(self, quantised: Quantised, found: Agreement, perplexity: float, base_perplexity: float) -> tuple[str, ...]:
+    def _describe(self, matrices: QuantizedMatrices) -> tuple[str, ...]:
         """What was done and what it costs, in sentences."""
-        bits = f", {quantised.in_8_bits} of them in 8 bits" if self.method == "int4" and quantised.in_8_bits else ""
-        left = [f"{name} of {count:,} numbers" for name, count in quantised.left.items()]
+        bits = f", {matrices.in_8_bits} of them in 8 bits" if self.method == "int4" and matrices.in_8_bits else ""
+        left = [f"{name} of {count:,} numbers" for name, count in matrices.left.items()]
         stays = f"; in floating point: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}" if left else ""
-        return (
-            f"{quantised.count} matrices quantised{bits}{stays or ', none left in floating point'}",
-            f"on {found.tokens:,} tokens of {self.dataset.name}: perplexity {perplexity:.4g} instead of "
-            f"{base_perplexity:.4g} ({found.ratio:.3f} times), the same next token for {found.agreement:.1%}",
-        )
+        return (f"{matrices.quantised} matrices quantised{bits}{stays or ', none left in floating point'}", str(matrices))
 
-    def _check_limits(self, found: Agreement) -> None:
-        missed = []
-        if self.max_perplexity_ratio is not None and not found.ratio <= self.max_perplexity_ratio:
-            missed.append(
-                f"perplexity on {self.dataset.name!r} is {found.ratio:.4f} times that before quantisation, over "
-                f"max_perplexity_ratio {self.max_perplexity_ratio:g}"
-            )
-        if self.min_agreement is not None and not found.agreement >= self.min_agreement:
-            missed.append(
-                f"both graphs choose the same next token for {found.agreement:.4f} of the tokens, under min_agreement "
-                f"{self.min_agreement:g}"
-            )
+    def _check_limits(self, found: Agreement, *, is_calibrated: bool) -> None:
+        missed = found.find_missed(self.dataset.name, self.max_perplexity_ratio, self.min_agreement)
         if missed:
-            raise QualityError(
-                f"{'; '.join(missed)}; keep more in 8 bits, calibrate on more text, or change the limit; nothing was written"
-            )
+            advice = _ADVICE[self.method]
+            if self.method == "int4":
+                advice += ", calibrate on more text" if is_calibrated else ", put calibrate before this step"
+            raise QualityError(f"{'; '.join(missed)}; {advice}, or change the limit; nothing was written")
 
 
 @hookimpl

@@ -5,13 +5,14 @@ Source: https://github.com/pytorch/ao and https://huggingface.co/docs/transforme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from gradmap_pipeline import Context, FolderExport, ModelGraph, Stage, TransformersFolder, hookimpl
+from gradmap_pipeline.consumers import explain_forecast
 from gradmap_pipeline.exports import load_folder
 from gradmap_pipeline.quantised import write_quantised
 
@@ -38,12 +39,15 @@ class QuantizeTorchao(FolderExport):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**super().forecast(inputs), "model": inputs.get("model")}
 
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        return explain_forecast(inputs.get("model"))
+
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         def quantise(folder: Path) -> Any:
             return load_folder(folder, quantization_config=self._config())
 
         with self.new_folder(inputs.model.base.folder) as new:
-            exported = write_quantised(inputs.model, new, "torchao", f"{self.method} torchao", quantise, context)
+            exported = write_quantised(inputs.model, new, "torchao", f"{self.method} torchao", quantise, self, context)
         return self.Outputs(model=exported)
 
     def _config(self) -> Any:

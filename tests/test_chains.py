@@ -52,6 +52,10 @@ def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         code, output = invoke("verify", str(tmp_path / "out" / folder))
         assert code == 0, output
         assert "ONNX Runtime loads and runs it" in output
+    steps = json.loads((tmp_path / "out" / "docs-llama-onnx-int8" / "gradmap.json").read_text())["steps"]
+    order = ["calibrate", "gradmap_score", "prune", "project_compensate", "evaluate", "export", "quantize_onnx"]
+    assert [step["id"] for step in steps] == order
+    assert (steps[5]["options"]["format"], steps[6]["options"]["method"]) == ("onnx", "int8")
 
 
 def write_recipe(folder: Path, *steps: dict[str, Any]) -> str:
@@ -59,6 +63,7 @@ def write_recipe(folder: Path, *steps: dict[str, Any]) -> str:
     return str(folder / "recipe.yaml")
 
 
+ONNX = [{"use": "export", "with": {"format": "onnx", "to": "a"}}]
 HELDOUT = {"dataset": {"builtin": "heldout"}, "samples": 4, "sequence_length": 64}
 
 
@@ -93,8 +98,21 @@ HELDOUT = {"dataset": {"builtin": "heldout"}, "samples": 4, "sequence_length": 6
             "input 'model' takes a Model, but 'calibrate.calibration' is a CalibrationSet",
         ),
         ([{"use": "quantize_onnx", "with": {"to": "b"}}], "step 'quantize_onnx' needs an input 'exported' (OnnxFolder)"),
+        (
+            [*ONNX, {"use": "quantize_onnx", "with": {"to": "b", "sequence_length": 100_000}}],
+            "option 'sequence_length': found 100000, but the model is made for 512 tokens; accepted: 2 to 512",
+        ),
+        (
+            [*ONNX, {"use": "quantize_onnx", "with": {"to": "b"}}, {"use": "quantize_onnx", "id": "again", "with": {"to": "c"}}],
+            "step 'again': option 'method': the graph is quantised already (int4); quantise the export it was made from",
+        ),
+        (
+            [*ONNX, {"use": "evaluate", "from": {"model": "export.exported"}, "with": {**HELDOUT, "sequence_length": 100_000}}],
+            "option 'sequence_length': found 100000, but the model is made for 512 tokens; accepted: 2 to 512",
+        ),
     ],
 )
+@onnx_libraries
 def test_wrong_order_is_found_by_kind(steps: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     code, output = invoke("check", write_recipe(tmp_path, *steps))
     assert code == 2
@@ -124,7 +142,7 @@ def test_torchao_folder_loads_and_is_evaluated(method: str, tmp_path: Path) -> N
         tmp_path,
         {"use": "prune", "with": {"layers": [3]}},
         {"use": "evaluate", "id": "before", "with": HELDOUT},
-        {"use": "quantize_torchao", "with": {"method": method, "to": str(tmp_path / "small")}},
+        {"use": "quantize_torchao", "id": "smaller", "with": {"method": method, "to": str(tmp_path / "small")}},
         {"use": "evaluate", "with": HELDOUT},
     )
     code, output = invoke("run", recipe, "--store", str(tmp_path / "store"), "--json")
@@ -137,6 +155,9 @@ def test_torchao_folder_loads_and_is_evaluated(method: str, tmp_path: Path) -> N
     assert "Int8" in type(model.model.layers[0].mlp.down_proj.weight).__name__
     assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
     assert invoke("verify", str(tmp_path / "small"))[0] == 0
+    steps = json.loads((tmp_path / "small" / "gradmap.json").read_text())["steps"]
+    assert [(step["id"], step["stage"]) for step in steps] == [("prune", "prune"), ("smaller", "quantize_torchao")]
+    assert steps[-1]["options"]["method"] == method
 
 
 def test_torchao_will_not_write_over_its_model(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from gradmap_pipeline.verify import verify_folder
 
 CONVERTER = """
 import json, sys
+# --outfile, --outtype, --vocab-only
 folder, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
 config = json.load(open(folder + "/config.json"))
 print("some log", file=sys.stderr)
@@ -53,11 +54,24 @@ def test_converter_gets_the_pruned_model(graph: ModelGraph, tmp_path: Path) -> N
     exported = run_stage(stage, tmp_path / "step", model=graph).exported
     assert (tmp_path / "out" / "model-q8_0.gguf").read_bytes() == b'GGUF[3, "q8_0"]'
     assert exported.files.keys() == {"model-q8_0.gguf", "README.md", "gradmap.json"}
-    assert "model-q8_0.gguf" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "bytes in `model-q8_0.gguf`." in card
+    assert "\nWeights quantised: Q8_0.\n" in card
+    assert (exported.quantisation, exported.label) == ("q8_0", "pruned, GGUF q8_0")
     assert exported.max_logit_difference is None
     assert json.loads((tmp_path / "out" / "gradmap.json").read_text())["layers_removed"] == [1]
     assert not any((tmp_path / "step").iterdir())
     assert verify_folder(tmp_path / "out")[-1] == "model-q8_0.gguf is for llama.cpp, which is not asked here"
+
+
+@pytest.mark.parametrize(("has_option", "words"), [(True, ["--model-name=tiny-1.7B-chat"]), (False, [])])
+def test_the_converter_is_told_the_name(has_option: bool, words: list[str], tmp_path: Path) -> None:
+    """The size in the name is the base's, and not what is left."""
+    graph = open_folder(make_model(tmp_path / "tiny-1.7B-chat")).without_layers([1])
+    action = 'open(options["--outfile"], "wb").write(b"GGUF" + json.dumps([folder.split("/")[-1], *sys.argv[6:]]).encode())'
+    converter = make_converter(tmp_path, f"{action}  # {'--model-name' if has_option else ''}")
+    run_stage(ExportGguf(to=tmp_path / "out", converter=converter), tmp_path / "step", model=graph)
+    assert json.loads((tmp_path / "out" / "model-f16.gguf").read_bytes()[4:]) == ["tiny-chat", *words]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +97,10 @@ def test_converter_that_fails(action: str, message: str, graph: ModelGraph, tmp_
         ({}, "convert_hf_to_gguf.py is not on the search path for programs: git clone https://github.com/ggml-org/llama.cpp"),
         ({"converter": "nowhere"}, "there is no file 'nowhere'"),
         ({"converter": "."}, "there is no file 'convert_hf_to_gguf.py'"),
+        ({"converter": "notes.txt"}, "'notes.txt' has no option --outtype, so it is not llama.cpp's converter"),
+        ({"converter": "old.gguf"}, "'old.gguf' is no Python file, so it is not llama.cpp's converter"),
         ({"python": "nowhere"}, "there is no file 'nowhere'"),
+        ({"python": "notes.txt"}, r"'notes.txt' may not be started: chmod \+x notes.txt"),
     ],
 )
 def test_plan_looks_for_the_converter(
@@ -91,6 +108,8 @@ def test_plan_looks_for_the_converter(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("--outfile")
+    (tmp_path / "old.gguf").write_bytes(b"GGUF\0--outfile--outtype--vocab-only")
     with pytest.raises(OptionError, match=message):
         ExportGguf.model_validate({"to": tmp_path / "out", **options}).forecast({})
 
@@ -159,7 +178,9 @@ def test_evaluate_takes_a_file(tmp_path: Path, graph: ModelGraph, monkeypatch: p
         exporting(tmp_path),
         {"use": "evaluate", "from": {"model": "export_gguf.exported"}, "with": {"dataset": {"builtin": "heldout"}}},
     ]
-    assert plan(tmp_path, tmp_path / "model", steps).steps[1].inputs == {"model": ("export_gguf", "exported")}
+    with monkeypatch.context() as patch:
+        patch.setattr(pythons, "_ask", lambda _, modules, folders: [])
+        assert plan(tmp_path, tmp_path / "model", steps).steps[1].inputs == {"model": ("export_gguf", "exported")}
     exported = run_stage(ExportGguf.model_validate(steps[0]["with"]), tmp_path / "step", model=graph).exported
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
     with pytest.raises(StageError, match=r"nothing runs the file, as '.*' lacks llama-cpp-python: .* -m pip install"):
@@ -184,3 +205,34 @@ config["n_ctx"]
         said = " ".join(result.stderr.split())
         assert "llama.cpp's converter ended with code 1: KeyError: 'n_ctx'; export in another format" in said
         assert not (tmp_path / ".gradmap/steps").exists() or not any((tmp_path / ".gradmap/steps").iterdir())
+
+
+@pytest.mark.parametrize("has_runner", [True, False])
+def test_check_says_that_nothing_can_evaluate_a_file(has_runner: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Python that a step before names, of the quantised file too."""
+    monkeypatch.chdir(tmp_path)
+    named, program = tmp_path / "named" / "python", tmp_path / "named" / "llama-quantize"
+    named.parent.mkdir()
+    for file in (named, program):
+        file.touch(0o755)
+    asked = {str(named)} if has_runner else set()
+    monkeypatch.setattr(
+        pythons, "_ask", lambda python, modules, _: [name for name in modules if name == "llama_cpp" and python not in asked]
+    )
+    evaluating = {"dataset": {"builtin": "heldout"}, "samples": 2, "sequence_length": 16}
+    make_model(tmp_path / "model")
+    steps = [
+        exporting(tmp_path, python=str(named)),
+        {"use": "evaluate", "id": "file", "from": {"model": "export_gguf.exported"}, "with": evaluating},
+        {"use": "quantize_gguf", "with": {"to": "small", "program": str(program)}},
+        {"use": "evaluate", "id": "small", "from": {"model": "quantize_gguf.exported"}, "with": evaluating},
+    ]
+    if has_runner:
+        assert plan(tmp_path, tmp_path / "model", steps).steps[3].forecasts == {}
+        return
+    with pytest.raises(RecipeError) as caught:
+        plan(tmp_path, tmp_path / "model", steps)
+    told = f"nothing runs the file, as {str(named)!r} lacks llama-cpp-python: {named} -m pip install llama-cpp-python"
+    assert f"step 'file': {told}" in str(caught.value)
+    assert f"step 'small': {told}" in str(caught.value)
+    assert caught.value.exit_code == 2

@@ -56,7 +56,8 @@ class Probe(Stage):
         with context.progress("count", 2, "sheep") as advance:
             kept = context.remember({"what": "sheep"}, lambda: count(context, advance))
         facts = {"kept": kept, "current": os.getcwd(), "threads": torch.get_num_threads(), "path": os.environ.get("PYTHONPATH"),
-                 "lineage": len(context.lineage), "memory": context.memory, "seed": context.seed, "dtype": context.dtype}
+                 "lineage": len(context.lineage), "step": context.step,
+                 "memory": context.memory, "seed": context.seed, "dtype": context.dtype}
         file = TensorFile.save({"x": torch.arange(3)}, context.folder / "x.safetensors")
         layers = len(inputs.model.layers)
         return self.Outputs(told=Told(process=os.getpid(), parent=os.getppid(), file=file, layers=layers, facts=facts))
@@ -128,12 +129,13 @@ def test_stage_runs_in_another_process_and_all_else_is_the_same(folder: Path) ->
     assert told["layers"] == 4
     facts = told["facts"]
     assert facts["memory"] < 3 * 2**30, "what this process holds is taken off"
-    assert {name: facts[name] for name in ("kept", "current", "threads", "path", "lineage", "seed", "dtype")} == {
+    assert {name: facts[name] for name in ("kept", "current", "threads", "path", "lineage", "step", "seed", "dtype")} == {
         "kept": 2,
         "current": str(folder),
         "threads": 1,
         "path": None,
         "lineage": 0,
+        "step": "probe",
         "seed": 5,
         "dtype": "bfloat16",
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny import make_model
+from walk import make_model as make_any_model
 
 from gradmap_pipeline import Evaluation, ModelGraph
 from gradmap_pipeline.folders import write_card
@@ -63,6 +64,29 @@ def test_relation_to_a_base_on_the_hub(pruned: ModelGraph) -> None:
     assert "# owner/name, 2 of 4 layers, int4\n" in quantised
     assert "100 bytes in `model.onnx`, `model.onnx_data`." in quantised
     assert "Weights quantised: int4.\n- the head stays in float32\n" in quantised
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torchao", "compressed-tensors", "onnx", "gguf"])
+def test_programs_that_compute_another_model_are_named(form: Format, tmp_path: Path) -> None:
+    kinds = ["full_attention" if layer in (5, 11) else "sliding_attention" for layer in range(12)]
+    base = make_any_model(tmp_path / "base", "gemma3_text", num_hidden_layers=12, layer_types=kinds)
+    graph = open_folder(base)
+    for name, removed in (("same", [6, 7, 8, 9, 10, 11]), ("other", [1])):
+        (tmp_path / name).mkdir()
+        write_card(tmp_path / name, graph.without_layers(removed), None, form)
+    told = "What programs compute otherwise:"
+    assert told not in (tmp_path / "same" / "README.md").read_text()
+    card = (tmp_path / "other" / "README.md").read_text()
+    shown = f"{told}\n\n- llama.cpp would take layer 5 for those with full attention, where the model has layers 4, 10, unless"
+    assert (shown in card) == (form not in ("onnx", "gguf"))
+    assert ("- mlx-lm would take layer 5 for" in card) == (form not in ("onnx", "gguf"))
+
+
+def test_the_card_of_a_gguf_file_names_what_llama_cpp_leaves_out(tmp_path: Path) -> None:
+    base = make_any_model(tmp_path / "base", "mistral", sliding_window=64)
+    write_card(tmp_path, open_folder(base), None, "gguf")
+    told = "- llama.cpp has no windows for mistral: beyond 64 tokens it computes another model\n"
+    assert told in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gradmap_plugins.quantize_llmcompressor import QuantizeLlmcompressor
+from gradmap_plugins.quantize_torchao import QuantizeTorchao
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
@@ -28,7 +29,7 @@ TEXT = {"samples": 16, "sequence_length": 32}
 
 def quantise(graph: ModelGraph, folder: Path, method: Callable[[Path], Any]) -> None:
     with new_folder(folder / "out", overwrite=False) as new:
-        write_quantised(graph, new, "safetensors", "test", method, make_context(folder / "step"))
+        write_quantised(graph, new, "safetensors", "test", method, QuantizeTorchao(to=new.target), make_context(folder / "step"))
 
 
 def gradmap(*arguments: str) -> Result:

@@ -20,7 +20,7 @@ ORDER = [
     "yaml_positions", "validation", "targets", "stage",
     "plugin_files", "plugin_contract", "places", "asking", "exporting", "hookspecs",
     "removal", "builtin", "model", "consumers", "llamacpp",
-    "exports", "listening", "output_checks", "perplexity", "ort", "data", "tasks",
+    "exports", "listening", "output_checks", "perplexity", "agreement", "ort", "data", "tasks",
     "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "renames", "plan",
     "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
     "isolation", "worker", "keys", "step_context",

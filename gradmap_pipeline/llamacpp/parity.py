@@ -73,11 +73,19 @@ def make_prompts(graph: ModelGraph, words: int, seed: int) -> list[list[int]]:
     from ..model.architecture import full_config
 
     config = full_config(graph.base.folder)
-    lengths = choose_lengths(config.get("sliding_window"), config.get("max_position_embeddings"), name_ignored_window(config))
+    positions, ignored = config.get("max_position_embeddings"), name_ignored_window(config)
+    lengths = choose_lengths(config.get("sliding_window"), positions, ignored)
     if not lengths:
-        raise StageError(f"the model has {config.get('max_position_embeddings')} positions, and {STEPS + 1} are needed to run it")
+        raise StageError(_explain_too_short(positions, ignored))
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(min(words, int(config["vocab_size"])), (n,), generator=generator).tolist() for n in lengths]
+
+
+def _explain_too_short(positions: int | None, ignored: int | None) -> str:
+    needed = f"{STEPS + 1} tokens are needed to run it"
+    if ignored is not None and ignored <= STEPS:
+        return f"llama.cpp computes another model beyond the window of {ignored} tokens, and {needed}"
+    return f"the model has {positions} positions, and {needed}"
 
 
 def measure_parity(graph: ModelGraph, file: Path, weights: str, python: str, seed: int) -> Parity:

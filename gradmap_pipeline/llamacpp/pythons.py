@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from ..errors import OptionError
 from ..processes import ask_program
 
 REWRITER = Path(__file__).with_name("rewrite_gguf.py")
@@ -17,6 +20,9 @@ RUNNER = Path(__file__).with_name("run_gguf.py")
 BINDINGS = "llama-cpp-python"
 _MODULES = ("gguf", "numpy", "torch", "transformers", "sentencepiece")
 """What llama.cpp's converter imports; the last for most models, whether or not they have a `tokenizer.model`."""
+NAME_OPTION = "--model-name"
+_OPTIONS = ("--outfile", "--outtype", "--vocab-only")
+"""Of the converter, by which it is known: llama.cpp's other programs for files lack one."""
 _PATIENCE = 30.0
 """Seconds that a Python has to say what it lacks."""
 _ASK = """
@@ -48,6 +54,32 @@ def explain_missing(python: str, converter: Path) -> str | None:
     if not missing:
         return None
     return f"llama.cpp's converter needs {', '.join(missing)}, which {python!r} lacks: {python} -m pip install {' '.join(missing)}"
+
+
+def check_converter(file: Path) -> None:
+    """Raise `OptionError` unless a file looks like llama.cpp's converter."""
+    if not file.is_file():
+        raise OptionError("converter", f"there is no file {str(file)!r}")
+    text = file.read_bytes()
+    missing = [option for option in _OPTIONS if option.encode() not in text]
+    if missing or b"\0" in text:
+        why = "is no Python file" if b"\0" in text else f"has no option {missing[0]}"
+        raise OptionError("converter", f"{str(file)!r} {why}, so it is not llama.cpp's converter")
+
+
+def check_program(option: str, file: Path | None) -> None:
+    """Raise `OptionError` where an option names no file, or one that may not be started."""
+    if file is None:
+        return
+    if not file.is_file():
+        raise OptionError(option, f"there is no file {str(file)!r}")
+    if not os.access(file, os.X_OK):
+        raise OptionError(option, f"{str(file)!r} may not be started: chmod +x {shlex.quote(str(file))}")
+
+
+def takes_name(converter: Path) -> bool:
+    """Whether the converter can be told the model's name; others take that of the folder."""
+    return NAME_OPTION in converter.read_text(encoding="utf-8", errors="replace")
 
 
 def find_runner(pythons: Sequence[str]) -> str | None:

@@ -14,6 +14,8 @@ from .layout import find_graph
 if TYPE_CHECKING:
     import torch
 
+    from ..model.batches import Batch
+
 INSTALL = "pip install 'gradmap-pipeline[onnx]'"
 
 
@@ -57,6 +59,10 @@ class OnnxSession:
         found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
         kept = {name: found["present." + name.removeprefix("past_key_values.")] for name in self._names}
         return torch.from_numpy(found["logits"]), kept
+
+    def compute(self, batch: Batch) -> torch.Tensor:
+        """Logits (B, T, V) of a batch, without any tokens before it."""
+        return self.run(batch.input_ids, batch.mask.long(), self.start(len(batch.input_ids)))[0]
 
     def watch(self, names: list[str], input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs by name, for tokens (B, T) without any before them. mask (B, T)."""

@@ -24,6 +24,8 @@ class Holding:
     """What was done to the weights: `int4`."""
     details: tuple[str, ...] = ()
     """Sentences about it."""
+    deviations: tuple[str, ...] = ()
+    """What programs compute otherwise, a sentence each."""
 
 
 def make_model_card(model: ModelGraph, evaluation: Evaluation | None, holding: Holding) -> str:
@@ -46,6 +48,8 @@ def make_model_card(model: ModelGraph, evaluation: Evaluation | None, holding: H
     if holding.quantisation:
         lines += ["", f"Weights quantised: {show(holding.quantisation)}."]
         lines += [f"- {show(detail)}" for detail in holding.details]
+    if holding.deviations:
+        lines += ["", "What programs compute otherwise:", "", *(f"- {show(deviation)}" for deviation in holding.deviations)]
     if evaluation:
         before = " before quantisation" if holding.quantisation else ""
         lines += [

@@ -156,7 +156,7 @@ def run_apart(*arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("spoiler", SPOILERS)
 def test_a_plugin_that_closes_standard_output_when_imported_changes_nothing(spoiler: str, folder: Path) -> None:
     write_plugin(at_import=spoiler)
-    assert run_apart("check", "r.yaml") == (0, "r.yaml: no problems in 1 steps\n", "")
+    assert run_apart("check", "r.yaml") == (0, "r.yaml: no problems in 1 step\n", "")
     code, output, errors = run_apart("schema")
     assert (code, errors) == (0, "")
     assert json.loads(output)["title"]

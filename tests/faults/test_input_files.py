@@ -68,7 +68,7 @@ def test_a_recipe_from_a_pipe_that_somebody_writes_slowly() -> None:
     writer.start()
     result = CliRunner().invoke(app, ["check", "pipe"])
     writer.join()
-    assert (result.exit_code, result.stdout) == (0, "pipe: no problems in 1 steps\n")
+    assert (result.exit_code, result.stdout) == (0, "pipe: no problems in 1 step\n")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_recipes_that_the_shell_hands_over(line: str) -> None:
     line = line.replace("GRADMAP", program) if "GRADMAP" in line else f"{program} {line}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(": no problems in 1 steps\n")
+    assert done.stdout.endswith(": no problems in 1 step\n")
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ def test_licences_come_along_to_every_format(model: Path, tmp_path: Path) -> Non
         (model / name).write_text(name)
     export(model, tmp_path / "out")
     converter = tmp_path / "convert_hf_to_gguf.py"
-    converter.write_text("import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'wb').write(b'GGUF')")
+    action = "import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'wb').write(b'GGUF')"
+    converter.write_text(f"{action}  # --outtype, --vocab-only")
     run_stage(ExportGguf(to=tmp_path / "gguf", converter=converter), tmp_path / "g", model=open_folder(model))
     for folder in (tmp_path / "out", tmp_path / "gguf"):
         assert {"license.txt", "COPYING", "Notice"} <= {file.name for file in folder.iterdir()}

@@ -39,7 +39,7 @@ class StageName(FolderExport):
         from gradmap_pipeline.quantised import write_quantised
 
         with self.new_folder(inputs.model.base.folder) as new:
-            exported = write_quantised(inputs.model, new, "safetensors", "int8 rounded", self._quantise, context)
+            exported = write_quantised(inputs.model, new, "safetensors", "int8 rounded", self._quantise, self, context)
         return self.Outputs(model=exported)
 
     def _quantise(self, folder: Path) -> Any:
