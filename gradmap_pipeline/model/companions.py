@@ -88,7 +88,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def describe_left_out(folder: Path) -> str | None:
     """What an export of this model leaves out, for its user; None: nothing."""
     configs = [folder / "config.json", *(file for file in find_companions(folder) if _is_config(file.name))]
-    named = [file.name for file in configs if CODE_KEY in read_json(file)]
+    named = [file.name for file in configs if CODE_KEY in read_json(file, may_be_infinite=file.name == "config.json")]
     if not named:
         return None
     return (
