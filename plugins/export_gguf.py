@@ -113,7 +113,7 @@ class ExportGguf(FolderExport):
             parity = None if runner is None else self._run_file(graph, file, runner, context)
             for licence in find_licences(graph.base.folder):
                 shutil.copyfile(licence, new.path / licence.name)
-            details = () if parity is None else (f"Beside the model before quantisation: {parity}.",)
+            details = () if parity is None else (f"beside the model before quantisation: {parity}",)
             write_card(new.path, graph, evaluation, "gguf", self._quantisation and self.type.upper(), details)
             files = describe_folder(new.path)
             difference = None if parity is None else parity.difference

@@ -316,6 +316,8 @@ def test_logits_are_compared_over_tokens_that_both_know() -> None:
     found = torch.tensor([[[1.0, 3.0], [4.0, 0.5]]])
     parity = compare_logits(meant, found, (12,))
     assert parity.difference == 0.5
+    told = "run by llama.cpp at 12 tokens of random prompts, logits differ by up to 0.5, 100% of likeliest tokens agree"
+    assert str(parity) == told
     assert parity.agreeing == 1.0
     assert parity.lost == 0.0
     expected = math.log1p(math.exp(-3.5)) - math.log1p(math.exp(-4.0))

@@ -50,8 +50,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"run by llama.cpp at {', '.join(map(str, self.lengths))} tokens, logits equal to {self.difference:.1e}, "
-            f"{self.agreeing:.0%} of likeliest tokens agree"
+            f"run by llama.cpp at {', '.join(map(str, self.lengths))} tokens of random prompts, logits differ by up to "
+            f"{self.difference:.2g}, {self.agreeing:.0%} of likeliest tokens agree"
         )
 
 
