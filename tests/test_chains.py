@@ -23,6 +23,8 @@ from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.model.older import with_older_rope
 from gradmap_pipeline.testing import run_stage
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parent.parent
 onnx_libraries = pytest.mark.skipif(sys.version_info < (3, 11), reason="the exporter of transformers asks for Python 3.11")
 

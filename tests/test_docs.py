@@ -30,6 +30,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks(page: Path, workplace: Path) -> None:
     """In order, each in one of these forms: `$ command` with output, a file that begins with its name, a whole recipe."""

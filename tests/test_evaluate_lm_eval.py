@@ -20,6 +20,8 @@ from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.tasks import harness
 from gradmap_pipeline.testing import make_context, run_stage
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("lm_eval")
 
 ROWS = [

@@ -237,6 +237,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layers", [6, pytest.param(30, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_model(layers: int, tmp_path: Path) -> None:
     """30 layers are 1.0 GB in bf16, 6 layers 0.2 GB; peak resident memory, files mapped included, over that of a tiny export."""

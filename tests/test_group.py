@@ -17,6 +17,8 @@ import torch
 from gradmap_pipeline import StageError
 from gradmap_pipeline.group import Group
 
+pytestmark = pytest.mark.full
+
 RECIPE = """\
 version: 1
 model: {path: MODEL}

@@ -17,6 +17,8 @@ from gradmap_pipeline import Environment, StageError, environment
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.environment import Workplace
 
+pytestmark = pytest.mark.full
+
 PLUGIN = '''
 import os, signal, sys
 from pathlib import Path

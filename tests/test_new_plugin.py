@@ -41,6 +41,7 @@ def install(folder: Path, name: str, stage: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_package_passes_its_own_tests(kind: str, workplace: Path) -> None:
     name, stage = f"gradmap-try-{kind}", f"try_{kind}"

@@ -31,6 +31,8 @@ from gradmap_pipeline.ort import apart
 from gradmap_pipeline.ort.session import OnnxSession
 from gradmap_pipeline.testing import run_stage
 
+pytestmark = pytest.mark.full
+
 PRUNED = ["llama", "gpt2", "gemma3_text", "mixtral"]
 MORE = ["qwen3", "gpt_neox", "bloom", "opt", "gpt_neo", "phi3", "olmo2", "deepseek_v3", "gpt_oss"]
 

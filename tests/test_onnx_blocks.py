@@ -11,6 +11,8 @@ import torch
 from gradmap_pipeline.ort.blocks import Blocks, quantise_rows
 from gradmap_pipeline.ort.gptq import quantise_for_inputs
 
+pytestmark = pytest.mark.full
+
 
 def make_matrix(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)

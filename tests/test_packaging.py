@@ -88,6 +88,29 @@ def test_ci_runs_what_there_is() -> None:
     assert jobs["gpu"]["if"]
 
 
+def test_quick_tests_leave_out_what_is_full_and_all_others_do_not() -> None:
+    """Ten architectures stay; what `make test` runs has all of them."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-m 'not slow and not full'" in makefile[makefile.index("test-quick:") : makefile.index("\ntest:")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-n0",
+        "tests/test_every_architecture.py",
+        "-k",
+        "test_architecture",
+    ]
+    counts = []
+    for mark in ("not slow and not full", "not slow"):
+        done = subprocess.run([*command, "-m", mark], cwd=ROOT, capture_output=True, text=True, check=True)
+        counts.append(done.stdout.count("::test_architecture["))
+    assert counts[0] == 10
+    assert counts[1] >= 100
+
+
 @pytest.mark.slow
 def test_wheel_has_recipes_and_templates_and_works_from_elsewhere(tmp_path: Path) -> None:
     """Built from a copy, so that nothing is left in the repository; its modules come before those of this one."""

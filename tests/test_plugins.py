@@ -85,6 +85,7 @@ def test_same_file_without_packaging(recipe: Path) -> None:
     assert kept_layers(result.stdout) == [0, 3]
 
 
+@pytest.mark.full
 def test_broken_plugin_is_reported_and_stops_only_its_users(recipe: Path, installed: dict[str, str]) -> None:
     shown = run_gradmap(installed, "stages").stdout
     assert "top_layers_score: from plugin gradmap_top_layers, gradmap-top-layers 1.0\n" in shown

@@ -24,6 +24,8 @@ from gradmap_pipeline.quantised import write_quantised
 from gradmap_pipeline.targets import new_folder
 from gradmap_pipeline.testing import make_context
 
+pytestmark = pytest.mark.full
+
 TEXT = {"samples": 16, "sequence_length": 32}
 
 

@@ -29,6 +29,8 @@ from gradmap_pipeline.ort.matrices import find_matrices
 from gradmap_pipeline.ort.session import OnnxSession
 from gradmap_pipeline.testing import run_stage
 
+pytestmark = pytest.mark.full
+
 TEXT = {"samples": 4, "sequence_length": 64}
 
 

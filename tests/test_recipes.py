@@ -34,6 +34,7 @@ def test_recipe_starts_with_what_needs_and_command(file: Path) -> None:
     assert lines[3] == "version: 1"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", [file for file in RECIPES if "builtin" in file.read_text()], ids=lambda file: file.stem)
 def test_recipe_of_the_builtin_model_runs(file: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it ships, on fewer samples; what comes out is a folder that verifies."""

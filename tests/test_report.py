@@ -206,6 +206,7 @@ def gradmap_stages():
 '''
 
 
+@pytest.mark.full
 def test_terminal_shows_a_bar_with_rate_and_time_left(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "wait.py").write_text(SLOW_STAGE)
     (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: wait\n")

@@ -289,6 +289,7 @@ def gradmap_stages():
 '''
 
 
+@pytest.mark.full
 def test_killed_run_leaves_no_finished_step(folder: Path) -> None:
     """kill -9 in the middle of a step: nothing looks finished, and the next run cleans up and goes on."""
     plugin = FAILING.replace("return 1 / 0", "__import__('os').kill(__import__('os').getpid(), 9); return 1")

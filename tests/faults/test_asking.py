@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
 
+pytestmark = pytest.mark.full
+
 PLUGIN = '''
 import os, sys
 from pathlib import Path

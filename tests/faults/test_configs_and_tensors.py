@@ -238,6 +238,7 @@ def test_a_text_part_that_is_null_is_none(model: Path) -> None:
     assert json.loads(Path("out/config.json").read_text())["num_hidden_layers"] == 3
 
 
+@pytest.mark.full
 def test_a_huge_config_takes_no_memory(model: Path) -> None:
     """In a process that may have 6 GiB of addresses, of which torch alone takes four."""
     code = (

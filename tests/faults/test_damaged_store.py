@@ -15,6 +15,8 @@ from gradmap_pipeline.cli import app
 from gradmap_pipeline.digests import sha256_of
 from gradmap_pipeline.store import Store
 
+pytestmark = pytest.mark.full
+
 RECIPE = """\
 version: 1
 model: {path: MODEL}

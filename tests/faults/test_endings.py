@@ -216,6 +216,7 @@ def test_entry_points_are_the_same() -> None:
     assert "gradmap_pipeline.cli" in sys.modules
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("how", "code"), [("os._exit(7)", 7), ("os.kill(os.getpid(), 9)", -9)])
 def test_a_process_ended_by_a_plugin_leaves_a_whole_store(how: str, code: int, folder: Path) -> None:
     command = [sys.executable, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "p.py", "--set", f"fail.how=run:{how}"]

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+pytestmark = pytest.mark.full
+
 COUNT = 200
 ROUNDS = 5
 READ = """

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 SCRIPT = Path(__file__).with_name("mutations.py")
 AT_ONCE = 100
 """Cases in one process."""

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parent.parent.parent
 COUNT = 5000
 SECONDS = 5

@@ -71,6 +71,7 @@ def test_a_recipe_from_a_pipe_that_somebody_writes_slowly() -> None:
     assert (result.exit_code, result.stdout) == (0, "pipe: no problems in 1 step\n")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "line",
     ["check /dev/stdin < r.yaml", "cat r.yaml | GRADMAP check /dev/stdin", "check <(sleep 1; cat r.yaml)", "check <(cat r.yaml)"],

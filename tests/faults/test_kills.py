@@ -21,6 +21,8 @@ from gradmap_pipeline.cli import app
 from gradmap_pipeline.digests import sha256_of, sha256_of_value
 from gradmap_pipeline.targets import find_foreign_files
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 KILLS = 60
 TIMED = {"seconds", "saved", "sha256", "rounds", "gradmap.json"}

@@ -22,6 +22,8 @@ from gradmap_pipeline.data.documents import LONG_BYTES
 from gradmap_pipeline.data.encoding import ENCODE_TOGETHER, encode_long
 from gradmap_pipeline.model.graph import open_folder
 
+pytestmark = pytest.mark.full
+
 SPECIAL = ["<unk>", "<s>", "</s>", "[CLS]", "[SEP]"]
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tiny import make_model, make_text
 
+pytestmark = pytest.mark.full
+
 GUARDED = """
 import sys, runpy
 def guard(event, arguments):

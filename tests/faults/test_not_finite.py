@@ -18,6 +18,8 @@ from gradmap_pipeline.cli import app
 from gradmap_pipeline.model.casts import cast
 from gradmap_pipeline.perplexity import perplexity_of
 
+pytestmark = pytest.mark.full
+
 GATE = "model.layers.2.mlp.gate_proj.weight"
 EVALUATE = "  - use: evaluate\n    with: {dataset: {path: TEXT}, samples: 4, sequence_length: 16}\n"
 CALIBRATE = "  - use: calibrate\n    with: {dataset: {path: TEXT}, samples: 4, sequence_length: 16}\n"

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
 
+pytestmark = pytest.mark.full
+
 STAGE = '''
 import math
 from pathlib import Path

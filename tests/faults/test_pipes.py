@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell redirections")
+pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform == "win32", reason="shell redirections")]
 
 PLUGIN = '''
 import ctypes, os, subprocess, sys, warnings

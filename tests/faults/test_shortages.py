@@ -16,7 +16,7 @@ import pytest
 from gradmap_pipeline.errors import StageError
 from gradmap_pipeline.shortages import Shortage, find_shortage, find_shortage_in
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts of Linux")
+pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts of Linux")]
 
 WRITERS = """
 import json, shutil, sys

@@ -18,7 +18,7 @@ import pytest
 from gradmap_pipeline.errors import CapacityError, GradmapError, Interruption, StageError
 from gradmap_pipeline.processes import explain_end, tie
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 PLUGIN = '''
 import os, signal, subprocess, sys, time

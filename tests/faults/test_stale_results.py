@@ -13,6 +13,8 @@ from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.stage_code import StageCode
 
+pytestmark = pytest.mark.full
+
 STAGE = '''
 from pydantic import BaseModel
 from gradmap_pipeline import ModelGraph, Stage, hookimpl

@@ -26,6 +26,8 @@ from gradmap_pipeline.model.tokenizer_check import check_tokenizer_copy
 from gradmap_pipeline.testing import run_stage
 from gradmap_pipeline.verify import verify_folder
 
+pytestmark = pytest.mark.full
+
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Grüße 👍🏽 日本語"},
