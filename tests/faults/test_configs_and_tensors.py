@@ -244,7 +244,8 @@ def test_a_huge_config_takes_no_memory(model: Path) -> None:
     code = (
         "import sys, json, resource; from pathlib import Path\n"
         "from gradmap_pipeline.cli import app; from gradmap_pipeline.model.graph import open_folder\n"
-        "from gradmap_pipeline.model.pretrained import read_config; from gradmap_pipeline.model.skeleton import build_skeleton\n"
+        "from gradmap_pipeline.model.pretrained import read_config\n"
+        "from gradmap_pipeline.model.skeleton import build_skeleton\n"
         "from gradmap_pipeline.errors import ModelError; import transformers\n"
         "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); folder = Path('model')\n"
         "tensors = open_folder(folder).base.tensors; config = json.loads((folder / 'config.json').read_text())\n"
