@@ -28,7 +28,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 docs: .venv/installed
-	$(BIN)/python -m gradmap_pipeline.reference docs
+	$(BIN)/python tests/tools/reference.py docs
 
 architectures: .venv/installed
 	$(BIN)/python tests/walk.py docs/architectures.md

@@ -122,6 +122,7 @@ def test_wheel_has_recipes_and_templates_and_works_from_elsewhere(tmp_path: Path
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
+    assert not names & {"gradmap_pipeline/reference.py", "gradmap_pipeline/builtin/train.py"}
     assert {f"gradmap_recipes/{file.name}" for file in RECIPES} <= names
     templates = ROOT / "gradmap_pipeline" / "template"
     files = [file for file in templates.rglob("*") if file.is_file() and file.suffix != ".pyc"]

@@ -26,7 +26,7 @@ ORDER = [
     "isolation", "worker", "keys", "step_context",
     "runner", "comparison", "testing", "witness", "conformance", "sample_inputs", "stage_check",
     "template", "new_plugin", "shipped_recipes",
-    "ending", "command_options", "command_arguments", "material_commands", "commands", "cli", "__main__", "reference",
+    "ending", "command_options", "command_arguments", "material_commands", "commands", "cli", "__main__",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

@@ -1,4 +1,4 @@
-"""Train the built-in model: `python -m gradmap_pipeline.builtin.train --to FOLDER`.
+"""Train the built-in model: `python tests/tools/train.py --to FOLDER`.
 
 On Python 3.11's library, with one thread: 14,000 steps of 8 x 256 tokens out of 7.9 million (28.7 million in all). Held-out
 perplexity is over 1,786 windows of 256 tokens, in fp32, before the weights are rounded to bf16.
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .text import load_documents, load_training_documents
+from gradmap_pipeline.builtin.text import load_documents, load_training_documents
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: `python -m gradmap_pipeline.reference docs`."""
+"""Write the reference pages from the code: `python tests/tools/reference.py docs`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import typer
 
-from .catalog import Catalog, load_catalog
-from .cli import app
-from .recipe import RecipeFile
-from .report.stage_help import list_options
-from .stage import name_types
+from gradmap_pipeline.catalog import Catalog, load_catalog
+from gradmap_pipeline.cli import app
+from gradmap_pipeline.recipe import RecipeFile
+from gradmap_pipeline.report.stage_help import list_options
+from gradmap_pipeline.stage import name_types
 
 _NOTE = "<!-- Written by `make docs` from the code; do not edit. -->"
 
