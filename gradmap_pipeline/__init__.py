@@ -22,21 +22,21 @@ if TYPE_CHECKING:
         TensorFile,
         Work,
     )
-    from .compensating import LayerCompensation
+    from .checkpoint.graph import ModelGraph
+    from .correction.correction import Compensation, CorrectedSite
+    from .cost.estimate import Estimate
+    from .cost.rehearsal import Rehearsal
     from .data import DatasetSource
-    from .environment import Environment
     from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
-    from .estimate import Estimate
-    from .exporting import FolderExport
-    from .exports import Export, OnnxFolder, TransformersFolder
-    from .hookspecs import hookimpl
-    from .model.correction import Compensation, CorrectedSite
-    from .model.graph import ModelGraph
-    from .model.survey import Survey
-    from .ranking import Measure
-    from .rehearsal import Rehearsal
-    from .scoring import LayerScoring, take_lowest
-    from .stage import Context, Stage
+    from .export.exports import Export, OnnxFolder, TransformersFolder
+    from .machine.environment import Environment
+    from .stages.compensating import LayerCompensation
+    from .stages.exporting import FolderExport
+    from .stages.hookspecs import hookimpl
+    from .stages.ranking import Measure
+    from .stages.scoring import LayerScoring, take_lowest
+    from .stages.stage import Context, Stage
+    from .sweep.survey import Survey
 
 __version__ = "0.1.0"
 
@@ -59,21 +59,21 @@ _HOME = {
         "TensorFile",
         "Work",
     ),
-    "compensating": ("LayerCompensation",),
+    "stages.compensating": ("LayerCompensation",),
     "data": ("DatasetSource",),
-    "environment": ("Environment",),
+    "machine.environment": ("Environment",),
     "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
-    "estimate": ("Estimate",),
-    "exporting": ("FolderExport",),
-    "exports": ("Export", "GgufFolder", "OnnxFolder", "TransformersFolder"),
-    "hookspecs": ("hookimpl",),
-    "model.correction": ("Compensation", "CorrectedSite"),
-    "model.graph": ("ModelGraph",),
-    "model.survey": ("Survey",),
-    "rehearsal": ("Rehearsal",),
-    "ranking": ("Measure",),
-    "scoring": ("LayerScoring", "take_lowest"),
-    "stage": ("Context", "Stage"),
+    "cost.estimate": ("Estimate",),
+    "stages.exporting": ("FolderExport",),
+    "export.exports": ("Export", "GgufFolder", "OnnxFolder", "TransformersFolder"),
+    "stages.hookspecs": ("hookimpl",),
+    "correction.correction": ("Compensation", "CorrectedSite"),
+    "checkpoint.graph": ("ModelGraph",),
+    "sweep.survey": ("Survey",),
+    "cost.rehearsal": ("Rehearsal",),
+    "stages.ranking": ("Measure",),
+    "stages.scoring": ("LayerScoring", "take_lowest"),
+    "stages.stage": ("Context", "Stage"),
 }
 
 __all__ = [

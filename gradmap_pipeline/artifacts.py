@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from .digests import sha256_of, sha256_of_value
+from .machine.digests import sha256_of, sha256_of_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from .model.batches import Batch
+    from .sweep.batches import Batch
 
 
 def _relative_to_store(path: Path, info: SerializationInfo) -> str:

@@ -25,8 +25,8 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.data import check_length
-from gradmap_pipeline.exports import ExportForecast
-from gradmap_pipeline.perplexity import perplexity_of
+from gradmap_pipeline.export.exports import ExportForecast
+from gradmap_pipeline.stages.perplexity import perplexity_of
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,12 @@ class Evaluate(Stage):
         return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import count_embeddings, digest_sequences, load_tokenizer, make_sequences
+        from gradmap_pipeline.data import (
+            count_embeddings,
+            digest_sequences,
+            load_tokenizer,
+            make_sequences,
+        )
 
         model = inputs.model
         graph = model.graph if isinstance(model, Export) else model
@@ -151,13 +156,13 @@ class Evaluate(Stage):
 
 def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """Mean next-token loss in nats over all tokens that are predicted, each once, and their number. ids, mask (samples, tokens)."""
-    from gradmap_pipeline.memory import resident_bytes
-    from gradmap_pipeline.model.batches import count_predicted, make_batches
-    from gradmap_pipeline.model.boundaries import Boundaries
-    from gradmap_pipeline.model.budget import choose_way, measure_needs
-    from gradmap_pipeline.model.finite import not_finite
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.machine.memory import resident_bytes
+    from gradmap_pipeline.sweep.batches import count_predicted, make_batches
+    from gradmap_pipeline.sweep.boundaries import Boundaries
+    from gradmap_pipeline.sweep.budget import choose_way, measure_needs
+    from gradmap_pipeline.sweep.finite import not_finite
+    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+    from gradmap_pipeline.sweep.sweep import Sweep
 
     ids, mask = context.group.share(ids), context.group.share(mask)
     samples, length = ids.shape
@@ -186,9 +191,9 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
 
 def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """The same of a folder, by the program it was made for."""
-    from gradmap_pipeline.model.batches import count_predicted, make_batches, next_token_losses
-    from gradmap_pipeline.model.finite import find_weights
-    from gradmap_pipeline.model.lengths import lengths_apart_in
+    from gradmap_pipeline.checkpoint.lengths import lengths_apart_in
+    from gradmap_pipeline.sweep.batches import count_predicted, make_batches, next_token_losses
+    from gradmap_pipeline.sweep.finite import find_weights
 
     apart = lengths_apart_in(model.graph.base.folder)
     batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS, lengths_apart=apart)

@@ -158,9 +158,9 @@ class EvaluateLmEval(Stage):
 
     def _find_tasks(self) -> tuple[list[str], Any]:
         """The tasks that the names stand for, and lm-eval's manager of them. Raises `OptionError`."""
-        from gradmap_pipeline.digests import sha256_of_value
+        from gradmap_pipeline.machine.digests import sha256_of_value
+        from gradmap_pipeline.recipe.validation import suggest
         from gradmap_pipeline.tasks.harness import open_manager
-        from gradmap_pipeline.validation import suggest
 
         if self.task_folder is not None:
             self._check_folder(self.task_folder)
@@ -234,7 +234,7 @@ def _show(score: TaskScore, metric: str) -> str:
 
 
 def _digest(file: Path) -> str:
-    from gradmap_pipeline.digests import sha256_of
+    from gradmap_pipeline.machine.digests import sha256_of
 
     return sha256_of(file)
 

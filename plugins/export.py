@@ -27,10 +27,17 @@ from gradmap_pipeline import (
     TransformersFolder,
     hookimpl,
 )
-from gradmap_pipeline.exports import ExportForecast
-from gradmap_pipeline.extras import explain_missing
-from gradmap_pipeline.folders import check_loading, explain_config, find_deviations, make_lineage, write_card, write_companions
-from gradmap_pipeline.targets import describe_folder
+from gradmap_pipeline.export.exports import ExportForecast
+from gradmap_pipeline.export.folders import (
+    check_loading,
+    explain_config,
+    find_deviations,
+    make_lineage,
+    write_card,
+    write_companions,
+)
+from gradmap_pipeline.machine.extras import explain_missing
+from gradmap_pipeline.stages.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
 
@@ -89,7 +96,7 @@ class ExportModel(FolderExport):
         return {} if model is None else {"exported": ExportForecast(**model.model_dump())}
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
-        from gradmap_pipeline.consumers import explain_forecast
+        from gradmap_pipeline.export.consumers import explain_forecast
 
         return explain_forecast(inputs.get("model")) if self.format == "safetensors" else ()
 
@@ -97,8 +104,8 @@ class ExportModel(FolderExport):
         super().inspect(inputs, survey)
         survey.check_layerwise()
         if self.format == "onnx":
-            from gradmap_pipeline.model.pretrained import read_config
-            from gradmap_pipeline.ort.trace import check_exportable
+            from gradmap_pipeline.checkpoint.pretrained import read_config
+            from gradmap_pipeline.export.ort.trace import check_exportable
 
             check_exportable(read_config(survey.graph.base.folder))
 
@@ -109,7 +116,7 @@ class ExportModel(FolderExport):
         size = rehearsal.count_bytes(model.layers)
         rates = rehearsal.rates
         if self.format == "onnx":
-            from gradmap_pipeline.ort.apart import estimate_memory
+            from gradmap_pipeline.export.ort.apart import estimate_memory
 
             weights = rehearsal.count_parameters(model.layers) * (4 if self.onnx.dtype == "float32" else 2)
             needed = estimate_memory(weights, rehearsal.program_bytes)
@@ -149,10 +156,10 @@ class ExportModel(FolderExport):
         self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context
     ) -> tuple[dict[str, ExportedFile], float]:
         """Trace, save, and run the graph beside the model; torch's weights are gone before ONNX Runtime reads its own."""
-        from gradmap_pipeline.ort.apart import write_graph
-        from gradmap_pipeline.ort.layout import place_graph, tell_programs
-        from gradmap_pipeline.ort.parity import check_parity
-        from gradmap_pipeline.ort.session import OnnxSession
+        from gradmap_pipeline.export.ort.apart import write_graph
+        from gradmap_pipeline.export.ort.layout import place_graph, tell_programs
+        from gradmap_pipeline.export.ort.parity import check_parity
+        from gradmap_pipeline.export.ort.session import OnnxSession
 
         with context.progress("export to ONNX", 2, "step") as advance:
             graph = folder / place_graph(self.onnx.layout, self.onnx.dtype)
@@ -168,7 +175,7 @@ class ExportModel(FolderExport):
         return describe_folder(folder), difference
 
     def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
-        from gradmap_pipeline.model.checkpoint import split_shards, write_folder
+        from gradmap_pipeline.checkpoint.checkpoint import split_shards, write_folder
 
         tensors = model.export_tensors()
         shard_bytes = int(self.max_shard_gigabytes * 1e9)
@@ -189,12 +196,12 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
     """
     import torch
 
-    from gradmap_pipeline.memory import give_back
-    from gradmap_pipeline.model.batches import make_batches
-    from gradmap_pipeline.model.finite import find_weights
-    from gradmap_pipeline.model.graph import open_folder
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.checkpoint.graph import open_folder
+    from gradmap_pipeline.machine.memory import give_back
+    from gradmap_pipeline.sweep.batches import make_batches
+    from gradmap_pipeline.sweep.finite import find_weights
+    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+    from gradmap_pipeline.sweep.sweep import Sweep
 
     check_loading(folder)
     reloaded = open_folder(folder, digest_of=lambda _: "")

@@ -30,14 +30,19 @@ from gradmap_pipeline import (
     Survey,
     hookimpl,
 )
-from gradmap_pipeline.exports import GgufForecast
-from gradmap_pipeline.folders import find_deviations, make_lineage, write_card, write_companions
-from gradmap_pipeline.llamacpp import pythons
-from gradmap_pipeline.processes import explain_end, tie
-from gradmap_pipeline.targets import describe_folder
+from gradmap_pipeline.export.exports import GgufForecast
+from gradmap_pipeline.export.folders import (
+    find_deviations,
+    make_lineage,
+    write_card,
+    write_companions,
+)
+from gradmap_pipeline.export.llamacpp import pythons
+from gradmap_pipeline.machine.processes import explain_end, tie
+from gradmap_pipeline.stages.targets import describe_folder
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.llamacpp.parity import Parity
+    from gradmap_pipeline.export.llamacpp.parity import Parity
 
 CONVERTER = "convert_hf_to_gguf.py"
 _MAGIC = b"GGUF"
@@ -88,8 +93,8 @@ class ExportGguf(FolderExport):
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        from gradmap_pipeline.llamacpp.dry_run import explain_failure
-        from gradmap_pipeline.model.architecture import full_config
+        from gradmap_pipeline.checkpoint.architecture import full_config
+        from gradmap_pipeline.export.llamacpp.dry_run import explain_failure
 
         super().inspect(inputs, survey)
         kept = getattr(inputs.get("model"), "kept", None)
@@ -100,8 +105,8 @@ class ExportGguf(FolderExport):
             raise OptionError("converter", f"{failure}; export in another format")
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.model.architecture import full_config
-        from gradmap_pipeline.model.companions import find_licences
+        from gradmap_pipeline.checkpoint.architecture import full_config
+        from gradmap_pipeline.checkpoint.companions import find_licences
 
         graph = inputs.model
         config = self._check_config(full_config(graph.base.folder), graph.layers)
@@ -131,9 +136,9 @@ class ExportGguf(FolderExport):
 
     def _check_config(self, config: Mapping[str, Any], kept: tuple[int, ...]) -> dict[str, Any]:
         """The config of what is left. Raises `OptionError` where llama.cpp would compute another model, whatever the file says."""
+        from gradmap_pipeline.checkpoint.depth import prune_fields
         from gradmap_pipeline.errors import ModelError
-        from gradmap_pipeline.llamacpp.limits import explain_refusal
-        from gradmap_pipeline.model.depth import prune_fields
+        from gradmap_pipeline.export.llamacpp.limits import explain_refusal
 
         try:
             left = prune_fields(dict(config), dict(config), kept)
@@ -145,7 +150,7 @@ class ExportGguf(FolderExport):
         return left
 
     def _run_file(self, graph: ModelGraph, file: Path, runner: str, context: Context) -> Parity:
-        from gradmap_pipeline.llamacpp.parity import measure_parity
+        from gradmap_pipeline.export.llamacpp.parity import measure_parity
 
         with context.progress("run the GGUF file", 1, "file") as advance:
             parity = measure_parity(graph, file, self.type, runner, context.seed)
@@ -179,7 +184,7 @@ class ExportGguf(FolderExport):
 
     def _write_file(self, graph: ModelGraph, file: Path, config: Mapping[str, Any], context: Context) -> list[str]:
         """Write a checkpoint for the converter, and the file from it; return the keys that the file has besides the converter's."""
-        from gradmap_pipeline.model.checkpoint import write_folder
+        from gradmap_pipeline.checkpoint.checkpoint import write_folder
 
         name = Path(graph.base.name if graph.base.from_hub else graph.base.folder.resolve()).name
         scratch = context.folder / "plain"
@@ -194,7 +199,7 @@ class ExportGguf(FolderExport):
 
     def _convert(self, folder: Path, file: Path, config: Mapping[str, Any], name: str) -> list[str]:
         """Write the file, which names the model so; return the keys that it has besides those of the converter."""
-        from gradmap_pipeline.llamacpp.limits import find_arrays
+        from gradmap_pipeline.export.llamacpp.limits import find_arrays
 
         arrays = find_arrays(config)
         made = file.with_name(f"converted-{file.name}") if arrays else file

@@ -14,13 +14,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, Rehearsal, Stage, Survey, hookimpl, take_lowest
+from gradmap_pipeline import (
+    Context,
+    Decision,
+    Estimate,
+    LayerScoring,
+    Measure,
+    Rehearsal,
+    Stage,
+    Survey,
+    hookimpl,
+    take_lowest,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from gradmap_pipeline.group import Group
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.machine.group import Group
+    from gradmap_pipeline.sweep.sweep import Sweep
 
 
 def gate_importance(gradient: torch.Tensor, update: torch.Tensor, mask: torch.Tensor) -> float:

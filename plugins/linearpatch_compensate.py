@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelGraph, Stage, StageError, TensorFile, hookimpl
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    LayerCompensation,
+    ModelGraph,
+    Stage,
+    StageError,
+    TensorFile,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from gradmap_pipeline.model.sites import Site
-    from gradmap_pipeline.model.streams import Streams
+    from gradmap_pipeline.correction.sites import Site
+    from gradmap_pipeline.correction.streams import Streams
 
 _RIDGE = 1e-6  # for the fold alone, which is to reproduce a known matrix
 
@@ -84,7 +93,7 @@ class LinearpatchCompensate(LayerCompensation):
     )
 
     def room(self, graph: ModelGraph) -> int:
-        from gradmap_pipeline.model.ridge import room_for
+        from gradmap_pipeline.correction.ridge import room_for
 
         return room_for(*graph.map_sizes())
 
@@ -92,20 +101,20 @@ class LinearpatchCompensate(LayerCompensation):
         return f"layer {site.layer}: {1 - site.missing_left:.1%} of the patch folded into {site.parameter}"
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         layers_before_cuts(graph)
         make_hadamard(graph.map_sizes()[1])
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         yield from layers_before_cuts(streams.graph)
 
     def correct(
         self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
     ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
-        from gradmap_pipeline.model.correction import find_output
+        from gradmap_pipeline.correction.correction import find_output
 
         width = streams.graph.map_sizes()[1]
         patch = find_patch(streams, layer, make_hadamard(width) / width**0.5)
@@ -140,10 +149,10 @@ def fold_patch(
     """Fit x(P - I) by the inputs of the layer's down-projection, and add it there."""
     import torch
 
-    from gradmap_pipeline.model.correction import solve_site, write_patches
-    from gradmap_pipeline.model.ridge import Moments, check_room
-    from gradmap_pipeline.model.sites import check_gain
-    from gradmap_pipeline.model.streams import Drift, capture
+    from gradmap_pipeline.correction.correction import solve_site, write_patches
+    from gradmap_pipeline.correction.ridge import Moments, check_room
+    from gradmap_pipeline.correction.sites import check_gain
+    from gradmap_pipeline.correction.streams import Drift, capture
 
     position, width = streams.graph.layers.index(layer), len(patch)
     check_room(site.inputs, width, context.memory, context.device)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelGraph, Rehearsal, Stage, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Estimate,
+    LayerScores,
+    LayerScoring,
+    ModelGraph,
+    Rehearsal,
+    Stage,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +54,7 @@ class MagnitudeScore(LayerScoring):
         return Estimate(rehearsal.program_bytes, bytes_read=size, seconds=size * rehearsal.rates.read_again())
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.model.checkpoint import load_tensor
+        from gradmap_pipeline.checkpoint.checkpoint import load_tensor
 
         model = inputs.model
         scores: dict[int, float] = {}

@@ -10,11 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, Stage, TensorFile, hookimpl
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    LayerCompensation,
+    Stage,
+    TensorFile,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.sites import Site
-    from gradmap_pipeline.model.streams import Streams
+    from gradmap_pipeline.correction.sites import Site
+    from gradmap_pipeline.correction.streams import Streams
 
 
 class MeanBias(LayerCompensation):
@@ -44,9 +51,9 @@ def _find_bias(sites: Sequence[Site]) -> Site | None:
 
 def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:
     """b ← b + E[h - h'] / gain at one layer, in the pruned stream and in a file."""
-    from gradmap_pipeline.model.correction import write_patches
-    from gradmap_pipeline.model.sites import check_gain
-    from gradmap_pipeline.model.streams import Drift
+    from gradmap_pipeline.correction.correction import write_patches
+    from gradmap_pipeline.correction.sites import check_gain
+    from gradmap_pipeline.correction.streams import Drift
 
     site = _find_bias(sites)
     assert site is not None

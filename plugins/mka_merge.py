@@ -32,7 +32,7 @@ from gradmap_pipeline import (
     Work,
     hookimpl,
 )
-from gradmap_pipeline.removal import count_removed
+from gradmap_pipeline.stages.removal import count_removed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -143,8 +143,8 @@ class MkaMerge(Stage):
         return rehearsal.forward_sweep(model.layers, calibration.samples, calibration.sequence_length)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.checkpoint.twins import check_twins
         from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.model.twins import check_twins
 
         check_tokenizer(inputs.calibration, inputs.model)
         graph = inputs.model
@@ -185,7 +185,7 @@ class MkaMerge(Stage):
         """Coordinates of every sample by layer, from the mean over tokens of what leaves the layer."""
         import torch
 
-        from gradmap_pipeline.model.parts import PartedSweep
+        from gradmap_pipeline.sweep.parts import PartedSweep
 
         started = time.perf_counter()
         found: dict[int, list[torch.Tensor]] = {layer: [] for layer in graph.layers}
@@ -204,7 +204,7 @@ def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> d
     """θ_low ← Sθ_low + (1 - S)θ_high, one merge after another, for all tensors of a layer, written as the checkpoint is."""
     import torch
 
-    from gradmap_pipeline.model.checkpoint import load_tensor
+    from gradmap_pipeline.checkpoint.checkpoint import load_tensor
 
     values: dict[int, dict[str, torch.Tensor]] = {}
 

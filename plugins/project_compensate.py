@@ -28,8 +28,8 @@ from gradmap_pipeline import (
 )
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.sites import Site
-    from gradmap_pipeline.model.streams import Streams
+    from gradmap_pipeline.correction.sites import Site
+    from gradmap_pipeline.correction.streams import Streams
 
 
 class ProjectCompensate(LayerCompensation):
@@ -94,7 +94,7 @@ class ProjectCompensate(LayerCompensation):
         return both + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         drifting = sum(layer + 1 >= graph.removed[0] for layer in graph.layers)
         if self.site == "before_cuts":
@@ -103,12 +103,12 @@ class ProjectCompensate(LayerCompensation):
             raise StageError(f"'sites' is {self.sites}, but the model has only {drifting} layers that drift")
 
     def room(self, graph: ModelGraph) -> int:
-        from gradmap_pipeline.model.ridge import room_for
+        from gradmap_pipeline.correction.ridge import room_for
 
         return room_for(*self._size(graph))
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         graph = streams.graph
         if self.site == "every_layer":
@@ -146,8 +146,8 @@ def correct_layer(
 
     Raises `NoSiteError` where the layer has no place for it.
     """
-    from gradmap_pipeline.model.correction import correct_site, sites_of
-    from gradmap_pipeline.model.sites import NoSiteError
+    from gradmap_pipeline.correction.correction import correct_site, sites_of
+    from gradmap_pipeline.correction.sites import NoSiteError
 
     sites = sites_of(streams, layer, known)
     writing = [site for site in sites if site.kind != "attention"]

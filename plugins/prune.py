@@ -21,7 +21,7 @@ from gradmap_pipeline import (
     Survey,
     hookimpl,
 )
-from gradmap_pipeline.removal import count_removed
+from gradmap_pipeline.stages.removal import count_removed
 
 
 class Prune(Stage):
@@ -84,8 +84,8 @@ class Prune(Stage):
 
     def _check_regular(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
         """Raise `OptionError` where `among: regular` cannot be had, or the layers that are listed break it."""
-        from gradmap_pipeline.model.cadence import choose_kept, find_period, is_regular
-        from gradmap_pipeline.model.depth import count_layers
+        from gradmap_pipeline.checkpoint.cadence import choose_kept, find_period, is_regular
+        from gradmap_pipeline.checkpoint.depth import count_layers
 
         if self.among != "regular":
             return
@@ -100,7 +100,7 @@ class Prune(Stage):
             raise OptionError("layers", f"the layers that would be left do not keep the period of their kinds{example}")
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
-        from gradmap_pipeline.consumers import complete_config, name_programs
+        from gradmap_pipeline.export.consumers import complete_config, name_programs
 
         model = inputs.get("model")
         if self.among == "regular" or isinstance(self.layers, list) or model is None or model.config is None:
@@ -116,8 +116,8 @@ class Prune(Stage):
 
     def _check_expressible(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
         """Raise `OptionError`, with the removals that are possible, where the config cannot say what would be left."""
-        from gradmap_pipeline.model.cadence import choose_kept, strict_cadences_of
-        from gradmap_pipeline.model.depth import check_removable, count_layers, prune_fields
+        from gradmap_pipeline.checkpoint.cadence import choose_kept, strict_cadences_of
+        from gradmap_pipeline.checkpoint.depth import check_removable, count_layers, prune_fields
 
         depth = count_layers(config) or len(layers)
         try:
@@ -140,7 +140,7 @@ class Prune(Stage):
             )
 
     def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        from gradmap_pipeline.model.architecture import full_config
+        from gradmap_pipeline.checkpoint.architecture import full_config
 
         kept = getattr(self.forecast(inputs).get("model"), "kept", None)
         if self.among == "regular":
@@ -157,7 +157,7 @@ class Prune(Stage):
         return Estimate(rehearsal.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.model.twins import check_twins
+        from gradmap_pipeline.checkpoint.twins import check_twins
 
         model = inputs.model
         removed = self.layers if isinstance(self.layers, list) else self._choose(model, inputs.scores)
@@ -168,9 +168,9 @@ class Prune(Stage):
 
     def _choose(self, model: ModelGraph, scores: LayerScores | None) -> list[int]:
         """Base layers to remove, by their scores."""
-        from gradmap_pipeline.model.architecture import full_config
-        from gradmap_pipeline.model.cadence import choose_kept
-        from gradmap_pipeline.model.depth import find_sources
+        from gradmap_pipeline.checkpoint.architecture import full_config
+        from gradmap_pipeline.checkpoint.cadence import choose_kept
+        from gradmap_pipeline.checkpoint.depth import find_sources
 
         assert scores is not None
         if scores.model != model.digest:
@@ -231,7 +231,7 @@ def _name_layers(layers: tuple[int, ...]) -> str:
 
 def _name_possible(config: dict[str, Any], depth: int, layers: tuple[int, ...], count: int) -> str:
     """What a cadence leaves possible, as the end of a message; nothing where there is no cadence."""
-    from gradmap_pipeline.model.cadence import choose_kept, count_removable, strict_cadences_of
+    from gradmap_pipeline.checkpoint.cadence import choose_kept, count_removable, strict_cadences_of
 
     if not strict_cadences_of(config):
         return ""

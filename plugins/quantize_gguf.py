@@ -27,18 +27,23 @@ from gradmap_pipeline import (
     StageError,
     hookimpl,
 )
-from gradmap_pipeline.agreement import TextAgreement, check_text, compare_models, read_text
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.exports import GgufForecast
-from gradmap_pipeline.folders import extend_lineage, read_evaluation, write_card
-from gradmap_pipeline.llamacpp import pythons
-from gradmap_pipeline.llamacpp.parity import STEPS
-from gradmap_pipeline.processes import explain_end, tie
-from gradmap_pipeline.targets import copy_files, describe_folder
+from gradmap_pipeline.export.agreement import (
+    TextAgreement,
+    check_text,
+    compare_models,
+    read_text,
+)
+from gradmap_pipeline.export.exports import GgufForecast
+from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
+from gradmap_pipeline.export.llamacpp import pythons
+from gradmap_pipeline.export.llamacpp.parity import STEPS
+from gradmap_pipeline.machine.processes import explain_end, tie
+from gradmap_pipeline.stages.targets import copy_files, describe_folder
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.agreement import Run
-    from gradmap_pipeline.llamacpp.session import GgufSession
+    from gradmap_pipeline.export.agreement import Run
+    from gradmap_pipeline.export.llamacpp.session import GgufSession
 
 PROGRAM = "llama-quantize"
 Kind = Literal[
@@ -175,7 +180,7 @@ class QuantizeGguf(FolderExport):
         """What quantisation costs, and the largest difference of logits."""
         if self.dataset is not None:
             return self._compare_on_text(source, file, runner, self.dataset, context)
-        from gradmap_pipeline.llamacpp.parity import compare_files
+        from gradmap_pipeline.export.llamacpp.parity import compare_files
 
         with context.progress("run both GGUF files", 1, "pair") as advance:
             agreement = FileAgreement(**compare_files(source.graph, source.file, file, runner, context.seed).as_json())
@@ -190,7 +195,7 @@ class QuantizeGguf(FolderExport):
     def _compare_on_text(
         self, source: GgufFolder, file: Path, runner: str, dataset: DatasetSource, context: Context
     ) -> tuple[TextAgreement, float]:
-        from gradmap_pipeline.llamacpp.session import GgufSession
+        from gradmap_pipeline.export.llamacpp.session import GgufSession
 
         batches = read_text(source.graph.base, dataset, self.samples, self.sequence_length)
         with (

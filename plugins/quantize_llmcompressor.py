@@ -23,9 +23,9 @@ from gradmap_pipeline import (
     TransformersFolder,
     hookimpl,
 )
-from gradmap_pipeline.consumers import explain_forecast
-from gradmap_pipeline.exports import load_folder
-from gradmap_pipeline.quantised import write_quantised
+from gradmap_pipeline.export.consumers import explain_forecast
+from gradmap_pipeline.export.exports import load_folder
+from gradmap_pipeline.export.quantised import write_quantised
 
 _GROUP_SIZES = (128, 64, 32, 16)
 _ROUNDING = 0.02

@@ -23,15 +23,20 @@ from gradmap_pipeline import (
     StageError,
     hookimpl,
 )
-from gradmap_pipeline.agreement import TextAgreement, check_text, compare_models, read_text
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.exports import ExportForecast
-from gradmap_pipeline.folders import extend_lineage, read_evaluation, write_card
-from gradmap_pipeline.targets import copy_files, describe_folder
+from gradmap_pipeline.export.agreement import (
+    TextAgreement,
+    check_text,
+    compare_models,
+    read_text,
+)
+from gradmap_pipeline.export.exports import ExportForecast
+from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
+from gradmap_pipeline.stages.targets import copy_files, describe_folder
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.agreement import Agreement
-    from gradmap_pipeline.ort.quantise import Quantisation, Rounding
+    from gradmap_pipeline.export.agreement import Agreement
+    from gradmap_pipeline.export.ort.quantise import Quantisation, Rounding
 
 _EIGHT_BITS = 0.05
 _ADVICE = {"int4": "keep more in 8 bits", "int8": "use a smaller block_size", "int8_dynamic": "use method int8"}
@@ -126,8 +131,14 @@ class QuantizeOnnx(FolderExport):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.ort.layout import find_graph, is_graph, layout_of, place_graph, tell_programs
-        from gradmap_pipeline.ort.quantise import quantise_graph
+        from gradmap_pipeline.export.ort.layout import (
+            find_graph,
+            is_graph,
+            layout_of,
+            place_graph,
+            tell_programs,
+        )
+        from gradmap_pipeline.export.ort.quantise import quantise_graph
 
         source = inputs.exported
         self._check_source(source.quantisation)
@@ -167,7 +178,7 @@ class QuantizeOnnx(FolderExport):
             raise OptionError("method", f"the graph is quantised already ({quantisation}); quantise the export it was made from")
 
     def _plan(self, calibration: CalibrationSet | None) -> Quantisation:
-        from gradmap_pipeline.ort.quantise import Quantisation
+        from gradmap_pipeline.export.ort.quantise import Quantisation
 
         default: Rounding = "gptq" if self.method == "int4" and calibration is not None else "least_squares"
         uses_text = self.method == "int4" and calibration is not None
@@ -181,7 +192,7 @@ class QuantizeOnnx(FolderExport):
 
     def _compare(self, source: OnnxFolder, folder: Path, context: Context) -> Agreement:
         """Run both graphs on the text."""
-        from gradmap_pipeline.ort.session import OnnxSession
+        from gradmap_pipeline.export.ort.session import OnnxSession
 
         batches = read_text(source.graph.base, self.dataset, self.samples, self.sequence_length)
         with context.progress("compare both graphs", len(batches), "batch") as advance:

@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, CorrectedSite, Estimate, LayerCompensation, ModelGraph, Rehearsal, Stage, TensorFile, hookimpl
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    Estimate,
+    LayerCompensation,
+    ModelGraph,
+    Rehearsal,
+    Stage,
+    TensorFile,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.sites import Site
-    from gradmap_pipeline.model.streams import Streams
+    from gradmap_pipeline.correction.sites import Site
+    from gradmap_pipeline.correction.streams import Streams
 
 
 class ReplacemeCompensate(LayerCompensation):
@@ -27,7 +37,7 @@ class ReplacemeCompensate(LayerCompensation):
     ridge: float = Field(0.0, ge=0, description="λ over the mean diagonal of MᵀM; the factor shrinks towards zero. Published: 0.")
 
     def room(self, graph: ModelGraph) -> int:
-        from gradmap_pipeline.model.ridge import room_for
+        from gradmap_pipeline.correction.ridge import room_for
 
         _, width = graph.map_sizes()
         return room_for(width, width)
@@ -39,19 +49,19 @@ class ReplacemeCompensate(LayerCompensation):
         return passes + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         layers_before_cuts(graph)
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         yield from layers_before_cuts(streams.graph)
 
     def correct(
         self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
     ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
-        from gradmap_pipeline.model.correction import correct_site, find_output
+        from gradmap_pipeline.correction.correction import correct_site, find_output
 
         site = find_output(streams, layer, known)
         done, patches = correct_site(streams, layer, site, context, space="output", ridge=self.ridge, towards="zero")

@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, LayerScoring, Measure, Stage, hookimpl
+from gradmap_pipeline import (
+    Context,
+    LayerScoring,
+    Measure,
+    Stage,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.sweep.sweep import Sweep
 
 
 def block_influence(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> float:

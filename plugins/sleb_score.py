@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, Rehearsal, Stage, hookimpl, take_lowest
+from gradmap_pipeline import (
+    Context,
+    Decision,
+    Estimate,
+    LayerScoring,
+    Measure,
+    Rehearsal,
+    Stage,
+    hookimpl,
+    take_lowest,
+)
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.sweep.sweep import Sweep
 
 
 class SlebScore(LayerScoring):

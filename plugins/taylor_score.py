@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, Rehearsal, Stage, Survey, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Estimate,
+    LayerScoring,
+    Measure,
+    Rehearsal,
+    Stage,
+    Survey,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,8 +27,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gradmap_pipeline.group import Group
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.machine.group import Group
+    from gradmap_pipeline.sweep.sweep import Sweep
 
 
 def taylor_importance(gradients: list[torch.Tensor], weights: list[torch.Tensor]) -> float:

@@ -26,12 +26,12 @@ from gradmap_plugins.quantize_gguf import PLAIN, QuantizeGguf
 from walk import make_model
 
 from gradmap_pipeline import ModelGraph
+from gradmap_pipeline.checkpoint.architecture import full_config
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import GradmapError, OptionError
-from gradmap_pipeline.llamacpp import limits, parity
-from gradmap_pipeline.model.architecture import full_config
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.export.llamacpp import limits, parity
+from gradmap_pipeline.export.verify import read_lineage
 from gradmap_pipeline.testing import run_stage
-from gradmap_pipeline.verify import read_lineage
 
 DATA = Path(__file__).parent.parent / "docs" / "consumers.json"
 SAME = ("program", "architecture", "model", "removed", "format")

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gradmap_pipeline.consumers import PLACINGS, Placing
+from gradmap_pipeline.export.consumers import PLACINGS, Placing
 
 HEADER = """# What programs make of exports
 
-Made by `make consumers` from `docs/consumers.json`, which `tests/consumers_run.py` fills, and from `gradmap_pipeline/consumers.py`.
+Made by `make consumers` from `docs/consumers.json`, which `tests/consumers_run.py` fills, and from
+`gradmap_pipeline/export/consumers.py`.
 
 ## Runs
 

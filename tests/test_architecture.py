@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from gradmap_pipeline.checkpoint.architecture import find_layer_prefix, layer_of, prune_config
+from gradmap_pipeline.checkpoint.depth import prune_fields
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.model.architecture import find_layer_prefix, layer_of, prune_config
-from gradmap_pipeline.model.depth import prune_fields
 
 
 def write_config(folder: Path, model_type: str, **fields: Any) -> Path:

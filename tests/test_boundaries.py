@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradmap_pipeline.model.boundaries import Boundaries
+from gradmap_pipeline.sweep.boundaries import Boundaries
 
 
 def make_hidden(boundary: int, batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,11 +13,16 @@ from gradmap_plugins.gradmap_score import GradmapScore
 from tiny import make_model, make_text
 
 from gradmap_pipeline import CapacityError, ModelGraph
-from gradmap_pipeline.model import budget, parts
-from gradmap_pipeline.model.batches import Batch
-from gradmap_pipeline.model.budget import SweepNeeds, SweepWay, choose_way, measure_needs
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.layerwise import LayerwiseModel
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.sweep import budget, parts
+from gradmap_pipeline.sweep.batches import Batch
+from gradmap_pipeline.sweep.budget import (
+    SweepNeeds,
+    SweepWay,
+    choose_way,
+    measure_needs,
+)
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.testing import make_context, run_stage
 
 MIB = 1 << 20

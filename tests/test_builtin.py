@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from gradmap_pipeline.builtin.text import Split, load_documents
+from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.model.source import BUILTIN_FOLDER
 
 ROOT = Path(__file__).parent.parent
 

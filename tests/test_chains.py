@@ -18,9 +18,9 @@ from tiny import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.older import with_older_rope
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.older import with_older_rope
 from gradmap_pipeline.testing import run_stage
 
 pytestmark = pytest.mark.full
@@ -122,7 +122,7 @@ def test_wrong_order_is_found_by_kind(steps: list[dict[str, Any]], message: str,
 
 
 def test_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmap_pipeline import extras
+    from gradmap_pipeline.machine import extras
 
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("torchao", "onnxscript") else object())
     recipe = write_recipe(

@@ -12,8 +12,8 @@ import pytest
 from tiny import make_model, make_text
 from typer.testing import CliRunner
 
-from gradmap_pipeline import extras
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.machine import extras
 
 HELDOUT = {"dataset": {"path": "text.txt"}, "samples": 4, "sequence_length": 32}
 

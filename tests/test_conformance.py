@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from gradmap_pipeline import ModelGraph, Stage
-from gradmap_pipeline.catalog import load_catalog
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import GradmapError
-from gradmap_pipeline.memory import resident_bytes
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.machine.memory import resident_bytes
+from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.testing import check_stage
 
 STAGE = '''

@@ -12,7 +12,8 @@ from consumers_table import describe_placing, describe_run, make_page
 from typer.testing import CliRunner
 from walk import make_model
 
-from gradmap_pipeline.consumers import (
+from gradmap_pipeline.checkpoint.cadence import is_regular
+from gradmap_pipeline.export.consumers import (
     PLACINGS,
     complete_config,
     explain_removal,
@@ -20,8 +21,7 @@ from gradmap_pipeline.consumers import (
     name_programs,
     read_marks,
 )
-from gradmap_pipeline.llamacpp.limits import explain_deviations, explain_refusal, find_arrays
-from gradmap_pipeline.model.cadence import is_regular
+from gradmap_pipeline.export.llamacpp.limits import explain_deviations, explain_refusal, find_arrays
 
 DEPTH = 12
 EVERY = {period: tuple(layer % period == period - 1 for layer in range(DEPTH)) for period in (1, 2, 3, 4, 6)}
@@ -219,7 +219,7 @@ def test_configs_are_completed_where_a_program_places_layers(tmp_path: Path) -> 
 
 
 def test_check_warns_by_program(tmp_path: Path) -> None:
-    from gradmap_pipeline.commands import app
+    from gradmap_pipeline.cli.commands import app
 
     model = make_model(tmp_path / "model", "gemma3_text", num_hidden_layers=12, layer_types=windows(6))
     steps = [{"use": "prune", "with": {"layers": [1]}}, {"use": "export", "with": {"to": str(tmp_path / "out")}}]

@@ -12,16 +12,17 @@ import pytest
 from tiny import make_model, make_text
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import costs, rehearsal
+from gradmap_pipeline.checkpoint.checkpoint import read_header
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.estimate import Estimate
-from gradmap_pipeline.machine import Machine
-from gradmap_pipeline.model import layerwise
-from gradmap_pipeline.model.checkpoint import read_header
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.rates import time_call
-from gradmap_pipeline.rehearsal import Rehearsal
+from gradmap_pipeline.cost import rehearsal
+from gradmap_pipeline.cost.estimate import Estimate
+from gradmap_pipeline.cost.rates import time_call
+from gradmap_pipeline.cost.rehearsal import Rehearsal
+from gradmap_pipeline.machine.machine import Machine
 from gradmap_pipeline.report.reporters import format_seconds
+from gradmap_pipeline.run import costs
+from gradmap_pipeline.sweep import layerwise
 
 RECIPE = """\
 version: 1
@@ -200,7 +201,7 @@ def test_each_step_that_does_not_fit_is_named(folder: Path, monkeypatch: pytest.
 
 
 def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmap_pipeline.model import ridge
+    from gradmap_pipeline.correction import ridge
 
     monkeypatch.setattr(ridge, "room_for", lambda inputs, width: 1 << 50)
     result = gradmap("plan", "r.yaml")

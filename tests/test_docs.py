@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tools.reference import make_pages
 
-from gradmap_pipeline.catalog import load_catalog
-from gradmap_pipeline.plan import make_plan
-from gradmap_pipeline.recipe import load_recipe
+from gradmap_pipeline.recipe.catalog import load_catalog
+from gradmap_pipeline.recipe.plan import make_plan
+from gradmap_pipeline.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,10 +13,10 @@ from gradmap_plugins.evaluate import Evaluate
 from transformers import AutoModelForCausalLM
 
 from gradmap_pipeline import ModelForecast, OptionError, QualityError
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import load_tokenizer
-from gradmap_pipeline.model import budget
-from gradmap_pipeline.model.budget import SweepWay, choose_way
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.sweep import budget
+from gradmap_pipeline.sweep.budget import SweepWay, choose_way
 from gradmap_pipeline.testing import run_stage
 
 

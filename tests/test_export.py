@@ -15,12 +15,20 @@ from gradmap_plugins.export import ExportModel
 from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradmap_pipeline import Evaluation, Export, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
-from gradmap_pipeline.digests import sha256_of
-from gradmap_pipeline.model.batches import make_batches
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.sweep import Sweep
+from gradmap_pipeline import (
+    Evaluation,
+    Export,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    StageError,
+    TensorFile,
+)
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.machine.digests import sha256_of
+from gradmap_pipeline.sweep.batches import make_batches
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+from gradmap_pipeline.sweep.sweep import Sweep
 from gradmap_pipeline.testing import run_stage
 
 
@@ -224,7 +232,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch, transformers
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.testing import run_stage
 from gradmap_plugins.export import ExportModel
 transformers.LlamaForCausalLM

@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 from walk import make_model as make_any_model
 
 from gradmap_pipeline import ModelGraph, OptionError, StageError
-from gradmap_pipeline.catalog import load_catalog
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import RecipeError
-from gradmap_pipeline.llamacpp import pythons
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.plan import Plan, make_plan
-from gradmap_pipeline.recipe import load_recipe
+from gradmap_pipeline.export.llamacpp import pythons
+from gradmap_pipeline.export.verify import verify_folder
+from gradmap_pipeline.recipe.catalog import load_catalog
+from gradmap_pipeline.recipe.plan import Plan, make_plan
+from gradmap_pipeline.recipe.recipe import load_recipe
 from gradmap_pipeline.testing import run_stage
-from gradmap_pipeline.verify import verify_folder
 
 CONVERTER = """
 import json, sys

@@ -13,9 +13,16 @@ from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from gradmap_pipeline import CalibrationSet, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
-from gradmap_pipeline.model.batches import count_predicted
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline import (
+    CalibrationSet,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    StageError,
+    TensorFile,
+)
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.sweep.batches import count_predicted
 from gradmap_pipeline.testing import make_context, run_stage
 
 
@@ -173,7 +180,7 @@ def test_half_precision_does_not_lose_small_gradients(
     model: ModelGraph, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if there were 100,000 tokens: gradients of their mean are below what float16 can hold."""
-    from gradmap_pipeline.model import parts
+    from gradmap_pipeline.sweep import parts
 
     monkeypatch.setattr(parts, "count_predicted", lambda batches: count_predicted(batches) * 1000)
     stage = GradmapScore.model_validate({"schedule": "one_shot", "layers": 1})

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 
 from gradmap_pipeline import ModelGraph, TensorFile
+from gradmap_pipeline.checkpoint.graph import open_folder, open_model
+from gradmap_pipeline.checkpoint.source import ModelSource, count_layers, count_positions
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.model.graph import open_folder, open_model
-from gradmap_pipeline.model.source import ModelSource, count_layers, count_positions
 
 Q0, Q3 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 3))
 

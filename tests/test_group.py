@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gradmap_pipeline import StageError
-from gradmap_pipeline.group import Group
+from gradmap_pipeline.machine.group import Group
 
 pytestmark = pytest.mark.full
 

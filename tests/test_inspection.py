@@ -86,8 +86,8 @@ def test_config_alone_refuses(written: dict[str, Any], message: str, text: Path,
 def test_hub_model_is_refused_before_its_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
+    from gradmap_pipeline.checkpoint.source import ModelSource
     from gradmap_pipeline.errors import ModelError
-    from gradmap_pipeline.model.source import ModelSource
 
     def fetch_config(name: str, file: str, revision: str | None = None) -> str:
         assert (name, file, revision) == ("someone/model-gptq", "config.json", None)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import Environment, StageError, environment
+from gradmap_pipeline import Environment, StageError
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.environment import Workplace
+from gradmap_pipeline.machine import environment
+from gradmap_pipeline.machine.environment import Workplace
 
 pytestmark = pytest.mark.full
 
@@ -176,12 +177,12 @@ class Recorder:
 
 
 def test_what_the_stage_tells_arrives_in_order(folder: Path) -> None:
-    from gradmap_pipeline.catalog import load_catalog
-    from gradmap_pipeline.machine import Machine
-    from gradmap_pipeline.plan import make_plan
-    from gradmap_pipeline.recipe import load_recipe
-    from gradmap_pipeline.runner import run_plan
-    from gradmap_pipeline.store import Store
+    from gradmap_pipeline.machine.machine import Machine
+    from gradmap_pipeline.recipe.catalog import load_catalog
+    from gradmap_pipeline.recipe.plan import make_plan
+    from gradmap_pipeline.recipe.recipe import load_recipe
+    from gradmap_pipeline.run.runner import run_plan
+    from gradmap_pipeline.run.store import Store
 
     recorder = Recorder()
     plan = make_plan(load_recipe(folder / "r.yaml"), load_catalog([folder / "p.py"]))

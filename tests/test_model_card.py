@@ -11,11 +11,11 @@ from tiny import make_model
 from walk import make_model as make_any_model
 
 from gradmap_pipeline import Evaluation, ModelGraph
-from gradmap_pipeline.folders import write_card
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.report.base_card import carried_metadata
-from gradmap_pipeline.report.card_usage import Format
-from gradmap_pipeline.report.model_card import Holding, make_model_card
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.export.base_card import carried_metadata
+from gradmap_pipeline.export.card_usage import Format
+from gradmap_pipeline.export.folders import write_card
+from gradmap_pipeline.export.model_card import Holding, make_model_card
 
 PLAIN = Holding("safetensors", {"model.safetensors": 1234})
 

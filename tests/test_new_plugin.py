@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.new_plugin import KINDS
+from gradmap_pipeline.cli.new_plugin import KINDS
+from gradmap_pipeline.recipe.catalog import load_catalog
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -117,7 +117,7 @@ def test_empty_folder_is_filled(workplace: Path) -> None:
 
 
 def test_failure_on_the_way_leaves_nothing(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradmap_pipeline.new_plugin.replace_folder", fail)
+    monkeypatch.setattr("gradmap_pipeline.cli.new_plugin.replace_folder", fail)
     result = CliRunner().invoke(app, ["new-plugin", "drop-ends"])
     assert result.exit_code == 2
     assert "'drop-ends' cannot be written: Permission denied" in result.stderr

@@ -15,10 +15,10 @@ from test_onnx_programs import REAL
 from tiny import make_model
 from transformers import AutoTokenizer
 
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.older_tokenizer import with_older_words
-from gradmap_pipeline.model.source import BUILTIN_FOLDER
-from gradmap_pipeline.model.tokenizer_check import TEXTS
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.older_tokenizer import with_older_words
+from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
+from gradmap_pipeline.checkpoint.tokenizer_check import TEXTS
 from gradmap_pipeline.testing import run_stage
 
 CONFIG = "tokenizer_config.json"

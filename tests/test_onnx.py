@@ -23,12 +23,12 @@ from gradmap_plugins.export import ExportModel
 from gradmap_plugins.prune import Prune
 
 from gradmap_pipeline import ModelGraph, OnnxFolder, StageError
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.errors import CapacityError, ModelError
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.source import BUILTIN_FOLDER
-from gradmap_pipeline.model.survey import Survey
-from gradmap_pipeline.ort import apart
-from gradmap_pipeline.ort.session import OnnxSession
+from gradmap_pipeline.export.ort import apart
+from gradmap_pipeline.export.ort.session import OnnxSession
+from gradmap_pipeline.sweep.survey import Survey
 from gradmap_pipeline.testing import run_stage
 
 pytestmark = pytest.mark.full

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gradmap_pipeline.ort.blocks import Blocks, quantise_rows
-from gradmap_pipeline.ort.gptq import quantise_for_inputs
+from gradmap_pipeline.export.ort.blocks import Blocks, quantise_rows
+from gradmap_pipeline.export.ort.gptq import quantise_for_inputs
 
 pytestmark = pytest.mark.full
 
@@ -112,8 +112,8 @@ def test_onnx_runtime_reads_the_same_bytes(bits: int, width: int, size: int) -> 
     """The product and the table of one packed matrix, beside its numbers in fp64."""
     onnx_ir = pytest.importorskip("onnx_ir")
     onnxruntime = pytest.importorskip("onnxruntime")
-    from gradmap_pipeline.ort.matrices import find_matrices
-    from gradmap_pipeline.ort.operators import replace_matrices
+    from gradmap_pipeline.export.ort.matrices import find_matrices
+    from gradmap_pipeline.export.ort.operators import replace_matrices
 
     matrix = make_matrix(20, width)
     text = (

@@ -19,9 +19,9 @@ from gradmap_plugins.export import ExportModel
 from gradmap_plugins.quantize_onnx import QuantizeOnnx
 
 from gradmap_pipeline import ModelGraph, OnnxFolder
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.source import BUILTIN_FOLDER
-from gradmap_pipeline.ort.session import OnnxSession
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
+from gradmap_pipeline.export.ort.session import OnnxSession
 from gradmap_pipeline.testing import run_stage
 
 pytestmark = pytest.mark.slow

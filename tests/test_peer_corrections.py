@@ -20,9 +20,17 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import CalibrationForecast, CalibrationSet, ModelError, ModelForecast, ModelGraph, OptionError, StageError
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.survey import Survey
+from gradmap_pipeline import (
+    CalibrationForecast,
+    CalibrationSet,
+    ModelError,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    StageError,
+)
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.sweep.survey import Survey
 from gradmap_pipeline.testing import make_context, run_stage
 
 LAYERS = 5
@@ -256,8 +264,8 @@ def test_no_linear_map_to_the_output_is_told_before_a_step_runs(stage: Any, tmp_
 
 
 def test_corrections_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:
-    from gradmap_pipeline.model.correction import write_patches
-    from gradmap_pipeline.model.streams import open_streams
+    from gradmap_pipeline.correction.correction import write_patches
+    from gradmap_pipeline.correction.streams import open_streams
 
     model, calibration = make_inputs(tmp_path, text)
     context = make_context(tmp_path / "out")

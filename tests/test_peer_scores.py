@@ -33,7 +33,7 @@ from gradmap_pipeline import (
     StageError,
     TensorFile,
 )
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.testing import run_stage
 
 LAYERS = 6
@@ -201,9 +201,9 @@ def test_scores_in_parts_are_those_of_the_whole(model: ModelGraph, calibration: 
     """Sums over samples: two halves add up to what both give together."""
     from gradmap_plugins.perplexity_score import measure_losses
 
-    from gradmap_pipeline.model.batches import make_batches
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.sweep.batches import make_batches
+    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+    from gradmap_pipeline.sweep.sweep import Sweep
 
     ids, mask = calibration.load()
     layerwise = LayerwiseModel(model)

@@ -19,7 +19,7 @@ from gradmap_plugins.shortgpt_score import ShortgptScore
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.testing import run_stage
 
 pytestmark = pytest.mark.slow

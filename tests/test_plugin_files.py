@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.recipe.catalog import load_catalog
 
 PLUGIN = '''
 from pydantic import BaseModel

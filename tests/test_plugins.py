@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gradmap_pipeline.catalog import Catalog, load_catalog
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import PluginError
+from gradmap_pipeline.recipe.catalog import Catalog, load_catalog
 
 THIRD_PARTY = Path(__file__).parent / "third_party" / "gradmap-top-layers"
 RECIPE = "version: 1\nmodel: {path: MODEL}\nsteps:\n  - use: top_layers_score\n  - use: prune\n    with: {layers: 2}\n"

@@ -8,12 +8,12 @@ from threading import Event
 import pytest
 import torch
 
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.model.batches import make_batches
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.prefetch import Prefetcher
-from gradmap_pipeline.model.sweep import Sweep
+from gradmap_pipeline.sweep.batches import make_batches
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+from gradmap_pipeline.sweep.prefetch import Prefetcher
+from gradmap_pipeline.sweep.sweep import Sweep
 
 CPU = torch.device("cpu")
 

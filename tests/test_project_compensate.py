@@ -18,14 +18,25 @@ from transformers import AutoModelForCausalLM
 from walk import make_calibration
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import CalibrationSet, CapacityError, ModelError, ModelGraph, StageError
-from gradmap_pipeline.memory import resident_bytes
-from gradmap_pipeline.model.batches import make_batches
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.ridge import check_room, solve_ridge
-from gradmap_pipeline.model.sites import NoSiteError, Site, check_gain, find_sites
-from gradmap_pipeline.model.sweep import Sweep
+from gradmap_pipeline import (
+    CalibrationSet,
+    CapacityError,
+    ModelError,
+    ModelGraph,
+    StageError,
+)
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.correction.ridge import check_room, solve_ridge
+from gradmap_pipeline.correction.sites import (
+    NoSiteError,
+    Site,
+    check_gain,
+    find_sites,
+)
+from gradmap_pipeline.machine.memory import resident_bytes
+from gradmap_pipeline.sweep.batches import make_batches
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+from gradmap_pipeline.sweep.sweep import Sweep
 from gradmap_pipeline.testing import make_context, run_stage
 
 DOWN = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2"}

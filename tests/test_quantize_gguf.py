@@ -17,14 +17,21 @@ from test_export_gguf import exporting, make_converter, plan
 from tiny import make_model
 from typer.testing import CliRunner
 
-from gradmap_pipeline import DatasetSource, Evaluation, GgufFolder, OptionError, QualityError, StageError
+from gradmap_pipeline import (
+    DatasetSource,
+    Evaluation,
+    GgufFolder,
+    OptionError,
+    QualityError,
+    StageError,
+)
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data import load_tokenizer, make_sequences
 from gradmap_pipeline.errors import RecipeError
-from gradmap_pipeline.exports import GgufForecast
-from gradmap_pipeline.llamacpp import pythons
-from gradmap_pipeline.llamacpp.parity import choose_lengths, compare_logits, make_prompts
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.export.exports import GgufForecast
+from gradmap_pipeline.export.llamacpp import pythons
+from gradmap_pipeline.export.llamacpp.parity import choose_lengths, compare_logits, make_prompts
 from gradmap_pipeline.testing import make_context, run_stage
 
 HALVES = "open(target, 'wb').write(open(source, 'rb').read()[:8] + kind.encode())"
@@ -63,7 +70,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "runner.py"
     file.write_text(RUNNER)
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: [])
-    monkeypatch.setattr("gradmap_pipeline.llamacpp.session.RUNNER", file)
+    monkeypatch.setattr("gradmap_pipeline.export.llamacpp.session.RUNNER", file)
     return file
 
 
@@ -306,7 +313,7 @@ def test_a_model_that_is_too_short(
     positions: int, window: int | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"model_type": "mistral", "max_position_embeddings": positions, "sliding_window": window}
-    monkeypatch.setattr("gradmap_pipeline.model.architecture.full_config", lambda _: config)
+    monkeypatch.setattr("gradmap_pipeline.checkpoint.architecture.full_config", lambda _: config)
     with pytest.raises(StageError, match=message):
         make_prompts(open_folder(make_model(tmp_path / "model")), 32, 0)
 

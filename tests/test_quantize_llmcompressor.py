@@ -16,12 +16,12 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import quantised
+from gradmap_pipeline.checkpoint.graph import ModelGraph, open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import StageError
-from gradmap_pipeline.model.graph import ModelGraph, open_folder
-from gradmap_pipeline.quantised import write_quantised
-from gradmap_pipeline.targets import new_folder
+from gradmap_pipeline.export import quantised
+from gradmap_pipeline.export.quantised import write_quantised
+from gradmap_pipeline.stages.targets import new_folder
 from gradmap_pipeline.testing import make_context
 
 pytestmark = pytest.mark.full

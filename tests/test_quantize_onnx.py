@@ -19,14 +19,19 @@ from gradmap_plugins.calibrate import Calibrate
 from gradmap_plugins.quantize_onnx import QuantizeOnnx
 from test_onnx import export, make_pruned
 
-from gradmap_pipeline import CalibrationSet, OnnxFolder, OptionError, QualityError
-from gradmap_pipeline.agreement import compare_models, cut_batches
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.source import BUILTIN_FOLDER
-from gradmap_pipeline.ort.inputs import collect_squares, make_groups
-from gradmap_pipeline.ort.layout import find_graph
-from gradmap_pipeline.ort.matrices import find_matrices
-from gradmap_pipeline.ort.session import OnnxSession
+from gradmap_pipeline import (
+    CalibrationSet,
+    OnnxFolder,
+    OptionError,
+    QualityError,
+)
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
+from gradmap_pipeline.export.agreement import compare_models, cut_batches
+from gradmap_pipeline.export.ort.inputs import collect_squares, make_groups
+from gradmap_pipeline.export.ort.layout import find_graph
+from gradmap_pipeline.export.ort.matrices import find_matrices
+from gradmap_pipeline.export.ort.session import OnnxSession
 from gradmap_pipeline.testing import run_stage
 
 pytestmark = pytest.mark.full

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.plan import make_plan
-from gradmap_pipeline.recipe import load_recipe
-from gradmap_pipeline.schema import make_schema
+from gradmap_pipeline.recipe.catalog import load_catalog
+from gradmap_pipeline.recipe.plan import make_plan
+from gradmap_pipeline.recipe.recipe import load_recipe
+from gradmap_pipeline.recipe.schema import make_schema
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

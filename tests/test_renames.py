@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import gradmap_pipeline
-from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import PluginError
+from gradmap_pipeline.recipe.catalog import load_catalog
 
 PLUGIN = '''
 from typing import ClassVar

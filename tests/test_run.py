@@ -128,7 +128,7 @@ def test_second_run_computes_nothing(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 30
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "gradmap_pipeline.runner" in imported
+    assert "gradmap_pipeline.run.runner" in imported
     assert "torch" not in imported
     second = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(event["cached"] for event in second if event["event"] == "step_finished")

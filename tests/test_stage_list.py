@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.extras import explain_missing
+from gradmap_pipeline.machine.extras import explain_missing
 
 STAGE = '''
 from collections.abc import Callable

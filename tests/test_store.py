@@ -10,10 +10,17 @@ import pytest
 import torch
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Artifact, ExportedFile, ModelGraph, OnnxFolder, TensorFile, TransformersFolder
-from gradmap_pipeline.digests import sha256_of
-from gradmap_pipeline.model.graph import BaseCheckpoint
-from gradmap_pipeline.store import Store
+from gradmap_pipeline import (
+    Artifact,
+    ExportedFile,
+    ModelGraph,
+    OnnxFolder,
+    TensorFile,
+    TransformersFolder,
+)
+from gradmap_pipeline.checkpoint.graph import BaseCheckpoint
+from gradmap_pipeline.machine.digests import sha256_of
+from gradmap_pipeline.run.store import Store
 
 KEY = "a" * 64
 
@@ -151,8 +158,8 @@ def test_digest_is_read_again_only_when_the_file_changes(store: Store, tmp_path:
         read.append(path)
         return sha256_of(path)
 
-    monkeypatch.setattr("gradmap_pipeline.store.sha256_of", counted)
-    monkeypatch.setattr("gradmap_pipeline.store._UNSETTLED_NS", 0)
+    monkeypatch.setattr("gradmap_pipeline.run.store.sha256_of", counted)
+    monkeypatch.setattr("gradmap_pipeline.run.store._UNSETTLED_NS", 0)
     file = tmp_path / "file"
     file.write_text("one")
     first = store.digest_of(file)
@@ -172,7 +179,7 @@ def test_digest_of_a_file_that_has_just_changed_is_not_remembered(store: Store, 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"x": 1}'])
 def test_damaged_list_of_digests_is_made_again(store: Store, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradmap_pipeline.store._UNSETTLED_NS", 0)
+    monkeypatch.setattr("gradmap_pipeline.run.store._UNSETTLED_NS", 0)
     file = tmp_path / "file"
     file.write_text("one")
     (store.root / "files.json").write_text(content)

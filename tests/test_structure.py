@@ -14,19 +14,8 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
-    "interruptions", "errors", "shortages", "processes", "streams", "supervision", "extras", "digests", "file_kinds", "group",
-    "memory", "estimate", "machine", "partial", "environment", "artifacts",
-    "input_files",
-    "yaml_positions", "validation", "targets", "stage",
-    "plugin_files", "plugin_contract", "places", "asking", "exporting", "hookspecs",
-    "removal", "builtin", "model", "consumers", "llamacpp",
-    "exports", "listening", "output_checks", "perplexity", "agreement", "ort", "data", "tasks",
-    "rates", "trial", "rehearsal", "ranking", "scoring", "compensating", "stage_code", "catalog", "recipe", "renames", "plan",
-    "inspection", "costs", "store", "schema", "report", "folders", "quantised", "verify",
-    "isolation", "worker", "keys", "step_context",
-    "runner", "comparison", "testing", "witness", "conformance", "sample_inputs", "stage_check",
-    "template", "new_plugin", "shipped_recipes",
-    "ending", "command_options", "command_arguments", "material_commands", "commands", "cli", "__main__",
+    "interruptions", "errors", "text", "machine", "artifacts", "builtin", "checkpoint", "sweep", "data", "correction", "cost",
+    "stages", "recipe", "tasks", "export", "run", "report", "testing", "template", "cli", "__main__",
 ]  # fmt: skip
 """Lowest first: a module imports, at module level, only from those before it, and from its own package."""
 

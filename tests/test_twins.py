@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from walk import make_model
 
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.twins import check_twins
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.survey import Survey
-from gradmap_pipeline.model.twins import check_twins
+from gradmap_pipeline.sweep.survey import Survey
 
 MEMORY = 1 << 30
 
@@ -57,7 +57,7 @@ def test_differences_are_named(architecture: str, kept: list[int], message: str 
 
 def test_a_rule_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the rule for max_window_layers, Qwen2's windows would move; without that for layer_types too."""
-    from gradmap_pipeline.model import depth
+    from gradmap_pipeline.checkpoint import depth
 
     base = open_folder(make_model(tmp_path, "deepseek_v3")).base
     check_twins(base, [1, 2, 3])
@@ -113,9 +113,9 @@ def test_sweeps_notice_shared_states(tmp_path: Path) -> None:
     """Keys and values that layers leave for others are no part of the hidden states."""
     import torch
 
-    from gradmap_pipeline.model.batches import make_batches
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.sweep.batches import make_batches
+    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+    from gradmap_pipeline.sweep.sweep import Sweep
 
     model = LayerwiseModel(open_folder(make_model(tmp_path, "gemma4_unified_text")))
     sweep = Sweep(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))

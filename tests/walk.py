@@ -26,13 +26,18 @@ from transformers.models.auto.modeling_auto import (
 )
 from zoo import DEPTH, make_config
 
-from gradmap_pipeline import CalibrationSet, ModelGraph, Survey, TensorFile
+from gradmap_pipeline import (
+    CalibrationSet,
+    ModelGraph,
+    Survey,
+    TensorFile,
+)
+from gradmap_pipeline.checkpoint.architecture import full_config
+from gradmap_pipeline.checkpoint.cadence import strict_cadences_of
+from gradmap_pipeline.checkpoint.graph import open_model
+from gradmap_pipeline.checkpoint.skeleton import find_layer_list
+from gradmap_pipeline.checkpoint.source import ModelSource
 from gradmap_pipeline.errors import GradmapError
-from gradmap_pipeline.model.architecture import full_config
-from gradmap_pipeline.model.cadence import strict_cadences_of
-from gradmap_pipeline.model.graph import open_model
-from gradmap_pipeline.model.skeleton import find_layer_list
-from gradmap_pipeline.model.source import ModelSource
 from gradmap_pipeline.testing import run_stage
 
 ARCHITECTURES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

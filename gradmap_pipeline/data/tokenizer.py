@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.graph import LONGEST_DEFAULT_SEQUENCE
 from ..errors import OptionError, StageError
-from ..model.graph import LONGEST_DEFAULT_SEQUENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..artifacts import CalibrationSet, ModelForecast
-    from ..model.graph import BaseCheckpoint, ModelGraph
+    from ..checkpoint.graph import BaseCheckpoint, ModelGraph
 
 
 def check_length(sequence_length: int | None, model: ModelForecast | None) -> int | None:
@@ -29,7 +29,7 @@ def check_length(sequence_length: int | None, model: ModelForecast | None) -> in
 
 def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the weights."""
-    from ..model import pretrained
+    from ..checkpoint import pretrained
 
     tokenizer = pretrained.load_tokenizer(base.folder)
     tokenizer.model_max_length = 10**30  # documents are cut into sequences here, not by the tokenizer
@@ -44,8 +44,8 @@ def check_tokenizer(calibration: CalibrationSet, model: ModelGraph) -> None:
 
 def count_embeddings(base: BaseCheckpoint) -> int:
     """Rows of the token embeddings as they lie in the checkpoint, whatever config.json says of the vocabulary."""
-    from ..model.pretrained import read_config
-    from ..model.skeleton import build_skeleton
+    from ..checkpoint.pretrained import read_config
+    from ..checkpoint.skeleton import build_skeleton
 
     skeleton = build_skeleton(read_config(base.folder), base.tensors)
     table: Any = skeleton.get_input_embeddings().weight

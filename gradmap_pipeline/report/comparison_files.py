@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..extras import explain_missing
-from ..targets import describe_folder, new_folder
-from .text import add_row, make_console, make_table, show
+from ..machine.extras import explain_missing
+from ..stages.targets import describe_folder, new_folder
+from ..text import (
+    add_row,
+    make_console,
+    make_table,
+    show,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..comparison import Comparison, Row
+    from ..run.comparison import Comparison, Row
 
 
 def _headings(comparison: Comparison) -> list[str]:

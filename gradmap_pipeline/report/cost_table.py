@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from ..costs import PlanCosts
-from ..estimate import Estimate
-from ..model.budget import format_size
+from ..cost.estimate import Estimate
+from ..run.costs import PlanCosts
+from ..sweep.budget import format_size
+from ..text import (
+    add_row,
+    dump_json,
+    make_console,
+    make_table,
+)
 from .reporters import format_seconds
-from .text import add_row, dump_json, make_console, make_table
 
 
 def print_costs(costs: PlanCosts | None) -> None:

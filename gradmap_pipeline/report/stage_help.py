@@ -10,12 +10,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from ..artifacts import Artifact
-from ..catalog import Catalog
 from ..errors import PluginError
-from ..plugin_files import show_module
-from ..schema import make_options_schema
-from ..stage import Stage, name_types
-from .text import dump_json, show, show_lines
+from ..recipe.catalog import Catalog
+from ..recipe.plugin_files import show_module
+from ..recipe.schema import make_options_schema
+from ..stages.stage import Stage, name_types
+from ..text import dump_json, show, show_lines
 
 
 def list_stages(catalog: Catalog) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..yaml_positions import MAX_DEPTH
+from ..recipe.yaml_positions import MAX_DEPTH
 from .data_files import READERS
 
 MAX_BYTES = 4 << 20

@@ -10,16 +10,16 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CapacityError, OptionError
-from ..shortages import is_shortage
-from ..streams import set_aside
+from ..machine.shortages import is_shortage
+from ..machine.streams import set_aside
 from .checks import find_local_tasks
 from .folder import TaskFolder
 from .guard import guarded
 
 if TYPE_CHECKING:
-    from ..exports import TransformersFolder
-    from ..model.graph import ModelGraph
-    from ..stage import Context
+    from ..checkpoint.graph import ModelGraph
+    from ..export.exports import TransformersFolder
+    from ..stages.stage import Context
 
 
 @cache
@@ -61,12 +61,12 @@ def make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_s
     """The model as lm-eval takes it: whole, in memory."""
     from lm_eval.models.huggingface import HFLM
 
-    from ..exports import load_folder
-    from ..memory import resident_bytes
-    from ..model.graph import ModelGraph
-    from ..model.lengths import lengths_apart
-    from ..model.rope import forget_lengths
-    from ..model.whole import load_whole
+    from ..checkpoint.graph import ModelGraph
+    from ..checkpoint.lengths import lengths_apart
+    from ..checkpoint.rope import forget_lengths
+    from ..export.exports import load_folder
+    from ..machine.memory import resident_bytes
+    from ..sweep.whole import load_whole
 
     width = 4 if context.dtype == "float32" else 2
     needed = model.count_parameters() * width if isinstance(model, ModelGraph) else model.count_bytes()

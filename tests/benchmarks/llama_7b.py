@@ -41,8 +41,8 @@ def make_checkpoint(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from gradmap_pipeline.model.checkpoint import read_header, split_shards, write_folder
-    from gradmap_pipeline.model.source import BUILTIN_FOLDER
+    from gradmap_pipeline.checkpoint.checkpoint import read_header, split_shards, write_folder
+    from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 
     folder.mkdir(parents=True)
     config = LlamaConfig(

@@ -27,7 +27,7 @@ def make_checkpoint(folder: Path, size: int, dtype: str) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gradmap_pipeline.model.source import BUILTIN_FOLDER
+    from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 
     width, words, item = 1024, 2048, 4 if dtype == "float32" else 2
     each = 4 * width * width + 3 * width * 2816

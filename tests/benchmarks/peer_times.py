@@ -35,10 +35,10 @@ def run_method(name: str, folder: Path | None) -> None:
 
     import torch
 
-    from gradmap_pipeline.catalog import load_catalog
-    from gradmap_pipeline.memory import resident_bytes
-    from gradmap_pipeline.model.graph import open_folder
-    from gradmap_pipeline.model.source import BUILTIN_FOLDER
+    from gradmap_pipeline.checkpoint.graph import open_folder
+    from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
+    from gradmap_pipeline.machine.memory import resident_bytes
+    from gradmap_pipeline.recipe.catalog import load_catalog
     from gradmap_pipeline.testing import run_stage
 
     torch.set_num_threads(1)

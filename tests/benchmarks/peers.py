@@ -24,10 +24,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from quality import LENGTH, Text
 
-from gradmap_pipeline import CalibrationSet, DatasetSource, ModelGraph, OptionError, Stage, StageError
-from gradmap_pipeline.catalog import load_catalog
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.source import BUILTIN_FOLDER
+from gradmap_pipeline import (
+    CalibrationSet,
+    DatasetSource,
+    ModelGraph,
+    OptionError,
+    Stage,
+    StageError,
+)
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
+from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.testing import run_stage
 
 RATIOS = (0.1, 0.25, 0.33)

@@ -81,9 +81,9 @@ def _logits(model: ModelGraph, ids: Any) -> Any:
     """Logits (8, T, V) of eight sequences at a time."""
     import torch
 
-    from gradmap_pipeline.model.batches import make_batches
-    from gradmap_pipeline.model.layerwise import LayerwiseModel
-    from gradmap_pipeline.model.sweep import Sweep
+    from gradmap_pipeline.sweep.batches import make_batches
+    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+    from gradmap_pipeline.sweep.sweep import Sweep
 
     layerwise = LayerwiseModel(model)
     for batch in make_batches(ids, torch.ones_like(ids), 8 * LENGTH):

@@ -18,11 +18,16 @@ import torch
 from gradmap_plugins.gradmap_score import gate_importance
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from gradmap_pipeline.memory import tune_allocator
-from gradmap_pipeline.model.batches import Batch, make_batches, next_token_losses, predicted_tokens
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.layerwise import LayerwiseModel
-from gradmap_pipeline.model.sweep import Sweep
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.machine.memory import tune_allocator
+from gradmap_pipeline.sweep.batches import (
+    Batch,
+    make_batches,
+    next_token_losses,
+    predicted_tokens,
+)
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+from gradmap_pipeline.sweep.sweep import Sweep
 
 
 def make_model(folder: Path) -> None:

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import CommandError
-from gradmap_pipeline.group import read_place
-from gradmap_pipeline.memory import parse_size
+from gradmap_pipeline.machine.group import read_place
+from gradmap_pipeline.machine.memory import parse_size
 
 
 @pytest.fixture

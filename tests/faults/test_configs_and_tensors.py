@@ -19,14 +19,14 @@ from spoilt import Q1, assert_refused, change_config, change_tensors, gradmap
 from tiny import make_model
 from zoo import make_config
 
+from gradmap_pipeline.checkpoint.architecture import prune_config
+from gradmap_pipeline.checkpoint.checkpoint import read_header
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.infinities import to_json
+from gradmap_pipeline.checkpoint.pretrained import read_config
+from gradmap_pipeline.checkpoint.skeleton import build_skeleton
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.model.architecture import prune_config
-from gradmap_pipeline.model.checkpoint import read_header
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.infinities import to_json
-from gradmap_pipeline.model.pretrained import read_config
-from gradmap_pipeline.model.skeleton import build_skeleton
-from gradmap_pipeline.model.survey import Survey
+from gradmap_pipeline.sweep.survey import Survey
 
 
 @pytest.fixture
@@ -243,9 +243,9 @@ def test_a_huge_config_takes_no_memory(model: Path) -> None:
     """In a process that may have 6 GiB of addresses, of which torch alone takes four."""
     code = (
         "import sys, json, resource; from pathlib import Path\n"
-        "from gradmap_pipeline.cli import app; from gradmap_pipeline.model.graph import open_folder\n"
-        "from gradmap_pipeline.model.pretrained import read_config\n"
-        "from gradmap_pipeline.model.skeleton import build_skeleton\n"
+        "from gradmap_pipeline.cli import app; from gradmap_pipeline.checkpoint.graph import open_folder\n"
+        "from gradmap_pipeline.checkpoint.pretrained import read_config\n"
+        "from gradmap_pipeline.checkpoint.skeleton import build_skeleton\n"
         "from gradmap_pipeline.errors import ModelError; import transformers\n"
         "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); folder = Path('model')\n"
         "tensors = open_folder(folder).base.tensors; config = json.loads((folder / 'config.json').read_text())\n"

@@ -15,11 +15,11 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from gradmap_pipeline.checkpoint.pretrained import load_tokenizer, read_config
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import ModelError, StageError
-from gradmap_pipeline.exports import load_folder
-from gradmap_pipeline.model.pretrained import load_tokenizer, read_config
-from gradmap_pipeline.verify import verify_folder
+from gradmap_pipeline.export.exports import load_folder
+from gradmap_pipeline.export.verify import verify_folder
 
 ROOT = Path(__file__).parent.parent.parent
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').write_text('')\nraise SystemExit('code of the checkpoint ran')\n"
@@ -130,8 +130,8 @@ def test_verify_opens_no_pickle(text: Path, tmp_path: Path, monkeypatch: pytest.
     _Opens.place = tmp_path / "ran"
     (out / "model.safetensors").unlink()
     torch.save({"model.norm.weight": _Opens()}, out / "pytorch_model.bin")
-    from gradmap_pipeline.digests import sha256_of_value
-    from gradmap_pipeline.targets import OWN_DIGEST, describe_file
+    from gradmap_pipeline.machine.digests import sha256_of_value
+    from gradmap_pipeline.stages.targets import OWN_DIGEST, describe_file
 
     lineage = json.loads((out / "gradmap.json").read_text())
     del lineage["files"]["model.safetensors"]
@@ -182,8 +182,8 @@ def calls_of_transformers(file: Path) -> set[str]:
 def test_one_file_asks_transformers_for_models() -> None:
     files = [*(ROOT / "gradmap_pipeline").rglob("*.py"), *(ROOT / "plugins").glob("*.py")]
     calling = {file.relative_to(ROOT).as_posix() for file in files if calls_of_transformers(file)}
-    assert calling == {"gradmap_pipeline/model/pretrained.py"}
-    for node in ast.walk(ast.parse((ROOT / "gradmap_pipeline/model/pretrained.py").read_text())):
+    assert calling == {"gradmap_pipeline/checkpoint/pretrained.py"}
+    for node in ast.walk(ast.parse((ROOT / "gradmap_pipeline/checkpoint/pretrained.py").read_text())):
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)

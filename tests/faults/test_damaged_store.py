@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.digests import sha256_of
-from gradmap_pipeline.store import Store
+from gradmap_pipeline.machine.digests import sha256_of
+from gradmap_pipeline.run.store import Store
 
 pytestmark = pytest.mark.full
 

@@ -17,11 +17,11 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from gradmap_pipeline import DatasetSource, StageError
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data import load_tokenizer, make_sequences
 from gradmap_pipeline.data.documents import Chat, LongText
 from gradmap_pipeline.data.files import find_files
-from gradmap_pipeline.model.graph import open_folder
 
 TEXTS = ["first", "second, with a\nnew line", "third"]
 NAMES = [

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from gradmap_pipeline import StageError
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.ending import endings
+from gradmap_pipeline.cli.ending import endings
 
 PLUGIN = '''
 import os, sys
@@ -208,7 +208,7 @@ def test_plan_tells_an_error_as_json(folder: Path) -> None:
 
 def test_entry_points_are_the_same() -> None:
     import gradmap_pipeline.cli
-    from gradmap_pipeline import commands
+    from gradmap_pipeline.cli import commands
 
     assert gradmap_pipeline.cli.app is commands.app
     with pytest.raises(AttributeError):

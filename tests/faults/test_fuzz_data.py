@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from gradmap_pipeline import DatasetSource
 from gradmap_pipeline.data import load_tokenizer, make_sequences
 from gradmap_pipeline.errors import GradmapError
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.checkpoint.graph import open_folder
 tokenizer = load_tokenizer(open_folder(Path(sys.argv[1])).base)
 for line in sys.stdin:
     file = Path(line.rstrip("\\n"))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gradmap_pipeline import input_files
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.machine import input_files
 
 RECIPE = "version: 1\nmodel: {builtin: docs-llama}\nsteps:\n  - use: evaluate\n    with: {dataset: {builtin: heldout}}\n"
 COMMANDS = ("check", "plan", "run", "compare")

@@ -18,8 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.digests import sha256_of, sha256_of_value
-from gradmap_pipeline.targets import find_foreign_files
+from gradmap_pipeline.machine.digests import sha256_of, sha256_of_value
+from gradmap_pipeline.stages.targets import find_foreign_files
 
 pytestmark = pytest.mark.full
 

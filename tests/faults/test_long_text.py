@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gradmap_pipeline import DatasetSource
 from gradmap_pipeline.builtin.text import load_documents
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import load_tokenizer, make_sequences
 from gradmap_pipeline.data.documents import LONG_BYTES
 from gradmap_pipeline.data.encoding import ENCODE_TOGETHER, encode_long
-from gradmap_pipeline.model.graph import open_folder
 
 pytestmark = pytest.mark.full
 

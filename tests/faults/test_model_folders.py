@@ -14,11 +14,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from spoilt import Q1, assert_refused, change_config, gradmap, shard, write_index
 
+from gradmap_pipeline.checkpoint.checkpoint import read_folder
+from gradmap_pipeline.checkpoint.graph import open_folder, open_model
+from gradmap_pipeline.checkpoint.pretrained import read_config
+from gradmap_pipeline.checkpoint.source import ModelSource, check_model_folder
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.model.checkpoint import read_folder
-from gradmap_pipeline.model.graph import open_folder, open_model
-from gradmap_pipeline.model.pretrained import read_config
-from gradmap_pipeline.model.source import ModelSource, check_model_folder
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_configs_leave_no_temporary_folder(model: Path, tmp_path: Path, monkeypa
     assert not list(place.iterdir())
     killed = (
         "import os, tempfile; tempfile.tempdir = os.environ['PLACE']\n"
-        "from gradmap_pipeline.partial import scratch_folder\n"
+        "from gradmap_pipeline.machine.partial import scratch_folder\n"
         "with scratch_folder(): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", killed], env={**os.environ, "PLACE": str(place)}, check=False)

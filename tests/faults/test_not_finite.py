@@ -14,9 +14,9 @@ from tiny import make_model
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline import Artifact, StageError
+from gradmap_pipeline.checkpoint.casts import cast
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.model.casts import cast
-from gradmap_pipeline.perplexity import perplexity_of
+from gradmap_pipeline.stages.perplexity import perplexity_of
 
 pytestmark = pytest.mark.full
 

@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from gradmap_pipeline import partial as module
-from gradmap_pipeline.partial import clear_partial_folders, partial_folder, replace_folder, scratch_folder, write_file
+from gradmap_pipeline.machine import partial as module
+from gradmap_pipeline.machine.partial import (
+    clear_partial_folders,
+    partial_folder,
+    replace_folder,
+    scratch_folder,
+    write_file,
+)
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from gradmap_pipeline.partial import partial_folder
+from gradmap_pipeline.machine.partial import partial_folder
 with partial_folder(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("half")
     print(folder.name, flush=True)
@@ -113,7 +119,7 @@ def test_two_processes_replace_a_folder_and_a_reader_finds_one_at_any_time(tmp_p
     write = """
 import sys
 from pathlib import Path
-from gradmap_pipeline.partial import partial_folder, replace_folder
+from gradmap_pipeline.machine.partial import partial_folder, replace_folder
 for number in range(100):
     with partial_folder(Path(sys.argv[1])) as folder:
         (folder / "file").write_text("whole")
@@ -186,7 +192,7 @@ def test_run_in_another_process_namespace_deletes_nothing(tmp_path: Path) -> Non
     elsewhere = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*elsewhere, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this user may not make process namespaces")
-    clear = "import sys; from pathlib import Path; from gradmap_pipeline.partial import clear_partial_folders as clear; "
+    clear = "import sys; from pathlib import Path; from gradmap_pipeline.machine.partial import clear_partial_folders as clear; "
     with partial_folder(tmp_path / "out") as partial:
         (partial / "file").write_text("half")
         subprocess.run([*elsewhere, sys.executable, "-c", clear + "clear(Path(sys.argv[1]))", str(tmp_path)], check=True)

@@ -140,7 +140,7 @@ def test_errors_that_nobody_can_read(folder: Path) -> None:
 
 def test_files_never_get_the_number_of_a_closed_stream(folder: Path) -> None:
     opened = "print(os.open('f', os.O_CREAT) > 2, file=open('n', 'w'))"
-    code = f"import os; from gradmap_pipeline.streams import guard_streams; guard_streams(); {opened}"
+    code = f"import os; from gradmap_pipeline.machine.streams import guard_streams; guard_streams(); {opened}"
     subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], cwd=folder, check=True)
     assert (folder / "n").read_text() == "True\n"
 

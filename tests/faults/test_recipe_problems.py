@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import RecipeError
-from gradmap_pipeline.plan import Plan, make_plan
-from gradmap_pipeline.recipe import load_recipe
-from gradmap_pipeline.yaml_positions import load_yaml
+from gradmap_pipeline.recipe.catalog import load_catalog
+from gradmap_pipeline.recipe.plan import Plan, make_plan
+from gradmap_pipeline.recipe.recipe import load_recipe
+from gradmap_pipeline.recipe.yaml_positions import load_yaml
 
 HEAD = "version: 1\nmodel: {builtin: docs-llama}\n"
 EVALUATE = "  - use: evaluate\n    with: {dataset: {builtin: heldout}}\n"

@@ -15,9 +15,9 @@ from walk import make_model as make_any_model
 from zoo import make_config
 
 from gradmap_pipeline import StageError, TransformersFolder
-from gradmap_pipeline.model.batches import make_batches
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.survey import Survey
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.sweep.batches import make_batches
+from gradmap_pipeline.sweep.survey import Survey
 from gradmap_pipeline.testing import make_context
 
 LENGTHS = (40, 7, 23, 40, 12)
@@ -93,7 +93,7 @@ def test_rows_of_one_batch_give_what_they_give_alone(architecture: str, tmp_path
 
 
 def open_config(folder: Path) -> dict[str, Any]:
-    from gradmap_pipeline.model.source import load_config
+    from gradmap_pipeline.checkpoint.source import load_config
 
     return load_config(folder)
 

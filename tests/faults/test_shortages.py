@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gradmap_pipeline.errors import StageError
-from gradmap_pipeline.shortages import Shortage, find_shortage, find_shortage_in
+from gradmap_pipeline.machine.shortages import Shortage, find_shortage, find_shortage_in
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts of Linux")]
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy, onnx, onnx_ir, torch
 import pyarrow, pyarrow.parquet
 from safetensors.torch import save_file
-from gradmap_pipeline.shortages import find_shortage
+from gradmap_pipeline.machine.shortages import find_shortage
 
 place, source = Path(sys.argv[1]), Path(sys.argv[2])
 values = torch.zeros(1 << 19)

@@ -15,8 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gradmap_pipeline.errors import CapacityError, GradmapError, Interruption, StageError
-from gradmap_pipeline.processes import explain_end, tie
+from gradmap_pipeline.errors import (
+    CapacityError,
+    GradmapError,
+    Interruption,
+    StageError,
+)
+from gradmap_pipeline.machine.processes import explain_end, tie
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
@@ -164,7 +169,7 @@ def test_second_interruption_ends_at_once(folder: Path) -> None:
 def test_ignored_signals_stay_ignored(folder: Path) -> None:
     """As under nohup."""
     code = (
-        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from gradmap_pipeline.ending import watch_signals;"
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); from gradmap_pipeline.cli.ending import watch_signals;"
         "watch_signals(); print(int(signal.getsignal(signal.SIGHUP)), signal.getsignal(signal.SIGTERM))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -214,11 +219,11 @@ def test_tracer_ends_with_its_parent(is_tied: bool, tmp_path: Path) -> None:
     """By the kernel, and by the end of its standard input where there is no such kernel."""
     pid = tmp_path / "pid"
     note = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid()))"
-    wait = "time.sleep(60)" if is_tied else "from gradmap_pipeline.ort.apart import _end_with_parent; _end_with_parent()"
+    wait = "time.sleep(60)" if is_tied else "from gradmap_pipeline.export.ort.apart import _end_with_parent; _end_with_parent()"
     command = [sys.executable, "-c", f"{note}; {wait}"]
     untie = "" if is_tied else "apart.tie = list; "
     run = f"apart._run({command!r}, Path({str(tmp_path / 'log')!r}))"
-    parent = f"from pathlib import Path; from gradmap_pipeline.ort import apart; {untie}{run}"
+    parent = f"from pathlib import Path; from gradmap_pipeline.export.ort import apart; {untie}{run}"
     process = subprocess.Popen([sys.executable, "-c", parent], text=True)
     try:
         wait_for(pid, process)

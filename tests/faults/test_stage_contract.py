@@ -9,9 +9,9 @@ from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 from gradmap_pipeline import ModelGraph, Stage
-from gradmap_pipeline.catalog import load_catalog
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import PluginError
+from gradmap_pipeline.recipe.catalog import load_catalog
 
 RANKING = '''
 from gradmap_pipeline import Decision, LayerScoring, Measure, hookimpl

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from gradmap_pipeline import OptionError, StageError
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.digests import sha256_of
-from gradmap_pipeline.model.graph import open_folder
+from gradmap_pipeline.machine.digests import sha256_of
 from gradmap_pipeline.tasks import TaskFolder
 from gradmap_pipeline.testing import run_stage
 

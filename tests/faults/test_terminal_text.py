@@ -12,11 +12,16 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.comparison import Comparison, Row
 from gradmap_pipeline.report.comparison_files import print_comparison, save_comparison
-from gradmap_pipeline.report.reporters import CompareReporter, LineReporter, QuietReporter, print_summary
-from gradmap_pipeline.report.summary import ModelRow, StepRow, Summary
-from gradmap_pipeline.report.text import dump_json, show, show_lines
+from gradmap_pipeline.report.reporters import (
+    CompareReporter,
+    LineReporter,
+    QuietReporter,
+    print_summary,
+)
+from gradmap_pipeline.run.comparison import Comparison, Row
+from gradmap_pipeline.run.summary import ModelRow, StepRow, Summary
+from gradmap_pipeline.text import dump_json, show, show_lines
 
 NASTY = "a\x1b[31m[/x] [bold]:smile:\x07\r\n\u202eb\u2066\x9b\udc80\x7f"
 SHOWN = r"a\x1b[31m[/x] [bold]:smile:\x07\r\n\u202eb\u2066\x9b\udc80\x7f"

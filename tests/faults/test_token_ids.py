@@ -13,8 +13,8 @@ from tiny import make_model
 from transformers import AutoTokenizer
 
 from gradmap_pipeline import StageError
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
-from gradmap_pipeline.model.graph import open_folder
 from gradmap_pipeline.testing import run_stage
 
 MESSAGE = r"token '<\|im_start\|>' has the id {}, but the model has {} token embeddings \(ids 0 to {}\); tokens were added to the"

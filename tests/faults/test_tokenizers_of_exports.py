@@ -17,14 +17,14 @@ from tiny import make_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from gradmap_pipeline.checkpoint import tokenizer_check
+from gradmap_pipeline.checkpoint.companions import find_companions, find_licences, find_tokenizer_files
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.tokenizer_check import check_tokenizer_copy
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import ModelError, StageError
-from gradmap_pipeline.model import tokenizer_check
-from gradmap_pipeline.model.companions import find_companions, find_licences, find_tokenizer_files
-from gradmap_pipeline.model.graph import open_folder
-from gradmap_pipeline.model.tokenizer_check import check_tokenizer_copy
+from gradmap_pipeline.export.verify import verify_folder
 from gradmap_pipeline.testing import run_stage
-from gradmap_pipeline.verify import verify_folder
 
 pytestmark = pytest.mark.full
 

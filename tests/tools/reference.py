@@ -9,11 +9,11 @@ from typing import Any
 
 import typer
 
-from gradmap_pipeline.catalog import Catalog, load_catalog
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.recipe import RecipeFile
+from gradmap_pipeline.recipe.catalog import Catalog, load_catalog
+from gradmap_pipeline.recipe.recipe import RecipeFile
 from gradmap_pipeline.report.stage_help import list_options
-from gradmap_pipeline.stage import name_types
+from gradmap_pipeline.stages.stage import name_types
 
 _NOTE = "<!-- Written by `make docs` from the code; do not edit. -->"
 

@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelGraph, Stage, TensorFile, hookimpl
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    LayerCompensation,
+    ModelGraph,
+    Stage,
+    TensorFile,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.model.sites import Site
-    from gradmap_pipeline.model.streams import Streams
+    from gradmap_pipeline.correction.sites import Site
+    from gradmap_pipeline.correction.streams import Streams
 
 
 class StageName(LayerCompensation):
@@ -30,20 +38,20 @@ class StageName(LayerCompensation):
         return 2 * 8 * width**2  # both sums that `collect_moments` keeps
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         layers_before_cuts(graph)
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.model.correction import layers_before_cuts
+        from gradmap_pipeline.correction.correction import layers_before_cuts
 
         yield from layers_before_cuts(streams.graph)
 
     def correct(
         self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
     ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
-        from gradmap_pipeline.model.correction import collect_moments, find_output, write_patches
-        from gradmap_pipeline.model.ridge import Moments
+        from gradmap_pipeline.correction.correction import collect_moments, find_output, write_patches
+        from gradmap_pipeline.correction.ridge import Moments
 
         site = find_output(streams, layer, known)
         moments, drift = collect_moments(streams, layer, site, "output", context)

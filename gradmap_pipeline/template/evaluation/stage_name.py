@@ -7,7 +7,17 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Artifact, Context, DatasetSource, ModelGraph, QualityError, Stage, StageError, Survey, hookimpl
+from gradmap_pipeline import (
+    Artifact,
+    Context,
+    DatasetSource,
+    ModelGraph,
+    QualityError,
+    Stage,
+    StageError,
+    Survey,
+    hookimpl,
+)
 
 
 class Accuracy(Artifact):
@@ -46,9 +56,9 @@ class StageName(Stage):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
-        from gradmap_pipeline.model.batches import make_batches, predicted_tokens
-        from gradmap_pipeline.model.layerwise import LayerwiseModel
-        from gradmap_pipeline.model.sweep import Sweep
+        from gradmap_pipeline.sweep.batches import make_batches, predicted_tokens
+        from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+        from gradmap_pipeline.sweep.sweep import Sweep
 
         base = inputs.model.base
         tokenizer, embeddings = load_tokenizer(base), count_embeddings(base)

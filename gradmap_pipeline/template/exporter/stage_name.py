@@ -6,7 +6,14 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Export, FolderExport, ModelGraph, Stage, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Export,
+    FolderExport,
+    ModelGraph,
+    Stage,
+    hookimpl,
+)
 
 
 class NumpyFolder(Export):
@@ -40,9 +47,9 @@ class StageName(FolderExport):
         import numpy
         import torch
 
-        from gradmap_pipeline.folders import make_lineage, write_companions
-        from gradmap_pipeline.model.checkpoint import load_tensor
-        from gradmap_pipeline.targets import describe_folder
+        from gradmap_pipeline.checkpoint.checkpoint import load_tensor
+        from gradmap_pipeline.export.folders import make_lineage, write_companions
+        from gradmap_pipeline.stages.targets import describe_folder
 
         model = inputs.model
         tensors = model.export_tensors()

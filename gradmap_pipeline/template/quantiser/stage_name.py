@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, FolderExport, ModelGraph, Stage, TransformersFolder, hookimpl
+from gradmap_pipeline import (
+    Context,
+    FolderExport,
+    ModelGraph,
+    Stage,
+    TransformersFolder,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +43,7 @@ class StageName(FolderExport):
         return {**super().forecast(inputs), "model": inputs.get("model")}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.quantised import write_quantised
+        from gradmap_pipeline.export.quantised import write_quantised
 
         with self.new_folder(inputs.model.base.folder) as new:
             exported = write_quantised(inputs.model, new, "safetensors", "int8 rounded", self._quantise, self, context)
@@ -45,7 +52,7 @@ class StageName(FolderExport):
     def _quantise(self, folder: Path) -> Any:
         import torch
 
-        from gradmap_pipeline.exports import load_folder
+        from gradmap_pipeline.export.exports import load_folder
 
         model = load_folder(folder)
         head = model.get_output_embeddings()

@@ -11,7 +11,7 @@ from gradmap_pipeline.testing import check_stage, make_inputs, run_stage
 
 
 def test_output_maps_before_the_cuts_are_scaled(tmp_path: Path) -> None:
-    from gradmap_pipeline.model.checkpoint import load_tensor
+    from gradmap_pipeline.checkpoint.checkpoint import load_tensor
 
     inputs = make_inputs(StageName, tmp_path)
     found = run_stage(StageName(), tmp_path / "run", **inputs)

@@ -1,0 +1,44 @@
+"""The arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .command_options import (
+    check_device,
+    check_size,
+    check_threads,
+    parse_path,
+    parse_store,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", parser=parse_path, help="Recipe file.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Replace one option of the recipe. Repeatable.")
+]
+PluginFiles = Annotated[
+    list[Path], typer.Option("--plugin", metavar="FILE", parser=parse_path, help="Python file with stages to use. Repeatable.")
+]
+StorePath = Annotated[
+    Path, typer.Option("--store", metavar="FOLDER", parser=parse_store, help="Folder for results, shared by all recipes.")
+]
+DeviceName = Annotated[
+    str, typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
+]
+DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type to compute in.")]
+MemorySize = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        callback=check_size,
+        help="Memory this process may use, as 3GiB; of the GPU, where there is one. Default: 80 % of what is free.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", callback=check_threads, help="CPU threads. Default: all cores.", show_default=False)
+]

@@ -1,0 +1,134 @@
+"""What options of the command line accept, and how a wrong one is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from ..run.store import Store
+
+_UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""Base of all complaints about arguments; typer has it from click or brings its own."""
+_THREADS_A_CORE = 4
+_STORE_HOLDS = {"steps", "units", "environments", "files.json", "traceback.txt", "stage.log", "quiet.log", ".gitignore"}
+
+
+class CommandGroup(TyperGroup):
+    """The commands; a wrong argument is told as every other error is, with exit code 2."""
+
+    def main(self, args: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:  # type: ignore[override]
+        from .ending import INTERRUPTED, has_told, tell_end
+
+        try:
+            code = super().main(args, standalone_mode=False, **extra)
+        except _UsageError as error:
+            code = _tell_usage(error, sys.argv[1:] if args is None else list(args))
+        except typer.Abort:
+            code = INTERRUPTED
+        if code == INTERRUPTED and not has_told():  # it came between two lines of ours
+            tell_end(KeyboardInterrupt())
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
+def _tell_usage(error: Any, arguments: list[str]) -> int:
+    from ..errors import CommandError
+    from ..report.reporters import make_reporter
+
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "gradmap"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return CommandError.exit_code
+    reporter = make_reporter(json="--json" in arguments, quiet=True)
+    reporter.error(CommandError.exit_code, f"{error.format_message().rstrip('.')}; see {path} --help", None)
+    return CommandError.exit_code
+
+
+def check_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
+        raise typer.BadParameter(f"found {device!r}, accepted: auto, cpu, cuda, cuda:1")
+    return device
+
+
+def check_size(size: str | None) -> str | None:
+    from ..machine.memory import parse_size
+
+    try:
+        if size is not None and parse_size(size) == 0:
+            raise ValueError(f"found {size!r}, accepted: a size such as 3GiB, 512MiB or 2.5GB")
+        return size
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def check_threads(threads: int | None) -> int | None:
+    most = _THREADS_A_CORE * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise typer.BadParameter(f"found {threads}, accepted: 1 to {most}, {_THREADS_A_CORE} for each core of this machine")
+    return threads
+
+
+def parse_path(text: str | Path) -> Path:
+    """A path; an empty one would be the current folder."""
+    if not str(text).strip():
+        raise typer.BadParameter("is empty; name a file or folder")
+    return Path(text)
+
+
+def parse_output(text: str | Path) -> Path:
+    """A folder that is there, or can be made."""
+    folder = parse_path(text)
+    try:
+        above = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if not above.is_dir():
+            raise typer.BadParameter(f"{str(above if above != folder.absolute() else folder)!r} is no folder; name a folder")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise typer.BadParameter(f"{str(folder)!r} cannot be written; name another folder")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{str(text)!r} cannot be a folder: {getattr(error, 'strerror', None) or error}") from None
+    return folder
+
+
+def parse_store(text: str | Path) -> Path:
+    """A folder that is a store, is empty, or can be made."""
+    store = Path(text)
+    try:
+        if not str(text).strip():
+            raise typer.BadParameter("is empty; name a folder")
+        above = next(folder for folder in (store.absolute(), *store.absolute().parents) if os.path.lexists(folder))
+        if not above.is_dir():
+            raise typer.BadParameter(f"{str(above if above != store.absolute() else store)!r} is a file; name a folder")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise typer.BadParameter(f"{str(store)!r} cannot be written; name another folder")
+        held = set(os.listdir(store)) if store.is_dir() else set()
+        if held and not held & _STORE_HOLDS:
+            raise typer.BadParameter(f"{str(store)!r} holds other things; name a new folder, or one that is a store")
+    except OSError as error:
+        raise typer.BadParameter(f"{str(text)!r} cannot be a folder: {error.strerror}") from None
+    return store
+
+
+def open_store(folder: Path) -> Store:
+    """Make the folder unless it is there. Raises `CommandError` where it cannot be used."""
+    from ..errors import CommandError
+    from ..machine.shortages import is_shortage
+    from ..run.store import Store
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").touch()
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        advice = "name a folder that can be written"
+        raise CommandError(f"--store {str(folder)!r} cannot be used: {error.strerror}; {advice}") from error
+    return Store(folder)

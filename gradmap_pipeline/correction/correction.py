@@ -1,0 +1,217 @@
+"""Correct what a kept layer writes to the residual stream, in closed form, inside weights that are there already.
+
+Sizes: N tokens that are not padding, F inputs of a linear map, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, Field
+
+from ..artifacts import Artifact, TensorFile
+from ..checkpoint.casts import FOR_WRITING, cast_all
+from ..errors import StageError
+from .sites import (
+    NoSiteError,
+    check_gain,
+    find_sites,
+    share_sites,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.graph import ModelGraph
+    from ..stages.stage import Context
+    from ..sweep.layerwise import LayerwiseModel
+    from .ridge import ChannelMoments, Moments
+    from .sites import Site
+    from .streams import Drift, Streams
+
+Space = Literal["input", "output"]
+"""`input`: a matrix is added to a linear map; `output`: it is multiplied by one."""
+Towards = Literal["identity", "zero"]
+"""What the regularised factor of an output correction is near when little is known."""
+
+
+class CorrectedSite(BaseModel):
+    """What was done at one layer."""
+
+    layer: int
+    """Base layer whose weights take the correction."""
+    parameter: str
+    kind: Literal["output", "norm", "attention"] = "output"
+    """`output`: a linear map that writes to the layer's output; `norm`: a norm that does; `attention`: a linear map before the
+    feed-forward part, corrected for what was missing when the layer began."""
+    shift: float
+    """‖E[h'] - E[h]‖ at the layer's output, before the correction."""
+    relative_shift: float
+    """Shift over the mean norm of h."""
+    missing_left: float
+    """Share of the squared missing residual that the correction leaves, on the calibration tokens."""
+
+
+class Compensation(Artifact):
+    """Where a pruned model was corrected, and how far it had drifted there."""
+
+    sites: tuple[CorrectedSite, ...]
+    shifts: dict[int, float] = Field(default_factory=dict)
+    """Mean shift by kept base layer, before any correction; where the choice of layers rests on it."""
+
+
+def layers_before_cuts(graph: ModelGraph) -> list[int]:
+    """Kept layers right below removed ones. Raises `StageError` where there are none."""
+    found = [layer for layer in graph.layers if layer + 1 in graph.removed]
+    if not found:
+        raise StageError("this correction needs a kept layer below a removed one, and none is")
+    return found
+
+
+def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Sequence[Site]:
+    """The sites of a base layer, in the order in which they write. `known`: by layer, those that were found before."""
+    if layer in known:
+        return known[layer]
+    pruned = streams.pruned
+    pruned.run_up_to(layer)
+    hidden = pruned.boundary(streams.graph.layers.index(layer), 0)
+    group = streams.group
+    with group.agreeing(NoSiteError), pruned.model.layer(layer):
+        sites = find_sites(pruned.model, layer, hidden, pruned.arguments(0, layer))
+    return share_sites({layer: sites}, group)[layer]
+
+
+def find_output(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
+    """The linear map that writes to a layer's output. Raises `StageError` where there is none."""
+    writing = [site for site in sites_of(streams, layer, known) if site.kind == "output"]
+    if not writing:
+        raise StageError(f"layer {layer} has no linear map that writes to its output, which this correction needs")
+    return writing[-1]
+
+
+def correct_site(
+    streams: Streams,
+    layer: int,
+    site: Site,
+    context: Context,
+    *,
+    space: Space,
+    ridge: float,
+    shrink: float = 0.0,
+    towards: Towards = "identity",
+) -> tuple[CorrectedSite, dict[str, TensorFile]]:
+    """Solve for the correction at one site, put it into the pruned stream, and write the patched tensors.
+
+    `ridge`: regularisation relative to the mean diagonal of the Gram matrix. `shrink`: how far corrections that explain little
+    are held back (`ridge.hold_back`).
+
+    Raises `NoSiteError` where it has no place or no target there.
+    """
+    model = streams.pruned.model
+    if site.kind == "attention" and layer < streams.graph.removed[0]:
+        raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
+    moments, drift = collect_moments(streams, layer, site, space, context)
+    new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
+    patches = write_patches(streams, layer, new, context)
+    corrected = CorrectedSite(
+        layer=layer,
+        parameter=f"{site.name}.weight",
+        kind=site.kind,
+        shift=drift.shift,
+        relative_shift=drift.relative_shift,
+        missing_left=left,
+    )
+    return corrected, patches
+
+
+def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor], context: Context) -> dict[str, TensorFile]:
+    """Write new values of a layer's parameters, in the type of the checkpoint, and use them in the pruned stream from now on."""
+    import torch
+
+    patches = {}
+    for parameter, value in new.items():
+        name = streams.pruned.model.disk_name(layer, parameter)
+        stored = streams.graph.stored_tensor(name)
+        if not value.isfinite().all():
+            raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
+        exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
+        rounded = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
+        patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
+        streams.pruned.model.override(layer, parameter, rounded)
+    streams.pruned.invalidate_from(layer)
+    return patches
+
+
+def solve_site(
+    model: LayerwiseModel,
+    layer: int,
+    site: Site,
+    moments: Moments | ChannelMoments,
+    *,
+    space: Space,
+    ridge: float,
+    shrink: float = 0.0,
+    towards: Towards = "identity",
+) -> tuple[dict[str, torch.Tensor], float]:
+    """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums."""
+    from .ridge import ChannelMoments
+
+    name = f"{site.name}.weight"
+    if isinstance(moments, ChannelMoments):
+        with model.layer(layer) as module:
+            parameters = {key: value.detach().double() for key, value in module.get_submodule(site.name).named_parameters()}
+        scale, shift, left = moments.solve(ridge, "bias" in parameters, shrink)
+        new = {name: parameters["weight"] + scale}
+        if "bias" in parameters:
+            new[f"{site.name}.bias"] = parameters["bias"] + shift / site.gain
+        return new, left
+    x, left = moments.solve(ridge, shrink) if towards == "identity" else moments.solve_factor(ridge)
+    with model.layer(layer) as module:
+        weight = module.get_parameter(name).detach().double()
+        weight = weight.T if site.transposed else weight  # (D, F)
+        new = {name: weight + (x.T if space == "input" else x.T @ weight)}
+        bias = getattr(module.get_submodule(site.name), "bias", None)
+        if space == "output" and bias is not None:
+            new[f"{site.name}.bias"] = bias.detach().double() + x.T @ bias.detach().double()
+        if site.transposed:
+            new[name] = new[name].T
+    return new, left
+
+
+def collect_moments(
+    streams: Streams, layer: int, site: Site, space: Space, context: Context
+) -> tuple[Moments | ChannelMoments, Drift]:
+    """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
+    import torch
+
+    from .ridge import ChannelMoments, Moments, check_room
+    from .streams import Drift, capture
+
+    position = streams.graph.layers.index(layer)
+    pruned = streams.pruned
+    pruned.run_up_to(layer)
+    hidden = pruned.boundary(position, 0)
+    size, width = (site.inputs if space == "input" else hidden.shape[-1]), hidden.shape[-1]
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=hidden.device)
+
+    moments: Moments | ChannelMoments
+    if site.kind == "norm":
+        moments = ChannelMoments(zeros(4, width))
+    else:
+        check_room(size, width, context.memory, context.device)
+        moments = Moments(zeros(size, size), zeros(size, width), 0.0)
+    drift = Drift()
+    with pruned.look(layer) as step:
+        check_gain(pruned.model, layer, hidden, pruned.arguments(0, layer), site)
+        with capture(pruned.model, layer, site, space) as captured:
+            for visit in step:
+                drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
+                missing = target - drifted if site.kind != "attention" else streams.missing_before(layer, visit)
+                moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], missing)
+                drift.add(drifted, target)
+    streams.join(drift, layer)
+    moments.join(streams.group)
+    return moments, drift

@@ -1,0 +1,165 @@
+"""Ridge regression from sums over tokens, in fp64 and in place.
+
+Sizes: N tokens, F inputs, D outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import CapacityError, StageError
+from ..machine.memory import give_back, resident_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..machine.group import Group
+
+_COLUMNS = 512  # solved for at a time
+
+
+def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
+    """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64; and its value less ‖R‖².
+
+    λ is `ridge` times the mean of the diagonal of AᵀA. Both matrices are overwritten, `cross` by X, so that these two
+    and a block of columns are all there is in memory.
+    """
+    import torch
+
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()))
+    factor, failed = torch.linalg.cholesky_ex(gram.mT, out=(gram.mT, torch.empty((), dtype=torch.int32, device=gram.device)))
+    if int(failed):
+        raise StageError("the calibration tokens do not determine the correction (singular Gram matrix); raise 'ridge'")
+    gained = 0.0
+    for block in cross.split(_COLUMNS, dim=1):
+        x = torch.linalg.solve_triangular(factor.mT, torch.linalg.solve_triangular(factor, block, upper=False), upper=True)
+        gained += float((x * block).sum())  # ‖A X - R‖² + λ‖X‖² = ‖R‖² - ⟨X, AᵀR⟩
+        block.copy_(x)
+    return cross, -gained
+
+
+def hold_back(missing: float, along: float, squares: float, shrink: float) -> tuple[float, float]:
+    """The factor e / (e + shrink) for a correction that explains a share e of ‖R‖², and the share that is left with it.
+
+    `missing` is ‖R‖², `along` ⟨AX, R⟩, `squares` ‖AX‖². A correction that explains little is mostly fitted to these very tokens,
+    and does harm on others. Like the factor of Stein's estimator, https://www.jstor.org/stable/2284155, it is close to 1 where the
+    signal is large against the noise.
+    """
+    total = max(missing, 1e-300)
+    explained = max(0.0, (2 * along - squares) / total)
+    factor = explained / (explained + shrink) if shrink else 1.0
+    return factor, (missing - 2 * factor * along + factor**2 * squares) / total
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, fp64, from which a correction at one layer follows."""
+
+    gram: torch.Tensor
+    """AᵀA (F, F), A the inputs (or, in output space, the outputs) of the down-projection in the pruned model."""
+    cross: torch.Tensor
+    """AᵀR (F, D), R the residual that is missing."""
+    missing: float
+    """‖R‖²"""
+
+    def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
+        """a (n, F), r (n, D). Goes through fp64 a thousand tokens at a time."""
+        for some_a, some_r in zip(a.split(1024), r.double().split(1024), strict=True):
+            wide = some_a.double()
+            self.gram.addmm_(wide.T, wide)
+            self.cross.addmm_(wide.T, some_r)
+        self.missing += float(r.double().square().sum())
+
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.gram)
+        group.sum(self.cross)
+        self.missing = group.sum_values({"missing": self.missing})["missing"]
+
+    def solve(self, ridge: float, shrink: float = 0.0) -> tuple[torch.Tensor, float]:
+        """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums.
+
+        `shrink`: as in `hold_back`.
+        """
+        penalty = ridge * float(self.gram.diagonal().mean())
+        x, value = solve_ridge(self.gram, self.cross, ridge)
+        self.gram = self.gram.new_empty(0)  # as large as the rest together, and used up
+        # ⟨X, AᵀR⟩ = -value, and (AᵀA + λI) X = AᵀR
+        factor, left = hold_back(self.missing, -value, -value - penalty * float(x.square().sum()), shrink)
+        return x.mul_(factor), left
+
+    def solve_factor(self, ridge: float) -> tuple[torch.Tensor, float]:
+        """As `solve` in output space, but the factor I + X is kept small, not X: X = (AᵀA + λI)⁻¹ Aᵀ(R + A) - I.
+
+        `ridge` may be 0 where the outputs determine the factor. Overwrites the sums.
+        """
+        penalty = ridge * float(self.gram.diagonal().mean())
+        squares = self.missing + 2 * float(self.cross.diagonal().sum()) + float(self.gram.diagonal().sum())  # ‖R + A‖²
+        self.cross += self.gram
+        factor, value = solve_ridge(self.gram, self.cross, ridge)
+        self.gram = self.gram.new_empty(0)
+        left = squares + value - penalty * float(factor.square().sum())
+        factor.diagonal().sub_(1)
+        return factor, left / max(self.missing, 1e-300)
+
+
+@dataclass
+class ChannelMoments:
+    """Sums over tokens, fp64, from which a scale and a shift of each channel follow: R ≈ A·x + b, channel by channel."""
+
+    sums: torch.Tensor
+    """Σa², Σar, Σa, Σr, each (D,): (4, D)"""
+    missing: float = 0.0
+    """‖R‖²"""
+    tokens: int = 0
+
+    def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
+        """Both (n, D)."""
+        import torch
+
+        a, r = a.double(), r.double()
+        self.sums += torch.stack([values.sum(0) for values in (a * a, a * r, a, r)])
+        self.missing += float(r.square().sum())
+        self.tokens += len(a)
+
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.sums)
+        sums = group.sum_values({"missing": self.missing, "tokens": self.tokens})
+        self.missing, self.tokens = sums["missing"], int(sums["tokens"])
+
+    def solve(self, ridge: float, shift: bool, shrink: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Scale x (D,), shift b (D,), zero unless wanted, and the share of ‖R‖² that is left after them.
+
+        Minimises ‖R - A·x - b‖² + λ‖x‖²; λ is `ridge` times the mean of Σa² over channels. `shrink`: as in `hold_back`.
+        """
+        import torch
+
+        square, product, a, r = self.sums
+        mean_a, mean_r = (a / self.tokens, r / self.tokens) if shift else (torch.zeros_like(a), torch.zeros_like(r))
+        penalty = ridge * float(square.mean())
+        x = (product - mean_r * a) / (square - mean_a * a + penalty).clamp_min(1e-300)
+        b = mean_r - x * mean_a
+        along = float((x * product + b * r).sum())
+        squares = float((x.square() * square + 2 * x * b * a + self.tokens * b.square()).sum())
+        factor, left = hold_back(self.missing, along, squares, shrink)
+        return x * factor, b * factor, left
+
+
+def room_for(inputs: int, width: int) -> int:
+    """Bytes that the sums of one correction and their solution take."""
+    return 8 * (inputs * inputs + inputs * width + 3 * _COLUMNS * inputs)
+
+
+def check_room(inputs: int, width: int, memory: int, device: str) -> None:
+    """Raise `CapacityError` unless one correction fits into memory."""
+    needed = room_for(inputs, width)
+    if needed > memory - resident_bytes(device):
+        give_back()
+    free = memory - resident_bytes(device)
+    if needed > free:
+        raise CapacityError(
+            f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and of the memory allowed "
+            f"{max(0, free) / 2**30:.2f} GiB are left; use space: output, or allow more with --memory"
+        )

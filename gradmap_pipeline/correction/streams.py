@@ -1,0 +1,198 @@
+"""The same tokens inside the original and a pruned model, side by side.
+
+Sizes: B sequences a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..artifacts import Round
+from ..machine.group import Group
+from ..machine.memory import give_back, resident_bytes
+from ..sweep.batches import make_batches
+from ..sweep.boundaries import Boundaries
+from ..sweep.budget import (
+    SweepNeeds,
+    SweepWay,
+    choose_way,
+    measure_needs,
+)
+from ..sweep.layerwise import LayerwiseModel
+from ..sweep.sweep import Sweep
+from ..sweep.visits import ForwardVisit
+from .sites import NotFiniteError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..artifacts import CalibrationSet
+    from ..checkpoint.graph import ModelGraph
+    from ..stages.stage import Context
+    from .sites import Site
+
+
+@dataclass
+class Drift:
+    """Sums over tokens, fp64, from which the mean shift at one boundary follows."""
+
+    difference: torch.Tensor | float = 0.0
+    """Σ (h' - h), (D,)"""
+    norm: float = 0.0
+    """Σ ‖h‖"""
+    tokens: int = 0
+
+    def add(self, drifted: torch.Tensor, target: torch.Tensor) -> None:
+        """Both (n, D), fp64."""
+        self.difference = self.difference + (drifted - target).sum(0)
+        self.norm += float(target.norm(dim=-1).sum())
+        self.tokens += len(target)
+
+    def join(self, group: Group) -> None:
+        """Sum over the processes of a group."""
+        group.sum(self.difference)  # type: ignore[arg-type]
+        sums = group.sum_values({"norm": self.norm, "tokens": self.tokens})
+        self.norm, self.tokens = sums["norm"], int(sums["tokens"])
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[h' - h], (D,)"""
+        return self.difference / self.tokens  # type: ignore[return-value]
+
+    @property
+    def shift(self) -> float:
+        """‖E[h'] - E[h]‖"""
+        return float(self.mean.norm())
+
+    @property
+    def relative_shift(self) -> float:
+        """Over E‖h‖."""
+        return self.shift / max(self.norm / self.tokens, 1e-300)
+
+
+def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepWay, int]:
+    """How to run the original and the pruned model over samples, and the bytes of boundaries to hold in memory for each.
+
+    `reserve`: bytes to leave free for what is done with them.
+    """
+    way = choose_way(replace(needs, backward=False, logits_bytes=0), free, divisible=False, reserve=reserve)
+    return way, max(0, way.boundary_limit - reserve) // 2
+
+
+def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
+    """Run the original model, keep what enters its kept layers, and open the pruned one; one model is in memory at a time.
+
+    `reserve`: bytes to leave free for what is done with them.
+    """
+    ids, mask = map(context.group.share, calibration.load())
+    samples, tokens = ids.shape
+
+    def open_model(graph: ModelGraph) -> LayerwiseModel:
+        return LayerwiseModel(graph, device=context.device, dtype=context.dtype, resident_bytes=0)
+
+    model = open_model(graph.dense)
+    needs = measure_needs(model, samples, tokens, backward=False)
+    way, limit = plan_streams(needs, context.memory - resident_bytes(context.device), reserve)
+    batches = make_batches(ids, mask, way.batch_samples * tokens, lengths_apart=model.lengths_apart)
+    with context.progress("run the original model", graph.base.layers * len(batches), "layer batch") as advance:
+        targets = Boundaries(limit, context.folder)
+        model.resident, model.prefetch = way.resident, way.prefetch
+        original = Sweep(model, batches, boundaries=targets, advance=advance)
+        model.forget_rest()
+        for step in original.forward():
+            for _ in step:
+                pass
+            if step.layer not in graph.layers or step.layer < graph.removed[0]:
+                targets.drop(step.layer)  # nothing is compared there
+        del original, step, model
+        give_back()
+        model = open_model(graph)
+        model.resident, model.prefetch = way.resident, way.prefetch
+        pruned = Sweep(model, batches, boundaries=Boundaries(limit, context.folder))
+        model.forget_rest()
+    return Streams(targets, pruned, graph, context.group, graph.base.layers)
+
+
+@dataclass
+class Streams:
+    """The same tokens inside the original and the pruned model."""
+
+    targets: Boundaries
+    """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
+    pruned: Sweep
+    graph: ModelGraph
+    group: Group
+    original_forwards: int = 0
+    """Layer forwards of the original model."""
+    measured: dict[int, Drift] = field(default_factory=dict)
+    """The drift of every layer, as it was first measured; empty until then."""
+
+    def work(self, seconds: float) -> Round:
+        """What both models have computed so far."""
+        return Round(layer_forwards=self.original_forwards + self.pruned.layer_forwards, layer_backwards=0, seconds=seconds)
+
+    def target(self, position: int, batch: int) -> torch.Tensor:
+        """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
+        kept = self.graph.layers
+        return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
+
+    def missing_before(self, layer: int, visit: ForwardVisit) -> torch.Tensor:
+        """By how much what enters a kept layer differs from what does in the original model: (tokens not padded, D), fp64."""
+        entered = visit.input[visit.mask].double()
+        if layer < self.graph.removed[0]:
+            return entered.new_zeros(entered.shape)
+        return self.targets.get(layer, visit.batch)[visit.mask].double() - entered
+
+    def join(self, drift: Drift, layer: int) -> None:
+        """Sum a layer's drift over the processes. Raises `NotFiniteError` where it is not finite."""
+        drift.join(self.group)
+        if not math.isfinite(drift.norm) or not drift.difference.isfinite().all():  # type: ignore[union-attr]
+            raise NotFiniteError(f"the drift of layer {layer}")
+
+    def measure_drift(self) -> dict[int, Drift]:
+        """Drift at the output of every kept layer from the first removal up."""
+        self.pruned.run_forward()
+        found = {}
+        for position, layer in enumerate(self.graph.layers):
+            if layer + 1 >= self.graph.removed[0]:
+                found[layer] = Drift()
+                for index, batch in enumerate(self.pruned.batches):
+                    drifted, target = self.pruned.boundary(position + 1, index), self.target(position, index)
+                    mask = batch.mask.to(target.device)
+                    found[layer].add(drifted[mask].double(), target[mask].double())
+                self.join(found[layer], layer)
+        self.measured = self.measured or found
+        return found
+
+
+@contextmanager
+def capture(model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"]) -> Iterator[list[torch.Tensor]]:
+    """Collect, each time its layer runs, what a correction of a site multiplies, times the site's gain.
+
+    That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies.
+    """
+    captured: list[torch.Tensor] = []
+    module = model.module.get_submodule(f"{model.layers_path}.{layer}.{site.name}")
+
+    def listen(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if site.kind == "norm":
+            scale = module.get_parameter("weight")
+            before = scale.data
+            scale.data = before + 1  # whatever is added to the scale, the output is linear in it
+            try:
+                values = module.forward(*inputs) - output
+            finally:
+                scale.data = before
+        else:
+            values = inputs[0] if side == "input" else output
+        captured.append(values if site.gain == 1 else values * site.gain)
+
+    handle = module.register_forward_hook(listen)
+    try:
+        yield captured
+    finally:
+        handle.remove()

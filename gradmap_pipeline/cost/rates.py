@@ -1,0 +1,148 @@
+"""How fast this machine reads, writes, digests and multiplies: each measured once, in a moment, when first asked for."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from ..errors import StageError
+from ..machine.memory import free_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.checkpoint import StoredTensor
+    from ..checkpoint.graph import BaseCheckpoint
+
+_READ = 16 << 20  # bytes at once
+_READS = 8
+_BLOCK = 4 << 20
+_BLOCKS = 16
+_WIDTH = 1024  # of the matrices multiplied
+_CHARACTERS = 200_000
+
+
+def time_call(
+    call: Callable[[], object], *, at_least: float = 0.2, at_most: int = 9, wait: Callable[[], object] = lambda: None
+) -> float:
+    """Seconds of one call: of the first if it is long, else the median of those after it.
+
+    `wait` returns when what the call has started is done.
+    """
+
+    def measure() -> float:
+        wait()
+        started = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - started
+
+    first = measure()
+    if first > at_least:
+        return first
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < at_least and len(seconds) < at_most):
+        seconds.append(measure())
+    return median(seconds)
+
+
+class Rates:
+    """Seconds for each unit of a kind of work."""
+
+    def __init__(self, base: BaseCheckpoint, dtype: torch.dtype, device: str, memory: int, store: Path) -> None:
+        """`memory`: bytes a run may have resident."""
+        self._base, self._dtype, self._device, self._memory, self._store = base, dtype, device, memory, store
+
+    @cached_property
+    def read(self) -> float:
+        """For a byte of the checkpoint, cast to the type to compute in, when it is read for the first time."""
+        return self._read_twice[0]
+
+    def read_again(self, besides: int = 0) -> float:
+        """For a byte that was read before: the system keeps files in the memory nobody uses, as far as it goes.
+
+        `besides`: bytes of other files that are read and written.
+        """
+        size = sum(tensor.size for tensor in self._base.tensors.values()) + besides
+        free = free_bytes() - (0 if self._device.startswith("cuda") else self._memory)
+        kept = min(1.0, max(0.0, free / size))
+        first, again = self._read_twice
+        return kept * again + (1 - kept) * first
+
+    @cached_property
+    def _read_twice(self) -> tuple[float, float]:
+        """Timed on blocks at random places."""
+        from ..checkpoint.checkpoint import ITEM_BYTES, StoredTensor, load_tensor
+
+        tensors = [tensor for tensor in self._base.tensors.values() if tensor.size]
+        blocks: list[StoredTensor] = []
+        for tensor in random.choices(tensors, [tensor.size for tensor in tensors], k=_READS):  # others were read last time
+            item = ITEM_BYTES[tensor.dtype]
+            elements = min(tensor.elements, _READ // item)
+            start = tensor.start + random.randint(0, tensor.elements - elements) * item
+            blocks.append(StoredTensor(tensor.file, tensor.name, tensor.dtype, (elements,), start))
+        size = sum(block.size for block in blocks)
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            for block in blocks:
+                with suppress(StageError):  # weights that do not fit the type are told by what computes with them
+                    load_tensor(block, self._dtype)
+            seconds.append((time.perf_counter() - started) / size)
+        return seconds[0], seconds[1]
+
+    @cached_property
+    def digest(self) -> float:
+        """For a byte whose SHA-256 is computed."""
+        import hashlib
+
+        data = bytes(_BLOCK)
+        return time_call(lambda: hashlib.sha256(data).digest()) / _BLOCK
+
+    @cached_property
+    def write(self) -> float:
+        """For a byte written where the store is, until it is on the disk."""
+        import os
+
+        data = bytes(_BLOCK)
+        above = next(folder for folder in (self._store.resolve(), *self._store.resolve().parents) if folder.is_dir())
+
+        def time_writing(folder: Path | None) -> float:
+            with tempfile.TemporaryFile(buffering=0, dir=folder) as file:
+                started = time.perf_counter()
+                for _ in range(_BLOCKS):
+                    file.write(data)
+                os.fsync(file)
+                return (time.perf_counter() - started) / (_BLOCKS * _BLOCK)
+
+        try:
+            return time_writing(above)
+        except OSError:  # a run will say so
+            return time_writing(None)
+
+    @cached_property
+    def double_flop(self) -> float:
+        """For a floating-point operation in fp64."""
+        import torch
+
+        matrix = torch.ones(_WIDTH, _WIDTH, dtype=torch.float64, device=self._device)
+        return time_call(lambda: torch.mm(matrix, matrix).sum().item()) / (2 * _WIDTH**3)
+
+    @cached_property
+    def token(self) -> float:
+        """For a token made from text."""
+        from ..builtin.text import load_documents
+        from ..data import load_tokenizer
+
+        text = "".join(load_documents("heldout"))[:_CHARACTERS]
+        tokenizer = load_tokenizer(self._base)
+        started = time.perf_counter()
+        tokens = len(tokenizer(text)["input_ids"])
+        return (time.perf_counter() - started) / tokens

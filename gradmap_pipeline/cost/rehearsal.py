@@ -1,0 +1,225 @@
+"""What sweeps over a model would take: sizes from file headers, times from one layer tried with made-up weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..correction.streams import plan_streams
+from ..errors import CapacityError
+from ..machine.machine import Machine
+from ..machine.memory import (
+    free_bytes,
+    give_back,
+    resident_bytes,
+    tune_allocator,
+)
+from ..sweep.budget import SweepNeeds, choose_way, format_size
+from .estimate import Estimate
+from .rates import Rates
+from .trial import Trial
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+
+_TOKEN_BYTES = 40  # of a Python list of ids, and of the tensor made from it
+
+
+class Rehearsal:
+    """A model on this machine, before it is run. No tensor of the checkpoint is loaded.
+
+    Every estimate is of a process that has done nothing else; `memory` bytes are what it may have resident.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str | None, machine: Machine, store: Path) -> None:
+        """Raises `CapacityError` where the embeddings and one layer do not fit."""
+        from ..checkpoint.graph import open_folder
+
+        tune_allocator(tight=machine.memory is not None)
+        started = time.perf_counter()
+        self.graph = open_folder(folder, name, dtype, digest_of=lambda _: "")
+        self.base = self.graph.base
+        self.device = machine.prepare_torch()
+        self._dtype = machine.dtype
+        self.memory = machine.budget(self.device)
+        self._check_room()
+        Trial(self.graph, self.device, machine.dtype)
+        give_back()
+        opened = time.perf_counter()
+        self.trial = Trial(self.graph, self.device, machine.dtype)
+        self.open_seconds = time.perf_counter() - opened
+        """To build the model without weights, and put its buffers and embeddings in place."""
+        self.start_seconds = opened - started - self.open_seconds
+        """To import torch and transformers; paid once, by the first step."""
+        give_back()
+        self.occupied = resident_bytes(self.device)
+        """Bytes a process has resident when it has opened the model, without layers."""
+        self.program_bytes = resident_bytes() - (self.rest_bytes if self.device == "cpu" else 0)
+        """Bytes the program and its libraries have resident in the machine."""
+        self.rates = Rates(self.base, self.trial.dtype, self.device, self.memory, store)
+        self._seen: set[Hashable] = set()
+
+    @cached_property
+    def rest_bytes(self) -> int:
+        """Of embeddings, norm and head, in the type to compute in."""
+        return sum(tensor.elements for tensor in self.graph.other_tensors().values()) * self._item
+
+    @cached_property
+    def layer_elements(self) -> dict[int, int]:
+        """Parameters by base layer."""
+        return self.graph.layer_elements()
+
+    @cached_property
+    def stored_layer_bytes(self) -> int:
+        """Of all layers on disk."""
+        return sum(tensor.size for layer in self.graph.layers for tensor in self.graph.layer_tensors(layer).values())
+
+    @cached_property
+    def stored_rest_bytes(self) -> int:
+        """Of all else on disk."""
+        return sum(tensor.size for tensor in self.graph.other_tensors().values())
+
+    def first_time(self, key: Hashable) -> bool:
+        """Whether this is new: what an earlier step of the plan does too is remembered by a run."""
+        new = key not in self._seen
+        self._seen.add(key)
+        return new
+
+    def count_parameters(self, layers: int) -> int:
+        """Of the model with so many layers, at their mean size."""
+        rest = sum(tensor.elements for tensor in self.graph.other_tensors().values())
+        return rest + round(sum(self.layer_elements.values()) * layers / len(self.layer_elements))
+
+    def count_bytes(self, layers: int) -> int:
+        """On disk, as exported."""
+        stored = self.graph.count_bytes()
+        whole = self.count_parameters(len(self.layer_elements))
+        return round(stored * self.count_parameters(layers) / whole)
+
+    def needs(self, layers: int, samples: int, tokens: int) -> SweepNeeds:
+        """What a backward sweep over a model of so many layers would need, those being of mean size."""
+        whole = self.trial.needs(tokens)
+        share = layers / whole.layers
+        return replace(
+            whole,
+            samples=samples,
+            layers=layers,
+            all_layer_bytes=round(whole.all_layer_bytes * share),
+            stored_bytes=round(whole.stored_bytes * share),
+        )
+
+    def opening(self) -> Estimate:
+        """Open the model and read what belongs to no layer."""
+        seconds = self.open_seconds + self.stored_rest_bytes * self.rates.read_again()
+        return Estimate(self.occupied, self.stored_rest_bytes, seconds=seconds)
+
+    def text(self, tokens: int, least: int | None = None) -> Estimate:
+        """Make ids of so many tokens of text; the time to download it is not known.
+
+        `least`: how many it takes even where the text has no more. Raises `CapacityError` where their ids alone do not fit.
+        """
+        needed = (tokens if least is None else least) * _TOKEN_BYTES
+        allowed = self.memory if self.device == "cpu" else free_bytes()
+        if needed > allowed:
+            raise CapacityError(
+                f"the ids of {needed // _TOKEN_BYTES:,} tokens need {format_size(needed)}, over the {format_size(allowed)} "
+                f"{'allowed' if self.device == 'cpu' else 'free in the machine'}; lower 'samples' or 'sequence_length'"
+                f"{', or allow more with --memory' if self.device == 'cpu' else ''}"
+            )
+        return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.rates.token)
+
+    def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0) -> Estimate:
+        """The loss of samples (samples, tokens), one boundary held at a time.
+
+        `besides`: bytes of other files that the step reads and writes.
+        """
+        needs = replace(self.needs(layers, samples, tokens), backward=False, keep_boundaries=False)
+        way = choose_way(needs, self.memory - self.occupied)
+        layer, head = self.trial.layer_pass(way.batch_samples, tokens), self.trial.head_pass(way.batch_samples, tokens)
+        moving = self._moving(way.bytes_read - way.bytes_written, way.bytes_written, besides)
+        passes = samples + (min(samples, way.batch_samples) if way.resident else 0)  # the first batch warms up
+        return self.opening() + Estimate(
+            peak_bytes=self.occupied + way.peak_bytes,
+            bytes_read=way.bytes_read,
+            bytes_written=way.bytes_written,
+            flops=passes * (layers * layer.flops + head.flops),
+            seconds=passes * (layers * layer.forward + head.forward) + moving,
+            how=way.describe(),
+            disk_bytes=2 * way.bytes_written // layers,  # what leaves a layer takes the place of what came in, a layer at a time
+        )
+
+    def backward_sweeps(
+        self, layers: list[int], samples: int, tokens: int, *, weight_gradients: bool = False, divisible: bool = True
+    ) -> Estimate:
+        """Backward sweeps in a row, over models of so many layers each. Reuse between them is left out."""
+        needs = replace(self.needs(layers[0], samples, tokens), weight_gradients=weight_gradients)
+        way = choose_way(needs, self.memory - self.occupied, divisible=divisible)
+        layer, head = (
+            self.trial.layer_pass(way.batch_samples, tokens, weight_gradients),
+            self.trial.head_pass(way.batch_samples, tokens),
+        )
+        forward = layer.forward_for_backward if way.keep_graphs else layer.forward + layer.forward_for_backward
+        total = Estimate(self.occupied + way.peak_bytes, how=way.describe(), disk_bytes=way.bytes_written)
+        for number, count in enumerate(layers):
+            read = way.bytes_read * count // layers[0] if number == 0 or not way.resident else 0
+            forwards = 1 if way.keep_graphs else 2
+            per_sample = count * (forward + layer.backward) + head.forward_for_backward + head.backward
+            flops = count * (forwards * layer.flops + layer.backward_flops) + head.flops + head.backward_flops
+            moving = self._moving(max(0, read - way.bytes_written), way.bytes_written)
+            total += Estimate(0, read, way.bytes_written, samples * flops, samples * per_sample + moving)
+        return self.opening() + total
+
+    def two_streams(self, layers: int, samples: int, tokens: int, reserve: int, again: int) -> Estimate:
+        """The original model and one of so many layers over the same samples, then `again` layers of it once more.
+
+        `reserve`: bytes to leave free for what is done with them.
+        """
+        whole = len(self.graph.layers)
+        free = self.memory - self.occupied
+        way, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve)
+        held = free - way.boundary_limit
+        if held + reserve > free + self.rest_bytes:  # embeddings and head are gone by then
+            enough = self.memory + held + reserve - free - self.rest_bytes
+            raise CapacityError(
+                f"one layer and what is computed with it ({format_size(reserve)}) need {format_size(held + reserve)}, and of the "
+                f"memory allowed {format_size(free + self.rest_bytes)} are left; allow {format_size(enough)} or more with --memory"
+            )
+        boundaries = [samples * self.needs(count, 1, tokens).boundary_bytes * (count + 1) for count in (whole, layers)]
+        written = sum(max(0, size - limit) for size in boundaries)
+        layer_bytes = self.stored_layer_bytes / whole
+        read = round(layer_bytes * (whole + layers + (0 if way.resident else again)))
+        layer = self.trial.layer_pass(way.batch_samples, tokens)
+        count = samples * (whole + layers + again)
+        return self.opening() * 2 + Estimate(
+            peak_bytes=self.occupied + max(0, held + sum(min(limit, size) for size in boundaries) + reserve - self.rest_bytes),
+            bytes_read=read + written,
+            bytes_written=written,
+            flops=count * layer.flops,
+            seconds=count * layer.forward + self._moving(read, written),
+            how=replace(way, bytes_written=written).describe(),
+            disk_bytes=written,
+        )
+
+    def _moving(self, read: int, spilled: int, besides: int = 0) -> float:
+        """Seconds to bring in so many bytes of layers, and to write boundaries and read them again."""
+        loads = read / (self.stored_layer_bytes / len(self.graph.layers))
+        return read * self.rates.read_again(besides) + loads * self.trial.load_seconds + 2 * spilled * self.rates.write
+
+    @property
+    def _item(self) -> int:
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self._dtype]
+
+    def _check_room(self) -> None:
+        """Before anything is allocated: what every sweep needs at least."""
+        layer = max(self.layer_elements.values()) * self._item
+        needed = resident_bytes(self.device) + self.rest_bytes + layer
+        if needed > self.memory:
+            raise CapacityError(
+                f"embeddings and head ({format_size(self.rest_bytes)}) and one layer ({format_size(layer)}) in {self._dtype} need "
+                f"{format_size(needed)} with the program itself, over the {format_size(self.memory)} allowed; "
+                f"{'use --dtype bfloat16, or ' if self._item > 2 else ''}allow more with --memory"
+            )

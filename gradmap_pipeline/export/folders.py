@@ -1,0 +1,167 @@
+"""What every exported folder has besides its weights: config, tokenizer, model card, and how it came to be."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..artifacts import LINEAGE, Evaluation, ExportedFile
+from ..errors import StageError
+from ..stages.stage import FinishedStep
+from .exports import WEIGHTS, load_folder
+from .model_card import Holding, make_model_card
+
+if TYPE_CHECKING:
+    from ..checkpoint.graph import ModelGraph
+    from ..stages.stage import Context, Stage
+    from .card_usage import Format
+
+
+def write_companions(model: ModelGraph, folder: Path) -> None:
+    """Config, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
+    from ..checkpoint.architecture import prune_config
+    from ..checkpoint.companions import CODE_KEY, copy_companions
+    from ..checkpoint.infinities import to_json
+    from ..checkpoint.older import add_older_rope
+    from ..checkpoint.older_tokenizer import add_older_tokenizer
+    from ..checkpoint.tokenizer_check import TEXTS, check_tokenizer_copy
+
+    config = prune_config(model.base.folder, model.layers)
+    config = add_older_rope(model.base.folder, config)
+    config.pop(CODE_KEY, None)
+    if model.dtype is not None:
+        for part in (config, config.get("text_config") or {}):
+            part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
+    (folder / "config.json").write_text(to_json(config, model.base.folder), encoding="utf-8")
+    copy_companions(model.base.folder, folder)
+    add_older_tokenizer(folder, TEXTS)
+    check_tokenizer_copy(model.base.folder, folder)
+
+
+def explain_config(model: ModelGraph, *, with_types: bool = True) -> list[str]:
+    """What to say of an export's config: what it lacks or has otherwise than the base's, and where it does not fit the weights.
+
+    `with_types`: whether the weights are in the types of the model.
+    """
+    from ..checkpoint.companions import describe_left_out
+    from ..checkpoint.pretrained import name_generative_class
+    from ..checkpoint.source import load_config
+
+    lines = [describe_left_out(model.base.folder), _explain_types(model) if with_types else None]
+    generative = name_generative_class(model.base.folder)
+    if generative is not None:
+        named = load_config(model.base.folder)["architectures"][0]
+        lines.append(f"config.json of the model names the class {named}; the export's names {generative}, which it is")
+    return [line for line in lines if line is not None]
+
+
+def _explain_types(model: ModelGraph) -> str | None:
+    """What to say where config.json names another type than most weights are stored in; None where they agree."""
+    from ..checkpoint.source import load_config, text_config
+
+    config = load_config(model.base.folder)
+    places = (text_config(config), config)
+    named = next((part[key] for part in places for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str)), None)
+    elements: Counter[str] = Counter()
+    for tensor in model.export_tensors().values():
+        if tensor.is_float:
+            elements[tensor.torch_dtype] += tensor.elements
+    stored = elements.most_common(1)[0][0] if elements else None
+    if model.dtype is not None or named in (None, "auto", stored):
+        return None
+    return (
+        f"config.json says {named}, and the weights are stored in {stored}: programs that go by the config convert them; set "
+        "'dtype' under 'model' to write both alike"
+    )
+
+
+def write_card(
+    folder: Path,
+    model: ModelGraph,
+    evaluation: Evaluation | None,
+    form: Format,
+    quantisation: str | None = None,
+    details: tuple[str, ...] = (),
+) -> None:
+    """The model card of a folder that has its weights: sizes are those of the files there."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
+    sizes = {name: file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)}
+    deviations = tuple(find_deviations(model, form))
+    card = make_model_card(model, evaluation, Holding(form, sizes, quantisation, details, deviations))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def find_deviations(model: ModelGraph, form: Format) -> list[str]:
+    """What programs compute otherwise than the model, a line each, from a folder of this format."""
+    from ..checkpoint.architecture import full_config
+    from ..checkpoint.depth import prune_fields
+    from .consumers import explain_removal
+    from .llamacpp.limits import explain_deviations
+
+    if form == "onnx":
+        return []
+    config = full_config(model.base.folder)
+    return (
+        explain_deviations(prune_fields(config, config, model.layers)) if form == "gguf" else explain_removal(config, model.layers)
+    )
+
+
+def make_lineage(
+    model: ModelGraph,
+    evaluation: Evaluation | None,
+    files: dict[str, ExportedFile],
+    difference: float | None,
+    stage: Stage,
+    context: Context,
+) -> dict[str, Any]:
+    """How the folder came to be, for machines. `stage`: the one that writes it."""
+    return {
+        "made_by": f"gradmap-pipeline {__version__}",
+        "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
+        "base": {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers},
+        "layers_kept": model.layers,
+        "layers_removed": model.removed,
+        "patched": {name: file.sha256 for name, file in model.patches.items()},
+        "steps": _list_steps(stage, context),
+        "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
+        "max_logit_difference": difference,
+        "files": {name: file.model_dump() for name, file in sorted(files.items())},
+    }
+
+
+def check_loading(folder: Path) -> None:
+    """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
+    _, report = load_folder(folder, is_whole=True, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise StageError(f"the exported folder does not load: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:5]}")
+
+
+def extend_lineage(
+    source: Path, files: dict[str, ExportedFile], difference: float | None, stage: Stage, context: Context
+) -> dict[str, Any]:
+    """The lineage of a folder that a stage makes from another export: that of the export, with the steps that led here."""
+    lineage = _read_lineage(source)
+    lineage |= {"steps": _list_steps(stage, context), "max_logit_difference": difference}
+    return lineage | {"files": {name: file.model_dump() for name, file in sorted(files.items())}}
+
+
+def read_evaluation(source: Path) -> Evaluation | None:
+    """That of the model in an export, if it was evaluated before it was written."""
+    found = _read_lineage(source)["evaluation"]
+    return None if found is None else Evaluation.model_validate(found)
+
+
+def _read_lineage(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+    return found
+
+
+def _list_steps(stage: Stage, context: Context) -> list[dict[str, Any]]:
+    """The steps that led here, and this one last, whose outputs are the folder itself."""
+    this = FinishedStep(context.step or stage.name, stage.name, stage.model_dump(mode="json"), {})
+    return [vars(step) for step in (*context.lineage, this)]

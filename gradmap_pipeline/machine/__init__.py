@@ -1,0 +1,1 @@
+"""What this computer is, and what happens on it: memory, files, folders made whole, processes, environments."""

@@ -1,0 +1,44 @@
+"""What the command line says about this machine; no part of the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import CapacityError
+from .group import Group
+from .memory import default_budget
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to compute."""
+
+    device: str = "auto"
+    dtype: str = "float32"
+    """Floating-point type to compute in; it changes results, so it is part of every key."""
+    threads: int | None = None
+    memory: int | None = None
+    """Bytes this process may have resident, on the GPU if there is one; None: 80 % of what is free."""
+
+    def budget(self, device: str, group: Group = ALONE) -> int:
+        """Bytes each process of a group may have resident, on a GPU of its own or all together in the machine."""
+        sharing = 1 if device.startswith("cuda") else group.size
+        return default_budget(device) // sharing if self.memory is None else self.memory
+
+    def prepare_torch(self, group: Group = ALONE) -> str:
+        """Apply these settings to torch, and return the device by torch's name. Raises `CapacityError` where it is not there."""
+        import torch
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        found = torch.cuda.device_count()
+        if self.device == "auto":
+            return f"cuda:{group.local_rank}" if found else "cpu"
+        kind, _, number = self.device.partition(":")
+        if kind == "cuda" and not number:
+            number = str(group.local_rank)
+        if kind == "cuda" and int(number) >= found:
+            raise CapacityError(f"--device {self.device}: torch sees {found} CUDA devices here; use --device cpu, or auto")
+        return f"cuda:{number}" if kind == "cuda" else self.device

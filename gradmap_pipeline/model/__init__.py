@@ -1,1 +1,0 @@
-"""Models as layers kept and tensors patched over a base checkpoint."""

@@ -1,0 +1,104 @@
+"""Ask a stage through one of its methods: what fails, or is no answer, is told with the step, the plugin and the method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import Artifact
+from ..cost.estimate import Estimate
+from ..errors import (
+    CapacityError,
+    GradmapError,
+    PluginError,
+    describe_value,
+    name_error,
+)
+from ..interruptions import is_interruption
+from ..machine.shortages import find_shortage
+from ..machine.streams import plugin_code
+from ..stages.stage import Stage
+from .validation import Invalid, validate
+
+
+def _is_estimate(answer: Any) -> bool:
+    if not isinstance(answer, Estimate):
+        return answer is None
+    numbers = (answer.peak_bytes, answer.bytes_read, answer.bytes_written, answer.flops, answer.seconds, answer.disk_bytes)
+    return isinstance(answer.how, str) and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+
+
+def _is_mapping_of_types(answer: Any) -> bool:
+    return _is_named(answer) and all(isinstance(kind, type) and issubclass(kind, Artifact) for kind in answer.values())
+
+
+def _is_named(answer: Any) -> bool:
+    return isinstance(answer, Mapping) and all(isinstance(name, str) for name in answer)
+
+
+def _holds(kind: type) -> Callable[[Any], bool]:
+    return lambda answer: isinstance(answer, list | tuple) and all(isinstance(item, kind) for item in answer)
+
+
+_ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "forecast": ("a mapping of output names", _is_named),
+    "inspect": ("nothing, and raise an OptionError or ModelError to refuse", lambda answer: answer is None),
+    "advise": ("a list of texts", _holds(str)),
+    "estimate": ("an Estimate or None", _is_estimate),
+    "writes": ("a tuple of pathlib.Path", _holds(Path)),
+    "output_types": ("a mapping of output names to classes of artifacts", _is_mapping_of_types),
+}
+"""By method: what it must return, in words and as a test."""
+
+
+def ask(method: str, stage: Stage, step: str, plugin: str, *arguments: Any) -> Any:
+    """What `stage.method(*arguments)` returns. Raises `PluginError` where that fails or is no answer.
+
+    Errors of ours, as stages raise them to refuse, pass as they are.
+    """
+    name = name_method(method, stage, plugin)
+    wanted, is_accepted = _ACCEPTED[method]
+    with _failures(name, step):
+        answer = getattr(stage, method)(*arguments)
+        if is_accepted(answer):
+            return answer
+    failure = PluginError(f"{name} must return {wanted}, got {describe_value(answer)}")
+    failure.where = f"step {step!r}"
+    raise failure
+
+
+def make_stage(kind: type[Stage], options: dict[str, Any], step: str, plugin: str) -> Stage:
+    """The stage with these options. Raises `Invalid` where they do not fit, `PluginError` where its own checks fail."""
+    with _failures(f"stage {kind.name!r} ({plugin}), asked to check its options,", step):
+        return validate(kind, options)
+
+
+@contextmanager
+def _failures(name: str, step: str) -> Iterator[None]:
+    """Code of a plugin runs meanwhile. What it raises is told with its name and the step; refusals pass as they are."""
+    failure: GradmapError
+    try:
+        with plugin_code():
+            yield
+        return
+    except (GradmapError, Invalid):
+        raise
+    except BaseException as error:  # SystemExit too: a plugin does not end the program
+        if is_interruption(error):
+            raise
+        shortage = find_shortage(error)
+        if shortage is None:
+            failure = PluginError(f"{name} failed: {name_error(error)}")
+        else:
+            failure = CapacityError(f"{name} {shortage.explain()}")
+        failure.__cause__ = error
+    failure.where = f"step {step!r}"
+    raise failure
+
+
+def name_method(method: str, stage: Stage, plugin: str) -> str:
+    """`forecast() of stage 'prune' (gradmap_plugins.prune)`, for messages."""
+    return f"{method}() of stage {stage.name!r}{f' ({plugin})' if plugin else ''}"

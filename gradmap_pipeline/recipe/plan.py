@@ -1,0 +1,297 @@
+"""Recipe and catalog to a plan: options checked, inputs wired, before anything heavy starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import Artifact
+from ..checkpoint.graph import ModelGraph
+from ..checkpoint.source import ModelSource
+from ..errors import (
+    ModelError,
+    OptionError,
+    Problem,
+    RecipeError,
+    StageError,
+)
+from ..machine.environment import Environment, check_python, find_program
+from ..machine.extras import OURS, explain_missing
+from ..stages.stage import Stage, name_types
+from ..stages.targets import find_clashing_export, overlaps
+from .asking import ask, make_stage
+from .catalog import Catalog
+from .places import (
+    DEFAULT_STORE,
+    Place,
+    find_machine_places,
+    find_model_places,
+    find_read_places,
+)
+from .plugin_files import name_apart
+from .recipe import MODEL_STEP, Recipe, RecipeStep
+from .renames import find_notices, find_present_names
+from .stage_code import StageCode
+from .validation import Invalid, suggest
+from .yaml_positions import Location
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step whose options are valid and whose inputs are wired."""
+
+    id: str
+    stage: Stage
+    inputs: dict[str, tuple[str, str]]
+    """Input name to (step id, output name)."""
+    code: StageCode
+    """The code that makes its results."""
+    forecasts: dict[str, Any]
+    """What is known of each output before the run."""
+    advice: tuple[str, ...] = ()
+    """What the user should know before the run, a fact a line."""
+    environment: Environment | None = None
+    """What the Python it runs in must have; None: it runs in the one that is running."""
+    python: Path | None = None
+    """The Python to run it in, given by the recipe. Default: one made for `environment`."""
+    writes: tuple[Path, ...] = ()
+    """Files and folders outside the store that it makes."""
+    plugin: str = ""
+    """That the stage comes from, for messages."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """By option, the part of the command line that set it."""
+    notices: tuple[str, ...] = ()
+    """What the recipe should say instead of what it does, a line each with its place."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know."""
+
+    model: ModelSource
+    seed: int
+    steps: list[PlannedStep]
+    recipe_path: Path
+    model_forecast: Any
+
+
+@dataclass
+class _Board:
+    """What the steps planned so far offer to those after them."""
+
+    types: dict[tuple[str, str], type[Artifact]] = field(default_factory=dict)
+    """By step id and output."""
+    forecasts: dict[tuple[str, str], Any] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)
+    """Ids of steps whose stage is not known, nor, therefore, what they make."""
+
+    def latest(self, name: str) -> tuple[str, str] | None:
+        """The last output of this name."""
+        return next((at for at in reversed(self.types) if at[1] == name), None)
+
+
+def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> Plan:
+    """Check everything that can be checked before the run. Raises `RecipeError` with every problem found, in order of place.
+
+    `store`: the folder for results, which no step may write over.
+    """
+    problems = list(recipe.problems)
+    board = _Board(types={(MODEL_STEP, "model"): ModelGraph})
+    board.forecasts[MODEL_STEP, "model"] = forecast = _forecast_model(recipe, problems)
+    steps = []
+    seen: set[str] = {MODEL_STEP}
+    for index, step in enumerate(recipe.steps):
+        at: Location = ("steps", index)
+        if step.id in seen:
+            reserved = step.id == MODEL_STEP
+            advice = "this name stands for the recipe's model" if reserved else "an earlier step has this id"
+            problems.append(recipe.problem((*at, "id"), f"{advice}; give this step another, as in `id: {step.id}_2`"))
+        seen.add(step.id)
+        planned = _plan_step(step, at, recipe, catalog, board, problems)
+        if planned is not None:
+            steps.append(planned)
+    problems += _find_clashes(steps, recipe, find_machine_places(store, recipe.path, catalog.plugin_files))
+    if problems or recipe.model is None:
+        raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
+    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast)
+
+
+def _forecast_model(recipe: Recipe, problems: list[Problem]) -> Any:
+    if recipe.model is None:
+        return None
+    try:
+        return recipe.model.forecast()
+    except (ModelError, OSError, ValueError) as error:
+        given = "path" if recipe.model.path is not None else "id"
+        place = ("model", given) if isinstance(recipe.document.data["model"], dict) else ("model",)
+        problems.append(recipe.problem(place, str(error)))
+        return None
+
+
+def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place]) -> Iterator[Problem]:
+    """Steps that would write over each other, over what the recipe reads, or over `places`."""
+    taken = [*places, *find_model_places(recipe.model)]
+    for step in steps:
+        taken += find_read_places(step.stage, step.id, step.writes)
+    numbers = {step.id: number for number, step in enumerate(recipe.steps)}
+    written: list[tuple[Path, str]] = []
+    for step in steps:
+        for folder in step.writes:
+            target = folder.resolve()
+            where: Location = ("steps", numbers[step.id], "with", *_find_option(step.stage, folder))
+            other = next((by for place, by in written if overlaps(place, target)), None)
+            if other is not None:
+                message = f"writes {str(folder)!r}, which is, holds or lies in what step {other!r} writes; choose another folder"
+                yield recipe.problem(where, f"step {step.id!r} {message}")
+            elif (hit := next((place for place in taken if place.find_relation(target)), None)) is not None:
+                message = f"would write {str(folder)!r}, which {hit.find_relation(target)} {hit.name}; choose another folder"
+                yield recipe.problem(where, f"step {step.id!r} {message}")
+            elif (clash := find_clashing_export(target)) is not None:
+                message = f"would write {str(folder)!r}, which {clash}; choose another folder, or move that one away"
+                yield recipe.problem(where, f"step {step.id!r} {message}")
+            written.append((target, step.id))
+
+
+def _find_option(stage: Stage, path: Path) -> Location:
+    """The option that names a path; nothing where none does."""
+    return next(((name,) for name in type(stage).model_fields if getattr(stage, name) == path), ())
+
+
+def _plan_step(
+    step: RecipeStep, at: Location, recipe: Recipe, catalog: Catalog, board: _Board, problems: list[Problem]
+) -> PlannedStep | None:
+    stage_class = catalog.find(step.stage)
+    if stage_class is None:
+        board.unknown.add(step.id)
+        if step.stage:
+            problems.append(recipe.problem((*at, "use"), catalog.explain_unknown(step.stage)))
+        return None
+    plugin = catalog.plugin_of[stage_class.name]
+    written: dict[str, str] = {}
+    stage: Stage | None = None
+    inputs: dict[str, tuple[str, str]] = {}
+    forecasts: Mapping[str, Any] = {}
+    advice: tuple[str, ...] = ()
+    before = len(problems)
+    if at[1] not in recipe.broken:
+        problems += _check_place(step, at, stage_class, recipe, catalog)
+        try:
+            options, written = find_present_names(stage_class, step, at, recipe)
+            stage = make_stage(stage_class, options, step.id, plugin)
+        except Invalid as invalid:
+            for location, message in invalid.complaints:
+                problems.append(recipe.problem(_place_of(at, location, written), _name_option(step, location, message)))
+        inputs = _wire(step, stage_class, at, recipe, catalog, board, problems)
+        is_wired = not board.unknown or len(inputs) == len(stage_class.input_fields())
+        if stage is not None and is_wired and len(problems) == before:
+            known = {name: board.forecasts.get(source) for name, source in inputs.items()}
+            try:
+                forecasts = ask("forecast", stage, step.id, plugin, known)
+                advice = tuple(ask("advise", stage, step.id, plugin, known))
+            except OptionError as error:
+                place = _place_of(at, tuple(error.option.split(".")), written)
+                problems.append(recipe.problem(place, _name_option(step, (error.option,), str(error))))
+    kinds = stage_class.output_fields() if stage is None else ask("output_types", stage, step.id, plugin)
+    for name, kind in kinds.items():
+        board.types.pop((step.id, name), None)
+        board.types[step.id, name] = kind
+        board.forecasts[step.id, name] = forecasts.get(name)
+    if stage is None:
+        return None
+    python = step.run.python if step.run is not None else None
+    environment = stage_class.environment if python is None else stage_class.environment or Environment(())
+    writes = tuple(ask("writes", stage, step.id, plugin))
+    code = catalog.code_of[stage_class.name]
+    places = {present: recipe.where((*at, "with", name)) for present, name in written.items()}
+    overrides = {name: place for name, place in places.items() if place.startswith("--set ")}
+    notices = tuple(find_notices(stage_class, step, written, at, recipe))
+    known_outputs = dict(forecasts)
+    return PlannedStep(step.id, stage, inputs, code, known_outputs, advice, environment, python, writes, plugin, overrides, notices)
+
+
+def _place_of(at: Location, location: Location, written: Mapping[str, str]) -> Location:
+    """Where the recipe says an option, under whichever name."""
+    first, *rest = location or ("",)
+    return (*at, "with", written.get(str(first), first), *rest) if location else (*at, "with")
+
+
+def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recipe: Recipe, catalog: Catalog) -> Iterator[Problem]:
+    """What is missing where the step is to run."""
+    origin = catalog.origin_of[stage_class.name]
+    missing = explain_missing(stage_class.requires, stage_class.extra, OURS if origin is None else origin.name)
+    if missing is not None:
+        yield recipe.problem((*at, "use"), f"step {step.id!r} {missing}")
+    python = step.run.python if step.run is not None else None
+    place = (*at, "run", "python")
+    if python is not None and shutil.which(python) is None:
+        advice = "give the path of a Python, as in `run: {python: venv/bin/python}`"
+        yield recipe.problem(place, f"step {step.id!r}: {str(python)!r} is not a program; {advice}")
+    elif python is not None:
+        try:
+            check_python(find_program(python), stage_class.environment or Environment(()))
+        except StageError as error:
+            yield recipe.problem(place, f"step {step.id!r}: {error}")
+
+
+def _wire(
+    step: RecipeStep,
+    stage_class: type[Stage],
+    at: Location,
+    recipe: Recipe,
+    catalog: Catalog,
+    board: _Board,
+    problems: list[Problem],
+) -> dict[str, tuple[str, str]]:
+    """Give each input the output named by `from`, else the latest of its name."""
+    inputs = stage_class.input_fields()
+    for name in step.sources:
+        if name not in inputs:
+            message = f"stage {step.stage!r} has no input {name!r}; {suggest(name, inputs)}"
+            problems.append(recipe.problem((*at, "from", name), message))
+    wired: dict[str, tuple[str, str]] = {}
+    for name, (wanted, required) in inputs.items():
+        chosen = step.sources.get(name)
+        if chosen is None:
+            source = board.latest(name)
+            if source is not None and issubclass(board.types[source], wanted):
+                wired[name] = source
+            elif source is not None and required:
+                taken, kind = name_apart(wanted, board.types[source])
+                message = (
+                    f"step {step.id!r} takes a {taken} as {name!r}, but after step {source[0]!r} it is a {kind}; "
+                    f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
+                )
+                problems.append(recipe.problem((*at, "use"), message))
+            elif required and not board.unknown:  # a step whose stage is not known may have been meant to make it
+                producers = catalog.producers(name, wanted)
+                advice = f"put {' or '.join(producers)} before it" if producers else "no installed stage makes one"
+                message = (
+                    f"step {step.id!r} needs an input {name!r} ({name_types(wanted)}), and no earlier step makes one; {advice}"
+                )
+                problems.append(recipe.problem((*at, "use"), message))
+            continue
+        from_step, _, output = chosen.partition(".")
+        source = (from_step, output or name)
+        place = (*at, "from", name)
+        if source not in board.types and from_step in board.unknown:
+            continue
+        if source not in board.types:
+            offered = [".".join(known) for known in board.types]
+            problems.append(
+                recipe.problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}")
+            )
+        elif not issubclass(board.types[source], wanted):
+            taken, kind = name_apart(wanted, board.types[source])
+            problems.append(recipe.problem(place, f"input {name!r} takes a {taken}, but {chosen!r} is a {kind}"))
+        else:
+            wired[name] = source
+    return wired
+
+
+def _name_option(step: RecipeStep, location: Location, message: str) -> str:
+    """Say which option of which step a complaint is about."""
+    option = ".".join(map(str, location))
+    return f"step {step.id!r}: option {option!r}: {message}" if option else f"step {step.id!r}: {message}"

@@ -1,0 +1,1 @@
+"""Plans that are run, and what is kept of them."""

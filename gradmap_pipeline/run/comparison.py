@@ -1,0 +1,202 @@
+"""Several recipes, or one over a grid of options, through one store: what each comes to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..artifacts import Evaluation, Work
+from ..checkpoint.graph import ModelGraph
+from ..errors import (
+    CommandError,
+    GradmapError,
+    OptionError,
+    Problem,
+    RecipeError,
+    StageError,
+)
+from ..export.exports import Export
+from ..machine.machine import Machine
+from ..recipe.catalog import Catalog
+from ..recipe.places import Place, find_model_places, find_read_places
+from ..recipe.plan import Plan, make_plan
+from ..recipe.recipe import MODEL_STEP, load_recipe
+from ..recipe.yaml_positions import load_yaml
+from ..stages.targets import check_target, find_foreign_files
+from .events import Reporter
+from .runner import Ran, run_plan
+from .store import Store
+from .summary import name_settings, setting_of
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recipe with its options."""
+
+    name: str
+    plan: Plan
+    left_out: tuple[str, ...] = ()
+    """Steps that write outside the store, where variants would write over each other, and those that take from them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one variant comes to: its last model that was measured."""
+
+    name: str
+    label: str
+    """What was done to the model last."""
+    layers: int
+    parameters: int
+    bytes: int
+    perplexity: dict[str, float] = field(default_factory=dict)
+    """By data set, with samples and length where it was cut in several ways."""
+    seconds: float = 0.0
+    """Of the steps that led to the model, when they were computed."""
+    layer_evaluations: float | None = None
+    """Passes of all samples through one layer, forward or backward, that those steps report."""
+
+
+def make_variants(
+    recipes: Sequence[Path], grids: Sequence[str], overrides: Sequence[str], catalog: Catalog, store: Path
+) -> list[Variant]:
+    """Plan everything before anything runs. Raises `RecipeError` with the problems of the first variant that has any.
+
+    A grid is `STEP.OPTION=A,B,C`; several options before the `=`, with commas between, take each value together.
+    """
+    axes = [list(_read_grid(grid)) for grid in grids]
+    variants, stems = [], [path.stem for path in recipes]
+    for path in recipes:
+        for choice in itertools.product(*axes):
+            settings = [setting for group in choice for setting in group]
+            plan = make_plan(load_recipe(path, [*overrides, *settings]), catalog, store)
+            shown = ", ".join(_shorten(group) for group in choice)
+            recipe = path.stem if stems.count(path.stem) == 1 else str(path)
+            name = ": ".join(filter(None, [recipe if len(recipes) > 1 or not shown else "", shown]))
+            variants.append(_without_writers(Variant(name, plan)))
+    return variants
+
+
+def check_folder(folder: Path, variants: Sequence[Variant], places: Sequence[Place]) -> None:
+    """Raise `CommandError` unless a comparison can be written there, in the place of an earlier one or of nothing.
+
+    `places`: that must stay as they are, besides those that the recipes read.
+    """
+    target = folder.resolve()
+    taken = list(places)
+    for variant in variants:
+        taken += find_model_places(variant.plan.model)
+        for step in variant.plan.steps:
+            taken += find_read_places(step.stage, step.id, step.writes)
+    hit = next((place for place in taken if place.find_relation(target)), None)
+    if hit is not None:
+        raise CommandError(f"--out {str(folder)!r} {hit.find_relation(target)} {hit.name}; choose another folder")
+    try:
+        check_target(folder, overwrite=True)
+    except OptionError as error:
+        raise CommandError(f"--out: {error}") from error
+    name, reason = next(find_foreign_files(folder) if folder.is_dir() else iter(()), ("", ""))
+    if name:
+        holds = f"--out {str(folder)!r} holds {name!r}, which {reason.replace('an export', 'a comparison')}"
+        raise CommandError(f"{holds}; choose another folder, or move that file away")
+
+
+def _read_grid(grid: str) -> Iterator[list[str]]:
+    """For each value, the `--set` options that give it."""
+    targets, equals, values = grid.partition("=")
+    where = f"--grid {grid}"
+    if not equals or not values or not all("." in target for target in targets.split(",")):
+        raise RecipeError([Problem(where, "must look like STEP.OPTION=A,B,C, for example prune.ratio=0.1,0.25")])
+    for value in load_yaml(f"[{values}]", where).data:
+        yield [f"{target}={json.dumps(value)}" for target in targets.split(",")]
+
+
+def _shorten(settings: list[str]) -> str:
+    """`ratio 0.25` for `gradmap_score.ratio=0.25` and `prune.ratio=0.25`."""
+    options = dict.fromkeys(setting.partition("=")[0].rpartition(".")[2] for setting in settings)
+    value = settings[0].partition("=")[2].strip('"')
+    return f"{'/'.join(options)} {value}"
+
+
+def _without_writers(variant: Variant) -> Variant:
+    kept, left_out = [], set()
+    for step in variant.plan.steps:
+        if step.writes or any(source in left_out for source, _ in step.inputs.values()):
+            left_out.add(step.id)
+        else:
+            kept.append(step)
+    return replace(variant, plan=replace(variant.plan, steps=kept), left_out=tuple(left_out))
+
+
+@dataclass
+class Comparison:
+    """Rows in the order of the variants, whole models first; and what went wrong."""
+
+    rows: list[Row] = field(default_factory=list)
+    failures: list[tuple[str, GradmapError]] = field(default_factory=list)
+    """Variant, and what went wrong."""
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.rows for name in row.perplexity))
+
+
+def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, reporter: Reporter) -> Comparison:
+    """Run each; what they share is computed once. A variant that fails is told at the end, and the others go on."""
+    found = Comparison()
+    ended: list[tuple[Variant, Ran]] = []
+    for variant in variants:
+        try:
+            ended.append((variant, run_plan(variant.plan, store, machine, reporter)))
+        except GradmapError as error:
+            found.failures.append((variant.name, error))
+    names = name_settings([evaluation for _, ran in ended for evaluation in _evaluations(ran)])
+    dense: dict[tuple[Any, ...], Row] = {}
+    for variant, ran in ended:
+        rows = list(_measured(ran, variant.name, names))
+        for row in rows:
+            if row.label == "dense":
+                dense.setdefault((row.parameters, tuple(row.perplexity.items())), replace(row, name=variant.plan.model.name))
+        made = [row for row in rows if row.label != "dense"]
+        if not made:
+            advice = "put evaluate before the step that writes"
+            found.failures.append((variant.name, StageError(f"evaluates no model that it makes, besides those left out; {advice}")))
+        found.rows += made[-1:]
+    found.rows[:0] = dense.values()
+    return found
+
+
+def _evaluations(ran: Ran) -> list[Evaluation]:
+    return [artifact for given in ran.outputs.values() for artifact in given.values() if isinstance(artifact, Evaluation)]
+
+
+def _measured(ran: Ran, name: str, names: Mapping[tuple[str, int, int], str]) -> Iterator[Row]:
+    """Each model of a run that was evaluated, in order. `names`: of the settings of evaluations."""
+    evaluations = _evaluations(ran)
+    seen: set[str] = set()
+    seconds = {step.step: step.computed_seconds for step in ran.finished}
+    for step, given in ran.outputs.items():
+        for model in given.values():
+            if not isinstance(model, ModelGraph | Export) or model.digest in seen:
+                continue
+            seen.add(model.digest)
+            measured = {names[setting_of(found)]: found.perplexity for found in evaluations if found.model == model.digest}
+            if not measured:
+                continue
+            graph = model.graph if isinstance(model, Export) else model
+            path = [] if step == MODEL_STEP else [finished.id for finished in ran.lineage[step]]
+            works = [work for before in path for work in ran.outputs[before].values() if isinstance(work, Work)]
+            yield Row(
+                name=name,
+                label=model.label,
+                layers=len(graph.layers),
+                parameters=graph.count_parameters(),
+                bytes=model.count_bytes(),
+                perplexity=measured,
+                seconds=sum(seconds[before] for before in path),
+                layer_evaluations=sum(work.layer_evaluations for work in works) if works else None,
+            )

@@ -1,0 +1,114 @@
+"""What the steps of a plan would take on this machine."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..cost.estimate import Estimate
+from ..cost.rehearsal import Rehearsal
+from ..errors import (
+    CapacityError,
+    GradmapError,
+    ModelError,
+    first_line,
+)
+from ..machine.machine import Machine
+from ..machine.shortages import find_shortage
+from ..recipe.asking import ask
+from ..recipe.plan import Plan, PlannedStep
+from ..recipe.recipe import MODEL_STEP
+from ..sweep.budget import format_size
+from .inspection import inspect_steps
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step."""
+
+    step: str
+    parameters: int | None
+    """Of the model that the step makes, where it makes one."""
+    estimate: Estimate | None
+    """None: the stage does not say."""
+    obstacle: str | None = None
+    """Why the step does not fit this machine."""
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """All steps, the opening of the model first."""
+
+    memory: int
+    """Bytes the process may have resident."""
+    steps: list[StepCost]
+
+    @property
+    def total(self) -> Estimate:
+        return sum((step.estimate for step in self.steps if step.estimate), Estimate())
+
+    @property
+    def obstacles(self) -> list[str]:
+        """One line for each step that does not fit."""
+        return [f"step {step.step!r}: {step.obstacle}" for step in self.steps if step.obstacle]
+
+
+def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None:
+    """Ask each stage what it would take; None where the model is not on this machine.
+
+    Raises `CapacityError` when no step could run. Loads no tensor; takes a few seconds to try one layer.
+    """
+    folder = plan.model.find_folder()
+    if folder is None:
+        return None
+    try:
+        rehearsal = Rehearsal(folder, plan.model.name, plan.model.dtype, machine, store)
+    except (GradmapError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise _explain(error, f"model {plan.model.name!r} cannot be tried") from error
+    inspect_steps(plan, plan.steps, rehearsal.graph, rehearsal.memory)
+    stored = rehearsal.stored_layer_bytes + rehearsal.stored_rest_bytes
+    seconds = stored * (rehearsal.rates.digest + rehearsal.rates.read)
+    depth = len(rehearsal.graph.layers)
+    steps = [StepCost(MODEL_STEP, rehearsal.count_parameters(depth), Estimate(bytes_read=stored, seconds=seconds))]
+    known = {(MODEL_STEP, "model"): plan.model_forecast}
+    starting = rehearsal.start_seconds
+    for step in plan.steps:
+        inputs = {name: known.get(source) for name, source in step.inputs.items()}
+        for output, forecast in step.forecasts.items():
+            known[step.id, output] = forecast
+        made = getattr(step.forecasts.get("model"), "layers", None)
+        parameters = None if made is None else rehearsal.count_parameters(made)
+        try:
+            estimate: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, inputs, rehearsal)
+        except CapacityError as error:
+            steps.append(StepCost(step.id, parameters, None, str(error)))
+            continue
+        obstacle = None if estimate is None else _find_full_disk(step, estimate, store)
+        if estimate is not None and estimate.seconds:
+            estimate, starting = replace(estimate, seconds=estimate.seconds + starting), 0.0
+        steps.append(StepCost(step.id, parameters, estimate, obstacle))
+    return PlanCosts(rehearsal.memory, steps)
+
+
+def _find_full_disk(step: PlannedStep, estimate: Estimate, store: Path) -> str | None:
+    """Why what a step writes does not fit its disk: that of the folder it makes, else that of the store."""
+    place, needed = (step.writes[0], estimate.bytes_written) if step.writes else (store, estimate.disk_bytes)
+    above = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(above).free
+    if needed <= free:
+        return None
+    what = "what it writes needs" if step.writes else "hidden states in a file need"
+    elsewhere = "use fewer samples, allow more with --memory, or name another disk with --store"
+    advice = "name a folder on another disk" if step.writes else elsewhere
+    return f"{what} {format_size(needed)}, and {str(above)!r} has {format_size(free)} free; {advice}"
+
+
+def _explain(error: BaseException, what: str) -> GradmapError:
+    """One line for an error that nobody foresaw."""
+    shortage = find_shortage(error)
+    if shortage is not None:
+        return CapacityError(f"{what}: {shortage.explain()}")
+    return ModelError(f"{what}: {type(error).__name__}: {first_line(error)}")

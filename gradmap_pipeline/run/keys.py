@@ -1,0 +1,61 @@
+"""Under what results are kept: all that they depend on, by content."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from ..artifacts import Artifact
+from ..machine.digests import sha256_of_value
+from ..machine.environment import Workplace
+from ..recipe.plan import PlannedStep
+from .store import Store
+
+
+def make_key(
+    step: PlannedStep, inputs: dict[str, Artifact], seed: int, dtype: str, store: Store, workplace: Workplace | None = None
+) -> str:
+    """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content."""
+    options = {name: _fingerprint(getattr(step.stage, name), store) for name in type(step.stage).model_fields}
+    return sha256_of_value(
+        {
+            "stage": step.stage.name,
+            "code": step.code.digest,
+            "options": options,
+            "writes": [str(folder.resolve()) for folder in step.writes],
+            "inputs": {name: artifact.content() for name, artifact in inputs.items()},
+            "seed": seed,
+            "dtype": dtype,
+            "versions": versions_of(step, workplace),
+        }
+    )
+
+
+def _fingerprint(value: Any, store: Store) -> Any:
+    """JSON of an option; what has a `fingerprint` counts by its content, wherever it stands."""
+    if hasattr(value, "fingerprint"):
+        return value.fingerprint(store.digest_of)
+    if isinstance(value, BaseModel):
+        return {name: _fingerprint(getattr(value, name), store) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {str(key): _fingerprint(item, store) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_fingerprint(item, store) for item in value]
+    return to_jsonable_python(value)
+
+
+def versions_of(step: PlannedStep, workplace: Workplace | None) -> dict[str, Any]:
+    """Of what a step's results depend on, besides our code and the stage's."""
+    if workplace is not None:
+        return workplace.identify(step.stage.libraries)
+    return {library: _version(library) for library in step.stage.libraries}
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "missing"

@@ -1,0 +1,69 @@
+"""What a stage gets beside its inputs that reaches into the run: units of work that are kept, and how far it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..machine.digests import sha256_of_value
+from ..machine.environment import Workplace
+from ..machine.group import Group
+from ..recipe.plan import PlannedStep
+from ..stages.stage import Advance
+from .events import Progress, Reporter
+from .keys import versions_of
+from .store import Store
+
+
+def memory_of(
+    step: PlannedStep, workplace: Workplace | None, dtype: str, store: Store, group: Group, found_finished: list[float]
+) -> Callable[[Any, Callable[[], Any]], Any]:
+    """Units of a stage's work, kept under what the stage names as key and the code that made them.
+
+    `found_finished`: gets the seconds of those that earlier runs have computed.
+    """
+    versions = versions_of(step, workplace)
+
+    def remember(key: Any, compute: Callable[[], Any]) -> Any:
+        whole = sha256_of_value([step.code.digest, dtype, versions, key])
+        found = group.tell(store.load_unit(step.stage.name, whole))
+        if found is not None:
+            found_finished.append(found["seconds"])
+            return found["value"]
+        started = time.monotonic()
+        value = group.tell(compute())
+        if group.leads:
+            store.save_unit(step.stage.name, whole, value, time.monotonic() - started)
+        return value
+
+    return remember
+
+
+def progress_of(step: str, reporter: Reporter) -> Any:
+    """How a stage tells how far it is, for the context of a step."""
+
+    @contextmanager
+    def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
+        started, done = time.monotonic(), 0
+
+        def report() -> None:
+            seconds = time.monotonic() - started
+            rate = done / seconds if done and seconds > 0 else None
+            left = (total - done) / rate if rate else None
+            reporter.progress(Progress(step, description, done, total, unit, rate, left))
+
+        def advance(units: int = 1, /) -> None:
+            nonlocal done
+            done = min(total, done + units)
+            if not ended:
+                report()
+
+        ended = False
+        report()
+        yield advance
+        ended = True
+        reporter.progress_ended(step, description)
+
+    return progress

@@ -1,0 +1,245 @@
+"""Results on disk: finished steps by key, and finished units of long steps. A folder that exists is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..artifacts import Artifact
+from ..errors import StageError, first_line
+from ..machine.digests import sha256_of, sha256_of_value
+from ..machine.partial import (
+    clear_partial_folders,
+    partial_folder,
+    replace_folder,
+    write_file,
+)
+from .output_checks import dump_outputs
+
+_OUTPUTS = "outputs.json"
+_SHORT = 16  # hexadecimal digits of a key in a folder's name
+_DIGEST = "sha256"
+"""Key under which a JSON file of the store has the digest of all that it holds besides."""
+_UNSETTLED_NS = 2 * 10**9
+"""A file that has just changed may change again within one tick of its file system's clock, and keep its time."""
+
+
+@dataclass(frozen=True)
+class StepFolder:
+    """A step's folder while the step runs, and the place it gets when the step has finished."""
+
+    path: Path
+    final: Path
+
+
+class Store:
+    """A folder of results, shared by all recipes that use it.
+
+    steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests of files elsewhere)
+    traceback.txt (of the latest stage that failed unexpectedly)
+    environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
+    quiet.log (what others than this program printed in the latest run under --quiet)
+
+    Whatever is read is compared with its digest first. What does not fit counts as not there, so it is made again.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._digests: dict[str, Any] | None = None
+        self._whole: set[tuple[Path, str]] = set()
+        """Files of the store that had their digest when they were read in this process."""
+        self._drafts: Path | None = None
+        self._resources = ExitStack()
+        weakref.finalize(self, self._resources.close)
+
+    def prepare(self) -> None:
+        """Make the folder, keep it out of git, and clear away what killed runs left."""
+        for name in ("steps", "units", "environments"):
+            _remove_unless(Path.is_dir, self.root / name)
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        ignore = self.root / ".gitignore"
+        _remove_unless(_is_own_file, ignore)
+        if not ignore.exists() or not ignore.stat().st_size:
+            ignore.write_text("*\n")
+        for folder in (self.root, self.root / "steps", self.root / "environments"):
+            clear_partial_folders(folder)
+
+    @property
+    def environments(self) -> Path:
+        """Folder of the virtual environments."""
+        return self.root / "environments"
+
+    @property
+    def log(self) -> Path:
+        """File for what a stage in another Python prints."""
+        return self.root / "stage.log"
+
+    def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
+        """Outputs of a finished step, or None when there is none, or when a file of theirs is gone or not as it was written."""
+        return self._load_from(self._step(stage, key), key, outputs)
+
+    def _load_from(self, folder: Path, key: str, outputs: type[BaseModel]) -> BaseModel | None:
+        record = _read_object(folder / _OUTPUTS)
+        if record.get("key") != key:
+            return None
+        try:
+            result = outputs.model_validate(record.get("outputs"), context={"store": self.root})
+        except ValueError:
+            return None
+        return result if all(self._is_whole(path, digest) for path, digest in _files_of(result).items()) else None
+
+    def _is_whole(self, file: Path, digest: str) -> bool:
+        """Whether a file has this digest. One inside the store is read once in a process, so damage of the disk is noticed too."""
+        try:
+            if not file.is_relative_to(self.root):
+                return self.digest_of(file) == digest
+            if (file, digest) not in self._whole and file.is_file() and sha256_of(file) == digest:
+                self._whole.add((file, digest))
+        except OSError:
+            return False
+        return (file, digest) in self._whole
+
+    @contextmanager
+    def step(self, stage: str, key: str) -> Iterator[StepFolder]:
+        """A new, empty folder for a step; it vanishes unless `finish` is called."""
+        final = self._step(stage, key)
+        with partial_folder(final) as path:
+            yield StepFolder(path, final)
+
+    def finish(self, folder: StepFolder, key: str, record: dict[str, Any], outputs: BaseModel) -> BaseModel:
+        """Write the outputs and move the folder into place, as the last thing. Returns the outputs as stored.
+
+        Where another run has finished the same step meanwhile, its result stays: somebody may be reading it. Raises
+        `StageError` where the outputs cannot be stored.
+        """
+        dumped = dump_outputs(outputs, self.root)
+        described = json.loads(json.dumps({"key": key, **record}, allow_nan=False))
+        inside, final = (json.dumps(str(path.relative_to(self.root)))[1:-1] for path in (folder.path, folder.final))
+        stored = json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))
+        content = _with_digest({**described, "outputs": stored})
+        (folder.path / _OUTPUTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        finished = self._load_from(folder.final, key, type(outputs))
+        if finished is not None:
+            return finished
+        _remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder.final)
+        replace_folder(folder.path, folder.final)
+        self._whole = {(path, digest) for path, digest in self._whole if not path.is_relative_to(folder.final)}
+        return type(outputs).model_validate(stored, context={"store": self.root})
+
+    def find_loss(self, folder: StepFolder) -> str | None:
+        """What somebody has deleted while a step ran, and what to do; None where all is there."""
+        gone = next((path for path in (self.root, folder.path) if not path.is_dir()), None)
+        if gone is None:
+            return None
+        what = "the store" if gone == self.root else "the folder of the step in the making,"
+        who = "by its stage or by another program"
+        return f"{what} {str(gone)!r} was deleted while the step ran, {who}; nothing of it is kept: run again"
+
+    def seconds_of(self, stage: str, key: str) -> float:
+        """What a finished step took when it ran, with the units it found finished."""
+        return float(_read_object(self._step(stage, key) / _OUTPUTS).get("seconds", 0.0))
+
+    def load_unit(self, stage: str, key: str) -> dict[str, Any] | None:
+        """A finished unit of work: `value` (JSON) and the `seconds` it took; or None."""
+        unit = _read_object(self._unit(stage, key))
+        return {name: unit[name] for name in ("value", "seconds")} if unit.get("key") == key else None
+
+    def save_unit(self, stage: str, key: str, value: Any, seconds: float) -> None:
+        """Keep a unit of work, even if its step does not finish. Raises `StageError` where the value is no JSON."""
+        try:
+            text = json.dumps({"key": key, "value": value, "seconds": seconds}, allow_nan=False)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise StageError(
+                f"a value that it wants remembered cannot be stored: {first_line(error) or type(error).__name__}"
+            ) from error
+        self._write(self._unit(stage, key), json.dumps(_with_digest(json.loads(text))))
+
+    def save_traceback(self, text: str) -> Path:
+        """Keep the traceback of the latest failure for whoever wrote the stage."""
+        file = self.root / "traceback.txt"
+        self._write(file, text)
+        return file
+
+    def digest_of(self, file: Path) -> str:
+        """SHA-256 of a file, remembered as long as the system says that nobody has touched it.
+
+        The system sets the time of the latest change of a file's data or attributes (ctime) itself. Programs that keep a
+        file's size and time of modification cannot keep that one.
+        """
+        resolved = file.resolve()
+        if self._digests is None:
+            self._digests = _read_object(self.root / "files.json")
+        status = resolved.stat()
+        state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        remembered = self._digests.get(str(resolved))
+        if isinstance(remembered, list) and remembered[:-1] == state:
+            return str(remembered[-1])
+        settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _UNSETTLED_NS
+        digest = sha256_of(resolved)
+        if settled:
+            self._digests[str(resolved)] = [*state, digest]
+            content = {name: value for name, value in self._digests.items() if name != _DIGEST}
+            self._write(self.root / "files.json", json.dumps(_with_digest(content)))
+        return digest
+
+    def close(self) -> None:
+        """Leave nothing behind but results."""
+        self._resources.close()
+        self._drafts = None
+
+    def _write(self, file: Path, text: str) -> None:
+        if self._drafts is None or not self._drafts.is_dir():
+            self._drafts = self._resources.enter_context(partial_folder(self.root / "drafts"))
+        _remove_unless(_is_own_file, file)
+        write_file(file, text, self._drafts)
+
+    def _step(self, stage: str, key: str) -> Path:
+        return self.root / "steps" / f"{stage}-{key[:_SHORT]}"
+
+    def _unit(self, stage: str, key: str) -> Path:
+        return self.root / "units" / f"{stage}-{sha256_of_value([stage, key])[: 2 * _SHORT]}.json"
+
+
+def _files_of(outputs: BaseModel) -> dict[Path, str]:
+    """SHA-256 by path of all files that artifacts among the outputs rest on."""
+    artifacts = [getattr(outputs, name) for name in type(outputs).model_fields]
+    return {path: digest for value in artifacts if isinstance(value, Artifact) for path, digest in value.files_by_path().items()}
+
+
+def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, _DIGEST: sha256_of_value(content)}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of the store; empty when there is none, or when it is not what was written."""
+    if not file.is_file():  # a pipe would be waited for
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        content = {name: part for name, part in value.items() if name != _DIGEST}
+        return content if value[_DIGEST] == sha256_of_value(content) else {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return {}
+
+
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _remove_unless(is_right: Callable[[Path], bool], path: Path) -> None:
+    """Clear away what has a name of the store's and is something else, or a link to something else."""
+    if os.path.lexists(path) and not is_right(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

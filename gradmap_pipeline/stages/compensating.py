@@ -1,0 +1,179 @@
+"""What all stages that correct a pruned model have in common: two streams, one layer after another, patches, and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+from ..artifacts import CalibrationSet, TensorFile, Work
+from ..checkpoint.graph import ModelGraph
+from ..correction.correction import Compensation, CorrectedSite
+from ..errors import ModelError, PluginError, StageError
+from ..sweep.finite import names_of
+from ..sweep.survey import Survey
+from .ranking import shorten
+from .stage import Context, Stage
+
+if TYPE_CHECKING:
+    from ..correction.sites import NotFiniteError, Site
+    from ..correction.streams import Streams
+    from ..cost.estimate import Estimate
+    from ..cost.rehearsal import Rehearsal
+
+Corrected = tuple[list[CorrectedSite], dict[str, TensorFile]]
+"""What was done at one layer, and the patched tensors by name."""
+
+
+class LayerCompensation(Stage):
+    """Base of stages that correct a pruned model; a class derived from it says which layers, and how one is corrected."""
+
+    abstract = True
+    parallel = True
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+        calibration: CalibrationSet
+
+    class Outputs(BaseModel):
+        model: ModelGraph
+        compensation: Compensation
+        work: Work
+
+    def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+        """Layers to correct, in order; each is asked for when the one before it is done. `known`: sites by layer, where tried."""
+        raise NotImplementedError
+
+    def correct(self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context) -> Corrected:
+        """Correct one layer in the pruned stream. A `NoSiteError` leaves it as it is, and goes on with the next."""
+        raise NotImplementedError
+
+    def room(self, graph: ModelGraph) -> int:
+        """Bytes that correcting one layer takes."""
+        return 0
+
+    def tell(self, site: CorrectedSite) -> str:
+        """What was done at one site, in a line."""
+        return (
+            f"layer {site.layer}: shift {site.shift:.3g} ({site.relative_shift:.1%} of the mean norm), "
+            f"{1 - site.missing_left:.1%} of the missing residual restored in {site.parameter}"
+        )
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"model": inputs.get("model")}
+
+    def check(self, graph: ModelGraph) -> None:
+        """Raise `StageError` where this pruned model cannot be corrected, before either model runs."""
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        survey.check_layerwise()
+        sites = survey.find_sites()
+        if sites and not any(self.takes(found) for found in sites.values()):
+            raise ModelError(f"no layer has a place that {self.name} could correct: {self.wanted}; use project_compensate")
+
+    wanted: ClassVar[str] = "a linear map that writes to the layer's output"
+    """The place that a correction needs, for people."""
+
+    def takes(self, sites: Sequence[Site]) -> bool:
+        """Whether a layer with these sites can be corrected."""
+        return any(site.kind == "output" for site in sites)
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        model, calibration = inputs.get("model"), inputs.get("calibration")
+        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
+            return None
+        return self.estimate_streams(model.layers, calibration.samples, calibration.sequence_length, rehearsal)
+
+    def estimate_streams(self, layers: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate:
+        """What correcting a model of so many layers takes; here, one more pass of each."""
+        return rehearsal.two_streams(layers, samples, tokens, self.room(rehearsal.graph), layers)
+
+    def run(self, inputs: Any, context: Context) -> Any:
+        from ..correction.sites import NoSiteError, NotFiniteError, share_sites
+        from ..correction.streams import open_streams
+        from ..data import check_tokenizer
+        from ..machine.memory import give_back
+
+        check_tokenizer(inputs.calibration, inputs.model)
+        graph: ModelGraph = inputs.model
+        if not graph.removed:
+            raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
+        self.check(graph)
+        started = time.perf_counter()
+        known = Survey(graph, context.memory).find_sites()
+        give_back()
+        known = share_sites(known, context.group)
+        streams = open_streams(graph, inputs.calibration, context, self.room(graph))
+        corrected: list[CorrectedSite] = []
+        left_out: dict[int, NoSiteError] = {}
+        patches: dict[str, TensorFile] = {}
+        tried: set[int] = set()
+        with context.progress("correct layers", len(graph.layers), "layer") as advance:
+            for layer in self._choose(streams, known):
+                if layer in tried:
+                    raise PluginError(f"stage {self.name!r}: 'choose' gives layer {layer} twice")
+                if layer not in graph.layers:
+                    raise PluginError(f"stage {self.name!r}: 'choose' gives {shorten(layer)}; the model has {list(graph.layers)}")
+                tried.add(layer)
+                try:
+                    with context.group.agreeing(NoSiteError):
+                        made = self.correct(streams, layer, known, context)
+                except NoSiteError as error:
+                    left_out[layer] = error
+                except NotFiniteError as error:
+                    self._refuse(error, streams, context)
+                else:
+                    self._check_corrected(made, graph)
+                    corrected += made[0]
+                    patches |= made[1]
+                advance()
+        if not corrected:
+            raise next(iter(left_out.values()), None) or StageError("no layer takes this correction")
+        for line in [*(f"left as it is: {error}" for error in left_out.values()), *map(self.tell, corrected)]:
+            context.note(line)
+        shifts = {layer: at.shift for layer, at in streams.measured.items()}
+        return self.Outputs(
+            model=graph.with_patches(patches, "compensated"),
+            compensation=Compensation(sites=tuple(corrected), shifts=shifts),
+            work=Work(rounds=(streams.work(time.perf_counter() - started),)),
+        )
+
+    def _choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+        layers = self.choose(streams, known)
+        if not isinstance(layers, Iterable):
+            raise PluginError(f"stage {self.name!r}: 'choose' must give layers, got {shorten(layers)}")
+        yield from layers
+
+    def _check_corrected(self, made: Any, graph: ModelGraph) -> None:
+        """Raise `PluginError` unless `correct` gave what was done and patches of tensors that the model has."""
+        from ..checkpoint.checkpoint import read_header
+
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], list) and isinstance(made[1], dict)):
+            raise PluginError(f"stage {self.name!r}: 'correct' must return a list and a mapping, got {shorten(made)}")
+        sites, patches = made
+        if not all(isinstance(site, CorrectedSite) for site in sites):
+            raise PluginError(f"stage {self.name!r}: 'correct' must return a list of CorrectedSite, got {shorten(sites)}")
+        for name, file in patches.items():
+            if name not in names_of(graph) or not isinstance(file, TensorFile):
+                raise PluginError(
+                    f"stage {self.name!r}: 'correct' patches {name!r}, which is no tensor of the model, in {shorten(file)}"
+                )
+            shape = graph.stored_tensor(name).shape
+            patch = read_header(file.path).get(name)
+            if patch is None or patch.shape != shape:
+                found = "nothing of that name" if patch is None else f"shape {patch.shape}"
+                raise PluginError(f"stage {self.name!r}: the patch of {name!r} must have shape {shape}; its file has {found}")
+
+    def _refuse(self, error: NotFiniteError, streams: Streams, context: Context) -> None:
+        """Raise the error that tells why what a correction needs is not finite."""
+        from ..machine.memory import give_back
+        from ..sweep.finite import not_finite
+
+        batches = streams.pruned.batches
+        give_back()
+        graphs = [streams.graph.dense, streams.graph]
+        told = not_finite(str(error), graphs, batches, context.device, context.dtype, context.folder)
+        vague = StageError(f"{error} is not a finite number in {context.dtype}")
+        context.group.agree(told or vague, is_vague=told is None)

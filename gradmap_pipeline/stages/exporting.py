@@ -1,0 +1,41 @@
+"""What all stages that write a folder for other programs have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from .stage import Stage
+from .targets import NewFolder, check_target, new_folder
+
+if TYPE_CHECKING:
+    from ..sweep.survey import Survey
+
+
+class FolderExport(Stage):
+    """Base of stages that write a folder: `class MyExport(FolderExport)` fills `self.new_folder(...)` in `run`, and finishes it."""
+
+    abstract = True
+
+    to: Path = Field(description="Folder to write.")
+    overwrite: bool = Field(
+        False, description="Replace a folder even if it is no earlier export, or has been changed since it was exported."
+    )
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_target(self.to, self.overwrite)
+        return {}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        check_target(self.to, self.overwrite, hashing=True)
+
+    def writes(self) -> tuple[Path, ...]:
+        return (self.to,)
+
+    def new_folder(self, *sources: Path) -> AbstractContextManager[NewFolder]:
+        """The folder in the making. `sources`: folders that are read to fill it, and must not be written over."""
+        return new_folder(self.to, self.overwrite, *sources)

@@ -1,0 +1,139 @@
+"""How layers get scores from sweeps over a calibration set: what a stage says of it, and the sweeps themselves."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from ..artifacts import CalibrationSet, Round
+from ..checkpoint.graph import ModelGraph
+from ..errors import PluginError, StageError
+from .stage import Context
+
+if TYPE_CHECKING:
+    from ..sweep.parts import PartedSweep
+    from ..sweep.sweep import Sweep
+
+Scores = dict[int, float]
+"""Importance by base layer. Higher means keep."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a stage gets its scores from sweeps over the calibration set."""
+
+    of: Callable[[Sweep], Scores]
+    """What one sweep gives for the layers it has: this process's share of a sum over samples."""
+    key: Any
+    """All that the scores depend on besides the model, the calibration set and the layers that are left."""
+    backward: bool = False
+    weight_gradients: bool = False
+    sample_share: float = 1.0
+    """Share of the calibration samples that are swept, the first of them."""
+
+
+def check_scores(stage: str, scores: Any, layers: Sequence[int]) -> Scores:
+    """Scores as plain numbers. Raises `PluginError` unless they are numbers by layer of the model, at least one."""
+    if not isinstance(scores, Mapping) or not scores:
+        raise PluginError(f"stage {stage!r}: a ranking must be scores by layer, at least one; got {shorten(scores)}")
+    for layer, score in scores.items():
+        if isinstance(layer, bool) or layer not in layers:
+            raise PluginError(f"stage {stage!r} scores layer {layer!r}, which the model does not have; it has {list(layers)}")
+        if isinstance(score, bool) or not isinstance(score, Real):
+            raise PluginError(f"stage {stage!r}: the score of layer {layer} must be a number, got {shorten(score)}")
+    return {int(layer): float(score) for layer, score in scores.items()}
+
+
+def shorten(value: Any) -> str:
+    """What a value looks like, in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class Scorer:
+    """Scores the layers that are left, one ranking after another; the next starts from what the last leaves valid."""
+
+    def __init__(self, stage: str, measure: Measure, model: ModelGraph, calibration: CalibrationSet, context: Context) -> None:
+        self.stage, self.measure, self.model, self.calibration, self.context = stage, measure, model, calibration, context
+        self._sweeps: PartedSweep | None = None
+        self._left: set[int] = set()
+
+    @property
+    def used_samples(self) -> int:
+        """How many of the calibration samples are swept."""
+        return math.ceil(self.measure.sample_share * self.calibration.samples)
+
+    def score(self, kept: set[int]) -> dict[str, Any]:
+        """Importance by layer, and the work it took, as JSON."""
+        started = time.perf_counter()
+        sweeps = self._sweeps_of(kept)
+        before = sweeps.layer_forwards, sweeps.layer_backwards
+        scores: Scores = {}
+        reused, forward_seconds = 0, 0.0
+        for sweep in sweeps:
+            reused = sweep.done
+            since = time.perf_counter()
+            if self.measure.backward:
+                sweep.run_forward()
+            forward_seconds += time.perf_counter() - since
+            for layer, score in check_scores(self.stage, self.measure.of(sweep), sorted(kept)).items():
+                scores[layer] = scores.get(layer, 0.0) + score
+        scores = self.context.group.sum_values(scores)
+        broken = [layer for layer, score in sorted(scores.items()) if not math.isfinite(score)]
+        if broken:
+            self._refuse(broken[0], kept)
+        seconds = time.perf_counter() - started
+        share = self.used_samples / self.calibration.samples
+        saved = forward_seconds / max(1, len(kept) - reused) * reused
+        work = Round(
+            layer_forwards=(sweeps.layer_forwards - before[0]) * share,
+            layer_backwards=(sweeps.layer_backwards - before[1]) * share,
+            seconds=seconds,
+            reused_layers=reused,
+            saved=saved / (seconds + saved),
+        )
+        return {"scores": scores, "work": work.model_dump()}
+
+    def _refuse(self, layer: int, kept: set[int]) -> None:
+        """Raise the error that tells why the score of a layer is not finite."""
+        from ..machine.memory import give_back
+        from ..sweep.finite import not_finite
+
+        assert self._sweeps is not None
+        batches, context = self._sweeps.batches, self.context
+        self._sweeps = None
+        give_back()
+        left = self.model.without_layers(set(self.model.layers) - kept) if kept < set(self.model.layers) else self.model
+        what = f"the score of layer {layer}"
+        error = not_finite(what, [left], batches, context.device, context.dtype, context.folder)
+        wider = "; use --dtype float32 or bfloat16" if context.dtype == "float16" else ""
+        vague = StageError(f"{what} is not a finite number in {context.dtype}, though all logits are{wider}")
+        context.group.agree(error or vague, is_vague=error is None)
+
+    def _sweeps_of(self, kept: set[int]) -> PartedSweep:
+        from ..sweep.parts import PartedSweep
+
+        if self._sweeps is None:
+            layers = set(self.model.layers)
+            used = self.used_samples
+            self._sweeps = PartedSweep(
+                self.model.without_layers(layers - kept) if kept < layers else self.model,
+                *(self.context.group.share(part[:used]) for part in self.calibration.load()),
+                device=self.context.device,
+                dtype=self.context.dtype,
+                memory=self.context.memory,
+                folder=self.context.folder,
+                backward=self.measure.backward,
+                weight_gradients=self.measure.weight_gradients,
+                group=self.context.group,
+                divisible=not self.measure.weight_gradients,
+            )
+            self._left = set(kept)
+        for layer in self._left - kept:
+            self._sweeps.remove(layer)
+        self._left = set(kept)
+        return self._sweeps

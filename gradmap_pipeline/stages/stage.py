@@ -1,0 +1,208 @@
+"""What a plugin author writes: a Stage; and what a running stage may use: its Context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from ..artifacts import Artifact
+from ..errors import PluginError
+from ..machine.environment import Environment
+from ..machine.group import Group
+
+if TYPE_CHECKING:
+    from ..cost.estimate import Estimate
+    from ..cost.rehearsal import Rehearsal
+    from ..sweep.survey import Survey
+
+
+class Advance(Protocol):
+    """Count finished units of work."""
+
+    def __call__(self, units: int = 1, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step that led to the inputs of another."""
+
+    id: str
+    stage: str
+    options: dict[str, Any]
+    outputs: dict[str, Any]
+    """Each artifact's JSON."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage may use besides its inputs and options."""
+
+    folder: Path
+    """This step's own folder, empty at the start. Write tensors here."""
+    seed: int
+    device: str
+    """As torch names it: `cpu`, `cuda:0`."""
+    dtype: str
+    """Floating-point type to compute in: `float32`, `bfloat16`, `float16`."""
+    memory: int
+    """Bytes this process may have resident, all included; on a GPU, what it may have there."""
+    progress: Callable[[str, int, str], AbstractContextManager[Advance]]
+    """`with context.progress(description, total, unit) as advance:` reports work that takes longer than a second."""
+    note: Callable[[str], None]
+    """Tell the user one finding, in one line."""
+    remember: Callable[[Any, Callable[[], Any]], Any]
+    """`context.remember(key, compute)`: the JSON value kept under this key by any earlier run of the stage, else `compute()`.
+
+    The key must name all that the value depends on, except the stage's code, the compute dtype and library versions.
+    """
+    group: Group = field(default_factory=Group)
+    """The processes that work on this step together; one, unless the stage is `parallel`."""
+    lineage: tuple[FinishedStep, ...] = field(default=())
+    """The steps that led here, in order."""
+    step: str | None = None
+    """Id of this step in the recipe; None where there is no recipe."""
+
+
+class Stage(BaseModel):
+    """One operation on a model. Fields are the options a recipe may set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: ClassVar[str]
+    """How recipes refer to this stage: `verb_noun`."""
+    Inputs: ClassVar[type[BaseModel]]
+    Outputs: ClassVar[type[BaseModel]]
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    """Distributions whose version changes the result; part of the key under which results are kept."""
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Modules besides the package's own dependencies, without which the stage cannot work; `gradmap check` looks for them."""
+    extra: ClassVar[str] = ""
+    """The extra that installs them, of the distribution that installs the stage; of this package for a stage in a single file."""
+
+    environment: ClassVar[Environment | None] = None
+    """What the stage needs of a Python of its own, where its libraries exclude those of the others. Its options, `forecast` and
+    `inspect` are asked here; `run` is called there. None: it runs in the Python that is running."""
+
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Names that the stage had before. Recipes that use them work, and are told the present one."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old names of options, each with the present one. Recipes that use them work, and are told the present one."""
+    deprecated: ClassVar[str] = ""
+    """What to use instead, where the stage is going to be removed."""
+    requires_api: ClassVar[str] = ""
+    """Versions of the plugin API that the stage works with: `>=1`. A plugin's module may have one for all its stages."""
+
+    abstract: ClassVar[bool]
+    """True on a class that is no stage but what several stages have in common. Classes derived from it are stages again."""
+
+    parallel: ClassVar[bool] = False
+    """Whether all processes of a run do this step together, each on its share of the samples, with `context.group` to sum
+    what they find. Otherwise one process does it."""
+
+    def run(self, inputs: Any, context: Context) -> BaseModel:
+        """Do the work and return `Outputs`."""
+        raise NotImplementedError
+
+    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Say what the plan can know of the outputs; raise `OptionError` when the options cannot work.
+
+        `inputs` has the forecast of each input, `None` where nothing is known. Reads no weights, imports nothing heavy.
+        """
+        return {}
+
+    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+        """Raise `OptionError` or `ModelError` where this stage cannot work on a model of this structure.
+
+        Asked before a run starts, so that nobody waits for hours to learn it. `inputs` has forecasts, as for `forecast`;
+        `survey` answers for the recipe's model. Reads no weights.
+        """
+
+    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+        """Say what the user should know before a run, though nothing refuses it: one fact a line.
+
+        `inputs` has forecasts, as for `forecast`. `gradmap check` and `gradmap plan` print the lines. Reads no weights.
+        """
+        return ()
+
+    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+        """Say what a run would take; None where that is not known. Raise `CapacityError` when it cannot fit.
+
+        `inputs` has forecasts, as for `forecast`; `rehearsal` answers for sweeps over the model and for this machine.
+        """
+        return None
+
+    def writes(self) -> tuple[Path, ...]:
+        """Files and folders outside the store that a run of this step makes."""
+        return ()
+
+    @classmethod
+    def input_fields(cls) -> dict[str, tuple[tuple[type[Artifact], ...], bool]]:
+        """Input name to (artifact types that it takes, required)."""
+        return {name: (_artifact_types(info.annotation), info.is_required()) for name, info in cls.Inputs.model_fields.items()}
+
+    @classmethod
+    def output_fields(cls) -> dict[str, type[Artifact]]:
+        """Output name to artifact type."""
+        return {name: _artifact_type(info.annotation) for name, info in cls.Outputs.model_fields.items()}
+
+    def output_types(self) -> dict[str, type[Artifact]]:
+        """As `output_fields`, but of this step: where options decide what an output is, the class they lead to."""
+        return self.output_fields()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if is_abstract(cls):
+            return
+        for required, kind in (("name", str), ("Inputs", type), ("Outputs", type)):
+            if not hasattr(cls, required):
+                raise PluginError(f"stage {cls.__name__} in {cls.__module__} must define {required!r}")
+            if not isinstance(getattr(cls, required), kind) or (kind is type and not issubclass(getattr(cls, required), BaseModel)):
+                wanted = "text" if kind is str else "a class derived from pydantic's BaseModel"
+                raise PluginError(f"stage {cls.__name__} in {cls.__module__}: {required!r} must be {wanted}")
+        if cls.parallel and cls.environment is not None:
+            raise PluginError(
+                f"stage {cls.name!r} is parallel and has an environment; one process runs there, so it can be only one"
+            )
+        if not cls.__doc__:
+            raise PluginError(f"stage {cls.name!r} needs a docstring: its first line is shown by `gradmap stages`")
+        for option, info in cls.model_fields.items():
+            if not info.description:
+                raise PluginError(f"stage {cls.name!r}: option {option!r} needs a Field(description=...)")
+        for port in ("Inputs", "Outputs"):
+            for name, info in getattr(cls, port).model_fields.items():
+                try:
+                    _artifact_type(info.annotation)
+                except TypeError:
+                    raise PluginError(
+                        f"stage {cls.name!r}: {port}.{name} must be an Artifact subclass, got {info.annotation!r}"
+                    ) from None
+
+
+def is_abstract(stage: type[Stage]) -> bool:
+    """Whether a class is the base of stages, and no stage itself."""
+    return stage is Stage or stage.__dict__.get("abstract") is True
+
+
+def _artifact_types(annotation: Any) -> tuple[type[Artifact], ...]:
+    """The artifact classes in `X`, `X | None` or `X | Y`."""
+    found = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type) and issubclass(part, Artifact)]
+    if not found:
+        raise TypeError(annotation)
+    return tuple(found)
+
+
+def _artifact_type(annotation: Any) -> type[Artifact]:
+    """Of several artifact classes, the nearest that all derive from."""
+    found = _artifact_types(annotation)
+    return next(base for base in found[0].__mro__ if all(issubclass(other, base) for other in found))
+
+
+def name_types(types: Sequence[type[Artifact]]) -> str:
+    """`ModelGraph or OnnxFolder`, for messages."""
+    return " or ".join(kind.__name__ for kind in types)

@@ -1,0 +1,290 @@
+"""Run a causal LM layer by layer: the model's own code, with the weights of one layer at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.casts import FOR_COMPUTING, cast_all
+from ..checkpoint.checkpoint import StoredTensor, load_rounded
+from ..checkpoint.graph import ModelGraph
+from ..checkpoint.lengths import lengths_apart
+from ..checkpoint.pretrained import read_config
+from ..checkpoint.rope import forget_lengths
+from ..checkpoint.skeleton import build_skeleton, find_layer_list
+from ..errors import ModelError, StageError
+from ..machine.shortages import is_shortage
+from .batches import Batch
+from .calls import LayerArguments, OutputShape, hidden_of
+from .loading import load_tensors, trace_disk_name
+from .prefetch import Prefetcher
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+RESIDENT_BYTES = 1 << 30
+"""Layers stay in memory after their first use while all of them together take no more than this."""
+
+LOGITS_AT_ONCE = 1 << 24
+"""Elements; a loss and its gradient take about 16 bytes for each."""
+
+
+_UNFORESEEN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+"""What an architecture raises that does not run one layer at a time."""
+
+
+class _Recorded(Exception):  # noqa: N818 - stops a forward pass, not an error
+    pass
+
+
+class LayerwiseModel:
+    """A model on the meta device; embeddings, norm and head are brought in at once, layers when they are used.
+
+    The layers' `forward` is replaced by a pass-through that records its arguments, so that each layer can be
+    called later exactly as its architecture calls it, without code for any architecture here.
+    """
+
+    def __init__(
+        self, graph: ModelGraph, *, device: str = "cpu", dtype: str = "float32", resident_bytes: int = RESIDENT_BYTES
+    ) -> None:
+        import torch
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.graph = graph
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.module: PreTrainedModel = build_skeleton(read_config(graph.base.folder), graph.base.tensors, self.dtype, device)
+        self.layers_path, self._layers = find_layer_list(self.module, graph.base.layers, graph.base.layer_prefix)
+        self._forwards = [layer.forward for layer in self._layers]
+        self._overrides: dict[int, dict[str, torch.Tensor]] = {}
+        size = sum(graph.layer_elements().values()) * self.dtype.itemsize
+        self.resident = size <= resident_bytes
+        """Whether layers stay in memory after their first use."""
+        self.prefetch = False
+        """Whether to read the layer that is expected next while another computes."""
+        self._prefetcher = Prefetcher(self.device)
+        self._bring_in_rest()
+        forget_lengths(self.module)
+        self.lengths_apart = lengths_apart(self.module.config.to_dict())
+        """Whether a longer sample in a batch changes what is computed of the others."""
+        self._shape_of_output: OutputShape | None = None
+        self.shares_state = False
+        """Whether a layer has left something for others in an argument that all of them get, such as keys and values."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Base layer `index` with its weights, for the time of the `with` block."""
+        layer = self._layers[index]
+        if _lacks_weights(layer):
+            self._load(self._prefetcher.take(index) or self._read_all(self.graph.layer_tensors(index)))
+            self._check_complete(layer, f"{self.layers_path}.{index}.")
+            for name, value in self._overrides.get(index, {}).items():
+                layer.get_parameter(name).data.copy_(value)
+        try:
+            yield layer
+        except BaseException:
+            self._prefetcher.drop()  # the sweep ends here, and nobody comes for it
+            raise
+        finally:
+            if not self.resident:
+                drop_weights(layer)
+
+    def expect(self, index: int) -> None:
+        """Base layer `index` is the next to be used."""
+        if self.prefetch and _lacks_weights(self._layers[index]):
+            self._prefetcher.start(
+                index, partial(self._read_all, self.graph.layer_tensors(index), pinned=self.device.type == "cuda")
+            )
+
+    def forget_rest(self) -> None:
+        """Drop embeddings, norm and head; from now on layers alone can be run."""
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        for module in self.module.modules():
+            if id(module) not in inside:
+                _drop_own_weights(module)
+
+    def override(self, index: int, parameter: str, value: torch.Tensor) -> None:
+        """Use another value for a parameter of base layer `index`, from now on."""
+        current = self._layers[index].get_parameter(parameter)
+        value = cast_all(value, current.dtype, f"{self.layers_path}.{index}.{parameter}", FOR_COMPUTING)
+        self._overrides.setdefault(index, {})[parameter] = value
+        if not current.is_meta:
+            current.data.copy_(value)
+
+    def run_layer(self, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden) after base layer `index`, whose weights must be in."""
+        sizes = [len(container) for container in arguments.containers]
+        output = self._forwards[index](hidden, *arguments.positional, **arguments.named)
+        self.shares_state |= sizes != [len(container) for container in arguments.containers]
+        return hidden_of(output)
+
+    def record(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerArguments]]:
+        """The input of the first layer (batch, tokens, hidden), and what each kept layer is called with.
+
+        Raises `ModelError` where layers hand each other more than hidden states.
+        """
+        import torch
+
+        if self.lengths_apart and batch.padded:
+            raise StageError("samples of several lengths change each other in this model; make batches with lengths_apart")
+        kept = self.graph.layers
+        recorded: dict[int, LayerArguments] = {}
+        first: list[torch.Tensor] = []
+
+        def listen(index: int, hidden: torch.Tensor, arguments: LayerArguments) -> torch.Tensor:
+            recorded[index] = arguments
+            if not first:
+                first.append(hidden)
+                if self._shape_of_output is None:
+                    raise _Recorded
+            if index == len(self._layers) - 1:
+                raise _Recorded
+            return hidden
+
+        with torch.no_grad():
+            self._run_model(batch, listen)
+            if first[0].shape[:2] != batch.input_ids.shape or first[0].ndim != 3:
+                raise self._refusal(f"its hidden states have shape {tuple(first[0].shape)}, not (batch, tokens, hidden)")
+            if self._shape_of_output is None:
+                index = next(iter(recorded))
+                with self.layer(index):
+                    self._shape_of_output = OutputShape.of(self.try_layer(index, first[0], recorded[index]))
+                return self.record(batch)
+        if any(self._shape_of_output.hands_on(arguments) for arguments in recorded.values()):
+            raise self._refusal("each layer gets more from the one below than hidden states")
+        idle = next((index for index in kept if index not in recorded), None)
+        if idle is not None:
+            raise self._refusal(f"it does not use layer {idle} for text alone")
+        return first[0], {index: recorded[index] for index in kept}
+
+    def head(self, batch: Batch, hidden: torch.Tensor, positions: slice | None = None) -> torch.Tensor:
+        """Logits (batch, tokens, vocabulary) for the output of the last layer, at all positions or at one of `head_slices`."""
+        import torch
+
+        last, extra = len(self._layers) - 1, {}
+        if positions is not None and positions != slice(0, hidden.shape[1]):
+            extra["logits_to_keep"] = torch.arange(positions.start, positions.stop, device=self.device)
+        output = self._run_model(batch, lambda index, passing, _: hidden if index == last else passing, extra)
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def head_slices(self, batch: Batch) -> list[slice]:
+        """Runs of positions, in order, whose logits are small enough to hold at once."""
+        rows, tokens = batch.input_ids.shape
+        words = int(self.module.config.get_text_config().vocab_size)
+        step = max(1, LOGITS_AT_ONCE // (rows * words))
+        if step >= tokens or "logits_to_keep" not in inspect.signature(self.module.forward).parameters:
+            return [slice(0, tokens)]
+        return [slice(start, min(start + step, tokens - 1)) for start in range(0, tokens - 1, step)]
+
+    def disk_name(self, index: int, parameter: str) -> str:
+        """Name in the base checkpoint of a parameter of base layer `index`."""
+        name = f"{self.graph.base.layer_prefix}.{index}.{parameter}"
+        return name if name in self.graph.base.tensors else trace_disk_name(self.graph, index, parameter)
+
+    def _run_model(
+        self,
+        batch: Batch,
+        passing: Callable[[int, torch.Tensor, LayerArguments], torch.Tensor],
+        extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> Any:
+        """Run the model with `passing(index, hidden, arguments)` in place of every layer."""
+
+        def make(index: int) -> Callable[..., Any]:
+            def forward(*positional: Any, **named: Any) -> Any:
+                hidden = named.pop("hidden_states") if "hidden_states" in named else positional[0]
+                rest = positional[1:] if positional else ()
+                output = passing(index, hidden, LayerArguments(rest, named))
+                return self._shape_of_output.wrap(output) if self._shape_of_output else output
+
+            return forward
+
+        for index, layer in enumerate(self._layers):
+            layer.forward = make(index)
+        try:
+            return self.module(
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=batch.mask.long().to(self.device) if batch.padded else None,
+                use_cache=False,
+                **extra,
+            )
+        except _Recorded:
+            return None
+        except _UNFORESEEN as error:
+            raise self._explain(error) from error
+        finally:
+            for layer, forward in zip(self._layers, self._forwards, strict=True):
+                layer.forward = forward
+
+    def try_layer(self, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
+        """All that base layer `index` returns. Raises `ModelError` where it does not take these arguments."""
+        import torch
+
+        try:
+            with torch.no_grad():
+                return self._forwards[index](hidden, *arguments.positional, **arguments.named)
+        except _UNFORESEEN as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: Exception) -> Exception:
+        if is_shortage(error):
+            return error
+        return self._refusal(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+
+    def _refusal(self, reason: str) -> ModelError:
+        return ModelError(f"{type(self.module).__name__} cannot be run layer by layer: {reason}")
+
+    def _bring_in_rest(self) -> None:
+        """Load what belongs to no layer, tie what is tied."""
+        missing = self._load(self._read_all(self.graph.other_tensors()))
+        self.module.tie_weights(missing_keys=missing, recompute_mapping=False)
+        layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) not in layers and parameter.is_meta:
+                raise ModelError(f"{str(self.graph.base.folder)!r} lacks the weights of {name!r}")
+            parameter.requires_grad_(False)
+
+    def _read_all(self, tensors: dict[str, StoredTensor], *, pinned: bool = False) -> dict[str, torch.Tensor]:
+        cast = None if self.module._get_dtype_plan(self.dtype) else self.dtype
+        return {name: self.read(tensor, cast, pinned=pinned) for name, tensor in tensors.items()}
+
+    def _load(self, tensors: dict[str, torch.Tensor]) -> set[str]:
+        return load_tensors(self.module, tensors, self.dtype, str(self.device))
+
+    def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
+        """A tensor as it will be exported: rounded to the graph's type before it gets the type to compute in."""
+        return load_rounded(stored, self.graph.dtype, cast, pinned=pinned)
+
+    def _check_complete(self, layer: nn.Module, prefix: str) -> None:
+        for name, parameter in layer.named_parameters():
+            if parameter.is_meta:
+                if prefix + name in self.module.all_tied_weights_keys:
+                    raise self._refusal(f"{prefix + name!r} is shared with another layer")
+                raise ModelError(f"{str(self.graph.base.folder)!r} lacks the weights of {prefix + name!r}")
+            parameter.requires_grad_(False)
+
+
+def _lacks_weights(layer: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in layer.parameters())
+
+
+def drop_weights(layer: nn.Module) -> None:
+    """Put the weights of a module back on the meta device."""
+    for module in layer.modules():
+        _drop_own_weights(module)
+
+
+def _drop_own_weights(module: nn.Module) -> None:
+    import torch
+    from torch import nn
+
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -1,0 +1,146 @@
+"""What stages ask of a model's structure before a run starts, answered without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ..checkpoint.architecture import full_config
+from ..checkpoint.companions import find_tokenizer_files
+from ..checkpoint.depth import find_sources
+from ..checkpoint.pretrained import check_generation_config, load_tokenizer
+from ..checkpoint.twins import check_twins
+from ..errors import ModelError
+from .batches import Batch
+from .shapes import check_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.graph import ModelGraph
+    from ..correction.sites import Site
+    from .calls import LayerArguments
+    from .hollow import ThinModel
+
+_SHAPE = (2, 8)  # sequences, tokens
+
+
+class Survey:
+    """A model's structure. Nothing is built before the first question."""
+
+    def __init__(self, graph: ModelGraph, memory: int) -> None:
+        """`memory`: bytes that may be used; questions that take more count as answered well."""
+        self.graph = graph
+        self._memory = memory
+
+    @cached_property
+    def _model(self) -> ThinModel:
+        from .hollow import ThinModel
+
+        return ThinModel(self.graph, resident_bytes=0)
+
+    @cached_property
+    def _batch(self) -> Batch:
+        import torch
+
+        words = int(self._model.module.config.get_text_config().vocab_size)
+        ids = torch.randint(words, _SHAPE, generator=torch.Generator().manual_seed(0))
+        return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    @cached_property
+    def _sources(self) -> dict[int, list[int]]:
+        return find_sources(full_config(self.graph.base.folder))
+
+    def check_loadable(self) -> None:
+        """Raise `ModelError` where tensors are not what the config makes, or tokenizer or generation config cannot be read."""
+        check_generation_config(self.graph.base.folder)
+        if find_tokenizer_files(self.graph.base.folder):
+            load_tokenizer(self.graph.base.folder)
+        elements = self.graph.layer_elements()
+        check_tensors(self._model, lambda layer: 4 * elements[layer] < self._memory // 2)
+
+    def check_layerwise(self) -> None:
+        """Raise `ModelError` where the model cannot be run one layer at a time; tries one layer of each kind."""
+        hidden, arguments = self._model.record(self._batch)
+        hidden = self._normal(hidden.shape)
+        dependent = {user for users in self._sources.values() for user in users}
+        for layer in self._kinds():
+            if layer in dependent:
+                continue
+            with self._model.layer(layer):
+                self._model.try_layer(layer, hidden, arguments[layer])
+
+    def check_gradients(self) -> None:
+        """Raise `ModelError` where the loss reaches a layer by other ways than hidden states."""
+        self.check_layerwise()
+        for source, users in self._sources.items():
+            raise ModelError(
+                f"layer {source} supplies keys and values to {', '.join(map(str, users))}, so hidden states do not carry all "
+                "gradients; list the layers to remove under 'layers' of prune instead of scoring them"
+            )
+
+    def check_removal(self, kept: Sequence[int]) -> None:
+        """Raise `ModelError` where no config makes the layers that would be left."""
+        check_twins(self.graph.base, kept)
+
+    def check_removable(self) -> None:
+        """Raise `ModelError` where none of a few single layers can be removed."""
+        layers = self.graph.layers
+        inner = [layer for layer in layers[1:-1] if layer not in self._sources] or layers
+        refusal: ModelError | None = None
+        for layer in dict.fromkeys((inner[len(inner) // 2], inner[0], inner[-1])):
+            try:
+                self.check_removal([other for other in layers if other != layer])
+            except ModelError as error:
+                refusal = refusal or error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    def find_sites(self) -> dict[int, tuple[Site, ...]]:
+        """Where corrections could go, by layer, in the order in which they write. Without the layers that are too large to try.
+
+        Structure alone decides, in float32 and with made-up weights: in fewer digits, and among the few large values that real
+        streams have, what a norm or an expert does to a vector can be lost in rounding.
+        """
+        from ..correction.sites import NoSiteError, find_sites
+
+        found: dict[int, tuple[Site, ...]] = {}
+        hidden, arguments = self._model.record(self._batch)
+        hidden = self._normal(hidden.shape)
+        suppliers = {user: source for source, users in self._sources.items() for user in users}
+        for layer, alike in self._kinds().items():
+            if layer in suppliers:
+                self._run_once(suppliers[layer], hidden, arguments)
+            with self._model.layer(layer):
+                try:
+                    sites = find_sites(self._model, layer, hidden, arguments[layer])
+                except NoSiteError:
+                    sites = ()
+            found |= dict.fromkeys(alike, sites)
+        return found
+
+    def _run_once(self, layer: int, hidden: torch.Tensor, arguments: dict[int, LayerArguments]) -> None:
+        """Have a layer leave the keys and values that others take from it."""
+        import torch
+
+        with self._model.layer(layer), torch.no_grad():
+            self._model.run_layer(layer, hidden, arguments[layer])
+
+    def _normal(self, shape: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+    def _kinds(self) -> dict[int, list[int]]:
+        """Layers that are alike in the names and shapes of their tensors, by the first of them; those that fit into memory."""
+        kinds: dict[object, list[int]] = {}
+        elements = self.graph.layer_elements()
+        start = len(self.graph.base.layer_prefix) + 1
+        for layer in self.graph.layers:
+            tensors = self.graph.layer_tensors(layer)
+            kind = tuple((name[start:].partition(".")[2], tensor.shape) for name, tensor in tensors.items())
+            kinds.setdefault(kind, []).append(layer)
+        return {alike[0]: alike for alike in kinds.values() if 4 * elements[alike[0]] < self._memory // 2}

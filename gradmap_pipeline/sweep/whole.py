@@ -1,0 +1,47 @@
+"""A graph as one model in memory, for programs that take a whole one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..checkpoint.architecture import layer_of, prune_config
+from ..checkpoint.casts import FOR_COMPUTING
+from ..checkpoint.checkpoint import load_rounded
+from ..checkpoint.pretrained import read_config
+from ..checkpoint.skeleton import build_skeleton
+from ..errors import ModelError
+from .loading import load_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..checkpoint.graph import ModelGraph
+
+
+def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu", remedy: str = FOR_COMPUTING) -> PreTrainedModel:
+    """The causal LM, weights as they are exported, in `dtype`. Takes the bytes of its weights and no more: tensors go in a layer
+    at a time.
+
+    Raises `StageError` where a finite weight would become infinite; `remedy`: what to do then.
+    """
+    import torch
+
+    wanted: torch.dtype = getattr(torch, dtype)
+    config = read_config(graph.base.folder, prune_config(graph.base.folder, graph.layers))
+    module = build_skeleton(config, graph.base.tensors, wanted, device)
+    by_layer: dict[int | None, dict[str, torch.Tensor]] = {}
+    tensors = graph.export_tensors()
+    for name in tensors:
+        by_layer.setdefault(layer_of(name, graph.base.layer_prefix), {})
+    missing: set[str] = set()
+    for layer in sorted(by_layer, key=lambda layer: -1 if layer is None else layer):
+        names = [name for name in tensors if layer_of(name, graph.base.layer_prefix) == layer]
+        loaded = {name: load_rounded(tensors[name], graph.dtype, wanted, remedy=remedy) for name in names}
+        found = load_tensors(module, loaded, wanted, device)
+        missing = found if layer is None else missing
+    module.tie_weights(missing_keys=missing, recompute_mapping=False)
+    lacking = next((name for name, parameter in module.named_parameters() if parameter.is_meta), None)
+    if lacking is not None:
+        raise ModelError(f"{str(graph.base.folder)!r} lacks the weights of {lacking!r}")
+    module.requires_grad_(False)
+    return module
