@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .stages.ranking import Measure
     from .stages.scoring import LayerScoring, take_lowest
     from .stages.stage import Context, Stage
-    from .sweep.survey import Survey
+    from .stages.survey import Survey
 
 __version__ = "0.1.0"
 
@@ -69,7 +69,7 @@ _HOME = {
     "stages.hookspecs": ("hookimpl",),
     "correction.correction": ("Compensation", "CorrectedSite"),
     "checkpoint.graph": ("ModelGraph",),
-    "sweep.survey": ("Survey",),
+    "stages.survey": ("Survey",),
     "cost.rehearsal": ("Rehearsal",),
     "stages.ranking": ("Measure",),
     "stages.scoring": ("LayerScoring", "take_lowest"),

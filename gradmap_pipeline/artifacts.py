@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from .sweep.batches import Batch
+    from .batches import Batch
 
 
 def _relative_to_store(path: Path, info: SerializationInfo) -> str:

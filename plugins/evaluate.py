@@ -156,8 +156,8 @@ class Evaluate(Stage):
 
 def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """Mean next-token loss in nats over all tokens that are predicted, each once, and their number. ids, mask (samples, tokens)."""
+    from gradmap_pipeline.batches import count_predicted, make_batches
     from gradmap_pipeline.machine.memory import resident_bytes
-    from gradmap_pipeline.sweep.batches import count_predicted, make_batches
     from gradmap_pipeline.sweep.boundaries import Boundaries
     from gradmap_pipeline.sweep.budget import choose_way, measure_needs
     from gradmap_pipeline.sweep.finite import not_finite
@@ -191,8 +191,8 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
 
 def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """The same of a folder, by the program it was made for."""
+    from gradmap_pipeline.batches import count_predicted, make_batches, next_token_losses
     from gradmap_pipeline.checkpoint.lengths import lengths_apart_in
-    from gradmap_pipeline.sweep.batches import count_predicted, make_batches, next_token_losses
     from gradmap_pipeline.sweep.finite import find_weights
 
     apart = lengths_apart_in(model.graph.base.folder)

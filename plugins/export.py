@@ -196,9 +196,9 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
     """
     import torch
 
+    from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.checkpoint.graph import open_folder
     from gradmap_pipeline.machine.memory import give_back
-    from gradmap_pipeline.sweep.batches import make_batches
     from gradmap_pipeline.sweep.finite import find_weights
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
     from gradmap_pipeline.sweep.sweep import Sweep

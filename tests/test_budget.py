@@ -13,9 +13,9 @@ from gradmap_plugins.gradmap_score import GradmapScore
 from tiny import make_model, make_text
 
 from gradmap_pipeline import CapacityError, ModelGraph
+from gradmap_pipeline.batches import Batch
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.sweep import budget, parts
-from gradmap_pipeline.sweep.batches import Batch
 from gradmap_pipeline.sweep.budget import (
     SweepNeeds,
     SweepWay,

@@ -24,9 +24,9 @@ from gradmap_pipeline import (
     StageError,
     TensorFile,
 )
+from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.machine.digests import sha256_of
-from gradmap_pipeline.sweep.batches import make_batches
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sweep import Sweep
 from gradmap_pipeline.testing import run_stage

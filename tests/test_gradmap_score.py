@@ -21,8 +21,8 @@ from gradmap_pipeline import (
     StageError,
     TensorFile,
 )
+from gradmap_pipeline.batches import count_predicted
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.sweep.batches import count_predicted
 from gradmap_pipeline.testing import make_context, run_stage
 
 

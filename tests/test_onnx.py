@@ -28,7 +28,7 @@ from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.errors import CapacityError, ModelError
 from gradmap_pipeline.export.ort import apart
 from gradmap_pipeline.export.ort.session import OnnxSession
-from gradmap_pipeline.sweep.survey import Survey
+from gradmap_pipeline.stages.survey import Survey
 from gradmap_pipeline.testing import run_stage
 
 pytestmark = pytest.mark.full

@@ -30,7 +30,7 @@ from gradmap_pipeline import (
     StageError,
 )
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.sweep.survey import Survey
+from gradmap_pipeline.stages.survey import Survey
 from gradmap_pipeline.testing import make_context, run_stage
 
 LAYERS = 5

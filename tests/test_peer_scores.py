@@ -201,7 +201,7 @@ def test_scores_in_parts_are_those_of_the_whole(model: ModelGraph, calibration: 
     """Sums over samples: two halves add up to what both give together."""
     from gradmap_plugins.perplexity_score import measure_losses
 
-    from gradmap_pipeline.sweep.batches import make_batches
+    from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
     from gradmap_pipeline.sweep.sweep import Sweep
 

@@ -8,9 +8,9 @@ from threading import Event
 import pytest
 import torch
 
+from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.sweep.batches import make_batches
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.prefetch import Prefetcher
 from gradmap_pipeline.sweep.sweep import Sweep

@@ -25,6 +25,7 @@ from gradmap_pipeline import (
     ModelGraph,
     StageError,
 )
+from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.correction.ridge import check_room, solve_ridge
 from gradmap_pipeline.correction.sites import (
@@ -34,7 +35,6 @@ from gradmap_pipeline.correction.sites import (
     find_sites,
 )
 from gradmap_pipeline.machine.memory import resident_bytes
-from gradmap_pipeline.sweep.batches import make_batches
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sweep import Sweep
 from gradmap_pipeline.testing import make_context, run_stage

@@ -11,10 +11,10 @@ import torch
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
+from gradmap_pipeline.batches import make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.sweep import layerwise
-from gradmap_pipeline.sweep.batches import make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.sweep.boundaries import Boundaries
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sweep import Sweep

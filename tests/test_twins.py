@@ -11,7 +11,7 @@ from walk import make_model
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.twins import check_twins
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.sweep.survey import Survey
+from gradmap_pipeline.stages.survey import Survey
 
 MEMORY = 1 << 30
 
@@ -113,7 +113,7 @@ def test_sweeps_notice_shared_states(tmp_path: Path) -> None:
     """Keys and values that layers leave for others are no part of the hidden states."""
     import torch
 
-    from gradmap_pipeline.sweep.batches import make_batches
+    from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
     from gradmap_pipeline.sweep.sweep import Sweep
 

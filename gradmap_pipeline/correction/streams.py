@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..artifacts import Round
+from ..batches import make_batches
 from ..machine.group import Group
 from ..machine.memory import give_back, resident_bytes
-from ..sweep.batches import make_batches
 from ..sweep.boundaries import Boundaries
 from ..sweep.budget import (
     SweepNeeds,

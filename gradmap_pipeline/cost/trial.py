@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from ..sweep.batches import BATCH_TOKENS
+from ..batches import BATCH_TOKENS
 from .rates import time_call
 
 if TYPE_CHECKING:
     import torch
 
+    from ..batches import Batch
     from ..checkpoint.graph import ModelGraph
-    from ..sweep.batches import Batch
     from ..sweep.budget import SweepNeeds
 
 _FLOPS = 4e11
@@ -99,7 +99,7 @@ class Trial:
     def _make_batch(self, samples: int, tokens: int) -> Batch:
         import torch
 
-        from ..sweep.batches import Batch
+        from ..batches import Batch
 
         ids = torch.randint(self._words, (samples, tokens), generator=torch.Generator().manual_seed(0))
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool))

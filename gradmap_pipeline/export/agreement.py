@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..artifacts import Artifact, ModelForecast, NameOf
-from ..errors import StageError
-from ..stages.perplexity import perplexity_of
-from ..sweep.batches import (
+from ..batches import (
     Batch,
     make_batches,
     next_token_losses,
     predicted_tokens,
 )
+from ..errors import StageError
+from ..stages.perplexity import perplexity_of
 
 if TYPE_CHECKING:
     import torch

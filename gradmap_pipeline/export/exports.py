@@ -19,7 +19,7 @@ from ..errors import ModelError, StageError
 if TYPE_CHECKING:
     import torch
 
-    from ..sweep.batches import Batch
+    from ..batches import Batch
 
 
 WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf")

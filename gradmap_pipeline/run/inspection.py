@@ -10,7 +10,7 @@ from ..machine.memory import default_budget, give_back
 from ..recipe.asking import ask
 from ..recipe.plan import Plan, PlannedStep
 from ..recipe.recipe import MODEL_STEP
-from ..sweep.survey import Survey
+from ..stages.survey import Survey
 
 
 def inspect_plan(plan: Plan) -> None:

@@ -13,9 +13,9 @@ from ..checkpoint.graph import ModelGraph
 from ..correction.correction import Compensation, CorrectedSite
 from ..errors import ModelError, PluginError, StageError
 from ..sweep.finite import names_of
-from ..sweep.survey import Survey
 from .ranking import shorten
 from .stage import Context, Stage
+from .survey import Survey
 
 if TYPE_CHECKING:
     from ..correction.sites import NotFiniteError, Site

@@ -13,7 +13,7 @@ from .stage import Stage
 from .targets import NewFolder, check_target, new_folder
 
 if TYPE_CHECKING:
-    from ..sweep.survey import Survey
+    from .survey import Survey
 
 
 class FolderExport(Stage):

@@ -32,7 +32,7 @@ from .stage import Context, Stage
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
     from ..cost.rehearsal import Rehearsal
-    from ..sweep.survey import Survey
+    from .survey import Survey
 
 
 class LayerScoring(Stage):

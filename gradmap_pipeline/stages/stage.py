@@ -18,7 +18,7 @@ from ..machine.group import Group
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
     from ..cost.rehearsal import Rehearsal
-    from ..sweep.survey import Survey
+    from .survey import Survey
 
 
 class Advance(Protocol):

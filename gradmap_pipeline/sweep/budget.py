@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..batches import BATCH_TOKENS
 from ..errors import CapacityError
 from ..machine.memory import free_bytes
-from .batches import BATCH_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def measure_needs(
     """Needs of a model that is about to be swept; runs one sample through one layer to see what autograd saves."""
     import torch
 
-    from .batches import Batch
+    from ..batches import Batch
     from .layerwise import LOGITS_AT_ONCE
 
     graph, size = model.graph, model.dtype.itemsize

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..batches import Batch
 from ..checkpoint.architecture import layer_of
 from ..checkpoint.checkpoint import StoredTensor, read_chunks
 from ..errors import StageError
-from .batches import Batch
 
 if TYPE_CHECKING:
     from ..checkpoint.graph import ModelGraph

@@ -9,6 +9,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ..batches import Batch
 from ..checkpoint.casts import FOR_COMPUTING, cast_all
 from ..checkpoint.checkpoint import StoredTensor, load_rounded
 from ..checkpoint.graph import ModelGraph
@@ -18,7 +19,6 @@ from ..checkpoint.rope import forget_lengths
 from ..checkpoint.skeleton import build_skeleton, find_layer_list
 from ..errors import ModelError, StageError
 from ..machine.shortages import is_shortage
-from .batches import Batch
 from .calls import LayerArguments, OutputShape, hidden_of
 from .loading import load_tensors, trace_disk_name
 from .prefetch import Prefetcher

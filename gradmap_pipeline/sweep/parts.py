@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..batches import Batch, count_predicted, make_batches
 from ..machine.group import Group
 from ..machine.memory import resident_bytes
-from .batches import Batch, count_predicted, make_batches
 from .boundaries import Boundaries
 from .budget import choose_way, measure_needs
 from .layerwise import LayerwiseModel

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..batches import Batch, count_predicted, next_token_losses
 from ..errors import ModelError
-from .batches import Batch, count_predicted, next_token_losses
 from .boundaries import Boundaries
 from .calls import LayerArguments
 from .layerwise import LayerwiseModel

@@ -81,7 +81,7 @@ def _logits(model: ModelGraph, ids: Any) -> Any:
     """Logits (8, T, V) of eight sequences at a time."""
     import torch
 
-    from gradmap_pipeline.sweep.batches import make_batches
+    from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
     from gradmap_pipeline.sweep.sweep import Sweep
 

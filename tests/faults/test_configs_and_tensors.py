@@ -26,7 +26,7 @@ from gradmap_pipeline.checkpoint.infinities import to_json
 from gradmap_pipeline.checkpoint.pretrained import read_config
 from gradmap_pipeline.checkpoint.skeleton import build_skeleton
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.sweep.survey import Survey
+from gradmap_pipeline.stages.survey import Survey
 
 
 @pytest.fixture

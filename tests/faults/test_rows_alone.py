@@ -15,9 +15,9 @@ from walk import make_model as make_any_model
 from zoo import make_config
 
 from gradmap_pipeline import StageError, TransformersFolder
+from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.sweep.batches import make_batches
-from gradmap_pipeline.sweep.survey import Survey
+from gradmap_pipeline.stages.survey import Survey
 from gradmap_pipeline.testing import make_context
 
 LENGTHS = (40, 7, 23, 40, 12)

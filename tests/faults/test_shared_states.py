@@ -16,7 +16,7 @@ from zoo import make_config
 
 from gradmap_pipeline import DatasetSource
 from gradmap_pipeline.checkpoint.graph import ModelGraph, open_folder
-from gradmap_pipeline.sweep.survey import Survey
+from gradmap_pipeline.stages.survey import Survey
 from gradmap_pipeline.testing import run_stage
 
 

@@ -114,7 +114,7 @@ def compute_logits(graph: ModelGraph, prompts: list[list[int]]) -> torch.Tensor:
     """Logits (prompts, 9, V) of the model itself, in float32."""
     import torch
 
-    from ...sweep.batches import Batch
+    from ...batches import Batch
     from ...sweep.layerwise import LayerwiseModel
     from ...sweep.sweep import Sweep
 

@@ -14,7 +14,7 @@ from .layout import find_graph
 if TYPE_CHECKING:
     import torch
 
-    from ...sweep.batches import Batch
+    from ...batches import Batch
 
 INSTALL = "pip install 'gradmap-pipeline[onnx]'"
 

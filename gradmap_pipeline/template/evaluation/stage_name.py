@@ -55,8 +55,8 @@ class StageName(Stage):
         survey.check_layerwise()
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.batches import make_batches, predicted_tokens
         from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
-        from gradmap_pipeline.sweep.batches import make_batches, predicted_tokens
         from gradmap_pipeline.sweep.layerwise import LayerwiseModel
         from gradmap_pipeline.sweep.sweep import Sweep
 

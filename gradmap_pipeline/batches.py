@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import StageError
+from .errors import StageError
 
 if TYPE_CHECKING:
     import torch

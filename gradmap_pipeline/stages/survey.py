@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ..batches import Batch
 from ..checkpoint.architecture import full_config
 from ..checkpoint.companions import find_tokenizer_files
 from ..checkpoint.depth import find_sources
 from ..checkpoint.pretrained import check_generation_config, load_tokenizer
 from ..checkpoint.twins import check_twins
 from ..errors import ModelError
-from .batches import Batch
-from .shapes import check_tensors
+from ..sweep.shapes import check_tensors
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.graph import ModelGraph
     from ..correction.sites import Site
-    from .calls import LayerArguments
-    from .hollow import ThinModel
+    from ..sweep.calls import LayerArguments
+    from ..sweep.hollow import ThinModel
 
 _SHAPE = (2, 8)  # sequences, tokens
 
@@ -36,7 +36,7 @@ class Survey:
 
     @cached_property
     def _model(self) -> ThinModel:
-        from .hollow import ThinModel
+        from ..sweep.hollow import ThinModel
 
         return ThinModel(self.graph, resident_bytes=0)
 
