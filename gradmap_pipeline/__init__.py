@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Work,
     )
     from .checkpoint.graph import ModelGraph
+    from .context import Context
     from .correction.correction import Compensation, CorrectedSite
     from .cost.estimate import Estimate
     from .cost.rehearsal import Rehearsal
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .stages.hookspecs import hookimpl
     from .stages.ranking import Measure
     from .stages.scoring import LayerScoring, take_lowest
-    from .stages.stage import Context, Stage
+    from .stages.stage import Stage
     from .stages.survey import Survey
 
 __version__ = "0.1.0"
@@ -73,7 +74,8 @@ _HOME = {
     "cost.rehearsal": ("Rehearsal",),
     "stages.ranking": ("Measure",),
     "stages.scoring": ("LayerScoring", "take_lowest"),
-    "stages.stage": ("Context", "Stage"),
+    "context": ("Context",),
+    "stages.stage": ("Stage",),
 }
 
 __all__ = [

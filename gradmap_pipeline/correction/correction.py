@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.graph import ModelGraph
-    from ..stages.stage import Context
+    from ..context import Context
     from ..sweep.layerwise import LayerwiseModel
     from .ridge import ChannelMoments, Moments
     from .sites import Site

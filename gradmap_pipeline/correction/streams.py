@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ..artifacts import CalibrationSet
     from ..checkpoint.graph import ModelGraph
-    from ..stages.stage import Context
+    from ..context import Context
     from .sites import Site
 
 

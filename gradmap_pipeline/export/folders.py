@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..artifacts import LINEAGE, Evaluation, ExportedFile
+from ..context import FinishedStep
 from ..errors import StageError
-from ..stages.stage import FinishedStep
 from .exports import WEIGHTS, load_folder
 from .model_card import Holding, make_model_card
 
 if TYPE_CHECKING:
     from ..checkpoint.graph import ModelGraph
-    from ..stages.stage import Context, Stage
+    from ..context import Context
+    from ..stages.stage import Stage
     from .card_usage import Format
 
 

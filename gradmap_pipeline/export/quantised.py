@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.graph import ModelGraph
-    from ..stages.stage import Context, Stage
+    from ..context import Context
+    from ..stages.stage import Stage
     from .card_usage import Format
 
 _CHECK_SHAPE = (2, 32)  # sequences, tokens

@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from .. import errors
+from ..context import Advance, Context
 from ..errors import GradmapError, OptionError, StageError
 from ..machine.environment import Workplace, surroundings
 from ..machine.memory import resident_bytes
 from ..machine.partial import scratch_folder
 from ..machine.processes import explain_end, tie
 from ..recipe.plugin_files import folder_of
-from ..stages.stage import Advance, Context, Stage
+from ..stages.stage import Stage
 
 _PATIENCE = 10
 """Seconds that a worker has to end when it is asked to."""

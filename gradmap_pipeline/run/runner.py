@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
+from ..context import Context, FinishedStep
 from ..errors import (
     CapacityError,
     GradmapError,
@@ -34,7 +35,6 @@ from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code
 from ..recipe.asking import name_method
 from ..recipe.plan import Plan, PlannedStep
-from ..stages.stage import Context, FinishedStep
 from .events import (
     Reporter,
     RunFinished,

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..context import Advance
 from ..machine.digests import sha256_of_value
 from ..machine.environment import Workplace
 from ..machine.group import Group
 from ..recipe.plan import PlannedStep
-from ..stages.stage import Advance
 from .events import Progress, Reporter
 from .keys import versions_of
 from .store import Store

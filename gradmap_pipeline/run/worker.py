@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..context import Advance, Context, FinishedStep
 from ..errors import (
     CapacityError,
     GradmapError,
@@ -32,12 +33,7 @@ from ..errors import (
 from ..interruptions import is_interruption, note_interruption
 from ..machine.shortages import find_shortage
 from ..recipe.plugin_files import open_folder
-from ..stages.stage import (
-    Advance,
-    Context,
-    FinishedStep,
-    Stage,
-)
+from ..stages.stage import Stage
 
 
 class Line:

@@ -10,11 +10,12 @@ from pydantic import BaseModel
 
 from ..artifacts import CalibrationSet, TensorFile, Work
 from ..checkpoint.graph import ModelGraph
+from ..context import Context
 from ..correction.correction import Compensation, CorrectedSite
 from ..errors import ModelError, PluginError, StageError
 from ..sweep.finite import names_of
 from .ranking import shorten
-from .stage import Context, Stage
+from .stage import Stage
 from .survey import Survey
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifacts import CalibrationSet, Round
 from ..checkpoint.graph import ModelGraph
+from ..context import Context
 from ..errors import PluginError, StageError
-from .stage import Context
 
 if TYPE_CHECKING:
     from ..sweep.parts import PartedSweep

@@ -18,6 +18,7 @@ from ..artifacts import (
     Work,
 )
 from ..checkpoint.graph import ModelGraph
+from ..context import Context
 from ..errors import OptionError, PluginError, StageError
 from .ranking import (
     Measure,
@@ -27,7 +28,7 @@ from .ranking import (
     shorten,
 )
 from .removal import count_removed
-from .stage import Context, Stage
+from .stage import Stage
 
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate

@@ -1,71 +1,22 @@
-"""What a plugin author writes: a Stage; and what a running stage may use: its Context."""
+"""What a plugin author writes: a Stage, which is one operation on a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from ..artifacts import Artifact
+from ..context import Context
 from ..errors import PluginError
 from ..machine.environment import Environment
-from ..machine.group import Group
 
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
     from ..cost.rehearsal import Rehearsal
     from .survey import Survey
-
-
-class Advance(Protocol):
-    """Count finished units of work."""
-
-    def __call__(self, units: int = 1, /) -> None: ...
-
-
-@dataclass(frozen=True)
-class FinishedStep:
-    """A step that led to the inputs of another."""
-
-    id: str
-    stage: str
-    options: dict[str, Any]
-    outputs: dict[str, Any]
-    """Each artifact's JSON."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """Everything a stage may use besides its inputs and options."""
-
-    folder: Path
-    """This step's own folder, empty at the start. Write tensors here."""
-    seed: int
-    device: str
-    """As torch names it: `cpu`, `cuda:0`."""
-    dtype: str
-    """Floating-point type to compute in: `float32`, `bfloat16`, `float16`."""
-    memory: int
-    """Bytes this process may have resident, all included; on a GPU, what it may have there."""
-    progress: Callable[[str, int, str], AbstractContextManager[Advance]]
-    """`with context.progress(description, total, unit) as advance:` reports work that takes longer than a second."""
-    note: Callable[[str], None]
-    """Tell the user one finding, in one line."""
-    remember: Callable[[Any, Callable[[], Any]], Any]
-    """`context.remember(key, compute)`: the JSON value kept under this key by any earlier run of the stage, else `compute()`.
-
-    The key must name all that the value depends on, except the stage's code, the compute dtype and library versions.
-    """
-    group: Group = field(default_factory=Group)
-    """The processes that work on this step together; one, unless the stage is `parallel`."""
-    lineage: tuple[FinishedStep, ...] = field(default=())
-    """The steps that led here, in order."""
-    step: str | None = None
-    """Id of this step in the recipe; None where there is no recipe."""
 
 
 class Stage(BaseModel):

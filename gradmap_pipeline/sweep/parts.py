@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.graph import ModelGraph
-    from ..stages.stage import Advance
+    from ..context import Advance
 
 
 class PartedSweep:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..stages.stage import Advance
+    from ..context import Advance
 
 
 class Sweep:

@@ -18,8 +18,8 @@ from .guard import guarded
 
 if TYPE_CHECKING:
     from ..checkpoint.graph import ModelGraph
+    from ..context import Context
     from ..export.exports import TransformersFolder
-    from ..stages.stage import Context
 
 
 @cache

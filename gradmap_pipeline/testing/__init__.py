@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import Artifact
+from ..context import Advance, Context
 from ..errors import PluginError
 from ..machine.memory import default_budget
 from ..run.output_checks import dump_outputs
-from ..stages.stage import Advance, Context, Stage
+from ..stages.stage import Stage
 
 
 def make_context(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir
     import torch
 
-    from ...stages.stage import Context
+    from ...context import Context
 
 Rounding = Literal["nearest", "least_squares", "gptq"]
 
