@@ -19,6 +19,7 @@ from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import RecipeError
 from gradmap_pipeline.export.llamacpp import pythons
+from gradmap_pipeline.export.llamacpp.dry_run import explain_failure
 from gradmap_pipeline.export.verify import verify_folder
 from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.recipe.plan import Plan, make_plan
@@ -185,6 +186,12 @@ def test_evaluate_takes_a_file(tmp_path: Path, graph: ModelGraph, monkeypatch: p
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
     with pytest.raises(StageError, match=r"nothing runs the file, as '.*' lacks llama-cpp-python: .* -m pip install"):
         exported.open("cpu")
+
+
+def test_a_module_that_the_converter_lacks_for_this_model_is_told_with_its_command(tmp_path: Path) -> None:
+    converter = make_converter(tmp_path, "import tiktoken_of_nobody")
+    failure = explain_failure(open_folder(make_model(tmp_path / "model")), converter, sys.executable)
+    assert str(failure).endswith(f"No module named 'tiktoken_of_nobody': {sys.executable} -m pip install tiktoken_of_nobody")
 
 
 def test_a_model_that_the_converter_refuses_is_told_before_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

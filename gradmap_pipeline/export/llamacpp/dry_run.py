@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,4 +35,5 @@ def explain_failure(graph: ModelGraph, converter: Path, python: str) -> str | No
     error = explain_end("llama.cpp's converter", done.returncode, done.stderr or "it said nothing")
     if not isinstance(error, StageError):
         raise error
-    return on_one_line(error)
+    missing = re.search(r"No module named '(\w+)", str(error))
+    return f"{on_one_line(error)}: {python} -m pip install {missing[1]}" if missing else on_one_line(error)
