@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 from walk import make_model
 
+from gradmap_pipeline import ModelError
+from gradmap_pipeline.batches import Batch
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 
 
 def run(command: str, folder: Path, text: Path, architecture: str, *settings: str, **changes: Any) -> tuple[int, str]:
@@ -98,3 +104,30 @@ def test_hub_model_is_refused_before_its_weights_are_fetched(tmp_path: Path, mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("weights were fetched"))
     with pytest.raises(ModelError, match=r"'someone/model-gptq' is already quantised \(gptq\)"):
         ModelSource(id="someone/model-gptq").fetch_folder()
+
+
+def run_a_layer(model: LayerwiseModel) -> None:
+    hidden, arguments = model.record(Batch(torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.bool)))
+    with model.layer(0):
+        model.try_layer(0, hidden, arguments[0])
+
+
+def test_an_error_of_the_architecture_refuses_it(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its code, in a library below it, and at the call."""
+    for wrong in (lambda *_: int("x"), lambda: None):
+        model = LayerwiseModel(open_folder(llama))
+        monkeypatch.setattr(type(model._layers[0].mlp), "forward", _as_of("transformers.models.llama", wrong))
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be run layer by layer: (ValueError|TypeError)"):
+            run_a_layer(model)
+
+
+def test_an_error_of_ours_is_not_the_architecture(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LayerwiseModel(open_folder(llama))
+    monkeypatch.setattr(type(model._layers[0].mlp), "forward", _as_of("gradmap_pipeline.sweep.somewhere", lambda *_: int("x")))
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        run_a_layer(model)
+
+
+def _as_of(module: str, function: Any) -> Any:
+    """A function as if it stood in another module."""
+    return FunctionType(function.__code__, {**globals(), "__name__": module}, function.__name__)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import dropwhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from ..checkpoint.lengths import lengths_apart
 from ..checkpoint.pretrained import read_config
 from ..checkpoint.rope import forget_lengths
 from ..checkpoint.skeleton import build_skeleton, find_layer_list
-from ..errors import ModelError, StageError
+from ..errors import ModelError, StageError, first_line
 from ..machine.shortages import is_shortage
 from .calls import LayerArguments, OutputShape, hidden_of
 from .loading import load_tensors, trace_disk_name
@@ -37,6 +39,8 @@ LOGITS_AT_ONCE = 1 << 24
 
 _UNFORESEEN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
 """What an architecture raises that does not run one layer at a time."""
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class _Recorded(Exception):  # noqa: N818 - stops a forward pass, not an error
@@ -209,16 +213,15 @@ class LayerwiseModel:
         for index, layer in enumerate(self._layers):
             layer.forward = make(index)
         try:
-            return self.module(
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=batch.mask.long().to(self.device) if batch.padded else None,
-                use_cache=False,
-                **extra,
-            )
+            with self._refusing():
+                return self.module(
+                    input_ids=batch.input_ids.to(self.device),
+                    attention_mask=batch.mask.long().to(self.device) if batch.padded else None,
+                    use_cache=False,
+                    **extra,
+                )
         except _Recorded:
             return None
-        except _UNFORESEEN as error:
-            raise self._explain(error) from error
         finally:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.forward = forward
@@ -227,16 +230,18 @@ class LayerwiseModel:
         """All that base layer `index` returns. Raises `ModelError` where it does not take these arguments."""
         import torch
 
-        try:
-            with torch.no_grad():
-                return self._forwards[index](hidden, *arguments.positional, **arguments.named)
-        except _UNFORESEEN as error:
-            raise self._explain(error) from error
+        with self._refusing(), torch.no_grad():
+            return self._forwards[index](hidden, *arguments.positional, **arguments.named)
 
-    def _explain(self, error: Exception) -> Exception:
-        if is_shortage(error):
-            return error
-        return self._refusal(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Refuse the architecture where its code fails, unless memory runs out or the error rises in code of ours that it calls."""
+        try:
+            yield
+        except _UNFORESEEN as error:
+            if is_shortage(error) or rises_in_ours(error):
+                raise
+            raise self._refusal(f"{type(error).__name__}: {first_line(error)}") from error
 
     def _refusal(self, reason: str) -> ModelError:
         return ModelError(f"{type(self.module).__name__} cannot be run layer by layer: {reason}")
@@ -269,6 +274,17 @@ class LayerwiseModel:
                     raise self._refusal(f"{prefix + name!r} is shared with another layer")
                 raise ModelError(f"{str(self.graph.base.folder)!r} lacks the weights of {prefix + name!r}")
             parameter.requires_grad_(False)
+
+
+def rises_in_ours(error: BaseException) -> bool:
+    """Whether the innermost code behind a failed call, other libraries apart, is of this package and not of transformers.
+
+    An error at the call itself, as of arguments that the architecture does not take, is not ours.
+    """
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    behind = dropwhile(lambda module: module in (__name__, "contextlib"), modules)
+    tops = [top for top in (module.partition(".")[0] for module in behind) if top in (_PACKAGE, "transformers")]
+    return bool(tops) and tops[-1] == _PACKAGE
 
 
 def _lacks_weights(layer: nn.Module) -> bool:
