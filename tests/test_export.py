@@ -154,8 +154,8 @@ def test_a_wrong_export_is_noticed_and_removed(broken: str, tmp_path: Path, monk
     model = make_patched(tmp_path, "llama", torch.float32)
     write = ExportModel._write
 
-    def write_wrongly(self: ExportModel, model: ModelGraph, evaluation: Any, misread: Any, folder: Path, context: Any) -> Any:
-        files = write(self, model, evaluation, misread, folder, context)
+    def write_wrongly(self: ExportModel, model: ModelGraph, evaluation: Any, folder: Path, context: Any) -> Any:
+        files = write(self, model, evaluation, folder, context)
         if broken == "weight":
             weights = bytearray((folder / "model.safetensors").read_bytes())
             weights[-2] ^= 0x40

@@ -77,7 +77,7 @@ def test_old_names_work_and_are_told_once(command: str, folder: Path) -> None:
 def test_present_names_are_told_nothing(folder: Path) -> None:
     write_recipe(folder, "new_work", "{speed: 2}")
     result = gradmap("check")
-    assert (result.exit_code, result.stdout) == (0, "r.yaml: no problems in 1 steps\n")
+    assert (result.exit_code, result.stdout) == (0, "r.yaml: no problems in 1 step\n")
 
 
 def test_a_step_known_by_the_old_name_is_told_how_it_is_called_then(folder: Path) -> None:

@@ -221,7 +221,7 @@ def test_what_a_plugin_prints_is_not_on_standard_output(place: str, folder: Path
     assert "loud" not in done.stdout
     assert done.stderr.count("loud") >= 3
     if command == "check" and place in COMMANDS:
-        assert done.stdout == "r.yaml: no problems in 1 steps\n"
+        assert done.stdout == "r.yaml: no problems in 1 step\n"
     else:
         assert all(json.loads(line) for line in (done.stdout.splitlines() if command == "run" else [done.stdout]))
 

@@ -31,7 +31,7 @@ with partial_folder(Path(sys.argv[1])) as folder:
 KILLED_AFTER_RENAMES = """
 import os, signal, sys
 from pathlib import Path
-from gradmap_pipeline import partial
+from gradmap_pipeline.machine import partial
 target, left = Path(sys.argv[1]), int(sys.argv[2])
 rename = Path.rename
 def rename_and_die(path, to):

@@ -63,7 +63,7 @@ def run(folder: Path, act: str, llama: Path, text: Path) -> tuple[int, str, list
 REFUSE = """pass
         return super().correct(streams, layer, known, context)
 
-from gradmap_pipeline.model import correction
+from gradmap_pipeline.correction import correction
 check_gain = correction.check_gain
 def refuse(model, index, hidden, arguments, site):
     if SECOND and index == 2 and site.kind == "output":
