@@ -7,6 +7,7 @@ import math
 import sys
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -91,3 +92,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def name_without_place(name: str) -> str:
+    """The name of a data set without the folders of this machine that it lies in, for what is passed on."""
+    return Path(name).name if Path(name).is_absolute() else name

@@ -50,6 +50,10 @@ def test_card_says_what_was_done(pruned: ModelGraph) -> None:
     assert f"{pruned.count_parameters():,} parameters, 1,234 bytes in `model.safetensors`." in card
     assert "| text | tokens | perplexity |" in card
     assert "| text | 100 | 40.000 |" in card
+    local = evaluation.model_copy(update={"dataset": "/home/me/texts/prose.txt"})
+    assert "| prose.txt | 100 | 40.000 |" in make_model_card(pruned, local, PLAIN)
+    hub = evaluation.model_copy(update={"dataset": "owner/name train"})
+    assert "| owner/name train | 100 | 40.000 |" in make_model_card(pruned, hub, PLAIN)
     assert "quantis" not in card
     assert str(pruned.base.folder.parent) not in card
 

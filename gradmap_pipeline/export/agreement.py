@@ -16,6 +16,7 @@ from ..batches import (
 )
 from ..errors import StageError
 from ..stages.perplexity import perplexity_of
+from ..text import name_without_place
 
 if TYPE_CHECKING:
     import torch
@@ -88,8 +89,9 @@ class TextAgreement(Artifact):
 
     def __str__(self) -> str:
         return (
-            f"on {self.tokens:,} tokens of {self.text}: perplexity {self.perplexity:.4g} instead of {self.base_perplexity:.4g} "
-            f"({self.perplexity / self.base_perplexity:.3f} times), the same next token for {self.agreement:.1%}"
+            f"on {self.tokens:,} tokens of {name_without_place(self.text)}: perplexity {self.perplexity:.4g} instead of "
+            f"{self.base_perplexity:.4g} ({self.perplexity / self.base_perplexity:.3f} times), "
+            f"the same next token for {self.agreement:.1%}"
         )
 
 

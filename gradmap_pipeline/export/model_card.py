@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..artifacts import Evaluation
 from ..checkpoint.graph import ModelGraph
-from ..text import show
+from ..text import name_without_place, show
 from .base_card import carried_metadata
 from .card_usage import Format, library_of, usage_lines
 
@@ -56,7 +56,7 @@ def make_model_card(model: ModelGraph, evaluation: Evaluation | None, holding: H
             "",
             f"| text | tokens | perplexity{before} |",
             "|---|---|---|",
-            f"| {show(evaluation.dataset)} | {evaluation.tokens:,} | {evaluation.perplexity:.3f} |",
+            f"| {show(name_without_place(evaluation.dataset))} | {evaluation.tokens:,} | {evaluation.perplexity:.3f} |",
         ]
     lines += [
         "",
