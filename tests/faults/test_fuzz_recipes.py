@@ -241,6 +241,11 @@ class Watch:
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.is_on:
             return
+        place = place_of(event, arguments)
+        if ".gradmap.partial-" in place or place == os.devnull or (event == "open" and os.path.isdir(place)):
+            return  # a folder of the process alone, for what transformers reads; a file without a name
+        if event == "subprocess.Popen" and "from importlib.metadata import" in str(arguments[1]):
+            return  # the Python that a recipe names is asked what it has
         is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if is_write or event in (
             "subprocess.Popen",
@@ -252,6 +257,15 @@ class Watch:
             "socket.connect",
         ):
             self.seen.append(f"{event} {arguments}")
+
+
+def place_of(event: str, arguments: tuple[Any, ...]) -> str:
+    """The path that an event is about, in full where it is given by a folder that is open; nothing for other events."""
+    if event not in ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"):
+        return ""
+    place, folder = str(arguments[0]), arguments[-1]
+    is_inside = event in ("os.remove", "os.rmdir") and isinstance(folder, int) and folder >= 0
+    return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), place) if is_inside else place
 
 
 @contextmanager
