@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def __getattr__(name: str) -> Any:
@@ -18,12 +15,7 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Entry point of the `gradmap` command."""
-    from .ending import (
-        finish,
-        tell_end,
-        tell_plainly,
-        watch_signals,
-    )
+    from .ending import finish, tell_end, tell_plainly, watch_signals
 
     code: Any = 0
     try:

@@ -147,11 +147,12 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-print(*(name for name in sys.modules if name.startswith("gradmap_pipeline.")))
+print(*(name for name in sys.modules if name.startswith("gradmap_pipeline.")), file=sys.__stdout__)
 """
     command = [sys.executable, "-c", script, "run", "r.yaml", "--quiet"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     behind = {module for code in load_catalog().code_of.values() for module in code.files}
+    assert "gradmap_pipeline.sweep.sweep" in done.stdout.split()
     hidden = [name for name in done.stdout.split() if name not in behind and not is_machinery(name)]
     assert sorted(hidden) == []
 
