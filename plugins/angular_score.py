@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from gradmap_pipeline import (
-    Context,
-    Decision,
-    LayerScoring,
-    Measure,
-    Stage,
-    StageError,
-    hookimpl,
-)
+from gradmap_pipeline import Context, Decision, LayerScoring, Measure, Stage, StageError, hookimpl
 
 if TYPE_CHECKING:
     import torch

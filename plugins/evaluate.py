@@ -92,12 +92,7 @@ class Evaluate(Stage):
         return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import (
-            count_embeddings,
-            digest_sequences,
-            load_tokenizer,
-            make_sequences,
-        )
+        from gradmap_pipeline.data import count_embeddings, digest_sequences, load_tokenizer, make_sequences
 
         model = inputs.model
         graph = model.graph if isinstance(model, Export) else model

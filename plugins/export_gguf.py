@@ -31,12 +31,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.export.exports import GgufForecast
-from gradmap_pipeline.export.folders import (
-    find_deviations,
-    make_lineage,
-    write_card,
-    write_companions,
-)
+from gradmap_pipeline.export.folders import find_deviations, make_lineage, write_card, write_companions
 from gradmap_pipeline.export.llamacpp import pythons
 from gradmap_pipeline.machine.processes import explain_end, tie
 from gradmap_pipeline.stages.targets import describe_folder

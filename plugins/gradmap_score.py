@@ -14,18 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gradmap_pipeline import (
-    Context,
-    Decision,
-    Estimate,
-    LayerScoring,
-    Measure,
-    Rehearsal,
-    Stage,
-    Survey,
-    hookimpl,
-    take_lowest,
-)
+from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, Rehearsal, Stage, Survey, hookimpl, take_lowest
 
 if TYPE_CHECKING:
     import torch

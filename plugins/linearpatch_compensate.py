@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import (
-    Context,
-    CorrectedSite,
-    LayerCompensation,
-    ModelGraph,
-    Stage,
-    StageError,
-    TensorFile,
-    hookimpl,
-)
+from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelGraph, Stage, StageError, TensorFile, hookimpl
 
 if TYPE_CHECKING:
     import torch

@@ -10,14 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gradmap_pipeline import (
-    Context,
-    CorrectedSite,
-    LayerCompensation,
-    Stage,
-    TensorFile,
-    hookimpl,
-)
+from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, Stage, TensorFile, hookimpl
 
 if TYPE_CHECKING:
     from gradmap_pipeline.correction.sites import Site

@@ -7,15 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradmap_pipeline import (
-    Context,
-    Estimate,
-    LayerScoring,
-    Measure,
-    Rehearsal,
-    Stage,
-    hookimpl,
-)
+from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, Rehearsal, Stage, hookimpl
 
 if TYPE_CHECKING:
     from gradmap_pipeline.sweep.sweep import Sweep

@@ -28,12 +28,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.export.agreement import (
-    TextAgreement,
-    check_text,
-    compare_models,
-    read_text,
-)
+from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
 from gradmap_pipeline.export.exports import GgufForecast
 from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
 from gradmap_pipeline.export.llamacpp import pythons

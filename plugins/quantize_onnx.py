@@ -24,12 +24,7 @@ from gradmap_pipeline import (
     hookimpl,
 )
 from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.export.agreement import (
-    TextAgreement,
-    check_text,
-    compare_models,
-    read_text,
-)
+from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
 from gradmap_pipeline.export.exports import ExportForecast
 from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
 from gradmap_pipeline.stages.targets import copy_files, describe_folder
@@ -131,13 +126,7 @@ class QuantizeOnnx(FolderExport):
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.export.ort.layout import (
-            find_graph,
-            is_graph,
-            layout_of,
-            place_graph,
-            tell_programs,
-        )
+        from gradmap_pipeline.export.ort.layout import find_graph, is_graph, layout_of, place_graph, tell_programs
         from gradmap_pipeline.export.ort.quantise import quantise_graph
 
         source = inputs.exported

@@ -11,14 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Context,
-    FolderExport,
-    ModelGraph,
-    Stage,
-    TransformersFolder,
-    hookimpl,
-)
+from gradmap_pipeline import Context, FolderExport, ModelGraph, Stage, TransformersFolder, hookimpl
 from gradmap_pipeline.export.consumers import explain_forecast
 from gradmap_pipeline.export.exports import load_folder
 from gradmap_pipeline.export.quantised import write_quantised

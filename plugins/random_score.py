@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Context,
-    Estimate,
-    LayerScores,
-    LayerScoring,
-    ModelGraph,
-    Rehearsal,
-    Stage,
-    hookimpl,
-)
+from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelGraph, Rehearsal, Stage, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import (
-    Context,
-    CorrectedSite,
-    Estimate,
-    LayerCompensation,
-    ModelGraph,
-    Rehearsal,
-    Stage,
-    TensorFile,
-    hookimpl,
-)
+from gradmap_pipeline import Context, CorrectedSite, Estimate, LayerCompensation, ModelGraph, Rehearsal, Stage, TensorFile, hookimpl
 
 if TYPE_CHECKING:
     from gradmap_pipeline.correction.sites import Site

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import (
-    Context,
-    LayerScoring,
-    Measure,
-    Stage,
-    hookimpl,
-)
+from gradmap_pipeline import Context, LayerScoring, Measure, Stage, hookimpl
 
 if TYPE_CHECKING:
     import torch

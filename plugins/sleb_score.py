@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from gradmap_pipeline import (
-    Context,
-    Decision,
-    Estimate,
-    LayerScoring,
-    Measure,
-    Rehearsal,
-    Stage,
-    hookimpl,
-    take_lowest,
-)
+from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, Rehearsal, Stage, hookimpl, take_lowest
 
 if TYPE_CHECKING:
     from gradmap_pipeline.sweep.sweep import Sweep

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import (
-    Context,
-    Estimate,
-    LayerScoring,
-    Measure,
-    Rehearsal,
-    Stage,
-    Survey,
-    hookimpl,
-)
+from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, Rehearsal, Stage, Survey, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,12 +16,7 @@ from gradmap_pipeline import CapacityError, ModelGraph
 from gradmap_pipeline.batches import Batch
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.sweep import budget, parts
-from gradmap_pipeline.sweep.budget import (
-    SweepNeeds,
-    SweepWay,
-    choose_way,
-    measure_needs,
-)
+from gradmap_pipeline.sweep.budget import SweepNeeds, SweepWay, choose_way, measure_needs
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.testing import make_context, run_stage
 

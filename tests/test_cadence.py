@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradmap_pipeline.checkpoint.cadence import (
-    choose_kept,
-    count_removable,
-    find_period,
-    is_regular,
-    strict_cadences_of,
-)
+from gradmap_pipeline.checkpoint.cadence import choose_kept, count_removable, find_period, is_regular, strict_cadences_of
 
 JAMBA = {"attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4}
 ERNIE = {"moe_layer_interval": 2, "moe_layer_start_index": 2, "moe_layer_end_index": 7}

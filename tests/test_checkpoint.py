@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradmap_pipeline.checkpoint import checkpoint
-from gradmap_pipeline.checkpoint.checkpoint import (
-    load_tensor,
-    read_folder,
-    read_header,
-    split_shards,
-    write_folder,
-)
+from gradmap_pipeline.checkpoint.checkpoint import load_tensor, read_folder, read_header, split_shards, write_folder
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.machine.digests import sha256_of
 

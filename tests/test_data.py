@@ -18,12 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gradmap_pipeline import CalibrationSet, DatasetSource, StageError
 from gradmap_pipeline.builtin.text import load_documents, load_training_documents
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.data import (
-    check_tokenizer,
-    encoding,
-    load_tokenizer,
-    make_sequences,
-)
+from gradmap_pipeline.data import check_tokenizer, encoding, load_tokenizer, make_sequences
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.testing import run_stage
 

@@ -14,12 +14,7 @@ from gradmap_plugins.evaluate_lm_eval import EvaluateLmEval, make_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import (
-    CapacityError,
-    OptionError,
-    QualityError,
-    StageError,
-)
+from gradmap_pipeline import CapacityError, OptionError, QualityError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.tasks import harness

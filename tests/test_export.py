@@ -15,15 +15,7 @@ from gradmap_plugins.export import ExportModel
 from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradmap_pipeline import (
-    Evaluation,
-    Export,
-    ModelForecast,
-    ModelGraph,
-    OptionError,
-    StageError,
-    TensorFile,
-)
+from gradmap_pipeline import Evaluation, Export, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
 from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.machine.digests import sha256_of

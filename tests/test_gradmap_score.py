@@ -13,14 +13,7 @@ from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from gradmap_pipeline import (
-    CalibrationSet,
-    ModelForecast,
-    ModelGraph,
-    OptionError,
-    StageError,
-    TensorFile,
-)
+from gradmap_pipeline import CalibrationSet, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
 from gradmap_pipeline.batches import count_predicted
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.testing import make_context, run_stage

@@ -18,12 +18,7 @@ from gradmap_plugins.export_gguf import ExportGguf
 from gradmap_plugins.quantize_gguf import QuantizeGguf
 from walk import make_model
 
-from gradmap_pipeline import (
-    GgufFolder,
-    OptionError,
-    QualityError,
-    StageError,
-)
+from gradmap_pipeline import GgufFolder, OptionError, QualityError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.export.llamacpp import limits, pythons
 from gradmap_pipeline.testing import make_context, run_stage

@@ -10,12 +10,7 @@ import pytest
 from gradmap_pipeline.machine import memory
 from gradmap_pipeline.machine.group import Group
 from gradmap_pipeline.machine.machine import Machine
-from gradmap_pipeline.machine.memory import (
-    default_budget,
-    free_bytes,
-    parse_size,
-    resident_bytes,
-)
+from gradmap_pipeline.machine.memory import default_budget, free_bytes, parse_size, resident_bytes
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,7 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import (
-    CalibrationForecast,
-    CalibrationSet,
-    ModelError,
-    ModelForecast,
-    ModelGraph,
-    OptionError,
-    StageError,
-)
+from gradmap_pipeline import CalibrationForecast, CalibrationSet, ModelError, ModelForecast, ModelGraph, OptionError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.stages.survey import Survey
 from gradmap_pipeline.testing import make_context, run_stage

@@ -18,22 +18,11 @@ from transformers import AutoModelForCausalLM
 from walk import make_calibration
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import (
-    CalibrationSet,
-    CapacityError,
-    ModelError,
-    ModelGraph,
-    StageError,
-)
+from gradmap_pipeline import CalibrationSet, CapacityError, ModelError, ModelGraph, StageError
 from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.correction.ridge import check_room, solve_ridge
-from gradmap_pipeline.correction.sites import (
-    NoSiteError,
-    Site,
-    check_gain,
-    find_sites,
-)
+from gradmap_pipeline.correction.sites import NoSiteError, Site, check_gain, find_sites
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sweep import Sweep

@@ -10,14 +10,7 @@ from gradmap_plugins.prune import Prune
 from pydantic import ValidationError
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import (
-    Decision,
-    LayerScores,
-    ModelForecast,
-    OptionError,
-    ScoresForecast,
-    StageError,
-)
+from gradmap_pipeline import Decision, LayerScores, ModelForecast, OptionError, ScoresForecast, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.stages.removal import count_removed
 from gradmap_pipeline.testing import run_stage

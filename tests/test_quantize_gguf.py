@@ -17,14 +17,7 @@ from test_export_gguf import exporting, make_converter, plan
 from tiny import make_model
 from typer.testing import CliRunner
 
-from gradmap_pipeline import (
-    DatasetSource,
-    Evaluation,
-    GgufFolder,
-    OptionError,
-    QualityError,
-    StageError,
-)
+from gradmap_pipeline import DatasetSource, Evaluation, GgufFolder, OptionError, QualityError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data import load_tokenizer, make_sequences

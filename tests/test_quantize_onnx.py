@@ -19,12 +19,7 @@ from gradmap_plugins.calibrate import Calibrate
 from gradmap_plugins.quantize_onnx import QuantizeOnnx
 from test_onnx import export, make_pruned
 
-from gradmap_pipeline import (
-    CalibrationSet,
-    OnnxFolder,
-    OptionError,
-    QualityError,
-)
+from gradmap_pipeline import CalibrationSet, OnnxFolder, OptionError, QualityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.export.agreement import compare_models, cut_batches

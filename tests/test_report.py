@@ -19,19 +19,8 @@ import torch
 from gradmap_pipeline import Evaluation, ModelGraph, TensorFile
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.report import reporters
-from gradmap_pipeline.report.reporters import (
-    JsonReporter,
-    LineReporter,
-    QuietReporter,
-    format_seconds,
-    print_summary,
-)
-from gradmap_pipeline.run.events import (
-    Progress,
-    RunFinished,
-    RunStarted,
-    StepFinished,
-)
+from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_seconds, print_summary
+from gradmap_pipeline.run.events import Progress, RunFinished, RunStarted, StepFinished
 from gradmap_pipeline.run.summary import Summary, summarise
 
 

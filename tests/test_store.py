@@ -10,14 +10,7 @@ import pytest
 import torch
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Artifact,
-    ExportedFile,
-    ModelGraph,
-    OnnxFolder,
-    TensorFile,
-    TransformersFolder,
-)
+from gradmap_pipeline import Artifact, ExportedFile, ModelGraph, OnnxFolder, TensorFile, TransformersFolder
 from gradmap_pipeline.checkpoint.graph import BaseCheckpoint
 from gradmap_pipeline.machine.digests import sha256_of
 from gradmap_pipeline.run.store import Store

@@ -20,18 +20,10 @@ from gradmap_plugins.project_compensate import ProjectCompensate
 from gradmap_plugins.prune import Prune
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from zoo import DEPTH, make_config
 
-from gradmap_pipeline import (
-    CalibrationSet,
-    ModelGraph,
-    Survey,
-    TensorFile,
-)
+from gradmap_pipeline import CalibrationSet, ModelGraph, Survey, TensorFile
 from gradmap_pipeline.checkpoint.architecture import full_config
 from gradmap_pipeline.checkpoint.cadence import strict_cadences_of
 from gradmap_pipeline.checkpoint.graph import open_model

@@ -15,19 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..artifacts import ExportedFile
 from ..errors import ModelError
-from .casts import (
-    FOR_COMPUTING,
-    FOR_WRITING,
-    cast,
-    cast_all,
-    overflow,
-)
-from .files import (
-    INDEX,
-    check_pointer,
-    find_shards,
-    read_weight_map,
-)
+from .casts import FOR_COMPUTING, FOR_WRITING, cast, cast_all, overflow
+from .files import INDEX, check_pointer, find_shards, read_weight_map
 from .raw import read_into
 
 if TYPE_CHECKING:

@@ -19,13 +19,7 @@ from .companions import find_companions, find_tokenizer_files
 from .depth import BEYOND_TOP
 from .files import check_folder
 from .sizes import check_sizes
-from .source import (
-    ModelSource,
-    count_layers,
-    count_positions,
-    load_config,
-    text_config,
-)
+from .source import ModelSource, count_layers, count_positions, load_config, text_config
 
 LONGEST_DEFAULT_SEQUENCE = 2048
 

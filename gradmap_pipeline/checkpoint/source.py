@@ -11,15 +11,7 @@ from ..artifacts import ModelForecast
 from ..errors import ModelError, first_line
 from . import depth
 from .choices import find_unknown_name
-from .files import (
-    INDEX,
-    TEMPLATES,
-    check_folder,
-    check_inside,
-    find_shards,
-    read_json,
-    read_weight_map,
-)
+from .files import INDEX, TEMPLATES, check_folder, check_inside, find_shards, read_json, read_weight_map
 from .sizes import check_sizes, read_shapes
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"

@@ -7,13 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .command_options import (
-    check_device,
-    check_size,
-    check_threads,
-    parse_path,
-    parse_store,
-)
+from .command_options import check_device, check_size, check_threads, parse_path, parse_store
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", parser=parse_path, help="Recipe file.", show_default=False)]
 Overrides = Annotated[

@@ -11,22 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..machine.streams import sole_errors, sole_output
-from .command_arguments import (
-    DeviceName,
-    DtypeName,
-    MemorySize,
-    Overrides,
-    PluginFiles,
-    RecipePath,
-    StorePath,
-    Threads,
-)
-from .command_options import (
-    CommandGroup,
-    open_store,
-    parse_output,
-    parse_path,
-)
+from .command_arguments import DeviceName, DtypeName, MemorySize, Overrides, PluginFiles, RecipePath, StorePath, Threads
+from .command_options import CommandGroup, open_store, parse_output, parse_path
 from .ending import endings
 from .material_commands import new_plugin, recipes
 

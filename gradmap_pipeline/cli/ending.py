@@ -175,12 +175,7 @@ def _describe(error: BaseException, store: Path | None) -> tuple[int, str, str |
     """Exit code, message and place of an error."""
     if isinstance(error, KeyboardInterrupt) or _state.number is not None:  # libraries turn an interruption into errors of theirs
         return INTERRUPTED, _describe_interruption(), None
-    from ..errors import (
-        CapacityError,
-        GradmapError,
-        name_error,
-        text_of,
-    )
+    from ..errors import CapacityError, GradmapError, name_error, text_of
     from ..machine.shortages import find_shortage
 
     is_ours = isinstance(error, GradmapError)

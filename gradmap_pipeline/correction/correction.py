@@ -13,12 +13,7 @@ from pydantic import BaseModel, Field
 from ..artifacts import Artifact, TensorFile
 from ..checkpoint.casts import FOR_WRITING, cast_all
 from ..errors import StageError
-from .sites import (
-    NoSiteError,
-    check_gain,
-    find_sites,
-    share_sites,
-)
+from .sites import NoSiteError, check_gain, find_sites, share_sites
 
 if TYPE_CHECKING:
     import torch

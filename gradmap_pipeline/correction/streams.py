@@ -16,12 +16,7 @@ from ..batches import make_batches
 from ..machine.group import Group
 from ..machine.memory import give_back, resident_bytes
 from ..sweep.boundaries import Boundaries
-from ..sweep.budget import (
-    SweepNeeds,
-    SweepWay,
-    choose_way,
-    measure_needs,
-)
+from ..sweep.budget import SweepNeeds, SweepWay, choose_way, measure_needs
 from ..sweep.layerwise import LayerwiseModel
 from ..sweep.sweep import Sweep
 from ..sweep.visits import ForwardVisit

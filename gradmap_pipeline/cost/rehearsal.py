@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING
 from ..correction.streams import plan_streams
 from ..errors import CapacityError
 from ..machine.machine import Machine
-from ..machine.memory import (
-    free_bytes,
-    give_back,
-    resident_bytes,
-    tune_allocator,
-)
+from ..machine.memory import free_bytes, give_back, resident_bytes, tune_allocator
 from ..sweep.budget import SweepNeeds, choose_way, format_size
 from .estimate import Estimate
 from .rates import Rates

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from .sequences import POOL, digest_sequences, make_sequences
 from .sources import DatasetSource
-from .tokenizer import (
-    check_length,
-    check_tokenizer,
-    count_embeddings,
-    load_tokenizer,
-)
+from .tokenizer import check_length, check_tokenizer, count_embeddings, load_tokenizer
 
 __all__ = [
     "POOL",

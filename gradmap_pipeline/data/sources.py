@@ -11,13 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import OptionError, StageError, first_line
 from ..machine.digests import sha256_of_value
-from .documents import (
-    LONG_BYTES,
-    Document,
-    LongText,
-    make_documents,
-    shuffle_documents,
-)
+from .documents import LONG_BYTES, Document, LongText, make_documents, shuffle_documents
 from .files import compression_of, find_files, kind_of
 from .readers import Row, read_rows, read_text
 

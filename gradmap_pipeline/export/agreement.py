@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..artifacts import Artifact, ModelForecast, NameOf
-from ..batches import (
-    Batch,
-    make_batches,
-    next_token_losses,
-    predicted_tokens,
-)
+from ..batches import Batch, make_batches, next_token_losses, predicted_tokens
 from ..errors import StageError
 from ..stages.perplexity import perplexity_of
 from ..text import name_without_place

@@ -7,12 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..artifacts import (
-    Artifact,
-    ExportedFile,
-    Model,
-    ModelForecast,
-)
+from ..artifacts import Artifact, ExportedFile, Model, ModelForecast
 from ..checkpoint.graph import ModelGraph
 from ..errors import ModelError, StageError
 

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StageError
 from ..stages.targets import NewFolder, describe_folder
 from .exports import TransformersFolder, load_folder
-from .folders import (
-    check_loading,
-    explain_config,
-    find_deviations,
-    make_lineage,
-    write_card,
-    write_companions,
-)
+from .folders import check_loading, explain_config, find_deviations, make_lineage, write_card, write_companions
 
 if TYPE_CHECKING:
     import torch

@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ..errors import (
-    CommandError,
-    GradmapError,
-    StageError,
-    text_of,
-)
+from ..errors import CommandError, GradmapError, StageError, text_of
 
 if TYPE_CHECKING:
     import torch

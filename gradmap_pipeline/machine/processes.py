@@ -10,12 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from ..errors import (
-    CapacityError,
-    GradmapError,
-    Interruption,
-    StageError,
-)
+from ..errors import CapacityError, GradmapError, Interruption, StageError
 from .shortages import find_shortage_in
 
 _TIE = """

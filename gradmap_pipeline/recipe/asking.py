@@ -10,13 +10,7 @@ from typing import Any
 
 from ..artifacts import Artifact
 from ..cost.estimate import Estimate
-from ..errors import (
-    CapacityError,
-    GradmapError,
-    PluginError,
-    describe_value,
-    name_error,
-)
+from ..errors import CapacityError, GradmapError, PluginError, describe_value, name_error
 from ..interruptions import is_interruption
 from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code

@@ -11,26 +11,14 @@ from typing import Any
 from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.source import ModelSource
-from ..errors import (
-    ModelError,
-    OptionError,
-    Problem,
-    RecipeError,
-    StageError,
-)
+from ..errors import ModelError, OptionError, Problem, RecipeError, StageError
 from ..machine.environment import Environment, check_python, find_program
 from ..machine.extras import OURS, explain_missing
 from ..stages.stage import Stage, name_types
 from ..stages.targets import find_clashing_export, overlaps
 from .asking import ask, make_stage
 from .catalog import Catalog
-from .places import (
-    DEFAULT_STORE,
-    Place,
-    find_machine_places,
-    find_model_places,
-    find_read_places,
-)
+from .places import DEFAULT_STORE, Place, find_machine_places, find_model_places, find_read_places
 from .plugin_files import name_apart
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .renames import find_notices, find_present_names

@@ -13,12 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..checkpoint.source import ModelSource
 from ..errors import Problem, RecipeError
 from ..machine.input_files import read_input
-from .validation import (
-    LARGEST_INTEGER,
-    Invalid,
-    suggest,
-    validate,
-)
+from .validation import LARGEST_INTEGER, Invalid, suggest, validate
 from .yaml_positions import Document, Location, load_yaml
 
 MAX_BYTES = 1 << 20

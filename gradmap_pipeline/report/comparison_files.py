@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..machine.extras import explain_missing
 from ..stages.targets import describe_folder, new_folder
-from ..text import (
-    add_row,
-    make_console,
-    make_table,
-    show,
-)
+from ..text import add_row, make_console, make_table, show
 
 if TYPE_CHECKING:
     from rich.console import Console

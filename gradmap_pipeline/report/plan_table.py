@@ -5,12 +5,7 @@ from __future__ import annotations
 import json
 
 from ..recipe.plan import Plan
-from ..text import (
-    add_row,
-    make_console,
-    make_table,
-    show,
-)
+from ..text import add_row, make_console, make_table, show
 
 
 def print_plan(plan: Plan) -> None:

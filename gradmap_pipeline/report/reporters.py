@@ -8,23 +8,9 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from ..machine.streams import error_stream, is_lost
-from ..run.events import (
-    Progress,
-    Reporter,
-    RunFinished,
-    RunStarted,
-    StepFinished,
-    StepStarted,
-)
+from ..run.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from ..run.summary import Summary
-from ..text import (
-    add_row,
-    dump_json,
-    make_console,
-    make_table,
-    say,
-    show,
-)
+from ..text import add_row, dump_json, make_console, make_table, say, show
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,14 +11,7 @@ from typing import Any
 
 from ..artifacts import Evaluation, Work
 from ..checkpoint.graph import ModelGraph
-from ..errors import (
-    CommandError,
-    GradmapError,
-    OptionError,
-    Problem,
-    RecipeError,
-    StageError,
-)
+from ..errors import CommandError, GradmapError, OptionError, Problem, RecipeError, StageError
 from ..export.exports import Export
 from ..machine.machine import Machine
 from ..recipe.catalog import Catalog

@@ -8,12 +8,7 @@ from pathlib import Path
 
 from ..cost.estimate import Estimate
 from ..cost.rehearsal import Rehearsal
-from ..errors import (
-    CapacityError,
-    GradmapError,
-    ModelError,
-    first_line,
-)
+from ..errors import CapacityError, GradmapError, ModelError, first_line
 from ..machine.machine import Machine
 from ..machine.shortages import find_shortage
 from ..recipe.asking import ask

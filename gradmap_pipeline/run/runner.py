@@ -14,16 +14,7 @@ from pydantic import BaseModel
 from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
 from ..context import Context, FinishedStep
-from ..errors import (
-    CapacityError,
-    GradmapError,
-    RecipeError,
-    StageError,
-    describe_value,
-    name_error,
-    on_one_line,
-    text_of,
-)
+from ..errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, name_error, on_one_line, text_of
 from ..export.exports import Export
 from ..interruptions import is_interruption
 from ..machine.environment import Workplace
@@ -35,13 +26,7 @@ from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code
 from ..recipe.asking import name_method
 from ..recipe.plan import Plan, PlannedStep
-from .events import (
-    Reporter,
-    RunFinished,
-    RunStarted,
-    StepFinished,
-    StepStarted,
-)
+from .events import Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .inspection import inspect_steps
 from .isolation import WorkerCrash, run_elsewhere
 from .keys import make_key

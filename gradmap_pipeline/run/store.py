@@ -18,12 +18,7 @@ from pydantic import BaseModel
 from ..artifacts import Artifact
 from ..errors import StageError, first_line
 from ..machine.digests import sha256_of, sha256_of_value
-from ..machine.partial import (
-    clear_partial_folders,
-    partial_folder,
-    replace_folder,
-    write_file,
-)
+from ..machine.partial import clear_partial_folders, partial_folder, replace_folder, write_file
 from .output_checks import dump_outputs
 
 _OUTPUTS = "outputs.json"

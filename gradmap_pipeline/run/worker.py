@@ -23,13 +23,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..context import Advance, Context, FinishedStep
-from ..errors import (
-    CapacityError,
-    GradmapError,
-    OptionError,
-    describe_value,
-    text_of,
-)
+from ..errors import CapacityError, GradmapError, OptionError, describe_value, text_of
 from ..interruptions import is_interruption, note_interruption
 from ..machine.shortages import find_shortage
 from ..recipe.plugin_files import open_folder

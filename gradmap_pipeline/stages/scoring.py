@@ -9,24 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, Field, model_validator
 
-from ..artifacts import (
-    CalibrationSet,
-    Decision,
-    LayerScores,
-    Round,
-    ScoresForecast,
-    Work,
-)
+from ..artifacts import CalibrationSet, Decision, LayerScores, Round, ScoresForecast, Work
 from ..checkpoint.graph import ModelGraph
 from ..context import Context
 from ..errors import OptionError, PluginError, StageError
-from .ranking import (
-    Measure,
-    Scorer,
-    Scores,
-    check_scores,
-    shorten,
-)
+from .ranking import Measure, Scorer, Scores, check_scores, shorten
 from .removal import count_removed
 from .stage import Stage
 

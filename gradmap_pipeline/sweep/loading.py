@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.casts import (
-    FOR_COMPUTING,
-    cast,
-    is_lossy,
-    overflow,
-)
+from ..checkpoint.casts import FOR_COMPUTING, cast, is_lossy, overflow
 from ..checkpoint.pretrained import read_config
 from ..checkpoint.skeleton import build_skeleton, find_layer_list
 from ..errors import ModelError

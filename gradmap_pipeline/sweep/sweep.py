@@ -15,12 +15,7 @@ from ..errors import ModelError
 from .boundaries import Boundaries
 from .calls import LayerArguments
 from .layerwise import LayerwiseModel
-from .visits import (
-    BackwardLayer,
-    BackwardVisit,
-    ForwardLayer,
-    ForwardVisit,
-)
+from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
 if TYPE_CHECKING:
     import torch

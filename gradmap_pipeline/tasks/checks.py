@@ -11,13 +11,7 @@ from .configs import TaskFile
 from .data_checks import find_data_faults
 from .data_files import find_data
 from .folder import TaskFolder
-from .settings import (
-    Task,
-    Value,
-    plain,
-    settings_of,
-    strings_in,
-)
+from .settings import Task, Value, plain, settings_of, strings_in
 from .templates import TEMPLATES, find_template_fault
 
 _STRUCTURE = {"task", "group", "tag", "task_list", "class", "include"}

@@ -9,12 +9,7 @@ from ..data.columns import find_columns
 from ..errors import StageError
 from ..machine.file_kinds import describe_other
 from .data_files import READERS, find_data
-from .settings import (
-    Task,
-    Value,
-    plain,
-    strings_in,
-)
+from .settings import Task, Value, plain, strings_in
 from .templates import TEMPLATES, find_fields, find_template_fault
 
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")

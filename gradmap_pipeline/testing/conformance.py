@@ -12,15 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..artifacts import Artifact
-from ..errors import (
-    GradmapError,
-    PluginError,
-    StageError,
-    describe_value,
-    name_error,
-    on_one_line,
-    text_of,
-)
+from ..errors import GradmapError, PluginError, StageError, describe_value, name_error, on_one_line, text_of
 from ..interruptions import is_interruption
 from ..machine.digests import sha256_of
 from ..machine.partial import scratch_folder

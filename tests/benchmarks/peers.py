@@ -24,14 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from quality import LENGTH, Text
 
-from gradmap_pipeline import (
-    CalibrationSet,
-    DatasetSource,
-    ModelGraph,
-    OptionError,
-    Stage,
-    StageError,
-)
+from gradmap_pipeline import CalibrationSet, DatasetSource, ModelGraph, OptionError, Stage, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.recipe.catalog import load_catalog

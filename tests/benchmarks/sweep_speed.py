@@ -18,12 +18,7 @@ import torch
 from gradmap_plugins.gradmap_score import gate_importance
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from gradmap_pipeline.batches import (
-    Batch,
-    make_batches,
-    next_token_losses,
-    predicted_tokens,
-)
+from gradmap_pipeline.batches import Batch, make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.machine.memory import tune_allocator
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel

@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 from gradmap_pipeline.machine import partial as module
-from gradmap_pipeline.machine.partial import (
-    clear_partial_folders,
-    partial_folder,
-    replace_folder,
-    scratch_folder,
-    write_file,
-)
+from gradmap_pipeline.machine.partial import clear_partial_folders, partial_folder, replace_folder, scratch_folder, write_file
 
 HOLD = """
 import sys, time

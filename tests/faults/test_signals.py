@@ -15,12 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gradmap_pipeline.errors import (
-    CapacityError,
-    GradmapError,
-    Interruption,
-    StageError,
-)
+from gradmap_pipeline.errors import CapacityError, GradmapError, Interruption, StageError
 from gradmap_pipeline.machine.processes import explain_end, tie
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]

@@ -15,12 +15,7 @@ from gradmap_pipeline import ExportedFile, OptionError, StageError
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.machine.partial import partial_folder
 from gradmap_pipeline.recipe.places import find_machine_places
-from gradmap_pipeline.stages.targets import (
-    check_target,
-    describe_folder,
-    find_foreign_files,
-    new_folder,
-)
+from gradmap_pipeline.stages.targets import check_target, describe_folder, find_foreign_files, new_folder
 
 RECIPE = """\
 version: 1

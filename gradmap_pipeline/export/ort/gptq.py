@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .blocks import (
-    Blocks,
-    encode,
-    quantise_rows,
-    split_rows,
-)
+from .blocks import Blocks, encode, quantise_rows, split_rows
 
 if TYPE_CHECKING:
     import torch

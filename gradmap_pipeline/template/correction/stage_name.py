@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import (
-    Context,
-    CorrectedSite,
-    LayerCompensation,
-    ModelGraph,
-    Stage,
-    TensorFile,
-    hookimpl,
-)
+from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelGraph, Stage, TensorFile, hookimpl
 
 if TYPE_CHECKING:
     from gradmap_pipeline.correction.sites import Site

@@ -7,17 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Artifact,
-    Context,
-    DatasetSource,
-    ModelGraph,
-    QualityError,
-    Stage,
-    StageError,
-    Survey,
-    hookimpl,
-)
+from gradmap_pipeline import Artifact, Context, DatasetSource, ModelGraph, QualityError, Stage, StageError, Survey, hookimpl
 
 
 class Accuracy(Artifact):

@@ -6,14 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Context,
-    Export,
-    FolderExport,
-    ModelGraph,
-    Stage,
-    hookimpl,
-)
+from gradmap_pipeline import Context, Export, FolderExport, ModelGraph, Stage, hookimpl
 
 
 class NumpyFolder(Export):

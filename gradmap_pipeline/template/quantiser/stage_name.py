@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Context,
-    FolderExport,
-    ModelGraph,
-    Stage,
-    TransformersFolder,
-    hookimpl,
-)
+from gradmap_pipeline import Context, FolderExport, ModelGraph, Stage, TransformersFolder, hookimpl
 
 if TYPE_CHECKING:
     import torch

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Context,
-    LayerScores,
-    LayerScoring,
-    ModelGraph,
-    Stage,
-    hookimpl,
-)
+from gradmap_pipeline import Context, LayerScores, LayerScoring, ModelGraph, Stage, hookimpl
 
 
 class StageName(LayerScoring):

@@ -7,13 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Context,
-    ModelGraph,
-    OptionError,
-    Stage,
-    hookimpl,
-)
+from gradmap_pipeline import Context, ModelGraph, OptionError, Stage, hookimpl
 
 
 class StageName(Stage):

@@ -2,15 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import (
-    Context,
-    Decision,
-    LayerScores,
-    ModelGraph,
-    ScoresForecast,
-    Stage,
-    hookimpl,
-)
+from gradmap_pipeline import Context, Decision, LayerScores, ModelGraph, ScoresForecast, Stage, hookimpl
 
 
 class TopLayersScore(Stage):
