@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ..artifacts import ModelForecast
 from ..errors import ModelError, first_line
 from . import depth
-from .choices import find_unknown_name
 from .files import INDEX, TEMPLATES, check_folder, check_inside, find_shards, read_json, read_weight_map
 from .sizes import check_sizes, read_shapes
 
@@ -124,23 +123,9 @@ class ModelSource(BaseModel):
             return ModelForecast()
         config = load_config(folder)
         check_sizes(config, read_shapes(folder), folder)
-        if find_unknown_name(config) is not None:  # most architectures cannot be built with it; transformers knows
-            _try_to_build(folder)
         layers = count_layers(config)
         kept = None if layers is None else tuple(range(layers))
         return ModelForecast(layers=layers, kept=kept, positions=count_positions(config), config=text_config(config), folder=folder)
-
-
-def _try_to_build(folder: Path) -> None:
-    """Raise `ModelError` where transformers cannot make the model of a folder, without its weights."""
-    from .checkpoint import read_folder
-    from .pretrained import read_config
-    from .skeleton import build_skeleton
-
-    try:
-        build_skeleton(read_config(folder), read_folder(folder))
-    except ModelError as error:
-        raise ModelError(f"{str(folder / 'config.json')!r}: {error}") from error
 
 
 def check_model_folder(folder: Path) -> None:

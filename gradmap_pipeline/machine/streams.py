@@ -63,8 +63,14 @@ _ours = _Ours()
 
 def is_lost(stream: IO[str]) -> bool:
     """Whether nobody gets any more what is written to a stream."""
+    sink = _sink_of(stream)
+    return sink is not None and sink.is_lost
+
+
+def _sink_of(stream: IO[str] | None) -> _Sink | None:
+    """The sink of a stream that `guard_streams` made; None for another, as under pytest."""
     sink = getattr(getattr(stream, "buffer", None), "raw", None)
-    return isinstance(sink, _Sink) and sink.is_lost
+    return sink if isinstance(sink, _Sink) else None
 
 
 def guard_streams() -> None:
@@ -114,22 +120,12 @@ class _Stream(io.TextIOWrapper):
 
 
 @contextmanager
-def keep_streams() -> Iterator[None]:
-    """Give `sys.stdout` and `sys.stderr` back as they were, whatever code of a plugin puts there meanwhile."""
-    ours = sys.stdout, sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = ours
-
-
-@contextmanager
 def set_aside() -> Iterator[None]:
     """What is written below Python meanwhile, by C or by other processes, is dropped. What this program writes is not.
 
     Only where `guard_streams` has given this program descriptors of its own.
     """
-    if not isinstance(getattr(getattr(sys.__stderr__ if sys.stderr is None else sys.stderr, "buffer", None), "raw", None), _Sink):
+    if _sink_of(sys.stderr) is None:
         yield
         return
     kept = [(number, os.dup(number)) for number in (1, 2)]
@@ -166,7 +162,7 @@ def sole_errors(log: Path | None, *, is_wanted: bool = True) -> Iterator[None]:
     import tempfile
 
     kept = sys.stderr
-    is_process_wide = isinstance(getattr(getattr(kept, "buffer", None), "raw", None), _Sink)
+    is_process_wide = _sink_of(kept) is not None
     with tempfile.TemporaryFile() as others:
         writer = io.TextIOWrapper(io.FileIO(os.dup(others.fileno()), "w"), "utf-8", "backslashreplace", write_through=True)
         if is_process_wide:
@@ -198,7 +194,7 @@ def sole_output(is_wanted: bool = True) -> Iterator[IO[str]]:
         yield ours
         return
     ours.flush()
-    is_process_wide = isinstance(getattr(getattr(ours, "buffer", None), "raw", None), _Sink)
+    is_process_wide = _sink_of(ours) is not None
     if is_process_wide:
         kept = os.dup(1)
         os.dup2(2, 1)
@@ -216,5 +212,9 @@ def sole_output(is_wanted: bool = True) -> Iterator[IO[str]]:
 @contextmanager
 def plugin_code() -> Iterator[None]:
     """Code of a plugin runs meanwhile: what it prints goes to standard error, and both streams come back as they were."""
-    with keep_streams(), sole_output():
-        yield
+    errors = sys.stderr
+    try:
+        with sole_output():
+            yield
+    finally:
+        sys.stderr = errors

@@ -24,7 +24,11 @@ def inspect_plan(plan: Plan) -> None:
 def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
     """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it."""
     survey = Survey(model, memory)
-    survey.check_loadable()
+    try:
+        survey.check_loadable()
+    except GradmapError as error:
+        error.where = error.where or f"model {model.base.name!r}"
+        raise
     known = {(MODEL_STEP, "model"): plan.model_forecast}
     for step in plan.steps:
         inputs = {name: known.get(source) for name, source in step.inputs.items()}

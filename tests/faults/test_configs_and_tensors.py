@@ -324,11 +324,11 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_any_step(name: str,
 
 def test_a_generation_config_that_transformers_refuses(model: Path) -> None:
     (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": -3}))
-    assert_refused("generation_config.json' is refused by transformers", "run")
+    assert_refused("generation_config.json' is refused by transformers", "check", "run")
 
 
 def test_names_that_transformers_has_no_such_thing_for(model: Path) -> None:
-    """Told with the field by a check, which asks transformers only then; the tables are transformers' own."""
+    """They are told with the field and what the tables of transformers have."""
     from transformers.activations import ACT2FN
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -345,7 +345,9 @@ def test_names_that_transformers_has_no_such_thing_for(model: Path) -> None:
 def test_a_field_of_another_type_is_told_with_the_reason(model: Path) -> None:
     change_config(model, rms_norm_eps="a")
     assert_refused(
-        "Validation error for field 'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float, got str (value: 'a')", "run"
+        "Validation error for field 'rms_norm_eps': TypeError: Field 'rms_norm_eps' expected float, got str (value: 'a')",
+        "check",
+        "run",
     )
 
 
