@@ -86,7 +86,7 @@ class Artifact(BaseModel):
         return sha256_of_value(self.content())
 
     def with_names_of(self, options: BaseModel) -> Self:
-        """The same with the names that the options of its stage have now."""
+        """Return this artifact with the names that the options of its stage have now."""
         names = {}
         for field, info in type(self).model_fields.items():
             for mark in info.metadata:

@@ -1,4 +1,4 @@
-"""What a running stage may use besides its inputs and options: a folder, a device, memory, progress, finished units."""
+"""Context: a running stage gets its folder, device, memory and progress from it, and the units that earlier runs have finished."""
 
 from __future__ import annotations
 

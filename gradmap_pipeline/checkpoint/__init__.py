@@ -1,1 +1,1 @@
-"""What lies on disk: a model's source, its tensors, its config with and without layers, its tokenizer."""
+"""Read and write what lies on disk: a model's source, tensors, tokenizer, and its config with and without layers."""

@@ -15,7 +15,7 @@ _TABLES = {
     "activation_function": _ACTIVATIONS,
     "rope_type": _ROPE,
 }
-"""By field: the module and the table that it is looked up in, and the name by which users know that table."""
+"""Maps a field to the module and the table that transformers looks its value up in, and to the name that users know."""
 
 
 @dataclass(frozen=True)

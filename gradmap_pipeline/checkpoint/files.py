@@ -85,7 +85,7 @@ def check_inside(folder: Path, file: Path) -> None:
 
 
 def _is_inside(folder: Path, path: Path) -> bool:
-    """Whether a link out of the folder is not what is to be told of a path."""
+    """Whether a path, its links followed, stays in the model folder."""
     try:
         check_inside(folder, path)
     except ModelError:

@@ -16,7 +16,7 @@ from .files import read_json
 CONFIG = "tokenizer_config.json"
 _NEWER, _OLDER = "TokenizersBackend", "PreTrainedTokenizerFast"
 _INPUTS = ["input_ids", "attention_mask"]
-"""What the newer class gives a model. The older one gives `token_type_ids` besides, which decoders refuse, unless it is told."""
+"""The newer class gives a model these two. The older one adds `token_type_ids`, which decoders refuse, unless these are listed."""
 
 
 def add_older_tokenizer(folder: Path, texts: tuple[str, ...]) -> None:

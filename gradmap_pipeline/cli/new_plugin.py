@@ -22,7 +22,7 @@ _STAGE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)+")
 _LONGEST = 60
 """Characters of a name."""
 _PREFIX = "gradmap_"
-"""Of distributions, not of their stages: gradmap-keep-ends has the stage keep_ends."""
+"""Distributions have this prefix, their stages do not: gradmap-keep-ends has the stage keep_ends."""
 
 
 def write_plugin(name: str, kind: str, to: Path | None) -> tuple[Path, str]:
@@ -66,9 +66,9 @@ def _name_stage(name: str) -> str:
     plugin = load_catalog().plugin_of.get(stage)
     if plugin is not None:
         raise CommandError(f"NAME: there is a stage {stage!r} already, of {plugin!r}; choose another name")
-    found = find_spec(stage)
-    if found is not None and found.origin is not None:
-        raise CommandError(f"NAME: there is a module {stage!r} already, in {found.origin!r}; choose another name")
+    existing = find_spec(stage)
+    if existing is not None and existing.origin is not None:
+        raise CommandError(f"NAME: there is a module {stage!r} already, in {existing.origin!r}; choose another name")
     return stage
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..artifacts import LINEAGE, Evaluation, ExportedFile
-from ..context import FinishedStep
+from ..context import Context, FinishedStep
 from ..errors import StageError
 from .exports import WEIGHTS, load_folder
 from .model_card import Holding, make_model_card
 
 if TYPE_CHECKING:
     from ..checkpoint.graph import ModelGraph
-    from ..context import Context
     from ..stages.stage import Stage
     from .card_usage import Format
 
@@ -153,13 +152,13 @@ def extend_lineage(
 
 def read_evaluation(source: Path) -> Evaluation | None:
     """That of the model in an export, if it was evaluated before it was written."""
-    found = _read_lineage(source)["evaluation"]
-    return None if found is None else Evaluation.model_validate(found)
+    evaluation = _read_lineage(source)["evaluation"]
+    return None if evaluation is None else Evaluation.model_validate(evaluation)
 
 
 def _read_lineage(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
-    return found
+    lineage: dict[str, Any] = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+    return lineage
 
 
 def _list_steps(stage: Stage, context: Context) -> list[dict[str, Any]]:
