@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from gradmap_pipeline import interruptions
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.machine.streams import plugin_code
 
 PLUGIN = '''
 import os, subprocess, sys
@@ -243,3 +245,10 @@ def test_quiet_keeps_what_a_plugin_prints_in_the_log(folder: Path) -> None:
     result = CliRunner().invoke(app, ["run", "r.yaml", "--quiet", "--plugin", "p.py"])
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert "loud" in (folder / ".gradmap" / "quiet.log").read_text()
+
+
+def test_streams_that_a_plugin_replaces_come_back() -> None:
+    ours = sys.stdout, sys.stderr
+    with plugin_code():
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+    assert (sys.stdout, sys.stderr) == ours

@@ -242,7 +242,7 @@ class Watch:
         if not self.is_on:
             return
         place = place_of(event, arguments)
-        if ".gradmap.partial-" in place or place == os.devnull or (event == "open" and os.path.isdir(place)):
+        if ".gradmap.partial-" in place or place == os.devnull or (event in ("open", "os.mkdir") and os.path.isdir(place)):
             return  # a folder of the process alone, for what transformers reads; a file without a name
         if event == "subprocess.Popen" and "from importlib.metadata import" in str(arguments[1]):
             return  # the Python that a recipe names is asked what it has
