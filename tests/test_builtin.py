@@ -36,6 +36,7 @@ def test_no_document_is_empty(split: Split) -> None:
     assert all(text.strip() for text in documents)
 
 
+@pytest.mark.full
 def test_quickstart_keeps_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruning costs, compensation wins some of it back, and depth was worth something."""
     monkeypatch.chdir(tmp_path)

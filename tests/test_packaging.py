@@ -88,6 +88,7 @@ def test_ci_runs_what_there_is() -> None:
     assert jobs["gpu"]["if"]
 
 
+@pytest.mark.full
 def test_quick_tests_leave_out_what_is_full_and_all_others_do_not() -> None:
     """Ten architectures stay; what `make test` runs has all of them."""
     makefile = (ROOT / "Makefile").read_text()

@@ -205,6 +205,7 @@ def test_an_unreadable_list_of_plugins_hides_no_others(folder: Path, installed: 
     assert "prune" in result.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("place", ["import", "hook", *COMMANDS])
 def test_what_a_plugin_prints_is_not_on_standard_output(place: str, folder: Path) -> None:
     """Nor what it writes below Python, or another process that it starts."""
