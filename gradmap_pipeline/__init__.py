@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .correction.correction import Compensation, CorrectedSite
     from .cost.estimate import Estimate
-    from .cost.rehearsal import Rehearsal
+    from .cost.model_costs import ModelCosts
     from .data import DatasetSource
     from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
     from .export.exports import Export, OnnxFolder, TransformersFolder
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .stages.ranking import Measure
     from .stages.scoring import LayerScoring, take_lowest
     from .stages.stage import Stage
-    from .stages.survey import Survey
+    from .stages.structure_probe import StructureProbe
 
 __version__ = "0.1.0"
 
@@ -70,8 +70,8 @@ _HOME = {
     "stages.hookspecs": ("hookimpl",),
     "correction.correction": ("Compensation", "CorrectedSite"),
     "checkpoint.graph": ("ModelGraph",),
-    "stages.survey": ("Survey",),
-    "cost.rehearsal": ("Rehearsal",),
+    "stages.structure_probe": ("StructureProbe",),
+    "cost.model_costs": ("ModelCosts",),
     "stages.ranking": ("Measure",),
     "stages.scoring": ("LayerScoring", "take_lowest"),
     "context": ("Context",),
@@ -100,18 +100,18 @@ __all__ = [
     "LayerScoring",
     "Measure",
     "Model",
+    "ModelCosts",
     "ModelError",
     "ModelForecast",
     "ModelGraph",
     "OnnxFolder",
     "OptionError",
     "QualityError",
-    "Rehearsal",
     "Round",
     "ScoresForecast",
     "Stage",
     "StageError",
-    "Survey",
+    "StructureProbe",
     "TensorFile",
     "TransformersFolder",
     "Work",
@@ -120,7 +120,13 @@ __all__ = [
 ]
 
 
+_RENAMED = {"Rehearsal": "ModelCosts", "Survey": "StructureProbe"}
+"""Public names of before, and what they are called now."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise ImportError(f"{name!r} is called {_RENAMED[name]!r} now", name=name)
     for module, names in _HOME.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

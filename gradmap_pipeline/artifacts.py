@@ -190,7 +190,7 @@ class Decision(BaseModel):
     """Base layer chosen by this decision."""
     scores: dict[int, float]
     """Importance by base layer, for the layers still there that were scored. Higher means keep."""
-    unguarded: int
+    removed_if_unprotected: int
     """Base layer that the ranking alone, without protected layers, would have chosen."""
 
 
@@ -204,7 +204,7 @@ class LayerScores(Artifact):
     decisions: tuple[Decision, ...]
     protected: tuple[int, ...] = ()
     """Base layers that are not to be removed, whatever their score."""
-    together: bool = False
+    all_or_nothing: bool = False
     """Whether the decisions are one choice, of layers that are only worth removing all together."""
 
     @property
@@ -300,4 +300,4 @@ class ScoresForecast(BaseModel):
     """What a plan knows of layer scores before anything runs. None: not known yet."""
 
     decisions: int | None = None
-    together: bool = False
+    all_or_nothing: bool = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .machine.group import Group
+from .machine.distributed import ProcessGroup
 
 
 class Advance(Protocol):
@@ -50,7 +50,7 @@ class Context:
 
     The key must name all that the value depends on, except the stage's code, the compute dtype and library versions.
     """
-    group: Group = field(default_factory=Group)
+    group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that work on this step together; one, unless the stage is `parallel`."""
     lineage: tuple[FinishedStep, ...] = field(default=())
     """The steps that led here, in order."""

@@ -42,7 +42,7 @@ class AngularScore(LayerScoring):
 
     name = "angular_score"
     parallel = True
-    together = True
+    all_or_nothing = True
 
     tokens: Literal["last", "all"] = Field("last", description="Tokens whose angle counts: the last of each sequence, or all.")
     protect_first: int = Field(0, ge=0, description="Layers at the bottom that are never removed.")
@@ -60,8 +60,9 @@ class AngularScore(LayerScoring):
         if not places:
             raise StageError(f"no {wanted} neighbouring layers are free of protected ones; protect fewer, or remove fewer")
         best = min(places, key=lambda place: scores[kept[place]])
-        unguarded = kept[min(range(len(kept) - wanted + 1), key=lambda place: scores[kept[place]])]
-        return [Decision(removed=layer, scores=scores, unguarded=unguarded) for layer in kept[best : best + wanted]]
+        unprotected = kept[min(range(len(kept) - wanted + 1), key=lambda place: scores[kept[place]])]
+        chosen = kept[best : best + wanted]
+        return [Decision(removed=layer, scores=scores, removed_if_unprotected=unprotected) for layer in chosen]
 
     def _measure_windows(self, sweep: Sweep) -> dict[int, float]:
         """By the first layer of each window, the angle across it."""

@@ -13,8 +13,8 @@ from gradmap_pipeline import (
     Context,
     DatasetSource,
     Estimate,
+    ModelCosts,
     ModelGraph,
-    Rehearsal,
     Stage,
     TensorFile,
     hookimpl,
@@ -49,12 +49,12 @@ class Calibrate(Stage):
         self.dataset.check_amount(self.samples, length, self.packing)
         return {"calibration": CalibrationForecast(samples=self.samples, sequence_length=length)}
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
         length = check_length(self.sequence_length, inputs.get("model"))
         if length is None:
             return None
         tokens = self.samples * length
-        return rehearsal.text(tokens * (POOL if self.shuffle else 1), least=tokens)
+        return costs.text(tokens * (POOL if self.shuffle else 1), least=tokens)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import torch

@@ -15,13 +15,13 @@ from gradmap_pipeline import (
     Evaluation,
     Export,
     Model,
+    ModelCosts,
     ModelGraph,
     OptionError,
     QualityError,
-    Rehearsal,
     Stage,
     StageError,
-    Survey,
+    StructureProbe,
     hookimpl,
 )
 from gradmap_pipeline.data import check_length
@@ -72,23 +72,23 @@ class Evaluate(Stage):
             self.dataset.check_amount(self.samples, length, self.packing)
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_layerwise()
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
         model = inputs.get("model")
         length = check_length(self.sequence_length, model)
         if model is None or model.layers is None or length is None or self.samples == "all":
             return None
         if isinstance(model, ExportForecast):
             return None  # another program runs it
-        whole = len(rehearsal.graph.layers)
+        whole = len(costs.graph.layers)
         text = (str(self.dataset), self.samples, length, self.packing)
         counts = [model.layers] if self.max_perplexity_ratio is None else [model.layers, whole]
-        total = rehearsal.text(self.samples * length)
+        total = costs.text(self.samples * length)
         for layers in counts:
-            if layers != whole or rehearsal.first_time(text):
-                total += rehearsal.forward_sweep(layers, self.samples, length)
+            if layers != whole or costs.first_time(text):
+                total += costs.forward_sweep(layers, self.samples, length)
         return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
@@ -153,9 +153,9 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     """Mean next-token loss in nats over all tokens that are predicted, each once, and their number. ids, mask (samples, tokens)."""
     from gradmap_pipeline.batches import count_predicted, make_batches
     from gradmap_pipeline.machine.memory import resident_bytes
-    from gradmap_pipeline.sweep.boundaries import Boundaries
-    from gradmap_pipeline.sweep.budget import choose_way, measure_needs
+    from gradmap_pipeline.sweep.budget import measure_needs, plan_sweep
     from gradmap_pipeline.sweep.finite import not_finite
+    from gradmap_pipeline.sweep.kept_tensors import KeptTensors
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
     from gradmap_pipeline.sweep.sweep import Sweep
 
@@ -163,17 +163,17 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     samples, length = ids.shape
     layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype, resident_bytes=0)
     needs = measure_needs(layerwise, samples, length, backward=False, keep_boundaries=False)
-    way = choose_way(needs, context.memory - resident_bytes(context.device))
-    layerwise.resident, layerwise.prefetch = way.resident, way.prefetch
-    batches = make_batches(ids, mask, way.batch_samples * length, lengths_apart=layerwise.lengths_apart)
+    plan = plan_sweep(needs, context.memory - resident_bytes(context.device))
+    layerwise.resident, layerwise.prefetch = plan.resident, plan.prefetch
+    batches = make_batches(ids, mask, plan.batch_samples * length, lengths_apart=layerwise.lengths_apart)
     # Weights that stay in memory cost nothing to use again, so activations of one batch at a time are enough.
-    size = 1 if way.resident else math.ceil(len(batches) / way.parts)
+    size = 1 if plan.resident else math.ceil(len(batches) / plan.parts)
     groups = [batches[start : start + size] for start in range(0, len(batches), size)]
     loss = 0.0
     units = len(batches) * (len(model.layers) + 1)
     with context.progress(f"score text with the {model.label} model", units, "layer batch") as advance:
         for group in groups:
-            boundaries = Boundaries(way.boundary_limit, context.folder)
+            boundaries = KeptTensors(plan.boundary_limit, context.folder)
             sweep = Sweep(layerwise, group, boundaries=boundaries, keep_boundaries=False, advance=advance)
             loss += sum(float(losses.double().sum()) for losses in sweep.losses())
     total = context.group.sum_values({"loss": loss, "tokens": count_predicted(batches)})

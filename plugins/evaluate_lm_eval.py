@@ -21,7 +21,7 @@ from gradmap_pipeline import (
     QualityError,
     Stage,
     StageError,
-    Survey,
+    StructureProbe,
     TransformersFolder,
     hookimpl,
 )
@@ -96,7 +96,7 @@ class EvaluateLmEval(Stage):
             self._check_folder(self.task_folder)
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
         from gradmap_pipeline.tasks.harness import try_tasks
 
         tasks, manager = self._find_tasks()

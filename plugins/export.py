@@ -17,13 +17,13 @@ from gradmap_pipeline import (
     Evaluation,
     ExportedFile,
     FolderExport,
+    ModelCosts,
     ModelGraph,
     OnnxFolder,
     OptionError,
-    Rehearsal,
     Stage,
     StageError,
-    Survey,
+    StructureProbe,
     TransformersFolder,
     hookimpl,
 )
@@ -100,35 +100,35 @@ class ExportModel(FolderExport):
 
         return explain_forecast(inputs.get("model")) if self.format == "safetensors" else ()
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        super().inspect(inputs, survey)
-        survey.check_layerwise()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        super().inspect(inputs, probe)
+        probe.check_layerwise()
         if self.format == "onnx":
             from gradmap_pipeline.checkpoint.pretrained import read_config
             from gradmap_pipeline.export.ort.trace import check_exportable
 
-            check_exportable(read_config(survey.graph.base.folder))
+            check_exportable(read_config(probe.graph.base.folder))
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
         model = inputs.get("model")
         if model is None or model.layers is None:
             return None
-        size = rehearsal.count_bytes(model.layers)
-        rates = rehearsal.rates
+        size = costs.count_bytes(model.layers)
+        rates = costs.speed
         if self.format == "onnx":
             from gradmap_pipeline.export.ort.apart import estimate_memory
 
-            weights = rehearsal.count_parameters(model.layers) * (4 if self.onnx.dtype == "float32" else 2)
-            needed = estimate_memory(weights, rehearsal.program_bytes)
-            if needed > rehearsal.memory:
+            weights = costs.count_parameters(model.layers) * (4 if self.onnx.dtype == "float32" else 2)
+            needed = estimate_memory(weights, costs.program_bytes)
+            if needed > costs.memory:
                 raise CapacityError(
                     f"tracing holds the weights once and a second program: {needed / 2**30:.2f} GiB, over the "
-                    f"{rehearsal.memory / 2**30:.2f} GiB allowed; use `onnx: {{dtype: float16}}`, or allow more with --memory"
+                    f"{costs.memory / 2**30:.2f} GiB allowed; use `onnx: {{dtype: float16}}`, or allow more with --memory"
                 )
             moving = size * rates.read_again(size) + weights * (rates.digest + 2 * rates.write)
             return Estimate(needed, size, weights, seconds=moving, how="seconds without those of tracing")
         copying = Estimate(0, size, size, seconds=size * (rates.read_again(size) + rates.digest + rates.write))
-        return copying + rehearsal.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
+        return copying + costs.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         model = inputs.model

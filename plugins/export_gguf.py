@@ -27,7 +27,7 @@ from gradmap_pipeline import (
     OptionError,
     Stage,
     StageError,
-    Survey,
+    StructureProbe,
     hookimpl,
 )
 from gradmap_pipeline.export.exports import GgufForecast
@@ -87,15 +87,15 @@ class ExportGguf(FolderExport):
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
         from gradmap_pipeline.checkpoint.architecture import full_config
         from gradmap_pipeline.export.llamacpp.dry_run import explain_failure
 
-        super().inspect(inputs, survey)
+        super().inspect(inputs, probe)
         kept = getattr(inputs.get("model"), "kept", None)
         if kept is not None:
-            self._check_config(full_config(survey.graph.base.folder), kept)
-        failure = explain_failure(survey.graph, self._find_converter(), self._python)
+            self._check_config(full_config(probe.graph.base.folder), kept)
+        failure = explain_failure(probe.graph, self._find_converter(), self._python)
         if failure is not None:
             raise OptionError("converter", f"{failure}; export in another format")
 

@@ -14,12 +14,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, Rehearsal, Stage, Survey, hookimpl, take_lowest
+from gradmap_pipeline import (
+    Context,
+    Decision,
+    Estimate,
+    LayerScoring,
+    Measure,
+    ModelCosts,
+    Stage,
+    StructureProbe,
+    hookimpl,
+    take_lowest,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from gradmap_pipeline.machine.group import Group
+    from gradmap_pipeline.machine.distributed import ProcessGroup
     from gradmap_pipeline.sweep.sweep import Sweep
 
 
@@ -81,15 +92,15 @@ class GradmapScore(LayerScoring):
                 raise ValueError(f"{option!r} belongs to metric 'weight_gradient'; the metric is {self.metric!r}")
         return self
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_gradients()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_gradients()
 
-    def estimate_sweeps(self, depth: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate | None:
+    def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
         rounds = self.count_decisions(depth) if self.schedule == "iterative" else 1
         weights = self.metric == "weight_gradient"
         depths = [depth - number for number in range(rounds)]
         used = math.ceil(self.sample_share * samples)
-        return rehearsal.backward_sweeps(depths, used, tokens, weight_gradients=weights, divisible=not weights)
+        return costs.backward_sweeps(depths, used, tokens, weight_gradients=weights, divisible=not weights)
 
     def decide(self, kept: Sequence[int], scores: dict[int, float], wanted: int, protected: Collection[int]) -> list[Decision]:
         return take_lowest(kept, scores, 1 if self.schedule == "iterative" else wanted, protected)
@@ -111,7 +122,7 @@ class GradmapScore(LayerScoring):
             for step in sweep.backward()
         }
 
-    def _score_weights(self, group: Group, sweep: Sweep) -> dict[int, float]:
+    def _score_weights(self, group: ProcessGroup, sweep: Sweep) -> dict[int, float]:
         scores = {}
         for step in sweep.backward():
             for _ in step:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelGraph, Rehearsal, Stage, hookimpl
+from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelCosts, ModelGraph, Stage, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,9 +40,9 @@ class MagnitudeScore(LayerScoring):
     def describe(self) -> str:
         return f"magnitude, power {self.power}"
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
-        size = rehearsal.stored_layer_bytes
-        return Estimate(rehearsal.program_bytes, bytes_read=size, seconds=size * rehearsal.rates.read_again())
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
+        size = costs.stored_layer_bytes
+        return Estimate(costs.program_bytes, bytes_read=size, seconds=size * costs.speed.read_again())
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.checkpoint.checkpoint import load_tensor

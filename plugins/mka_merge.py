@@ -20,14 +20,14 @@ from gradmap_pipeline import (
     CalibrationSet,
     Context,
     Estimate,
+    ModelCosts,
     ModelForecast,
     ModelGraph,
     OptionError,
-    Rehearsal,
     Round,
     Stage,
     StageError,
-    Survey,
+    StructureProbe,
     TensorFile,
     Work,
     hookimpl,
@@ -132,18 +132,18 @@ class MkaMerge(Stage):
         layers = None if model.layers is None or count is None else model.layers - count
         return {"model": model.model_copy(update={"layers": layers, "kept": None})}
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
-        survey.check_removable()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_layerwise()
+        probe.check_removable()
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
         model, calibration = inputs.get("model"), inputs.get("calibration")
         if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
             return None
-        return rehearsal.forward_sweep(model.layers, calibration.samples, calibration.sequence_length)
+        return costs.forward_sweep(model.layers, calibration.samples, calibration.sequence_length)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.checkpoint.twins import check_twins
+        from gradmap_pipeline.checkpoint.layer_check import check_same_layers
         from gradmap_pipeline.data import check_tokenizer
 
         check_tokenizer(inputs.calibration, inputs.model)
@@ -164,7 +164,7 @@ class MkaMerge(Stage):
                 places[low] = places[high]  # what leaves the merged layer stands for what left the upper one
                 shares = {pair: share for pair, share in shares.items() if low not in pair and high not in pair}
                 advance()
-        check_twins(graph.base, tuple(kept))
+        check_same_layers(graph.base, tuple(kept))
         patches = merge_weights(graph, merges, context)
         for merge in merges:
             context.note(f"layer {merge.merged} merged into {merge.into}, which keeps a share of {merge.share:.3f}")

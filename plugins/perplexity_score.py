@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, Rehearsal, Stage, hookimpl
+from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, ModelCosts, Stage, hookimpl
 
 if TYPE_CHECKING:
     from gradmap_pipeline.sweep.sweep import Sweep
@@ -25,8 +25,8 @@ class PerplexityScore(LayerScoring):
     def describe(self) -> str:
         return "loss without a layer, one at a time"
 
-    def estimate_sweeps(self, depth: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate | None:
-        return rehearsal.forward_sweep(depth, samples, tokens) * max(1, depth // 2)
+    def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
+        return costs.forward_sweep(depth, samples, tokens) * max(1, depth // 2)
 
 
 def measure_losses(sweep: Sweep) -> dict[int, float]:

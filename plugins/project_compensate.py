@@ -17,12 +17,12 @@ from gradmap_pipeline import (
     CorrectedSite,
     Estimate,
     LayerCompensation,
+    ModelCosts,
     ModelError,
     ModelGraph,
-    Rehearsal,
     Stage,
     StageError,
-    Survey,
+    StructureProbe,
     TensorFile,
     hookimpl,
 )
@@ -68,30 +68,30 @@ class ProjectCompensate(LayerCompensation):
             raise ValueError(f"'sites' counts the layers of largest shift; site {self.site!r} names its layers itself")
         return self
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
-        sites = survey.find_sites()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_layerwise()
+        sites = probe.find_sites()
         if sites and not any(sites.values()):
             raise ModelError(
                 "a correction cannot be folded into any layer: none has a linear map or a norm that writes to the residual stream "
                 "unchanged; leave project_compensate out"
             )
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate:
-        removed = len(rehearsal.graph.layers) - layers
+    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        removed = len(costs.graph.layers) - layers
         # Which layers these are is not known yet: at most this many.
         sites = {"every_layer": layers, "before_cuts": min(removed, layers)}.get(self.site, self.sites or 1)
-        size, width = self._size(rehearsal.graph)
+        size, width = self._size(costs.graph)
         products = 2 * samples * tokens * size * (size + width)
         solution = size**3 / 3 + 2 * size**2 * width
         flops = sites * (products + solution) * (2 if self.attention else 1)
         measured = sites * layers if self.site.startswith("largest") else 0
         again = sites * (2 if self.attention else 1) + measured  # besides the pass that goes on
         try:
-            both = rehearsal.two_streams(layers, samples, tokens, self.room(rehearsal.graph), again)
+            both = costs.two_streams(layers, samples, tokens, self.room(costs.graph), again)
         except CapacityError as error:
             raise CapacityError(f"{error}, or use space: output" if self.space == "input" else str(error)) from None
-        return both + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
+        return both + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
 
     def check(self, graph: ModelGraph) -> None:
         from gradmap_pipeline.correction.correction import layers_before_cuts

@@ -11,14 +11,14 @@ from gradmap_pipeline import (
     Context,
     Estimate,
     LayerScores,
+    ModelCosts,
     ModelError,
     ModelForecast,
     ModelGraph,
     OptionError,
-    Rehearsal,
     Stage,
     StageError,
-    Survey,
+    StructureProbe,
     hookimpl,
 )
 from gradmap_pipeline.stages.removal import count_removed
@@ -139,30 +139,30 @@ class Prune(Stage):
                 f"only among those that do not{_name_possible(config, depth, layers, count)}",
             )
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
         from gradmap_pipeline.checkpoint.architecture import full_config
 
         kept = getattr(self.forecast(inputs).get("model"), "kept", None)
         if self.among == "regular":
             model = inputs.get("model")
-            layers = getattr(model, "kept", None) or survey.graph.layers
+            layers = getattr(model, "kept", None) or probe.graph.layers
             count = len(self.layers) if isinstance(self.layers, list) else self._count(len(layers), None)
-            self._check_regular(full_config(survey.graph.base.folder), layers, count, kept)
+            self._check_regular(full_config(probe.graph.base.folder), layers, count, kept)
         if kept is not None:
-            survey.check_removal(kept)
+            probe.check_removal(kept)
         elif self.among == "any":
-            survey.check_removable()
+            probe.check_removable()
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
-        return Estimate(rehearsal.program_bytes)
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
+        return Estimate(costs.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.checkpoint.twins import check_twins
+        from gradmap_pipeline.checkpoint.layer_check import check_same_layers
 
         model = inputs.model
         removed = self.layers if isinstance(self.layers, list) else self._choose(model, inputs.scores)
         pruned = model.without_layers(removed)
-        check_twins(model.base, pruned.layers)  # now rather than when the model is exported
+        check_same_layers(model.base, pruned.layers)  # now rather than when the model is exported
         context.note(f"removed layers {', '.join(map(str, sorted(removed)))} of {model.base.layers}")
         return self.Outputs(model=pruned)
 
@@ -205,9 +205,9 @@ class Prune(Stage):
             return 0
         else:
             count = count_removed(depth, 0.25 if self.ratio is None else self.ratio)
-        if scores is not None and scores.together and self.among != "any":
+        if scores is not None and scores.all_or_nothing and self.among != "any":
             raise OptionError("among", f"the scored layers were chosen to go together, and {self.among!r} would choose among them")
-        if scores is not None and scores.together and depth is not None and count != scores.decisions:
+        if scores is not None and scores.all_or_nothing and depth is not None and count != scores.decisions:
             raise OptionError(
                 self._option,
                 f"removes {count} of {depth} layers, but {scores.decisions} were chosen to go together; set the same "

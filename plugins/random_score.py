@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelGraph, Rehearsal, Stage, hookimpl
+from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelCosts, ModelGraph, Stage, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +29,8 @@ class RandomScore(LayerScoring):
     def describe(self) -> str:
         return f"random, draw {self.draw}"
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
-        return Estimate(rehearsal.program_bytes)
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
+        return Estimate(costs.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         source = random.Random(f"{context.seed} {self.draw}")

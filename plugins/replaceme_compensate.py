@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, CorrectedSite, Estimate, LayerCompensation, ModelGraph, Rehearsal, Stage, TensorFile, hookimpl
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    Estimate,
+    LayerCompensation,
+    ModelCosts,
+    ModelGraph,
+    Stage,
+    TensorFile,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from gradmap_pipeline.correction.sites import Site
@@ -32,11 +42,11 @@ class ReplacemeCompensate(LayerCompensation):
         _, width = graph.map_sizes()
         return room_for(width, width)
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate:
-        width, cuts = rehearsal.trial.hidden_size, min(len(rehearsal.graph.layers) - layers, layers)
+    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        width, cuts = costs.benchmark.hidden_size, min(len(costs.graph.layers) - layers, layers)
         flops = cuts * (4 * samples * tokens * width * width + width**3 * 7 / 3)
-        passes = rehearsal.two_streams(layers, samples, tokens, self.room(rehearsal.graph), cuts)
-        return passes + Estimate(flops=flops, seconds=flops * rehearsal.rates.double_flop)
+        passes = costs.two_streams(layers, samples, tokens, self.room(costs.graph), cuts)
+        return passes + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
 
     def check(self, graph: ModelGraph) -> None:
         from gradmap_pipeline.correction.correction import layers_before_cuts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, Rehearsal, Stage, hookimpl, take_lowest
+from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, ModelCosts, Stage, hookimpl, take_lowest
 
 if TYPE_CHECKING:
     from gradmap_pipeline.sweep.sweep import Sweep
@@ -37,11 +37,11 @@ class SlebScore(LayerScoring):
     def decide(self, kept: Sequence[int], scores: dict[int, float], wanted: int, protected: Collection[int]) -> list[Decision]:
         return take_lowest(kept, scores, 1, protected)
 
-    def estimate_sweeps(self, depth: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate | None:
+    def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
         free = depth - self.protect_first - self.protect_last
         layers = sum((free - done) * (depth - done) for done in range(self.count_decisions(depth)))
         share = 1 if self.prefix == "computed" else 0.5
-        return rehearsal.forward_sweep(depth, samples, tokens) * max(1, round(layers * share / depth))
+        return costs.forward_sweep(depth, samples, tokens) * max(1, round(layers * share / depth))
 
     def _measure_losses(self, sweep: Sweep) -> dict[int, float]:
         """Mean loss in nats without each layer that may go."""

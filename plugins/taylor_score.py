@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, Rehearsal, Stage, Survey, hookimpl
+from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, ModelCosts, Stage, StructureProbe, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gradmap_pipeline.machine.group import Group
+    from gradmap_pipeline.machine.distributed import ProcessGroup
     from gradmap_pipeline.sweep.sweep import Sweep
 
 
@@ -37,11 +37,11 @@ class TaylorScore(LayerScoring):
     protect_first: int = Field(4, ge=0, description="Layers at the bottom that are never removed.")
     protect_last: int = Field(2, ge=0, description="Layers at the top that are never removed.")
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_gradients()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_gradients()
 
-    def estimate_sweeps(self, depth: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate | None:
-        return rehearsal.backward_sweeps([depth], samples, tokens, weight_gradients=True, divisible=False)
+    def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
+        return costs.backward_sweeps([depth], samples, tokens, weight_gradients=True, divisible=False)
 
     def measure(self, context: Context) -> Measure:
         return Measure(partial(measure_taylor, context.group), "taylor", backward=True, weight_gradients=True)
@@ -50,7 +50,7 @@ class TaylorScore(LayerScoring):
         return "taylor"
 
 
-def measure_taylor(group: Group, sweep: Sweep) -> dict[int, float]:
+def measure_taylor(group: ProcessGroup, sweep: Sweep) -> dict[int, float]:
     """Taylor importance of every layer, from one backward pass."""
     scores = {}
     for step in sweep.backward():

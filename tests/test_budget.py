@@ -16,7 +16,7 @@ from gradmap_pipeline import CapacityError, ModelGraph
 from gradmap_pipeline.batches import Batch
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.sweep import budget, parts
-from gradmap_pipeline.sweep.budget import SweepNeeds, SweepWay, choose_way, measure_needs
+from gradmap_pipeline.sweep.budget import SweepNeeds, SweepPlan, measure_needs, plan_sweep
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -38,7 +38,7 @@ def test_more_memory_is_never_slower() -> None:
     """From the least that works upward: fewer bytes read, then no recomputation; and the peak stays below what is free."""
     ways = []
     for gib in (2, 4, 16, 64, 256, 4096):
-        way = choose_way(NEEDS, gib << 30)
+        way = plan_sweep(NEEDS, gib << 30)
         assert way.peak_bytes <= gib << 30
         ways.append(way)
     assert [way.resident for way in ways] == [False, False, True, True, True, True]
@@ -50,12 +50,12 @@ def test_more_memory_is_never_slower() -> None:
 def test_reading_ahead_takes_the_room_of_a_second_layer() -> None:
     """It is planned for, and left where hidden states or a reserve need the room."""
     few = replace(NEEDS, samples=1)
-    ahead, again = choose_way(few, 3 << 30), choose_way(replace(few, read_ahead=False), 3 << 30)
+    ahead, again = plan_sweep(few, 3 << 30), plan_sweep(replace(few, read_ahead=False), 3 << 30)
     assert (ahead.prefetch, again.prefetch) == (True, False)
     assert ahead.peak_bytes == again.peak_bytes + NEEDS.layer_bytes
     assert ahead.boundary_limit == again.boundary_limit - NEEDS.layer_bytes
-    assert not choose_way(few, 3 << 30, reserve=1 << 31).prefetch
-    assert not choose_way(few, 64 << 30).prefetch
+    assert not plan_sweep(few, 3 << 30, reserve=1 << 31).prefetch
+    assert not plan_sweep(few, 64 << 30).prefetch
 
 
 def test_too_little_is_said() -> None:
@@ -63,14 +63,14 @@ def test_too_little_is_said() -> None:
         CapacityError,
         match=r"one layer \(0.39 GiB\), one sample of 2048 tokens \(0.59 GiB\) and its logits .* use --dtype bfloat16",
     ):
-        choose_way(NEEDS, 1 << 30)
+        plan_sweep(NEEDS, 1 << 30)
 
 
 @pytest.mark.parametrize("samples", [4, 64])
 @pytest.mark.parametrize("stored", [MIB, 32 * 400 * MIB])
 def test_spill_or_parts_whichever_moves_fewer_bytes(samples: int, stored: int) -> None:
     needs = replace(NEEDS, samples=samples, stored_bytes=stored)
-    way = choose_way(needs, 2 << 30)
+    way = plan_sweep(needs, 2 << 30)
     over = samples * 33 * 16 * MIB - way.boundary_limit
     assert not way.resident
     if way.parts > 1:
@@ -81,7 +81,7 @@ def test_spill_or_parts_whichever_moves_fewer_bytes(samples: int, stored: int) -
 
 
 def test_what_is_no_sum_goes_through_together() -> None:
-    assert choose_way(replace(NEEDS, weight_gradients=True), 4 << 30, divisible=False).parts == 1
+    assert plan_sweep(replace(NEEDS, weight_gradients=True), 4 << 30, divisible=False).parts == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
@@ -118,10 +118,10 @@ def test_the_way_does_not_change_the_scores(forced: dict[str, int | bool], tmp_p
     stage = GradmapScore(sample_share=1.0, layers=3, protect_first=0, protect_last=0)
     plain = run_stage(stage, tmp_path / "plain", model=model, calibration=calibration)
 
-    def forced_way(*arguments: object, **options: object) -> SweepWay:
-        return replace(choose_way(*arguments, **options), **forced)  # type: ignore[arg-type]
+    def forced_way(*arguments: object, **options: object) -> SweepPlan:
+        return replace(plan_sweep(*arguments, **options), **forced)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(parts, "choose_way", forced_way)
+    monkeypatch.setattr(parts, "plan_sweep", forced_way)
     found = run_stage(stage, tmp_path / "forced", model=model, calibration=calibration)
     assert found.scores.order == plain.scores.order
     for mine, other in zip(found.scores.decisions, plain.scores.decisions, strict=True):

@@ -15,10 +15,9 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline.checkpoint.checkpoint import read_header
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.cost import rehearsal
 from gradmap_pipeline.cost.estimate import Estimate
-from gradmap_pipeline.cost.rates import time_call
-from gradmap_pipeline.cost.rehearsal import Rehearsal
+from gradmap_pipeline.cost.machine_speed import time_call
+from gradmap_pipeline.cost.model_costs import ModelCosts
 from gradmap_pipeline.machine.machine import Machine
 from gradmap_pipeline.report.reporters import format_seconds
 from gradmap_pipeline.run import costs
@@ -117,7 +116,7 @@ def test_tensors_of_whole_numbers(folder: Path) -> None:
     ],
 )
 def test_a_stage_whose_estimate_fails_is_named(body: str, message: str, folder: Path) -> None:
-    write_plugin(folder, f"    def estimate(self, inputs, rehearsal):\n        {body}\n")
+    write_plugin(folder, f"    def estimate(self, inputs, costs):\n        {body}\n")
     (folder / "r.yaml").write_text(RECIPE + "  - use: mine\n")
     result = gradmap("plan", "r.yaml", "--plugin", "mine.py")
     assert result.exit_code == 2
@@ -148,27 +147,27 @@ def test_no_memory_at_all_is_a_mistake(folder: Path) -> None:
 
 def test_operations_follow_the_formula(folder: Path) -> None:
     """A llama layer: 2 for each weight and token; attention: 4 T² for each head's width."""
-    rehearsal = Rehearsal(Path("model"), "model", None, Machine(), folder)
+    costs = ModelCosts(Path("model"), "model", None, Machine(), folder)
     weights = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
     tokens = 24
-    layer, head = rehearsal.trial.layer_pass(8, tokens), rehearsal.trial.head_pass(8, tokens)
+    layer, head = costs.benchmark.layer_pass(8, tokens), costs.benchmark.head_pass(8, tokens)
     assert layer.flops == layer.backward_flops == 2 * weights * tokens + 4 * tokens**2 * 32
-    assert rehearsal.trial.layer_pass(8, tokens, weight_gradients=True).backward_flops == 2 * layer.flops
+    assert costs.benchmark.layer_pass(8, tokens, weight_gradients=True).backward_flops == 2 * layer.flops
     assert head.flops == 2 * 32 * 300 * tokens
-    once = rehearsal.forward_sweep(4, 8, tokens)  # and the first batch, which is all of them, to warm up
+    once = costs.forward_sweep(4, 8, tokens)  # and the first batch, which is all of them, to warm up
     assert once.flops == pytest.approx(2 * 8 * (4 * layer.flops + head.flops))
-    two = rehearsal.backward_sweeps([4, 3], 8, tokens)
+    two = costs.backward_sweeps([4, 3], 8, tokens)
     assert "graphs kept" in two.how
     assert two.flops == pytest.approx(8 * (7 * (layer.flops + layer.backward_flops) + 2 * (head.flops + head.backward_flops)))
 
 
 def test_the_first_step_pays_for_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow(Rehearsal):
+    class Slow(ModelCosts):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.start_seconds = 1000.0
 
-    monkeypatch.setattr(costs, "Rehearsal", Slow)
+    monkeypatch.setattr(costs, "ModelCosts", Slow)
     slow = [step for step, cost in costs_of().items() if cost["estimate"]["seconds"] > 1000]
     assert slow == ["evaluate_dense"]
 
@@ -192,7 +191,7 @@ def test_what_does_not_fit_is_said_before_the_run(folder: Path) -> None:
 
 def test_each_step_that_does_not_fit_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for the embeddings, not for a sweep."""
-    monkeypatch.setattr(rehearsal, "resident_bytes", lambda device="cpu": 0)
+    monkeypatch.setattr(costs, "resident_bytes", lambda device="cpu": 0)
     result = gradmap("plan", "r.yaml", "--memory", "50MiB")
     assert result.exit_code == 3
     for step in ("evaluate_dense", "gradmap_score"):
@@ -254,7 +253,7 @@ def test_what_no_disk_holds_is_said(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert f"and {str(folder)!r} has 1 KiB free; name a folder on another disk" in result.stderr
     assert "does not fit" in result.stdout
     assert "'gradmap_score'" not in result.stderr, "its hidden states fit the memory"
-    monkeypatch.setattr(Rehearsal, "backward_sweeps", lambda *_, **__: Estimate(bytes_written=9 << 40, disk_bytes=3 << 40))
+    monkeypatch.setattr(ModelCosts, "backward_sweeps", lambda *_, **__: Estimate(bytes_written=9 << 40, disk_bytes=3 << 40))
     result = gradmap("plan", "r.yaml")
     assert "step 'gradmap_score': hidden states in a file need 3072.00 GiB, and " in result.stderr
     assert "use fewer samples, allow more with --memory, or name another disk with --store" in result.stderr
@@ -262,13 +261,13 @@ def test_what_no_disk_holds_is_said(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_disk_that_a_sweep_needs(folder: Path) -> None:
     """As much as lies there at once, not all that is ever written."""
-    rehearsal = Rehearsal(Path("model"), "model", None, Machine(), folder)
+    costs = ModelCosts(Path("model"), "model", None, Machine(), folder)
     many = 10**9
-    sample = rehearsal.needs(4, 1, 24).boundary_bytes
-    backward = rehearsal.backward_sweeps([4, 3], many, 24, divisible=False)
+    sample = costs.needs(4, 1, 24).boundary_bytes
+    backward = costs.backward_sweeps([4, 3], many, 24, divisible=False)
     assert 5 * sample * many > backward.disk_bytes > 4 * sample * many
     assert backward.disk_bytes < backward.bytes_written
-    assert rehearsal.forward_sweep(4, 8, 24).disk_bytes == 0
+    assert costs.forward_sweep(4, 8, 24).disk_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -280,17 +279,17 @@ def test_absurd_times_are_told_in_years(seconds: float, text: str) -> None:
 
 def test_less_memory_reads_more(folder: Path) -> None:
     """The plan says which way a sweep takes, as the run chooses it."""
-    rehearsal = Rehearsal(Path("model"), "model", None, Machine(), folder)
-    roomy = rehearsal.backward_sweeps([4, 3], 8, 24)
-    needs = rehearsal.needs(4, 8, 24)
-    rehearsal.trial._needs[24] = replace(needs, all_layer_bytes=1 << 60)  # as if the layers were large
-    narrow = rehearsal.backward_sweeps([4, 3], 8, 24)
-    rehearsal.trial._needs[24] = replace(needs, all_layer_bytes=1 << 60, read_ahead=True)
-    assert rehearsal.backward_sweeps([4, 3], 8, 24).how == "layers read ahead"
+    costs = ModelCosts(Path("model"), "model", None, Machine(), folder)
+    roomy = costs.backward_sweeps([4, 3], 8, 24)
+    needs = costs.needs(4, 8, 24)
+    costs.benchmark._needs[24] = replace(needs, all_layer_bytes=1 << 60)  # as if the layers were large
+    narrow = costs.backward_sweeps([4, 3], 8, 24)
+    costs.benchmark._needs[24] = replace(needs, all_layer_bytes=1 << 60, read_ahead=True)
+    assert costs.backward_sweeps([4, 3], 8, 24).how == "layers read ahead"
     assert roomy.how == "layers stay in memory, graphs kept"
     assert narrow.how == "layers read again"
-    assert roomy.bytes_read == rehearsal.stored_rest_bytes + needs.stored_bytes
-    assert narrow.bytes_read == rehearsal.stored_rest_bytes + 2 * needs.stored_bytes * (4 + 3) // 4
+    assert roomy.bytes_read == costs.stored_rest_bytes + needs.stored_bytes
+    assert narrow.bytes_read == costs.stored_rest_bytes + 2 * needs.stored_bytes * (4 + 3) // 4
     assert narrow.flops > roomy.flops
 
 

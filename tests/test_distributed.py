@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gradmap_pipeline import StageError
-from gradmap_pipeline.machine.group import Group
+from gradmap_pipeline.machine.distributed import ProcessGroup
 
 pytestmark = pytest.mark.full
 
@@ -142,13 +142,13 @@ def test_a_process_that_dies_ends_the_run(llama: Path, tmp_path: Path) -> None:
 
 def test_shares_are_disjoint_and_complete() -> None:
     samples = torch.arange(7)
-    shares = [Group(rank, 3).share(samples).tolist() for rank in range(3)]
+    shares = [ProcessGroup(rank, 3).share(samples).tolist() for rank in range(3)]
     assert sorted(sample for share in shares for sample in share) == list(range(7))
     with pytest.raises(StageError, match="2 samples cannot be shared by 3 processes; start fewer, or use more samples"):
-        Group(0, 3).share(samples[:2])
+        ProcessGroup(0, 3).share(samples[:2])
 
 
 def test_one_process_needs_no_others() -> None:
-    assert Group().sum_values({"a": 1.0}) == {"a": 1.0}
-    assert Group().tell([1]) == [1]
-    assert torch.equal(Group().sum(torch.ones(2)), torch.ones(2))
+    assert ProcessGroup().sum_values({"a": 1.0}) == {"a": 1.0}
+    assert ProcessGroup().tell([1]) == [1]
+    assert torch.equal(ProcessGroup().sum(torch.ones(2)), torch.ones(2))

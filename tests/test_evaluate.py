@@ -16,7 +16,7 @@ from gradmap_pipeline import ModelForecast, OptionError, QualityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import load_tokenizer
 from gradmap_pipeline.sweep import budget
-from gradmap_pipeline.sweep.budget import SweepWay, choose_way
+from gradmap_pipeline.sweep.budget import SweepPlan, plan_sweep
 from gradmap_pipeline.testing import run_stage
 
 
@@ -55,10 +55,10 @@ def test_streamed_weights_give_the_same(
     model = open_folder(llama).without_layers([1])
     resident = run_stage(make_stage(text), tmp_path, model=model).evaluation
 
-    def forced_way(*arguments: Any, **options: Any) -> SweepWay:
-        return replace(choose_way(*arguments, **options), resident=False, batch_samples=2, **forced)
+    def forced_way(*arguments: Any, **options: Any) -> SweepPlan:
+        return replace(plan_sweep(*arguments, **options), resident=False, batch_samples=2, **forced)
 
-    monkeypatch.setattr(budget, "choose_way", forced_way)
+    monkeypatch.setattr(budget, "plan_sweep", forced_way)
     streamed = run_stage(make_stage(text), tmp_path, model=model).evaluation
     assert streamed.loss == pytest.approx(resident.loss, rel=1e-7)
     assert streamed.tokens == resident.tokens

@@ -103,7 +103,7 @@ def test_iterative_scores_equal_plain_backward(
         expected = plain_scores(llama, calibration, metric, kept)
         assert decision.scores == pytest.approx(expected, rel=1e-4)
         assert decision.removed == min([layer for layer in kept if layer in (1, 2)], key=expected.__getitem__)
-        assert decision.unguarded == min(expected, key=expected.__getitem__)
+        assert decision.removed_if_unprotected == min(expected, key=expected.__getitem__)
         kept.remove(decision.removed)
 
 

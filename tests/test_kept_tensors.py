@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradmap_pipeline.sweep.boundaries import Boundaries
+from gradmap_pipeline.sweep.kept_tensors import KeptTensors
 
 
 def make_hidden(boundary: int, batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -18,7 +18,7 @@ def make_hidden(boundary: int, batch: int, dtype: torch.dtype = torch.float32) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("limit", [None, 0, 500, 10**6])
 def test_everything_comes_back(limit: int | None, dtype: torch.dtype, tmp_path: Path) -> None:
-    boundaries = Boundaries(limit, tmp_path)
+    boundaries = KeptTensors(limit, tmp_path)
     for boundary in range(4):
         for batch in range(3):
             boundaries.put(boundary, batch, make_hidden(boundary, batch, dtype))
@@ -31,7 +31,7 @@ def test_everything_comes_back(limit: int | None, dtype: torch.dtype, tmp_path: 
 
 def test_lowest_go_first() -> None:
     size = make_hidden(0, 0).nbytes
-    boundaries = Boundaries(2 * size)
+    boundaries = KeptTensors(2 * size)
     for boundary in range(4):
         boundaries.put(boundary, 0, make_hidden(boundary, 0))
     assert boundaries.bytes_written == 2 * size
@@ -43,7 +43,7 @@ def test_lowest_go_first() -> None:
 
 
 def test_place_in_the_file_is_used_again() -> None:
-    boundaries = Boundaries(0)
+    boundaries = KeptTensors(0)
     boundaries.put(0, 0, make_hidden(0, 0))
     for _ in range(5):
         for boundary in range(1, 4):
@@ -55,7 +55,7 @@ def test_place_in_the_file_is_used_again() -> None:
 
 
 def test_dropped_boundaries_are_gone() -> None:
-    boundaries = Boundaries()
+    boundaries = KeptTensors()
     for boundary in range(3):
         boundaries.put(boundary, 0, make_hidden(boundary, 0))
     boundaries.drop(0)

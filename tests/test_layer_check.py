@@ -9,9 +9,9 @@ import pytest
 from walk import make_model
 
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.checkpoint.twins import check_twins
+from gradmap_pipeline.checkpoint.layer_check import check_same_layers
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.stages.survey import Survey
+from gradmap_pipeline.stages.structure_probe import StructureProbe
 
 MEMORY = 1 << 30
 
@@ -49,10 +49,10 @@ MEMORY = 1 << 30
 def test_differences_are_named(architecture: str, kept: list[int], message: str | None, tmp_path: Path) -> None:
     base = open_folder(make_model(tmp_path, architecture)).base
     if message is None:
-        check_twins(base, kept)
+        check_same_layers(base, kept)
         return
     with pytest.raises(ModelError, match=message):
-        check_twins(base, kept)
+        check_same_layers(base, kept)
 
 
 def test_a_rule_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,10 +60,10 @@ def test_a_rule_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: pytest.M
     from gradmap_pipeline.checkpoint import depth
 
     base = open_folder(make_model(tmp_path, "deepseek_v3")).base
-    check_twins(base, [1, 2, 3])
+    check_same_layers(base, [1, 2, 3])
     monkeypatch.setattr(depth, "FROM_BOTTOM", set())
     with pytest.raises(ModelError, match="layer 2 would be another layer at place 1 of the pruned model: "):
-        check_twins(base, [1, 2, 3])
+        check_same_layers(base, [1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_a_rule_that_is_missing_is_noticed(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_survey_answers_before_a_run(architecture: str, question: str, message: str | None, tmp_path: Path) -> None:
-    survey = Survey(open_folder(make_model(tmp_path, architecture)), MEMORY)
+    probe = StructureProbe(open_folder(make_model(tmp_path, architecture)), MEMORY)
     if message is None:
-        getattr(survey, question)()
+        getattr(probe, question)()
         return
     with pytest.raises(ModelError, match=message):
-        getattr(survey, question)()
+        getattr(probe, question)()
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_survey_answers_before_a_run(architecture: str, question: str, message: 
 )
 def test_survey_finds_sites_of_each_kind_of_layer(architecture: str, sites: dict[int, Any], tmp_path: Path) -> None:
     graph = open_folder(make_model(tmp_path, architecture))
-    found = Survey(graph, MEMORY).find_sites()
+    found = StructureProbe(graph, MEMORY).find_sites()
     assert {layer: tuple(site.name for site in there) for layer, there in found.items()} == sites
-    assert Survey(graph, 1000).find_sites() == {}  # no room to try
+    assert StructureProbe(graph, 1000).find_sites() == {}  # no room to try
 
 
 def test_sweeps_notice_shared_states(tmp_path: Path) -> None:

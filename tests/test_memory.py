@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gradmap_pipeline.machine import memory
-from gradmap_pipeline.machine.group import Group
+from gradmap_pipeline.machine.distributed import ProcessGroup
 from gradmap_pipeline.machine.machine import Machine
 from gradmap_pipeline.machine.memory import default_budget, free_bytes, parse_size, resident_bytes
 
@@ -65,7 +65,7 @@ def test_on_a_gpu_its_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     assert resident_bytes("cuda:0") == 300
     assert default_budget("cuda:0") == 1100
-    both = Group(rank=0, size=2)
+    both = ProcessGroup(rank=0, size=2)
     assert Machine().budget("cuda:0", both) == 1100
     assert Machine(memory=70).budget("cuda:0", both) == 70
     assert Machine().budget("cpu", both) < Machine().budget("cpu")

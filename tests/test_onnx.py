@@ -28,7 +28,7 @@ from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.errors import CapacityError, ModelError
 from gradmap_pipeline.export.ort import apart
 from gradmap_pipeline.export.ort.session import OnnxSession
-from gradmap_pipeline.stages.survey import Survey
+from gradmap_pipeline.stages.structure_probe import StructureProbe
 from gradmap_pipeline.testing import run_stage
 
 pytestmark = pytest.mark.full
@@ -148,7 +148,7 @@ def test_states_that_are_no_keys_and_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match="format onnx needs layers that cache keys and values; 6 layers have a LinearAttentionLayer"
     ):
-        stage.inspect({}, Survey(open_folder(make_model(tmp_path / "model", "mamba")), 1 << 30))
+        stage.inspect({}, StructureProbe(open_folder(make_model(tmp_path / "model", "mamba")), 1 << 30))
 
 
 def test_options_of_the_other_format() -> None:

@@ -22,7 +22,7 @@ from walk import make_model as make_any_model
 
 from gradmap_pipeline import CalibrationForecast, CalibrationSet, ModelError, ModelForecast, ModelGraph, OptionError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.stages.survey import Survey
+from gradmap_pipeline.stages.structure_probe import StructureProbe
 from gradmap_pipeline.testing import make_context, run_stage
 
 LAYERS = 5
@@ -164,7 +164,7 @@ def test_mean_bias_adds_no_parameter(text: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match="no layer has a place that mean_bias could correct: a bias where it writes to its output, without which"
     ):
-        MeanBias().inspect({}, Survey(model, 1 << 30))
+        MeanBias().inspect({}, StructureProbe(model, 1 << 30))
 
 
 def test_attention_is_corrected_for_what_was_missing_before(text: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_no_linear_map_to_the_output_is_told_before_a_step_runs(stage: Any, tmp_
     """OLMo 2 writes to the residual stream through norms alone."""
     model = open_folder(make_any_model(tmp_path / "model", "olmo2"))
     with pytest.raises(ModelError, match=f"no layer has a place that {stage.name} could correct: a linear map that writes to the"):
-        stage.inspect({}, Survey(model, 1 << 30))
+        stage.inspect({}, StructureProbe(model, 1 << 30))
 
 
 def test_corrections_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:

@@ -133,13 +133,13 @@ def test_angle_across_a_window(tokens: str, model: ModelGraph, calibration: Cali
     if best + 1 + 3 <= LAYERS:
         scores = run(guarded, tmp_path, model, calibration).scores
         assert scores.order[0] == min((start for start in expected if start > best), key=expected.__getitem__)
-        assert scores.decisions[0].unguarded == best
+        assert scores.decisions[0].removed_if_unprotected == best
 
 
 def test_a_window_is_removed_whole(model: ModelGraph, calibration: CalibrationSet, tmp_path: Path) -> None:
     scores = run(AngularScore(layers=3), tmp_path, model, calibration).scores
-    assert scores.together
-    known = {"model": ModelForecast(layers=6), "scores": ScoresForecast(decisions=3, together=True)}
+    assert scores.all_or_nothing
+    known = {"model": ModelForecast(layers=6), "scores": ScoresForecast(decisions=3, all_or_nothing=True)}
     with pytest.raises(OptionError, match="removes 2 of 6 layers, but 3 were chosen to go together; set the same 'layers'"):
         Prune(layers=2).forecast(known)
     with pytest.raises(OptionError, match="the scored layers were chosen to go together, and 'expressible' would choose among"):

@@ -16,9 +16,15 @@ from gradmap_pipeline.stages.removal import count_removed
 from gradmap_pipeline.testing import run_stage
 
 
+def decide(layer: int, scores: dict[int, float]) -> Decision:
+    return Decision(removed=layer, scores=scores, removed_if_unprotected=layer)
+
+
 def make_scores(model: str, order: list[int]) -> LayerScores:
     return LayerScores(
-        model=model, method="by hand", decisions=tuple(Decision(removed=n, scores={n: 0.0}, unguarded=n) for n in order)
+        model=model,
+        method="by hand",
+        decisions=tuple(Decision(removed=n, scores={n: 0.0}, removed_if_unprotected=n) for n in order),
     )
 
 
@@ -103,7 +109,7 @@ IRREGULAR = ModelForecast(layers=12, kept=tuple(range(12)), config=KINDS)
         ),
         (
             {"layers": 2, "among": "regular"},
-            {"scores": ScoresForecast(decisions=2, together=True)},
+            {"scores": ScoresForecast(decisions=2, all_or_nothing=True)},
             "among",
             "were chosen to go together, and 'regular' would choose among them",
         ),
@@ -147,7 +153,7 @@ def test_a_regular_removal_is_chosen_by_total_score(tmp_path: Path) -> None:
     scores = LayerScores(
         model=model.digest,
         method="by hand",
-        decisions=tuple(Decision(removed=n, scores={0: 5.0, 1: 0.1, 2: 3.0, 3: 4.0, 4: 1.0, 5: 2.0}, unguarded=n) for n in (1, 4)),
+        decisions=tuple(decide(n, {0: 5.0, 1: 0.1, 2: 3.0, 3: 4.0, 4: 1.0, 5: 2.0}) for n in (1, 4)),
     )
     result = run_stage(Prune(layers=2, among="regular"), tmp_path / "a", model=model, scores=scores).model
     assert result.removed == (4, 5)  # the fourth layer left may be 3 or 4, and no other removal goes

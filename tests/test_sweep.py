@@ -15,7 +15,7 @@ from gradmap_pipeline.batches import make_batches, next_token_losses, predicted_
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.sweep import layerwise
-from gradmap_pipeline.sweep.boundaries import Boundaries
+from gradmap_pipeline.sweep.kept_tensors import KeptTensors
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sweep import Sweep
 
@@ -93,7 +93,7 @@ def test_ways_to_save_change_nothing(
         saved, sweep = run(keep_graphs=True)
         assert (sweep.layer_forwards, sweep.layer_backwards) == (4 + 1 + 1, 9 if weight_gradients else 6)
     elif way == "spilled":
-        boundaries = Boundaries(3000, tmp_path)
+        boundaries = KeptTensors(3000, tmp_path)
         saved, sweep = run(boundaries=boundaries)
         assert boundaries.bytes_written > 0
         assert boundaries.bytes_read > 0

@@ -27,7 +27,7 @@ _ONLY_WHEN_MADE = "init_"
 """Settings with this in their name are used when weights are made up."""
 
 
-def check_twins(base: BaseCheckpoint, kept: Sequence[int]) -> None:
+def check_same_layers(base: BaseCheckpoint, kept: Sequence[int]) -> None:
     """Raise `ModelError` unless the config that keeps these base layers makes the very layers that are kept."""
     depth = base.layers
     original = build_skeleton(read_config(base.folder), base.tensors)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, first_line
-from ..machine.partial import scratch_folder
+from ..machine.atomic_folder import scratch_folder
 from ..machine.shortages import is_shortage
 from .files import check_folder, read_json
 from .sizes import check_sizes, read_shapes

@@ -74,7 +74,7 @@ def run(
     with sole_errors(log, is_wanted=quiet), sole_output(json or quiet) as output:
         reporter = make_reporter(json=json and leads, quiet=quiet or not leads, stream=output)
         with endings(reporter, store):
-            from ..machine.group import open_group
+            from ..machine.distributed import open_group
             from ..run.runner import run_plan
 
             plan = _plan(recipe, overrides, plugins, store)

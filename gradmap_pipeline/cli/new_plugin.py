@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import CommandError
-from ..machine.partial import partial_folder, replace_folder
+from ..machine.atomic_folder import atomic_folder, replace_folder
 from ..machine.shortages import is_shortage
 from ..recipe.catalog import load_catalog
 from ..recipe.validation import suggest
@@ -34,13 +34,13 @@ def write_plugin(name: str, kind: str, to: Path | None) -> tuple[Path, str]:
     _check_folder(folder)
     names = {"stage_name": stage, "StageName": "".join(map(str.capitalize, stage.split("_"))), "distribution-name": name}
     try:
-        with partial_folder(folder.absolute()) as partial:
+        with atomic_folder(folder.absolute()) as draft:
             for part in ("common", kind):
                 for place, text in _walk(_TEMPLATE / part):
-                    file = partial / _replace(place, names)
+                    file = draft / _replace(place, names)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(_replace(text, names), encoding="utf-8")
-            replace_folder(partial, folder.absolute())
+            replace_folder(draft, folder.absolute())
     except OSError as error:
         if is_shortage(error):
             raise

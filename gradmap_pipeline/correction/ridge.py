@@ -14,7 +14,7 @@ from ..machine.memory import give_back, resident_bytes
 if TYPE_CHECKING:
     import torch
 
-    from ..machine.group import Group
+    from ..machine.distributed import ProcessGroup
 
 _COLUMNS = 512  # solved for at a time
 
@@ -71,7 +71,7 @@ class Moments:
             self.cross.addmm_(wide.T, some_r)
         self.missing += float(r.double().square().sum())
 
-    def join(self, group: Group) -> None:
+    def join(self, group: ProcessGroup) -> None:
         """Sum over the processes of a group."""
         group.sum(self.gram)
         group.sum(self.cross)
@@ -123,7 +123,7 @@ class ChannelMoments:
         self.missing += float(r.square().sum())
         self.tokens += len(a)
 
-    def join(self, group: Group) -> None:
+    def join(self, group: ProcessGroup) -> None:
         """Sum over the processes of a group."""
         group.sum(self.sums)
         sums = group.sum_values({"missing": self.missing, "tokens": self.tokens})

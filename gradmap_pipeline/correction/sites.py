@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import StageError
-from ..machine.group import Group
-from ..sweep.calls import LayerArguments
+from ..machine.distributed import ProcessGroup
+from ..sweep.layer_arguments import LayerArguments
 from ..sweep.layerwise import LayerwiseModel
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def check_gain(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
             raise NoSiteError(f"layer {index} scales what {site.name} adds by a weight; a correction cannot be folded into it")
 
 
-def share_sites(found: Mapping[int, Sequence[Site]], group: Group) -> dict[int, tuple[Site, ...]]:
+def share_sites(found: Mapping[int, Sequence[Site]], group: ProcessGroup) -> dict[int, tuple[Site, ...]]:
     """The sites of layers as the leading process has found them, so that all correct the same ones."""
     told = group.tell({str(layer): [asdict(site) for site in sites] for layer, sites in found.items()})
     return {int(layer): tuple(Site(**site) for site in sites) for layer, sites in told.items()}

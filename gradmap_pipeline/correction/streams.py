@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..artifacts import Round
 from ..batches import make_batches
-from ..machine.group import Group
+from ..machine.distributed import ProcessGroup
 from ..machine.memory import give_back, resident_bytes
-from ..sweep.boundaries import Boundaries
-from ..sweep.budget import SweepNeeds, SweepWay, choose_way, measure_needs
+from ..sweep.budget import SweepNeeds, SweepPlan, measure_needs, plan_sweep
+from ..sweep.kept_tensors import KeptTensors
 from ..sweep.layerwise import LayerwiseModel
 from ..sweep.sweep import Sweep
 from ..sweep.visits import ForwardVisit
@@ -47,7 +47,7 @@ class Drift:
         self.norm += float(target.norm(dim=-1).sum())
         self.tokens += len(target)
 
-    def join(self, group: Group) -> None:
+    def join(self, group: ProcessGroup) -> None:
         """Sum over the processes of a group."""
         group.sum(self.difference)  # type: ignore[arg-type]
         sums = group.sum_values({"norm": self.norm, "tokens": self.tokens})
@@ -69,13 +69,13 @@ class Drift:
         return self.shift / max(self.norm / self.tokens, 1e-300)
 
 
-def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepWay, int]:
+def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepPlan, int]:
     """How to run the original and the pruned model over samples, and the bytes of boundaries to hold in memory for each.
 
     `reserve`: bytes to leave free for what is done with them.
     """
-    way = choose_way(replace(needs, backward=False, logits_bytes=0), free, divisible=False, reserve=reserve)
-    return way, max(0, way.boundary_limit - reserve) // 2
+    plan = plan_sweep(replace(needs, backward=False, logits_bytes=0), free, divisible=False, reserve=reserve)
+    return plan, max(0, plan.boundary_limit - reserve) // 2
 
 
 def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
@@ -91,11 +91,11 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
     model = open_model(graph.dense)
     needs = measure_needs(model, samples, tokens, backward=False)
-    way, limit = plan_streams(needs, context.memory - resident_bytes(context.device), reserve)
-    batches = make_batches(ids, mask, way.batch_samples * tokens, lengths_apart=model.lengths_apart)
+    plan, limit = plan_streams(needs, context.memory - resident_bytes(context.device), reserve)
+    batches = make_batches(ids, mask, plan.batch_samples * tokens, lengths_apart=model.lengths_apart)
     with context.progress("run the original model", graph.base.layers * len(batches), "layer batch") as advance:
-        targets = Boundaries(limit, context.folder)
-        model.resident, model.prefetch = way.resident, way.prefetch
+        targets = KeptTensors(limit, context.folder)
+        model.resident, model.prefetch = plan.resident, plan.prefetch
         original = Sweep(model, batches, boundaries=targets, advance=advance)
         model.forget_rest()
         for step in original.forward():
@@ -106,8 +106,8 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
         del original, step, model
         give_back()
         model = open_model(graph)
-        model.resident, model.prefetch = way.resident, way.prefetch
-        pruned = Sweep(model, batches, boundaries=Boundaries(limit, context.folder))
+        model.resident, model.prefetch = plan.resident, plan.prefetch
+        pruned = Sweep(model, batches, boundaries=KeptTensors(limit, context.folder))
         model.forget_rest()
     return Streams(targets, pruned, graph, context.group, graph.base.layers)
 
@@ -116,11 +116,11 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 class Streams:
     """The same tokens inside the original and the pruned model."""
 
-    targets: Boundaries
+    targets: KeptTensors
     """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
     pruned: Sweep
     graph: ModelGraph
-    group: Group
+    group: ProcessGroup
     original_forwards: int = 0
     """Layer forwards of the original model."""
     measured: dict[int, Drift] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ..batches import BATCH_TOKENS
-from .rates import time_call
+from .machine_speed import time_call
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Pass:
     """As many as forward for the gradient of the input, and as many again for those of the weights."""
 
 
-class Trial:
+class LayerBenchmark:
     """A model without its weights. Embeddings and head have made-up ones, and a layer gets them when it is tried."""
 
     def __init__(self, graph: ModelGraph, device: str, dtype: str) -> None:

@@ -53,7 +53,7 @@ def time_call(
     return median(seconds)
 
 
-class Rates:
+class MachineSpeed:
     """Seconds for each unit of a kind of work."""
 
     def __init__(self, base: BaseCheckpoint, dtype: torch.dtype, device: str, memory: int, store: Path) -> None:

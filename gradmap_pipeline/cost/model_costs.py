@@ -12,10 +12,10 @@ from ..correction.streams import plan_streams
 from ..errors import CapacityError
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, give_back, resident_bytes, tune_allocator
-from ..sweep.budget import SweepNeeds, choose_way, format_size
+from ..sweep.budget import SweepNeeds, format_size, plan_sweep
 from .estimate import Estimate
-from .rates import Rates
-from .trial import Trial
+from .layer_benchmark import LayerBenchmark
+from .machine_speed import MachineSpeed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TOKEN_BYTES = 40  # of a Python list of ids, and of the tensor made from it
 
 
-class Rehearsal:
+class ModelCosts:
     """A model on this machine, before it is run. No tensor of the checkpoint is loaded.
 
     Every estimate is of a process that has done nothing else; `memory` bytes are what it may have resident.
@@ -42,10 +42,10 @@ class Rehearsal:
         self._dtype = machine.dtype
         self.memory = machine.budget(self.device)
         self._check_room()
-        Trial(self.graph, self.device, machine.dtype)
+        LayerBenchmark(self.graph, self.device, machine.dtype)
         give_back()
         opened = time.perf_counter()
-        self.trial = Trial(self.graph, self.device, machine.dtype)
+        self.benchmark = LayerBenchmark(self.graph, self.device, machine.dtype)
         self.open_seconds = time.perf_counter() - opened
         """To build the model without weights, and put its buffers and embeddings in place."""
         self.start_seconds = opened - started - self.open_seconds
@@ -55,7 +55,7 @@ class Rehearsal:
         """Bytes a process has resident when it has opened the model, without layers."""
         self.program_bytes = resident_bytes() - (self.rest_bytes if self.device == "cpu" else 0)
         """Bytes the program and its libraries have resident in the machine."""
-        self.rates = Rates(self.base, self.trial.dtype, self.device, self.memory, store)
+        self.speed = MachineSpeed(self.base, self.benchmark.dtype, self.device, self.memory, store)
         self._seen: set[Hashable] = set()
 
     @cached_property
@@ -97,7 +97,7 @@ class Rehearsal:
 
     def needs(self, layers: int, samples: int, tokens: int) -> SweepNeeds:
         """What a backward sweep over a model of so many layers would need, those being of mean size."""
-        whole = self.trial.needs(tokens)
+        whole = self.benchmark.needs(tokens)
         share = layers / whole.layers
         return replace(
             whole,
@@ -109,7 +109,7 @@ class Rehearsal:
 
     def opening(self) -> Estimate:
         """Open the model and read what belongs to no layer."""
-        seconds = self.open_seconds + self.stored_rest_bytes * self.rates.read_again()
+        seconds = self.open_seconds + self.stored_rest_bytes * self.speed.read_again()
         return Estimate(self.occupied, self.stored_rest_bytes, seconds=seconds)
 
     def text(self, tokens: int, least: int | None = None) -> Estimate:
@@ -125,7 +125,7 @@ class Rehearsal:
                 f"{'allowed' if self.device == 'cpu' else 'free in the machine'}; lower 'samples' or 'sequence_length'"
                 f"{', or allow more with --memory' if self.device == 'cpu' else ''}"
             )
-        return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.rates.token)
+        return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.speed.token)
 
     def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0) -> Estimate:
         """The loss of samples (samples, tokens), one boundary held at a time.
@@ -133,18 +133,18 @@ class Rehearsal:
         `besides`: bytes of other files that the step reads and writes.
         """
         needs = replace(self.needs(layers, samples, tokens), backward=False, keep_boundaries=False)
-        way = choose_way(needs, self.memory - self.occupied)
-        layer, head = self.trial.layer_pass(way.batch_samples, tokens), self.trial.head_pass(way.batch_samples, tokens)
-        moving = self._moving(way.bytes_read - way.bytes_written, way.bytes_written, besides)
-        passes = samples + (min(samples, way.batch_samples) if way.resident else 0)  # the first batch warms up
+        plan = plan_sweep(needs, self.memory - self.occupied)
+        layer, head = self.benchmark.layer_pass(plan.batch_samples, tokens), self.benchmark.head_pass(plan.batch_samples, tokens)
+        moving = self._moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
+        passes = samples + (min(samples, plan.batch_samples) if plan.resident else 0)  # the first batch warms up
         return self.opening() + Estimate(
-            peak_bytes=self.occupied + way.peak_bytes,
-            bytes_read=way.bytes_read,
-            bytes_written=way.bytes_written,
+            peak_bytes=self.occupied + plan.peak_bytes,
+            bytes_read=plan.bytes_read,
+            bytes_written=plan.bytes_written,
             flops=passes * (layers * layer.flops + head.flops),
             seconds=passes * (layers * layer.forward + head.forward) + moving,
-            how=way.describe(),
-            disk_bytes=2 * way.bytes_written // layers,  # what leaves a layer takes the place of what came in, a layer at a time
+            how=plan.describe(),
+            disk_bytes=2 * plan.bytes_written // layers,  # what leaves a layer takes the place of what came in, a layer at a time
         )
 
     def backward_sweeps(
@@ -152,20 +152,20 @@ class Rehearsal:
     ) -> Estimate:
         """Backward sweeps in a row, over models of so many layers each. Reuse between them is left out."""
         needs = replace(self.needs(layers[0], samples, tokens), weight_gradients=weight_gradients)
-        way = choose_way(needs, self.memory - self.occupied, divisible=divisible)
+        plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible)
         layer, head = (
-            self.trial.layer_pass(way.batch_samples, tokens, weight_gradients),
-            self.trial.head_pass(way.batch_samples, tokens),
+            self.benchmark.layer_pass(plan.batch_samples, tokens, weight_gradients),
+            self.benchmark.head_pass(plan.batch_samples, tokens),
         )
-        forward = layer.forward_for_backward if way.keep_graphs else layer.forward + layer.forward_for_backward
-        total = Estimate(self.occupied + way.peak_bytes, how=way.describe(), disk_bytes=way.bytes_written)
+        forward = layer.forward_for_backward if plan.keep_graphs else layer.forward + layer.forward_for_backward
+        total = Estimate(self.occupied + plan.peak_bytes, how=plan.describe(), disk_bytes=plan.bytes_written)
         for number, count in enumerate(layers):
-            read = way.bytes_read * count // layers[0] if number == 0 or not way.resident else 0
-            forwards = 1 if way.keep_graphs else 2
+            read = plan.bytes_read * count // layers[0] if number == 0 or not plan.resident else 0
+            forwards = 1 if plan.keep_graphs else 2
             per_sample = count * (forward + layer.backward) + head.forward_for_backward + head.backward
             flops = count * (forwards * layer.flops + layer.backward_flops) + head.flops + head.backward_flops
-            moving = self._moving(max(0, read - way.bytes_written), way.bytes_written)
-            total += Estimate(0, read, way.bytes_written, samples * flops, samples * per_sample + moving)
+            moving = self._moving(max(0, read - plan.bytes_written), plan.bytes_written)
+            total += Estimate(0, read, plan.bytes_written, samples * flops, samples * per_sample + moving)
         return self.opening() + total
 
     def two_streams(self, layers: int, samples: int, tokens: int, reserve: int, again: int) -> Estimate:
@@ -175,8 +175,8 @@ class Rehearsal:
         """
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
-        way, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve)
-        held = free - way.boundary_limit
+        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve)
+        held = free - plan.boundary_limit
         if held + reserve > free + self.rest_bytes:  # embeddings and head are gone by then
             enough = self.memory + held + reserve - free - self.rest_bytes
             raise CapacityError(
@@ -186,8 +186,8 @@ class Rehearsal:
         boundaries = [samples * self.needs(count, 1, tokens).boundary_bytes * (count + 1) for count in (whole, layers)]
         written = sum(max(0, size - limit) for size in boundaries)
         layer_bytes = self.stored_layer_bytes / whole
-        read = round(layer_bytes * (whole + layers + (0 if way.resident else again)))
-        layer = self.trial.layer_pass(way.batch_samples, tokens)
+        read = round(layer_bytes * (whole + layers + (0 if plan.resident else again)))
+        layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(
             peak_bytes=self.occupied + max(0, held + sum(min(limit, size) for size in boundaries) + reserve - self.rest_bytes),
@@ -195,14 +195,14 @@ class Rehearsal:
             bytes_written=written,
             flops=count * layer.flops,
             seconds=count * layer.forward + self._moving(read, written),
-            how=replace(way, bytes_written=written).describe(),
+            how=replace(plan, bytes_written=written).describe(),
             disk_bytes=written,
         )
 
     def _moving(self, read: int, spilled: int, besides: int = 0) -> float:
         """Seconds to bring in so many bytes of layers, and to write boundaries and read them again."""
         loads = read / (self.stored_layer_bytes / len(self.graph.layers))
-        return read * self.rates.read_again(besides) + loads * self.trial.load_seconds + 2 * spilled * self.rates.write
+        return read * self.speed.read_again(besides) + loads * self.benchmark.load_seconds + 2 * spilled * self.speed.write
 
     @property
     def _item(self) -> int:

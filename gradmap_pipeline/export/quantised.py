@@ -47,7 +47,7 @@ def write_quantised(
     plain.mkdir()
     list(write_folder(graph.export_tensors(), plain, graph.dtype))
     write_companions(graph, plain)
-    partial = new.path
+    draft = new.path
     with context.progress(f"quantise to {quantisation}", 3, "step") as advance:
         before = _logits(load_folder(plain), context.seed)
         advance()
@@ -55,14 +55,14 @@ def write_quantised(
         found = _logits(model, context.seed)
         if not found.isfinite().all():
             raise StageError("the quantised model computes values that are not finite; nothing was written")
-        write_companions(graph, partial)
-        ours = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        model.save_pretrained(partial, **saving)
+        write_companions(graph, draft)
+        ours = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+        model.save_pretrained(draft, **saving)
         del model
-        _complete_config(partial / "config.json", ours)
+        _complete_config(draft / "config.json", ours)
         advance()
-        check_loading(partial)
-        again = _logits(load_folder(partial), context.seed)
+        check_loading(draft)
+        again = _logits(load_folder(draft), context.seed)
         apart = float((again - found).abs().max())
         if not apart <= tolerance * float(found.abs().max()):
             raise StageError(
@@ -71,8 +71,8 @@ def write_quantised(
             )
         difference = float((again - before).abs().max())
         told = f"Logits of random tokens differ by up to {difference:.2g} from those of the model before quantisation."
-        write_card(partial, graph, None, form, quantisation, (told,))
-        files = describe_folder(partial)
+        write_card(draft, graph, None, form, quantisation, (told,))
+        files = describe_folder(draft)
         lineage = make_lineage(graph, None, files, difference, stage, context) | {"quantisation": quantisation}
         files = new.finish(lineage, files)
         advance()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .shortages import name_place
 
-_PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}")
+_UNFINISHED = re.compile(r"\..*\.partial-[0-9a-f]{8}")
 _LOCK = ".lock"
 _OLD = ".old"
 """Ending of what a folder in the making replaces, where the file system cannot exchange two folders in one step."""
@@ -33,7 +33,7 @@ _ATTEMPTS = 100
 
 
 @contextmanager
-def partial_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
+def atomic_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
     """An empty folder beside `final`, of this process alone; whatever has not been renamed from it vanishes.
 
     Clears away what killed processes left in the same place. `mode`: permissions of the folder, less the umask. Raises `OSError`
@@ -42,39 +42,39 @@ def partial_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     final.parent.mkdir(parents=True, exist_ok=True)
-    clear_partial_folders(final.parent)
+    clear_unfinished_folders(final.parent)
     for _ in range(_ATTEMPTS):
-        partial = final.with_name(f".{final.name[:_LONGEST]}.partial-{secrets.token_hex(4)}")
-        lock = FileLock(_lock_of(partial), blocking=False)
+        draft = final.with_name(f".{final.name[:_LONGEST]}.partial-{secrets.token_hex(4)}")
+        lock = FileLock(_lock_of(draft), blocking=False)
         with suppress(Timeout):  # somebody clears away what looks abandoned until it is locked
             lock.acquire()
             break
     else:
-        _lock_of(partial).touch()  # says why: filelock takes a folder where nothing can be made for one that is busy
+        _lock_of(draft).touch()  # says why: filelock takes a folder where nothing can be made for one that is busy
         raise OSError(f"no file can be locked in {str(final.parent)!r}")
     try:
-        partial.mkdir(mode)
-        yield partial
+        draft.mkdir(mode)
+        yield draft
     except Exception as error:
-        name_place(error, partial, final)
+        name_place(error, draft, final)
         raise
     finally:
-        _remove(partial, lock)
+        _remove(draft, lock)
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A temporary folder of this process alone, which does not outlive it for long: the next process clears it away."""
-    with partial_folder(Path(tempfile.gettempdir()) / "gradmap", 0o700) as folder:
+    with atomic_folder(Path(tempfile.gettempdir()) / "gradmap", 0o700) as folder:
         yield folder
 
 
-def clear_partial_folders(parent: Path) -> None:
-    """Delete the partial folders that killed processes left in `parent`, and put back what they were about to replace."""
+def clear_unfinished_folders(parent: Path) -> None:
+    """Delete the unfinished folders that killed processes left in `parent`, and put back what they were about to replace."""
     from filelock import FileLock, Timeout
 
     for file in list(parent.iterdir()):
-        if not (file.name.endswith(_LOCK) and _PARTIAL.fullmatch(file.name.removesuffix(_LOCK))):
+        if not (file.name.endswith(_LOCK) and _UNFINISHED.fullmatch(file.name.removesuffix(_LOCK))):
             continue
         lock = FileLock(file, blocking=False)
         try:
@@ -84,28 +84,28 @@ def clear_partial_folders(parent: Path) -> None:
         _remove(file.with_name(file.name.removesuffix(_LOCK)), lock)
 
 
-def _remove(partial: Path, lock: object) -> None:
+def _remove(draft: Path, lock: object) -> None:
     """Delete what is left of a folder in the making, then its lock, which is held."""
-    old = partial.with_name(partial.name + _OLD)
+    old = draft.with_name(draft.name + _OLD)
     if old.exists():  # killed between the two renames of `_exchange`
         target = Path(os.readlink(old / _LOCK)) if (old / _LOCK).is_symlink() else None
         if target is not None and not target.exists():
             (old / _LOCK).unlink()
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    if not partial.exists() and not old.exists():
+    shutil.rmtree(draft, ignore_errors=True)
+    if not draft.exists() and not old.exists():
         with suppress(OSError):
-            _lock_of(partial).unlink()
+            _lock_of(draft).unlink()
     lock.release()  # type: ignore[attr-defined]
 
 
-def _lock_of(partial: Path) -> Path:
-    return partial.with_name(partial.name + _LOCK)
+def _lock_of(draft: Path) -> Path:
+    return draft.with_name(draft.name + _LOCK)
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give a finished partial folder its name. It is on disk by then; another folder of that name is gone only afterwards.
+    """Give a folder in the making its name. It is on disk by then; another folder of that name is gone only afterwards.
 
     Where the file system can exchange two folders in one step, a folder of that name is there at any time.
     """
@@ -137,12 +137,12 @@ def _exchange(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_file(file: Path, text: str, partial: Path) -> None:
+def write_file(file: Path, text: str, folder: Path) -> None:
     """Write a whole text file: under its name is the old text or the new one, also after a power cut.
 
-    `partial`: a folder on the same disk, of this process alone.
+    `folder`: one on the same disk, of this process alone.
     """
-    draft = partial / secrets.token_hex(8)
+    draft = folder / secrets.token_hex(8)
     try:
         with draft.open("w", encoding="utf-8") as stream:
             stream.write(text)

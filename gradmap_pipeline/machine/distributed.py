@@ -27,7 +27,7 @@ _ADVICE = "let torchrun set them, or unset them all for a run in one process"
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """This process among those that run the recipe. What is summed comes out the same in all of them.
 
     Before anything is exchanged, the processes compare what they are about to exchange and whether one has failed. So an error
@@ -183,11 +183,11 @@ def read_place(variables: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 @contextmanager
-def open_group(device: str) -> Iterator[Group]:
+def open_group(device: str) -> Iterator[ProcessGroup]:
     """Join the processes that `torchrun` started, if it did."""
     rank, size, local = read_place(os.environ)
     if size == 1:
-        yield Group()
+        yield ProcessGroup()
         return
     import torch
     import torch.distributed as dist
@@ -198,7 +198,7 @@ def open_group(device: str) -> Iterator[Group]:
     with _others_may_end():
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
-        group = Group(rank, size, local)
+        group = ProcessGroup(rank, size, local)
         yield group
         group.agree(None)
     finally:

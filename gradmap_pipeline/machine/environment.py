@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StageError
+from .atomic_folder import atomic_folder, replace_folder
 from .digests import sha256_of_value
-from .partial import partial_folder, replace_folder
 from .processes import ask_program, explain_end, tie
 from .shortages import find_shortage_in
 
@@ -111,17 +111,17 @@ class Workplace:
 
     def _make(self) -> None:
         pins = [f"{name}=={number}" for name, number in self.environment.pins.items()]
-        with partial_folder(self._folder) as partial:
-            constraints = partial / "constraints.txt"
-            _run([sys.executable, "-m", "venv", str(partial)], self.root / _LOG, "a virtual environment cannot be made")
+        with atomic_folder(self._folder) as draft:
+            constraints = draft / "constraints.txt"
+            _run([sys.executable, "-m", "venv", str(draft)], self.root / _LOG, "a virtual environment cannot be made")
             constraints.write_text("\n".join(pins) + "\n")
             wanted = [pin for pin in pins if not pin.startswith("torch==")]
-            pip = [str(_executable_in(partial)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+            pip = [str(_executable_in(draft)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
             what = "pip could not install what the stage needs"
             _run([*pip, "-c", str(constraints), *wanted, *self.environment.requirements], self.root / _LOG, what)
             record = {"requirements": self.environment.requirements, "pins": pins, "python": sys.version}
-            (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
-            replace_folder(partial, self._folder)
+            (draft / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            replace_folder(draft, self._folder)
 
 
 def find_program(python: Path) -> Path:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import CapacityError
-from .group import Group
+from .distributed import ProcessGroup
 from .memory import default_budget
 
-ALONE = Group()
+ALONE = ProcessGroup()
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Machine:
     memory: int | None = None
     """Bytes this process may have resident, on the GPU if there is one; None: 80 % of what is free."""
 
-    def budget(self, device: str, group: Group = ALONE) -> int:
+    def budget(self, device: str, group: ProcessGroup = ALONE) -> int:
         """Bytes each process of a group may have resident, on a GPU of its own or all together in the machine."""
         sharing = 1 if device.startswith("cuda") else group.size
         return default_budget(device) // sharing if self.memory is None else self.memory
 
-    def prepare_torch(self, group: Group = ALONE) -> str:
+    def prepare_torch(self, group: ProcessGroup = ALONE) -> str:
         """Apply these settings to torch, and return the device by torch's name. Raises `CapacityError` where it is not there."""
         import torch
 

@@ -101,7 +101,7 @@ def _file_limit() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
-def name_place(error: BaseException, partial: Path, final: Path) -> None:
+def name_place(error: BaseException, draft: Path, final: Path) -> None:
     """Have an error that says a file grew too large, without its name, say which: the largest of a folder in the making.
 
     `final`: the name that the folder would have got.
@@ -112,9 +112,9 @@ def name_place(error: BaseException, partial: Path, final: Path) -> None:
     if not _LARGE.search(shortage.detail) and (_FULL_DISK.search(shortage.detail) or _file_limit() is None):
         return
     with suppress(OSError, AttributeError):
-        sizes = {file: file.stat().st_size for file in partial.rglob("*") if file.is_file()}
+        sizes = {file: file.stat().st_size for file in draft.rglob("*") if file.is_file()}
         largest = max(sizes, key=lambda file: sizes[file], default=None)
-        setattr(error, _PLACE, str(final if largest is None else final / largest.relative_to(partial)))
+        setattr(error, _PLACE, str(final if largest is None else final / largest.relative_to(draft)))
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import Distribution
+from itertools import accumulate
 from pathlib import Path
 
 from ..machine.digests import sha256_of, sha256_of_value
@@ -20,10 +21,8 @@ from .plugin_files import find_neighbours, folder_of, name_module
 
 _PACKAGE = __name__.partition(".")[0]
 _OURS = f"{_PACKAGE.partition('_')[0]}_plugins"
-_WITHOUT_RESULTS = {
-    f"{_PACKAGE}.{name}" for name in ("errors", "interruptions", "extras", "estimate", "rates", "rehearsal", "trial")
-}
-"""Modules that say what went wrong or what a run would take. A change there makes no other result."""
+_WITHOUT_RESULTS = {f"{_PACKAGE}.{name}" for name in ("errors", "interruptions", "machine.extras", "cost")}
+"""Modules and packages that say what went wrong or what a run would take. A change there makes no other result."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class StageCode:
         waiting = [self.module]
         while waiting:
             name = waiting.pop()
-            if name in known or name in _WITHOUT_RESULTS:
+            if name in known or _WITHOUT_RESULTS & set(_prefixes(name)):
                 continue
             file = self._find_file(name)
             if file is None:
@@ -103,6 +102,11 @@ class StageCode:
     def _neighbours(self) -> dict[str, Path]:
         """By name: modules and packages in the folder of a plugin file."""
         return {} if self.folder is None else find_neighbours(self.folder)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """`a`, `a.b` and `a.b.c` of `a.b.c`."""
+    return accumulate(name.split("."), "{}.{}".format)
 
 
 def _find_root(top: str) -> Path | None:

@@ -21,7 +21,7 @@ from ..recipe.recipe import MODEL_STEP, load_recipe
 from ..recipe.yaml_positions import load_yaml
 from ..stages.targets import check_target, find_foreign_files
 from .events import Reporter
-from .runner import Ran, run_plan
+from .runner import RunState, run_plan
 from .store import Store
 from .summary import name_settings, setting_of
 
@@ -141,7 +141,7 @@ class Comparison:
 def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, reporter: Reporter) -> Comparison:
     """Run each; what they share is computed once. A variant that fails is told at the end, and the others go on."""
     found = Comparison()
-    ended: list[tuple[Variant, Ran]] = []
+    ended: list[tuple[Variant, RunState]] = []
     for variant in variants:
         try:
             ended.append((variant, run_plan(variant.plan, store, machine, reporter)))
@@ -163,11 +163,11 @@ def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, re
     return found
 
 
-def _evaluations(ran: Ran) -> list[Evaluation]:
+def _evaluations(ran: RunState) -> list[Evaluation]:
     return [artifact for given in ran.outputs.values() for artifact in given.values() if isinstance(artifact, Evaluation)]
 
 
-def _measured(ran: Ran, name: str, names: Mapping[tuple[str, int, int], str]) -> Iterator[Row]:
+def _measured(ran: RunState, name: str, names: Mapping[tuple[str, int, int], str]) -> Iterator[Row]:
     """Each model of a run that was evaluated, in order. `names`: of the settings of evaluations."""
     evaluations = _evaluations(ran)
     seen: set[str] = set()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cost.estimate import Estimate
-from ..cost.rehearsal import Rehearsal
+from ..cost.model_costs import ModelCosts
 from ..errors import CapacityError, GradmapError, ModelError, first_line
 from ..machine.machine import Machine
 from ..machine.shortages import find_shortage
@@ -58,26 +58,26 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
     if folder is None:
         return None
     try:
-        rehearsal = Rehearsal(folder, plan.model.name, plan.model.dtype, machine, store)
+        costs = ModelCosts(folder, plan.model.name, plan.model.dtype, machine, store)
     except (GradmapError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise _explain(error, f"model {plan.model.name!r} cannot be tried") from error
-    inspect_steps(plan, plan.steps, rehearsal.graph, rehearsal.memory)
-    stored = rehearsal.stored_layer_bytes + rehearsal.stored_rest_bytes
-    seconds = stored * (rehearsal.rates.digest + rehearsal.rates.read)
-    depth = len(rehearsal.graph.layers)
-    steps = [StepCost(MODEL_STEP, rehearsal.count_parameters(depth), Estimate(bytes_read=stored, seconds=seconds))]
+    inspect_steps(plan, plan.steps, costs.graph, costs.memory)
+    stored = costs.stored_layer_bytes + costs.stored_rest_bytes
+    seconds = stored * (costs.speed.digest + costs.speed.read)
+    depth = len(costs.graph.layers)
+    steps = [StepCost(MODEL_STEP, costs.count_parameters(depth), Estimate(bytes_read=stored, seconds=seconds))]
     known = {(MODEL_STEP, "model"): plan.model_forecast}
-    starting = rehearsal.start_seconds
+    starting = costs.start_seconds
     for step in plan.steps:
         inputs = {name: known.get(source) for name, source in step.inputs.items()}
         for output, forecast in step.forecasts.items():
             known[step.id, output] = forecast
         made = getattr(step.forecasts.get("model"), "layers", None)
-        parameters = None if made is None else rehearsal.count_parameters(made)
+        parameters = None if made is None else costs.count_parameters(made)
         try:
-            estimate: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, inputs, rehearsal)
+            estimate: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, inputs, costs)
         except CapacityError as error:
             steps.append(StepCost(step.id, parameters, None, str(error)))
             continue
@@ -85,7 +85,7 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         if estimate is not None and estimate.seconds:
             estimate, starting = replace(estimate, seconds=estimate.seconds + starting), 0.0
         steps.append(StepCost(step.id, parameters, estimate, obstacle))
-    return PlanCosts(rehearsal.memory, steps)
+    return PlanCosts(costs.memory, steps)
 
 
 def _find_full_disk(step: PlannedStep, estimate: Estimate, store: Path) -> str | None:

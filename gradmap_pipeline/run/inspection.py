@@ -10,7 +10,7 @@ from ..machine.memory import default_budget, give_back
 from ..recipe.asking import ask
 from ..recipe.plan import Plan, PlannedStep
 from ..recipe.recipe import MODEL_STEP
-from ..stages.survey import Survey
+from ..stages.structure_probe import StructureProbe
 
 
 def inspect_plan(plan: Plan) -> None:
@@ -23,9 +23,9 @@ def inspect_plan(plan: Plan) -> None:
 
 def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
     """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it."""
-    survey = Survey(model, memory)
+    probe = StructureProbe(model, memory)
     try:
-        survey.check_loadable()
+        probe.check_loadable()
     except GradmapError as error:
         error.where = error.where or f"model {model.base.name!r}"
         raise
@@ -34,15 +34,15 @@ def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, m
         inputs = {name: known.get(source) for name, source in step.inputs.items()}
         known |= {(step.id, output): forecast for output, forecast in step.forecasts.items()}
         if step in steps:
-            _inspect(step, inputs, survey)
-    del survey
+            _inspect(step, inputs, probe)
+    del probe
     give_back()
 
 
-def _inspect(step: PlannedStep, inputs: dict[str, object], survey: Survey) -> None:
+def _inspect(step: PlannedStep, inputs: dict[str, object], probe: StructureProbe) -> None:
     where = f"step {step.id!r}"
     try:
-        ask("inspect", step.stage, step.id, step.plugin, inputs, survey)
+        ask("inspect", step.stage, step.id, step.plugin, inputs, probe)
     except GradmapError as error:
         if isinstance(error, OptionError):
             override = step.overrides.get(error.option.partition(".")[0])

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from .. import errors
 from ..context import Advance, Context
 from ..errors import GradmapError, OptionError, StageError
+from ..machine.atomic_folder import scratch_folder
 from ..machine.environment import Workplace, surroundings
 from ..machine.memory import resident_bytes
-from ..machine.partial import scratch_folder
 from ..machine.processes import explain_end, tie
 from ..recipe.plugin_files import folder_of
 from ..stages.stage import Stage
@@ -135,7 +135,7 @@ class _Relay:
     def run(self) -> dict[str, Any]:
         """Until its last message; empty where it dies without one."""
         try:
-            self._until_kept()
+            self._pump()
         except _Ended as end:
             return end.message
         finally:
@@ -143,7 +143,7 @@ class _Relay:
                 stack.close()
         raise AssertionError("a worker keeps only what it has asked for")
 
-    def _until_kept(self) -> Any:
+    def _pump(self) -> Any:
         """Up to the next value that the worker has computed. Raises `_Ended` at its last message."""
         for text in self._messages:
             (kind, value), *_ = json.loads(text).items()
@@ -173,7 +173,7 @@ class _Relay:
             nonlocal asked
             asked = True
             self._answer(None)
-            return self._until_kept()
+            return self._pump()
 
         found = self._context.remember(key, compute)
         if not asked:

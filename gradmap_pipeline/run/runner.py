@@ -17,11 +17,11 @@ from ..context import Context, FinishedStep
 from ..errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, name_error, on_one_line, text_of
 from ..export.exports import Export
 from ..interruptions import is_interruption
+from ..machine.atomic_folder import scratch_folder
+from ..machine.distributed import ProcessGroup
 from ..machine.environment import Workplace
-from ..machine.group import Group
 from ..machine.machine import ALONE, Machine
 from ..machine.memory import give_back, tune_allocator
-from ..machine.partial import scratch_folder
 from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code
 from ..recipe.asking import name_method
@@ -38,7 +38,7 @@ from .summary import summarise
 
 
 @dataclass
-class Ran:
+class RunState:
     """Where a run stands."""
 
     outputs: dict[str, dict[str, Artifact]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Ran:
     """What libraries have said, and was told."""
 
 
-def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: Group = ALONE) -> Ran:
+def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup = ALONE) -> RunState:
     """Run every step in order; what the store holds is not run again.
 
     All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
@@ -68,7 +68,7 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
         store.close()
 
 
-def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: Group) -> Ran:
+def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup) -> RunState:
     started = time.monotonic()
     if group.leads:
         store.prepare()
@@ -78,10 +78,10 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
     else:
         group.tell(None)
         base = open_model(plan.model, store.digest_of)
-    ran = Ran(outputs={"model": {"model": base}}, lineage={"model": ()})
+    state = RunState(outputs={"model": {"model": base}}, lineage={"model": ()})
     for step in plan.steps:
         try:
-            _run_step(step, plan, store, machine, reporter, ran, group)
+            _run_step(step, plan, store, machine, reporter, state, group)
         except Exception as error:
             group.agree(error)
             raise
@@ -92,31 +92,33 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
             failure.where = f"step {step.id!r}"
             group.agree(failure)
             raise failure from error
-    tables = summarise(ran.outputs, ran.finished)
+    tables = summarise(state.outputs, state.finished)
     reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
-    return ran
+    return state
 
 
-def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, ran: Ran, group: Group) -> None:
+def _run_step(
+    step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, state: RunState, group: ProcessGroup
+) -> None:
     name, started = step.stage.name, time.monotonic()
     reporter.step_started(StepStarted(step=step.id, stage=name))
     for notice in step.notices:
         reporter.note(step.id, notice)
-    inputs = _find_inputs(step, ran)
+    inputs = _find_inputs(step, state)
     workplace = _workplace_of(step, store)
     key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace)
-    lineage = _join(ran.lineage[source] for source, _ in step.inputs.values())
+    lineage = _join(state.lineage[source] for source, _ in step.inputs.values())
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
     if not cached:
-        if not ran.inspected:
+        if not state.inspected:
             rest = plan.steps[plan.steps.index(step) :]
-            with heard(lambda text: reporter.note(step.id, text), ran.heard):
-                inspect_steps(plan, rest, ran.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
+            with heard(lambda text: reporter.note(step.id, text), state.heard):
+                inspect_steps(plan, rest, state.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
             for later in rest:
                 if group.leads and (place := _workplace_of(later, store)) is not None:
                     _prepare(place, later, reporter)
-            ran.inspected = True
+            state.inspected = True
         together = group if step.stage.parallel else ALONE
         if group.leads or step.stage.parallel:
             with store.step(name, key) if group.leads else _scratch_step() as folder, _noticing_loss(step, store, folder):
@@ -137,7 +139,7 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
                 )
                 called = time.monotonic()
                 taken = step.stage.Inputs.model_validate(inputs)
-                with heard(context.note, ran.heard):
+                with heard(context.note, state.heard):
                     result = _call(step, taken, context, store, workplace, machine.threads)
                 if group.leads:
                     _check_outputs(step, result, taken, folder)
@@ -150,14 +152,14 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
         result = store.load(name, key, step.stage.Outputs)
     if result is None:
         raise StageError(f"the result of step {step.id!r} is not in {str(store.root)!r}; all processes must share that folder")
-    base = ran.outputs["model"]["model"]
+    base = state.outputs["model"]["model"]
     given = {output: getattr(result, output) for output in type(result).model_fields}
     made = {output: artifact.with_names_of(step.stage) for output, artifact in given.items() if artifact is not None}
     outputs = {output: _at_base(artifact, base) for output, artifact in made.items()}
-    ran.outputs[step.id] = outputs
+    state.outputs[step.id] = outputs
     options = step.stage.model_dump(mode="json")
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
-    ran.lineage[step.id] = (*lineage, this)
+    state.lineage[step.id] = (*lineage, this)
     finished = StepFinished(
         step=step.id,
         stage=name,
@@ -166,13 +168,13 @@ def _run_step(step: PlannedStep, plan: Plan, store: Store, machine: Machine, rep
         computed_seconds=store.seconds_of(name, key),
         outputs={output: artifact.model_dump(mode="json") for output, artifact in outputs.items()},
     )
-    ran.finished.append(finished)
+    state.finished.append(finished)
     reporter.step_finished(finished)
 
 
-def _find_inputs(step: PlannedStep, ran: Ran) -> dict[str, Artifact]:
+def _find_inputs(step: PlannedStep, state: RunState) -> dict[str, Artifact]:
     """The artifacts a step takes, without those that a step before chose not to make."""
-    found = {name: ran.outputs[source].get(output) for name, (source, output) in step.inputs.items()}
+    found = {name: state.outputs[source].get(output) for name, (source, output) in step.inputs.items()}
     for name, (_, required) in type(step.stage).input_fields().items():
         if required and found[name] is None:
             failure = StageError(f"needs {'.'.join(step.inputs[name])!r}, which that step did not make this time")
@@ -254,7 +256,7 @@ def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder
     """Put outputs into the store; return them as stored."""
     try:
         if not step.code.is_current():
-            raise StageError("its source files have changed while it ran, so its result is of neither code; run again")
+            raise StageError("its source files have changed while it state, so its result is of neither code; run again")
         return store.finish(folder, key, record, result)
     except StageError as error:
         failure = StageError(f"stage {step.stage.name!r}: {error}")

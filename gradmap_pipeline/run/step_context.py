@@ -9,8 +9,8 @@ from typing import Any
 
 from ..context import Advance
 from ..machine.digests import sha256_of_value
+from ..machine.distributed import ProcessGroup
 from ..machine.environment import Workplace
-from ..machine.group import Group
 from ..recipe.plan import PlannedStep
 from .events import Progress, Reporter
 from .keys import versions_of
@@ -18,7 +18,7 @@ from .store import Store
 
 
 def memory_of(
-    step: PlannedStep, workplace: Workplace | None, dtype: str, store: Store, group: Group, found_finished: list[float]
+    step: PlannedStep, workplace: Workplace | None, dtype: str, store: Store, group: ProcessGroup, found_finished: list[float]
 ) -> Callable[[Any, Callable[[], Any]], Any]:
     """Units of a stage's work, kept under what the stage names as key and the code that made them.
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 from ..artifacts import Artifact
 from ..errors import StageError, first_line
+from ..machine.atomic_folder import atomic_folder, clear_unfinished_folders, replace_folder, write_file
 from ..machine.digests import sha256_of, sha256_of_value
-from ..machine.partial import clear_partial_folders, partial_folder, replace_folder, write_file
 from .output_checks import dump_outputs
 
 _OUTPUTS = "outputs.json"
@@ -67,7 +67,7 @@ class Store:
         if not ignore.exists() or not ignore.stat().st_size:
             ignore.write_text("*\n")
         for folder in (self.root, self.root / "steps", self.root / "environments"):
-            clear_partial_folders(folder)
+            clear_unfinished_folders(folder)
 
     @property
     def environments(self) -> Path:
@@ -108,7 +108,7 @@ class Store:
     def step(self, stage: str, key: str) -> Iterator[StepFolder]:
         """A new, empty folder for a step; it vanishes unless `finish` is called."""
         final = self._step(stage, key)
-        with partial_folder(final) as path:
+        with atomic_folder(final) as path:
             yield StepFolder(path, final)
 
     def finish(self, folder: StepFolder, key: str, record: dict[str, Any], outputs: BaseModel) -> BaseModel:
@@ -194,7 +194,7 @@ class Store:
 
     def _write(self, file: Path, text: str) -> None:
         if self._drafts is None or not self._drafts.is_dir():
-            self._drafts = self._resources.enter_context(partial_folder(self.root / "drafts"))
+            self._drafts = self._resources.enter_context(atomic_folder(self.root / "drafts"))
         _remove_unless(_is_own_file, file)
         write_file(file, text, self._drafts)
 

@@ -30,7 +30,7 @@ from ..recipe.plugin_files import open_folder
 from ..stages.stage import Stage
 
 
-class Line:
+class ParentChannel:
     """Messages to the process that started this one, and its answers."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Line:
         os._exit(1)  # the process that started this one is gone
 
 
-def make_worker_context(request: dict[str, Any], line: Line) -> Context:
+def make_worker_context(request: dict[str, Any], line: ParentChannel) -> Context:
     """What the stage may use; all that reaches the user goes through `line`."""
 
     numbers = itertools.count()
@@ -94,7 +94,7 @@ def make_worker_context(request: dict[str, Any], line: Line) -> Context:
     )
 
 
-def work(request: dict[str, Any], line: Line) -> None:
+def work(request: dict[str, Any], line: ParentChannel) -> None:
     """Run the stage, and send what it gives or what went wrong."""
     try:
         if request["plugin_folder"] is not None:
@@ -132,7 +132,7 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.chdir(request["current_folder"])
     try:
-        work(request, Line())
+        work(request, ParentChannel())
     except KeyboardInterrupt:  # ends as by the signal, which says why
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)

@@ -16,13 +16,13 @@ from ..errors import ModelError, PluginError, StageError
 from ..sweep.finite import names_of
 from .ranking import shorten
 from .stage import Stage
-from .survey import Survey
+from .structure_probe import StructureProbe
 
 if TYPE_CHECKING:
     from ..correction.sites import NotFiniteError, Site
     from ..correction.streams import Streams
     from ..cost.estimate import Estimate
-    from ..cost.rehearsal import Rehearsal
+    from ..cost.model_costs import ModelCosts
 
 Corrected = tuple[list[CorrectedSite], dict[str, TensorFile]]
 """What was done at one layer, and the patched tensors by name."""
@@ -68,9 +68,9 @@ class LayerCompensation(Stage):
     def check(self, graph: ModelGraph) -> None:
         """Raise `StageError` where this pruned model cannot be corrected, before either model runs."""
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
-        sites = survey.find_sites()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_layerwise()
+        sites = probe.find_sites()
         if sites and not any(self.takes(found) for found in sites.values()):
             raise ModelError(f"no layer has a place that {self.name} could correct: {self.wanted}; use project_compensate")
 
@@ -81,15 +81,15 @@ class LayerCompensation(Stage):
         """Whether a layer with these sites can be corrected."""
         return any(site.kind == "output" for site in sites)
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
         model, calibration = inputs.get("model"), inputs.get("calibration")
         if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
             return None
-        return self.estimate_streams(model.layers, calibration.samples, calibration.sequence_length, rehearsal)
+        return self.estimate_streams(model.layers, calibration.samples, calibration.sequence_length, costs)
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate:
+    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         """What correcting a model of so many layers takes; here, one more pass of each."""
-        return rehearsal.two_streams(layers, samples, tokens, self.room(rehearsal.graph), layers)
+        return costs.two_streams(layers, samples, tokens, self.room(costs.graph), layers)
 
     def run(self, inputs: Any, context: Context) -> Any:
         from ..correction.sites import NoSiteError, NotFiniteError, share_sites
@@ -103,7 +103,7 @@ class LayerCompensation(Stage):
             raise StageError("the model has all its layers, so there is nothing to correct; put prune before this step")
         self.check(graph)
         started = time.perf_counter()
-        known = Survey(graph, context.memory).find_sites()
+        known = StructureProbe(graph, context.memory).find_sites()
         give_back()
         known = share_sites(known, context.group)
         streams = open_streams(graph, inputs.calibration, context, self.room(graph))

@@ -13,7 +13,7 @@ from .stage import Stage
 from .targets import NewFolder, check_target, new_folder
 
 if TYPE_CHECKING:
-    from .survey import Survey
+    from .structure_probe import StructureProbe
 
 
 class FolderExport(Stage):
@@ -30,7 +30,7 @@ class FolderExport(Stage):
         check_target(self.to, self.overwrite)
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
         check_target(self.to, self.overwrite, hashing=True)
 
     def writes(self) -> tuple[Path, ...]:

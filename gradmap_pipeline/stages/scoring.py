@@ -19,8 +19,8 @@ from .stage import Stage
 
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
-    from ..cost.rehearsal import Rehearsal
-    from .survey import Survey
+    from ..cost.model_costs import ModelCosts
+    from .structure_probe import StructureProbe
 
 
 class LayerScoring(Stage):
@@ -28,7 +28,7 @@ class LayerScoring(Stage):
 
     abstract = True
 
-    together: ClassVar[bool] = False
+    all_or_nothing: ClassVar[bool] = False
     """Whether the decisions are one choice, of layers that are only worth removing all together."""
 
     ratio: float | None = Field(None, gt=0, lt=1, description="Share of the layers to prepare decisions for. Default: 0.25.")
@@ -65,21 +65,21 @@ class LayerScoring(Stage):
     def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         model = inputs.get("model")
         if model is None or model.layers is None:
-            return {"scores": ScoresForecast(decisions=self.layers, together=self.together)}
-        return {"scores": ScoresForecast(decisions=self.count_decisions(model.layers), together=self.together)}
+            return {"scores": ScoresForecast(decisions=self.layers, all_or_nothing=self.all_or_nothing)}
+        return {"scores": ScoresForecast(decisions=self.count_decisions(model.layers), all_or_nothing=self.all_or_nothing)}
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_layerwise()
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
         model, calibration = inputs.get("model"), inputs.get("calibration")
         if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
             return None
-        return self.estimate_sweeps(model.layers, calibration.samples, calibration.sequence_length, rehearsal)
+        return self.estimate_sweeps(model.layers, calibration.samples, calibration.sequence_length, costs)
 
-    def estimate_sweeps(self, depth: int, samples: int, tokens: int, rehearsal: Rehearsal) -> Estimate | None:
+    def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
         """What scoring a model of `depth` layers takes; here, one forward pass."""
-        return rehearsal.forward_sweep(depth, samples, tokens)
+        return costs.forward_sweep(depth, samples, tokens)
 
     def run(self, inputs: Any, context: Context) -> Any:
         from ..data import check_tokenizer
@@ -146,7 +146,7 @@ class LayerScoring(Stage):
             method=self.describe(),
             decisions=tuple(decisions),
             protected=self.protected(model.layers),
-            together=self.together,
+            all_or_nothing=self.all_or_nothing,
         )
 
     def protected(self, layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -178,7 +178,7 @@ def take_lowest(kept: Sequence[int], scores: Scores, wanted: int, protected: Col
         free = {layer: score for layer, score in left.items() if layer not in protected}
         if not free:
             break
-        removed, unguarded = min(free, key=free.__getitem__), min(left, key=left.__getitem__)
-        decisions.append(Decision(removed=removed, scores=dict(left), unguarded=unguarded))
+        removed, unprotected = min(free, key=free.__getitem__), min(left, key=left.__getitem__)
+        decisions.append(Decision(removed=removed, scores=dict(left), removed_if_unprotected=unprotected))
         del left[removed]
     return decisions

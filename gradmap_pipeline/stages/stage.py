@@ -15,8 +15,8 @@ from ..machine.environment import Environment
 
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
-    from ..cost.rehearsal import Rehearsal
-    from .survey import Survey
+    from ..cost.model_costs import ModelCosts
+    from .structure_probe import StructureProbe
 
 
 class Stage(BaseModel):
@@ -67,11 +67,11 @@ class Stage(BaseModel):
         """
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
         """Raise `OptionError` or `ModelError` where this stage cannot work on a model of this structure.
 
         Asked before a run starts, so that nobody waits for hours to learn it. `inputs` has forecasts, as for `forecast`;
-        `survey` answers for the recipe's model. Reads no weights.
+        `probe` answers for the recipe's model. Reads no weights.
         """
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
@@ -81,10 +81,10 @@ class Stage(BaseModel):
         """
         return ()
 
-    def estimate(self, inputs: Mapping[str, Any], rehearsal: Rehearsal) -> Estimate | None:
+    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
         """Say what a run would take; None where that is not known. Raise `CapacityError` when it cannot fit.
 
-        `inputs` has forecasts, as for `forecast`; `rehearsal` answers for sweeps over the model and for this machine.
+        `inputs` has forecasts, as for `forecast`; `costs` answers for sweeps over the model and for this machine.
         """
         return None
 

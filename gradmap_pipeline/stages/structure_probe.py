@@ -10,8 +10,8 @@ from ..batches import Batch
 from ..checkpoint.architecture import full_config
 from ..checkpoint.companions import find_tokenizer_files
 from ..checkpoint.depth import find_sources
+from ..checkpoint.layer_check import check_same_layers
 from ..checkpoint.pretrained import check_generation_config, load_tokenizer
-from ..checkpoint.twins import check_twins
 from ..errors import ModelError
 from ..sweep.shapes import check_tensors
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from ..checkpoint.graph import ModelGraph
     from ..correction.sites import Site
-    from ..sweep.calls import LayerArguments
     from ..sweep.hollow import ThinModel
+    from ..sweep.layer_arguments import LayerArguments
 
 _SHAPE = (2, 8)  # sequences, tokens
 
 
-class Survey:
+class StructureProbe:
     """A model's structure. Nothing is built before the first question."""
 
     def __init__(self, graph: ModelGraph, memory: int) -> None:
@@ -82,7 +82,7 @@ class Survey:
 
     def check_removal(self, kept: Sequence[int]) -> None:
         """Raise `ModelError` where no config makes the layers that would be left."""
-        check_twins(self.graph.base, kept)
+        check_same_layers(self.graph.base, kept)
 
     def check_removable(self) -> None:
         """Raise `ModelError` where none of a few single layers can be removed."""

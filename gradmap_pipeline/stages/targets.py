@@ -13,8 +13,8 @@ from typing import Any
 
 from ..artifacts import LINEAGE, ExportedFile
 from ..errors import GradmapError, OptionError, StageError
+from ..machine.atomic_folder import atomic_folder, replace_folder
 from ..machine.digests import sha256_of, sha256_of_value
-from ..machine.partial import partial_folder, replace_folder
 from ..machine.shortages import is_shortage
 
 OWN_DIGEST = "sha256"
@@ -177,7 +177,7 @@ def new_folder(to: Path, overwrite: bool, *sources: Path) -> Iterator[NewFolder]
     if foreign and not overwrite:
         raise StageError(_explain(to, *next(iter(foreign.items()))))
     states = {name: _state_of(target / name) for name in foreign}
-    with partial_folder(target) as path:
+    with atomic_folder(target) as path:
         try:
             yield NewFolder(path, target, states)
         except GradmapError as error:

@@ -54,7 +54,7 @@ class SweepNeeds:
 
 
 @dataclass(frozen=True)
-class SweepWay:
+class SweepPlan:
     """How to do it."""
 
     resident: bool
@@ -80,7 +80,7 @@ class SweepWay:
         return ", ".join(filter(None, (layers, "graphs kept" if self.keep_graphs else "", parts, spilled)))
 
 
-def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0) -> SweepWay:
+def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0) -> SweepPlan:
     """The fastest way that fits into `free` bytes.
 
     `divisible` False: what is computed is no sum over samples, so they must go through together.
@@ -117,7 +117,7 @@ def choose_way(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
     if parts > 1 and not keep_graphs and 2 * over <= again:
         parts, again, fitting = 1, 0, needs.samples
     written = 0 if parts > 1 or keep_graphs else over
-    return SweepWay(
+    return SweepPlan(
         resident=resident,
         prefetch=prefetch,
         batch_samples=batch,

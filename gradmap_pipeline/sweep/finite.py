@@ -77,12 +77,12 @@ def not_finite(
 def _find_place(graph: ModelGraph, batches: Sequence[Batch], device: str, dtype: str, folder: Path | None) -> int | str:
     import torch
 
-    from .boundaries import Boundaries
+    from .kept_tensors import KeptTensors
     from .layerwise import LayerwiseModel
     from .sweep import Sweep
 
     model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0)
-    sweep = Sweep(model, batches, boundaries=Boundaries(_HELD, folder), keep_boundaries=False)
+    sweep = Sweep(model, batches, boundaries=KeptTensors(_HELD, folder), keep_boundaries=False)
     for index, batch in enumerate(batches):
         hidden = sweep.boundary(0, index)
         if not hidden[batch.mask.to(hidden.device)].isfinite().all():

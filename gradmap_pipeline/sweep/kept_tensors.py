@@ -25,7 +25,7 @@ class _Spilled:
     device: torch.device
 
 
-class Boundaries:
+class KeptTensors:
     """Hidden states (B, T, D) of each batch at each boundary.
 
     A forward sweep fills them from the bottom and a backward sweep reads them from the top, so the lowest go to the file first.

@@ -21,7 +21,7 @@ from ..checkpoint.rope import forget_lengths
 from ..checkpoint.skeleton import build_skeleton, find_layer_list
 from ..errors import ModelError, StageError, first_line
 from ..machine.shortages import is_shortage
-from .calls import LayerArguments, OutputShape, hidden_of
+from .layer_arguments import LayerArguments, OutputShape, hidden_of
 from .loading import load_tensors, trace_disk_name
 from .prefetch import Prefetcher
 

@@ -70,10 +70,10 @@ def trace_disk_name(graph: ModelGraph, layer: int, parameter: str) -> str:
 
     stored = graph.layer_tensors(layer)
     names = list(stored)
-    dyed = {name: torch.full(stored[name].shape, float(number)) for number, name in enumerate(names)}
+    marked = {name: torch.full(stored[name].shape, float(number)) for number, name in enumerate(names)}
     module = build_skeleton(read_config(graph.base.folder), graph.base.tensors)
     _, layers = find_layer_list(module, graph.base.layers, graph.base.layer_prefix)
-    load_tensors(module, dyed, torch.float32, "cpu")
+    load_tensors(module, marked, torch.float32, "cpu")
     value = layers[layer].get_parameter(parameter)
     if not value.is_meta and value.min() == value.max():
         name = names[int(value.flatten()[0])]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted, make_batches
-from ..machine.group import Group
+from ..machine.distributed import ProcessGroup
 from ..machine.memory import resident_bytes
-from .boundaries import Boundaries
-from .budget import choose_way, measure_needs
+from .budget import measure_needs, plan_sweep
+from .kept_tensors import KeptTensors
 from .layerwise import LayerwiseModel
 from .sweep import Sweep
 
@@ -42,22 +42,22 @@ class PartedSweep:
         backward: bool = True,
         weight_gradients: bool = False,
         divisible: bool = True,
-        group: Group | None = None,
+        group: ProcessGroup | None = None,
         advance: Advance = lambda units=1, /: None,
     ) -> None:
         self.model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0)
         samples, tokens = input_ids.shape
         needs = measure_needs(self.model, samples, tokens, backward=backward, weight_gradients=weight_gradients)
-        self.way = choose_way(needs, memory - resident_bytes(device), divisible=divisible)
-        self.model.resident, self.model.prefetch = self.way.resident, self.way.prefetch
+        self.plan = plan_sweep(needs, memory - resident_bytes(device), divisible=divisible)
+        self.model.resident, self.model.prefetch = self.plan.resident, self.plan.prefetch
         self._folder, self._advance, self._weight_gradients = folder, advance, weight_gradients
-        size = math.ceil(samples / self.way.parts)
+        size = math.ceil(samples / self.plan.parts)
         parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
         self._parts = [
-            make_batches(ids, mask, self.way.batch_samples * tokens, lengths_apart=self.model.lengths_apart) for ids, mask in parts
+            make_batches(ids, mask, self.plan.batch_samples * tokens, lengths_apart=self.model.lengths_apart) for ids, mask in parts
         ]
         predicted = count_predicted(self.batches)
-        self._predicted = int((group or Group()).sum_values({0: predicted})[0])
+        self._predicted = int((group or ProcessGroup()).sum_values({0: predicted})[0])
         self._removed: list[int] = []
         self._only: Sweep | None = None
         self.layer_forwards = 0
@@ -91,8 +91,8 @@ class PartedSweep:
         sweep = Sweep(
             self.model,
             batches,
-            boundaries=Boundaries(self.way.boundary_limit, self._folder),
-            keep_graphs=self.way.keep_graphs,
+            boundaries=KeptTensors(self.plan.boundary_limit, self._folder),
+            keep_graphs=self.plan.keep_graphs,
             weight_gradients=self._weight_gradients,
             predicted=self._predicted,
             advance=self._advance,

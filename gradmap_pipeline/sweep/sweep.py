@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted, next_token_losses
 from ..errors import ModelError
-from .boundaries import Boundaries
-from .calls import LayerArguments
+from .kept_tensors import KeptTensors
+from .layer_arguments import LayerArguments
 from .layerwise import LayerwiseModel
 from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
@@ -35,7 +35,7 @@ class Sweep:
         model: LayerwiseModel,
         batches: Sequence[Batch],
         *,
-        boundaries: Boundaries | None = None,
+        boundaries: KeptTensors | None = None,
         keep_boundaries: bool = True,
         keep_graphs: bool = False,
         weight_gradients: bool = False,
@@ -58,7 +58,7 @@ class Sweep:
         self.layer_forwards = 0
         """Passes of all batches through one layer, recomputation included."""
         self.layer_backwards = 0
-        self._boundaries = Boundaries() if boundaries is None else boundaries
+        self._boundaries = KeptTensors() if boundaries is None else boundaries
         self._arguments: list[dict[int, LayerArguments]] = []
         for index, batch in enumerate(self.batches):
             hidden, arguments = model.record(batch)

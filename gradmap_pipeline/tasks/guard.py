@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..machine.partial import scratch_folder
+from ..machine.atomic_folder import scratch_folder
 from .data_files import READERS, find_data, load_local
 from .folder import TaskFolder
 

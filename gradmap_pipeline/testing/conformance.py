@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from ..artifacts import Artifact
 from ..errors import GradmapError, PluginError, StageError, describe_value, name_error, on_one_line, text_of
 from ..interruptions import is_interruption
+from ..machine.atomic_folder import scratch_folder
 from ..machine.digests import sha256_of
-from ..machine.partial import scratch_folder
 from ..recipe.asking import ask
 from ..run.output_checks import dump_outputs, find_output_faults
 from ..stages.stage import Stage

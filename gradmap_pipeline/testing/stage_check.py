@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CommandError, PluginError
-from ..machine.partial import scratch_folder
+from ..machine.atomic_folder import scratch_folder
 from ..recipe.catalog import Catalog, load_catalog
 from ..recipe.yaml_positions import load_yaml
 from ..text import show

@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from gradmap_pipeline.machine import partial as module
-from gradmap_pipeline.machine.partial import clear_partial_folders, partial_folder, replace_folder, scratch_folder, write_file
+from gradmap_pipeline.machine import atomic_folder as module
+from gradmap_pipeline.machine.atomic_folder import (
+    atomic_folder,
+    clear_unfinished_folders,
+    replace_folder,
+    scratch_folder,
+    write_file,
+)
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from gradmap_pipeline.machine.partial import partial_folder
-with partial_folder(Path(sys.argv[1])) as folder:
+from gradmap_pipeline.machine.atomic_folder import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("half")
     print(folder.name, flush=True)
     time.sleep(600)
@@ -25,7 +31,7 @@ with partial_folder(Path(sys.argv[1])) as folder:
 KILLED_AFTER_RENAMES = """
 import os, signal, sys
 from pathlib import Path
-from gradmap_pipeline.machine import partial
+from gradmap_pipeline.machine import atomic_folder as module
 target, left = Path(sys.argv[1]), int(sys.argv[2])
 rename = Path.rename
 def rename_and_die(path, to):
@@ -34,11 +40,11 @@ def rename_and_die(path, to):
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-partial.ctypes.CDLL = lambda *_, **__: object()
-with partial.partial_folder(target) as folder:
+module.ctypes.CDLL = lambda *_, **__: object()
+with module.atomic_folder(target) as folder:
     (folder / "file").write_text("new")
     Path.rename = rename_and_die
-    partial._exchange(folder, target)
+    module._exchange(folder, target)
 """
 
 
@@ -48,10 +54,10 @@ def names(folder: Path) -> list[str]:
 
 def test_folder_is_there_when_it_is_finished(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with partial_folder(target) as partial:
-        (partial / "file").write_text("new")
+    with atomic_folder(target) as draft:
+        (draft / "file").write_text("new")
         assert not target.exists()
-        replace_folder(partial, target)
+        replace_folder(draft, target)
     assert names(tmp_path) == ["out"]
 
 
@@ -62,9 +68,9 @@ def test_folder_takes_the_place_of_another(can_exchange: bool, tmp_path: Path, m
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with partial_folder(target) as partial:
-        (partial / "new").write_text("new")
-        replace_folder(partial, target)
+    with atomic_folder(target) as draft:
+        (draft / "new").write_text("new")
+        replace_folder(draft, target)
     assert names(tmp_path) == ["out"]
     assert names(target) == ["new"]
 
@@ -85,11 +91,11 @@ def test_folder_of_a_running_process_stays_and_that_of_a_killed_one_goes(name: s
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / name)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         held = process.stdout.readline().strip()
-        clear_partial_folders(tmp_path)
+        clear_unfinished_folders(tmp_path)
         assert (tmp_path / held / "file").read_text() == "half"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        clear_partial_folders(tmp_path)
+        clear_unfinished_folders(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -102,7 +108,7 @@ def test_what_a_process_killed_between_two_renames_leaves(renames: int, tmp_path
     killed = subprocess.run([sys.executable, "-c", KILLED_AFTER_RENAMES, str(target), str(renames)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) > 1
-    clear_partial_folders(tmp_path)
+    clear_unfinished_folders(tmp_path)
     assert names(tmp_path) == ["out"]
     assert names(target) == ["file"]
     assert (target / "file").read_text() == ("new" if renames == 2 else "old")
@@ -113,9 +119,9 @@ def test_two_processes_replace_a_folder_and_a_reader_finds_one_at_any_time(tmp_p
     write = """
 import sys
 from pathlib import Path
-from gradmap_pipeline.machine.partial import partial_folder, replace_folder
+from gradmap_pipeline.machine.atomic_folder import atomic_folder, replace_folder
 for number in range(100):
-    with partial_folder(Path(sys.argv[1])) as folder:
+    with atomic_folder(Path(sys.argv[1])) as folder:
         (folder / "file").write_text("whole")
         replace_folder(folder, Path(sys.argv[1]))
 """
@@ -172,12 +178,12 @@ def test_what_gets_its_name_is_on_disk_before(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(module.os, "fsync", record_sync)
     monkeypatch.setattr(module.Path, "rename", record_rename)
-    with partial_folder(tmp_path / "out") as partial:
-        (partial / "inside").mkdir()
-        (partial / "inside" / "file").write_text("x")
-        replace_folder(partial, tmp_path / "out")
+    with atomic_folder(tmp_path / "out") as draft:
+        (draft / "inside").mkdir()
+        (draft / "inside" / "file").write_text("x")
+        replace_folder(draft, tmp_path / "out")
     at = events.index("rename to out")
-    assert {"file", "inside", partial.name} <= set(events[:at])
+    assert {"file", "inside", draft.name} <= set(events[:at])
     assert events[at + 1] == tmp_path.name
 
 
@@ -186,8 +192,11 @@ def test_run_in_another_process_namespace_deletes_nothing(tmp_path: Path) -> Non
     elsewhere = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*elsewhere, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this user may not make process namespaces")
-    clear = "import sys; from pathlib import Path; from gradmap_pipeline.machine.partial import clear_partial_folders as clear; "
-    with partial_folder(tmp_path / "out") as partial:
-        (partial / "file").write_text("half")
-        subprocess.run([*elsewhere, sys.executable, "-c", clear + "clear(Path(sys.argv[1]))", str(tmp_path)], check=True)
-        assert (partial / "file").read_text() == "half"
+    clear = "import sys; from pathlib import Path; from gradmap_pipeline.machine import atomic_folder as made; "
+    with atomic_folder(tmp_path / "out") as draft:
+        (draft / "file").write_text("half")
+        subprocess.run(
+            [*elsewhere, sys.executable, "-c", clear + "made.clear_unfinished_folders(Path(sys.argv[1]))", str(tmp_path)],
+            check=True,
+        )
+        assert (draft / "file").read_text() == "half"

@@ -48,12 +48,12 @@ class Odd(Stage):
     def forecast(self, inputs):
         act("forecast")
         return {}
-    def inspect(self, inputs, survey):
+    def inspect(self, inputs, probe):
         act("inspect")
     def advise(self, inputs):
         act("advise")
         return ()
-    def estimate(self, inputs, rehearsal):
+    def estimate(self, inputs, costs):
         act("estimate")
     def writes(self):
         act("writes")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import CommandError
-from gradmap_pipeline.machine.group import read_place
+from gradmap_pipeline.machine.distributed import read_place
 from gradmap_pipeline.machine.memory import parse_size
 
 

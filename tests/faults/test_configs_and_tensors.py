@@ -26,7 +26,7 @@ from gradmap_pipeline.checkpoint.infinities import to_json
 from gradmap_pipeline.checkpoint.pretrained import read_config
 from gradmap_pipeline.checkpoint.skeleton import build_skeleton
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.stages.survey import Survey
+from gradmap_pipeline.stages.structure_probe import StructureProbe
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_tensors_that_the_config_does_not_make_are_named(changes: dict[str, Any]
 def test_floats_of_other_types_than_the_config_says_are_fine(model: Path) -> None:
     change_tensors(model, **{Q1: load_file(model / "model.safetensors")[Q1].bfloat16()})
     change_config(model, dtype="float16")
-    Survey(open_folder(model), 1 << 30).check_loadable()
+    StructureProbe(open_folder(model), 1 << 30).check_loadable()
     assert gradmap("run").exit_code == 0
 
 

@@ -46,9 +46,9 @@ class Fail(Stage):
     def forecast(self, inputs):
         act(self.how, "forecast")
         return {}
-    def inspect(self, inputs, survey):
+    def inspect(self, inputs, probe):
         act(self.how, "inspect")
-    def estimate(self, inputs, rehearsal):
+    def estimate(self, inputs, costs):
         act(self.how, "estimate")
     def run(self, inputs, context):
         act(self.how, "run")

@@ -210,7 +210,7 @@ def test_configs_leave_no_temporary_folder(model: Path, tmp_path: Path, monkeypa
     assert not list(place.iterdir())
     killed = (
         "import os, tempfile; tempfile.tempdir = os.environ['PLACE']\n"
-        "from gradmap_pipeline.machine.partial import scratch_folder\n"
+        "from gradmap_pipeline.machine.atomic_folder import scratch_folder\n"
         "with scratch_folder(): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", killed], env={**os.environ, "PLACE": str(place)}, check=False)

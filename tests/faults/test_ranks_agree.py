@@ -110,7 +110,7 @@ def test_processes_that_have_gone_different_ways_say_so(tmp_path: Path) -> None:
     script.write_text("""
 import torch
 from gradmap_pipeline.errors import StageError
-from gradmap_pipeline.machine.group import open_group
+from gradmap_pipeline.machine.distributed import open_group
 try:
     with open_group("cpu") as group:
         group.sum(torch.ones(2 + group.rank))

@@ -17,7 +17,7 @@ from zoo import make_config
 from gradmap_pipeline import StageError, TransformersFolder
 from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.stages.survey import Survey
+from gradmap_pipeline.stages.structure_probe import StructureProbe
 from gradmap_pipeline.testing import make_context
 
 LENGTHS = (40, 7, 23, 40, 12)
@@ -128,7 +128,7 @@ def test_rows_of_every_architecture_give_what_they_give_alone(model_type: str, t
     """Of every architecture that can be evaluated; the same layer-by-layer model, with one row a batch."""
     try:
         graph = open_folder(make_any_model(tmp_path / "model", model_type))
-        Survey(graph, 2**30).check_layerwise()
+        StructureProbe(graph, 2**30).check_layerwise()
     except Exception as error:  # not built here, or refused: another test holds why
         pytest.skip(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
     ids, mask = make_rows(min(300, int(open_config(graph.base.folder).get("vocab_size") or 300)))

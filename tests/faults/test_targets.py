@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from gradmap_pipeline import ExportedFile, OptionError, StageError
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.machine.partial import partial_folder
+from gradmap_pipeline.machine.atomic_folder import atomic_folder
 from gradmap_pipeline.recipe.places import find_machine_places
 from gradmap_pipeline.stages.targets import check_target, describe_folder, find_foreign_files, new_folder
 
@@ -239,7 +239,7 @@ def test_what_is_there_and_no_folder_is_refused() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a place where nothing can be made is needed")
 def test_a_place_where_nothing_can_be_made_ends(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="/proc"), partial_folder(Path("/proc/out")):
+    with pytest.raises(OSError, match="/proc"), atomic_folder(Path("/proc/out")):
         pass
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import StageError, on_one_line
-from ...machine.partial import scratch_folder
+from ...machine.atomic_folder import scratch_folder
 from ...machine.processes import explain_end, tie
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ...machine.partial import scratch_folder
+from ...machine.atomic_folder import scratch_folder
 from ...machine.processes import explain_end, tie
 from .pythons import RUNNER
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ... import errors
 from ...checkpoint.graph import ModelGraph
 from ...errors import CapacityError, GradmapError, StageError
+from ...machine.atomic_folder import scratch_folder
 from ...machine.memory import give_back, tune_allocator
-from ...machine.partial import scratch_folder
 from ...machine.processes import explain_end, tie
 from ...machine.shortages import find_shortage
 from .genai import make_genai_config

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Artifact, Context, DatasetSource, ModelGraph, QualityError, Stage, StageError, Survey, hookimpl
+from gradmap_pipeline import Artifact, Context, DatasetSource, ModelGraph, QualityError, Stage, StageError, StructureProbe, hookimpl
 
 
 class Accuracy(Artifact):
@@ -41,8 +41,8 @@ class StageName(Stage):
         self.dataset.check_amount(self.samples, self.sequence_length, "documents")
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], survey: Survey) -> None:
-        survey.check_layerwise()
+    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+        probe.check_layerwise()
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.batches import make_batches, predicted_tokens

@@ -26,7 +26,7 @@ class TopLayersScore(Stage):
         while len(left) > self.keep_last + 1:
             scores = {layer: float(-position) for position, layer in enumerate(left)}
             chosen = left.pop(-1 - self.keep_last)
-            decisions.append(Decision(removed=chosen, scores=scores, unguarded=left[-1]))
+            decisions.append(Decision(removed=chosen, scores=scores, removed_if_unprotected=left[-1]))
         scores = LayerScores(model=inputs.model.digest, method="depth", decisions=tuple(decisions))
         return self.Outputs(scores=scores)
 
