@@ -27,6 +27,7 @@ from gradmap_pipeline import (
     TransformersFolder,
     hookimpl,
 )
+from gradmap_pipeline.export.consumers import explain_forecast, explain_removal
 from gradmap_pipeline.export.exports import ExportForecast
 from gradmap_pipeline.export.folders import (
     check_loading,
@@ -66,6 +67,11 @@ class ExportModel(FolderExport):
         "values, for ONNX Runtime, Optimum, ONNX Runtime GenAI and transformers.js.",
     )
     max_shard_gigabytes: float = Field(5.0, gt=0, description="Size of the largest weights file, in 10⁹ bytes.")
+    programs: tuple[Literal["llama.cpp", "mlx-lm", "SGLang", "vLLM"], ...] = Field(
+        (),
+        description="Programs that must read the folder as it is meant: where one of them is known to place other kinds of layers "
+        "than the model has, the step is refused rather than its note printed.",
+    )
     onnx: OnnxOptions = Field(default_factory=OnnxOptions, description="Options of `format: onnx`.")
 
     class Inputs(BaseModel):
@@ -81,6 +87,8 @@ class ExportModel(FolderExport):
             raise ValueError(f"'onnx' belongs to format 'onnx'; the format is {self.format!r}")
         if self.format == "onnx" and "max_shard_gigabytes" in self.model_fields_set:
             raise ValueError("'max_shard_gigabytes' belongs to format 'safetensors'; an ONNX graph has one file of weights")
+        if self.format == "onnx" and self.programs:
+            raise ValueError("'programs' belongs to format 'safetensors'; an ONNX graph holds its layers itself")
         return self
 
     def output_types(self) -> dict[str, type[Artifact]]:
@@ -96,13 +104,14 @@ class ExportModel(FolderExport):
         return {} if model is None else {"exported": ExportForecast(**model.model_dump())}
 
     def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
-        from gradmap_pipeline.export.consumers import explain_forecast
-
         return explain_forecast(inputs.get("model")) if self.format == "safetensors" else ()
 
     def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
         super().inspect(inputs, probe)
         probe.check_layerwise()
+        refusal = self._explain_refusal(explain_forecast(inputs.get("model"), self.programs))
+        if refusal is not None:
+            raise OptionError("programs", refusal)
         if self.format == "onnx":
             from gradmap_pipeline.checkpoint.pretrained import read_config
             from gradmap_pipeline.export.ort.trace import check_exportable
@@ -131,7 +140,12 @@ class ExportModel(FolderExport):
         return copying + costs.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
+        from gradmap_pipeline.checkpoint.architecture import full_config
+
         model = inputs.model
+        refusal = self._explain_refusal(explain_removal(full_config(model.base.folder), model.layers, self.programs))
+        if refusal is not None:
+            raise StageError(refusal)
         evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
         with self.new_folder(model.base.folder) as new:
             if self.format == "onnx":
@@ -151,6 +165,16 @@ class ExportModel(FolderExport):
             context.note(deviation)
         context.note(f"wrote {self.to}: {size:.1f} MB, loaded back, logits equal")
         return self.Outputs(exported=TransformersFolder(**made))
+
+    @staticmethod
+    def _explain_refusal(misreadings: Sequence[str]) -> str | None:
+        """What to do where programs that must read the folder would compute another model; None where none would."""
+        if not misreadings:
+            return None
+        return (
+            f"{'; '.join(misreadings)}; choose layers with `prune: {{among: regular}}`, which leaves the pattern as it is, or "
+            "leave the program out of 'programs'"
+        )
 
     def _write_onnx(
         self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context

@@ -36,7 +36,8 @@ READ = """
 
 These programs take layers for those of a kind by index, whatever `layer_types` and other lists of a config say. An export
 whose layers are elsewhere is another model there. `gradmap check` and the notes of `export` name the layers; `prune` with
-`among: regular` chooses layers that leave the pattern as it is. `read` rows come from the program's source and were not run.
+`among: regular` chooses layers that leave the pattern as it is, and `export` with `programs: [mlx-lm]` refuses a folder that
+mlx-lm would misread. `read` rows come from the program's source and were not run.
 
 | program | version | architecture | layers of this kind | taken for it | how a file or config tells it | source | seen |
 |---|---|---|---|---|---|---|---|

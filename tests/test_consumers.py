@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from consumers_table import describe_placing, describe_run, make_page
+from gradmap_plugins.export import ExportModel
 from typer.testing import CliRunner
 from walk import make_model
 
+from gradmap_pipeline import StageError
 from gradmap_pipeline.checkpoint.cadence import is_regular
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.export.consumers import (
     PLACINGS,
     complete_config,
@@ -22,6 +25,7 @@ from gradmap_pipeline.export.consumers import (
     read_marks,
 )
 from gradmap_pipeline.export.llamacpp.limits import explain_deviations, explain_refusal, find_arrays
+from gradmap_pipeline.testing import run_stage
 
 DEPTH = 12
 EVERY = {period: tuple(layer % period == period - 1 for layer in range(DEPTH)) for period in (1, 2, 3, 4, 6)}
@@ -231,6 +235,43 @@ def test_check_warns_by_program(tmp_path: Path) -> None:
     assert lines[1] == ("step 'export': mlx-lm would take layer 5 for those with full attention, where the model has layers 4, 10")
     assert lines[0].startswith("step 'export': llama.cpp would take layer 5 for")
     assert lines[2].endswith("no problems in 2 steps")
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "code", "message"),
+    [
+        (
+            [1],
+            {"programs": ["mlx-lm"]},
+            2,
+            "mlx-lm would take layer 5 for those with full attention, where the model has layers 4, 10",
+        ),
+        ([1], {"programs": ["SGLang", "vLLM"]}, 0, ""),
+        ([0, 1, 2, 3, 4, 5], {"programs": ["mlx-lm", "llama.cpp"]}, 0, ""),
+        ([1], {"programs": ["mlx"]}, 2, "accepted: llama.cpp, mlx-lm, SGLang, vLLM"),
+        ([1], {"programs": ["mlx-lm"], "format": "onnx"}, 2, "'programs' belongs to format 'safetensors'"),
+    ],
+)
+def test_an_export_is_refused_where_a_program_must_read_it(
+    layers: list[int], options: dict[str, Any], code: int, message: str, tmp_path: Path
+) -> None:
+    from gradmap_pipeline.cli.commands import app
+
+    model = make_model(tmp_path / "model", "gemma3_text", num_hidden_layers=12, layer_types=windows(6))
+    steps = [{"use": "prune", "with": {"layers": layers}}, {"use": "export", "with": {"to": str(tmp_path / "out"), **options}}]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"version": 1, "model": {"path": str(model)}, "steps": steps}))
+    done = CliRunner().invoke(app, ["check", str(recipe)])
+    assert done.exit_code == code
+    assert message in " ".join(done.stderr.split())
+
+
+def test_layers_chosen_by_scores_are_refused_when_they_are_known(tmp_path: Path) -> None:
+    graph = open_folder(make_model(tmp_path / "model", "gemma3_text", num_hidden_layers=12, layer_types=windows(6)))
+    stage = ExportModel(to=tmp_path / "out", programs=("mlx-lm",))
+    with pytest.raises(StageError, match="mlx-lm would take layer 5 .*choose layers with"):
+        run_stage(stage, tmp_path / "step", model=graph.without_layers([1]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_of_consumers_is_made_from_its_data() -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline.checkpoint.checkpoint import read_header
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.cost import model_costs
 from gradmap_pipeline.cost.estimate import Estimate
 from gradmap_pipeline.cost.machine_speed import time_call
 from gradmap_pipeline.cost.model_costs import ModelCosts
@@ -191,7 +192,7 @@ def test_what_does_not_fit_is_said_before_the_run(folder: Path) -> None:
 
 def test_each_step_that_does_not_fit_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for the embeddings, not for a sweep."""
-    monkeypatch.setattr(costs, "resident_bytes", lambda device="cpu": 0)
+    monkeypatch.setattr(model_costs, "resident_bytes", lambda device="cpu": 0)
     result = gradmap("plan", "r.yaml", "--memory", "50MiB")
     assert result.exit_code == 3
     for step in ("evaluate_dense", "gradmap_score"):

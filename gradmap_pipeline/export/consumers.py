@@ -5,7 +5,7 @@ Every entry says where it was seen, in which version of the program, and whether
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 Marks = tuple[bool, ...]
 """One flag a layer: whether the layer is of a kind."""
+Program = Literal["llama.cpp", "mlx-lm", "SGLang", "vLLM"]
 Kind = Literal["full attention", "no rotary embedding", "experts"]
 
-LLAMA_CPP = "llama.cpp"
+LLAMA_CPP: Program = "llama.cpp"
 WINDOWS = "attention.sliding_window_pattern"
 """Key of a GGUF file, after its architecture: a flag by layer, true for a window. llama.cpp takes it before any period."""
-_VERSIONS = {LLAMA_CPP: "0c1e570", "mlx-lm": "0.32.2", "SGLang": "0.5.23", "vLLM": "0.32"}
+_VERSIONS: dict[Program, str] = {LLAMA_CPP: "0c1e570", "mlx-lm": "0.32.2", "SGLang": "0.5.23", "vLLM": "0.32"}
 
 
 @dataclass(frozen=True)
 class Placing:
     """A program takes the last of every `period` layers for those of a kind, or the first."""
 
-    program: str
+    program: Program
     types: tuple[str, ...]
     """`model_type` in config.json."""
     kind: Kind
@@ -161,10 +162,10 @@ def name_programs(config: Config) -> list[str]:
     return list(dict.fromkeys(programs))
 
 
-def explain_removal(config: Config, kept: Sequence[int]) -> list[str]:
+def explain_removal(config: Config, kept: Sequence[int], programs: Collection[str] | None = None) -> list[str]:
     """Programs that would misread a model that keeps these layers of a decoder, a line each; none where nothing is removed.
 
-    `config`: of the whole decoder, with all that its class derives (`complete_config`).
+    `config`: of the whole decoder, with all that its class derives (`complete_config`). `programs`: those alone.
     """
     from ..checkpoint.depth import count_layers, prune_fields
     from ..errors import ModelError
@@ -176,14 +177,15 @@ def explain_removal(config: Config, kept: Sequence[int]) -> list[str]:
         pruned = prune_fields(dict(config), dict(config), kept)
     except ModelError:  # refused where the removal is planned
         return []
-    return [str(misreading) for misreading in find_misreadings(pruned)]
+    misreadings = find_misreadings(pruned)
+    return [str(misreading) for misreading in misreadings if programs is None or misreading.placing.program in programs]
 
 
-def explain_forecast(model: ModelForecast | None) -> list[str]:
+def explain_forecast(model: ModelForecast | None, programs: Collection[str] | None = None) -> list[str]:
     """The same of a model as a plan knows it; none where it does not know which layers are left."""
     if model is None or model.config is None or model.kept is None or len(model.kept) == model.config.get("num_hidden_layers"):
         return []
-    return explain_removal(complete_config(model.config, model.folder), model.kept)
+    return explain_removal(complete_config(model.config, model.folder), model.kept, programs)
 
 
 def complete_config(written: Config, folder: Path | None) -> Config:
