@@ -269,7 +269,7 @@ def test_an_export_is_refused_where_a_program_must_read_it(
 def test_layers_chosen_by_scores_are_refused_when_they_are_known(tmp_path: Path) -> None:
     graph = open_folder(make_model(tmp_path / "model", "gemma3_text", num_hidden_layers=12, layer_types=windows(6)))
     stage = ExportModel(to=tmp_path / "out", programs=("mlx-lm",))
-    with pytest.raises(StageError, match="mlx-lm would take layer 5 .*choose layers with"):
+    with pytest.raises(StageError, match=r"mlx-lm would take layer 5 .*choose layers with"):
         run_stage(stage, tmp_path / "step", model=graph.without_layers([1]))
     assert not (tmp_path / "out").exists()
 
