@@ -1,0 +1,319 @@
+"""Push batches through the kept layers, forward and backward, one layer at a time.
+
+Sizes: B sequences a batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..batches import Batch, count_predicted, next_token_losses
+from ..errors import ModelError
+from .kept_tensors import KeptTensors
+from .layer_arguments import LayerArguments
+from .layerwise import LayerwiseModel
+from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..context import Advance
+
+
+class Sweep:
+    """The state of a set of batches inside a model: the hidden states at every boundary between its layers.
+
+    After `remove`, the boundaries below the removed layer stay valid and the next `forward` starts there.
+    """
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        batches: Sequence[Batch],
+        *,
+        boundaries: KeptTensors | None = None,
+        keep_boundaries: bool = True,
+        keep_graphs: bool = False,
+        weight_gradients: bool = False,
+        predicted: int | None = None,
+        advance: Advance = lambda units=1, /: None,
+    ) -> None:
+        """`keep_boundaries` False: for one forward pass, holding one boundary at a time.
+
+        `keep_graphs`: keep what autograd needs from the forward pass, so that going down recomputes nothing; for
+        models whose layers stay in memory. `weight_gradients`: go down with gradients of the layers' parameters.
+        `predicted`: tokens that the mean loss is over, where these batches are a part of more.
+        """
+        self.model = model
+        self.batches = list(batches)
+        self.layers = list(model.graph.layers)
+        self.keep_boundaries = keep_boundaries
+        self.keep_graphs = keep_graphs and model.resident
+        self.weight_gradients = weight_gradients
+        self.advance = advance
+        self.layer_forwards = 0
+        """Passes of all batches through one layer, recomputation included."""
+        self.layer_backwards = 0
+        self._boundaries = KeptTensors() if boundaries is None else boundaries
+        self._arguments: list[dict[int, LayerArguments]] = []
+        for index, batch in enumerate(self.batches):
+            hidden, arguments = model.record(batch)
+            self._boundaries.put(0, index, hidden)
+            self._arguments.append(arguments)
+        self._graphs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        """By position and batch: a layer's input and output, joined by autograd."""
+        self.done = 0
+        """Layers, from the bottom, whose outputs are known."""
+        self.predicted = predicted or count_predicted(self.batches)
+        """Tokens that the mean loss is over."""
+        # Gradients of a mean are too small for float16; those of the sum, nearly, are not.
+        self._scale = 2.0 ** round(math.log2(max(self.predicted, 1))) if str(model.dtype) == "torch.float16" else 1.0
+
+    def boundary(self, position: int, batch: int) -> torch.Tensor:
+        """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm."""
+        return self._boundaries.get(position, batch)
+
+    def arguments(self, batch: int, layer: int) -> LayerArguments:
+        """What the model calls base layer `layer` with for a batch, besides the hidden states."""
+        return self._arguments[batch][layer]
+
+    def remove(self, layer: int) -> None:
+        """Take a base layer out of the model."""
+        position = self.layers.index(layer)
+        del self.layers[position]
+        self._invalidate(position)
+
+    def invalidate_from(self, layer: int) -> None:
+        """Forget what comes out of a base layer, because its weights have changed."""
+        self._invalidate(self.layers.index(layer))
+
+    def forward(self) -> Iterator[ForwardLayer]:
+        """Go up from the first layer whose output is not known. A layer that is not iterated is run all the same."""
+        yield from self._forward_to(len(self.layers))
+
+    def _forward_to(self, end: int) -> Iterator[ForwardLayer]:
+        for position in range(self.done, end):
+            layer = self.layers[position]
+            with self.model.layer(layer) as module, self._parameters(module, position):
+                if position + 1 < len(self.layers):
+                    self.model.expect(self.layers[position + 1])
+                visits = self._forward_visits(position)
+                yield ForwardLayer(layer, module, visits)
+                for _ in visits:
+                    pass
+            if not self.keep_boundaries:
+                self._boundaries.drop(position)
+            self.done = position + 1
+            self.layer_forwards += 1
+
+    def run_forward(self) -> None:
+        """Go up to the last layer."""
+        for _ in self.forward():
+            pass
+
+    def run_up_to(self, layer: int) -> None:
+        """Go up to what enters a base layer."""
+        for _ in self._forward_to(self.layers.index(layer)):
+            pass
+
+    @contextmanager
+    def look(self, layer: int) -> Iterator[ForwardLayer]:
+        """Stand at a base layer to see what it computes now, and keep none of it."""
+        self.run_up_to(layer)
+        with self.model.layer(layer) as module:
+            yield ForwardLayer(layer, module, self._forward_visits(self.layers.index(layer), keep=False))
+        self.layer_forwards += 1
+
+    def losses(self) -> Iterator[torch.Tensor]:
+        """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
+        self.run_forward()
+        for index, batch in enumerate(self.batches):
+            yield self._losses_of(batch, self._boundaries.get(len(self.layers), index))
+            self.advance()
+
+    def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
+        """Sum of the losses of all tokens with one base layer left out; what lies below it is not computed again.
+
+        `from_bottom`: compute it again all the same.
+        """
+        import torch
+
+        self.run_up_to(layer)
+        position = self.layers.index(layer)
+        start = 0 if from_bottom else position
+        left = [other for other in self.layers[start:] if other != layer]
+        # Layers that stay in memory cost nothing to use again, so one batch at a time is enough.
+        batches = range(len(self.batches))
+        total = 0.0
+        with torch.no_grad():
+            for group in ([index] for index in batches) if self.model.resident else [list(batches)]:
+                hidden = [self._boundaries.get(start, index) for index in group]
+                for other in left:
+                    with self.model.layer(other):
+                        for place, index in enumerate(group):
+                            hidden[place] = self.model.run_layer(other, hidden[place], self._arguments[index][other])
+                for index in reversed(group):
+                    total += float(self._losses_of(self.batches[index], hidden.pop()).double().sum())
+        self.layer_forwards += len(left)
+        return total
+
+    def _losses_of(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each token (B, T-1) from what leaves the last layer."""
+        import torch
+
+        with torch.no_grad():
+            parts = [
+                next_token_losses(self.model.head(batch, hidden, positions), batch, positions.start)
+                for positions in self.model.head_slices(batch)
+            ]
+        return torch.cat(parts, dim=1)
+
+    def logits(self, last: int | None = None) -> Iterator[torch.Tensor]:
+        """Logits (B, T, V) of each batch; of the `last` positions alone, where that is given."""
+        import torch
+
+        self.run_forward()
+        with torch.no_grad():
+            for index, batch in enumerate(self.batches):
+                hidden = self._boundaries.get(len(self.layers), index)
+                tokens = hidden.shape[1]
+                wanted = slice(0 if last is None else max(0, tokens - last), tokens)
+                logits = self.model.head(batch, hidden, wanted if len(self.model.head_slices(batch)) > 1 else None)
+                yield logits[:, -(wanted.stop - wanted.start) :]
+
+    def backward(self) -> Iterator[BackwardLayer]:
+        """Go down from the mean next-token loss over all batches.
+
+        A layer whose graph was not kept is recomputed from its stored input. At the lowest layer nothing is
+        computed unless its weight gradients are wanted.
+        """
+        self.run_forward()
+        if self.model.shares_state:
+            raise ModelError("layers use keys and values of other layers, so gradients of hidden states alone are not all there is")
+        gradients = self.head_gradients()
+        for position in reversed(range(len(self.layers))):
+            layer = self.layers[position]
+            with self.model.layer(layer) as module, self._parameters(module, position) as parameters:
+                if position:
+                    self.model.expect(self.layers[position - 1])
+                step = BackwardLayer(layer, module, iter(()))
+                below: list[torch.Tensor] = []
+                step.visits = self._backward_visits(position, gradients, below, parameters, step.weight_gradients)
+                yield step
+                for _ in step.visits:
+                    pass
+            if self._needs_gradient(position):
+                self.layer_backwards += 1
+            gradients = below
+
+    def _needs_gradient(self, position: int) -> bool:
+        return position > 0 or self.weight_gradients
+
+    def _invalidate(self, position: int) -> None:
+        self.done = min(self.done, position)
+        self._boundaries.drop_from(self.done + 1)
+        self._graphs = {place: graph for place, graph in self._graphs.items() if place[0] < self.done}
+
+    @contextmanager
+    def _parameters(self, module: nn.Module, position: int) -> Iterator[dict[str, nn.Parameter]]:
+        """The parameters of a layer whose gradients are wanted, open to autograd while the sweep stands at it."""
+        parameters = dict(module.named_parameters()) if self.weight_gradients else {}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            yield parameters
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+
+    def _forward_visits(self, position: int, *, keep: bool = True) -> Iterator[ForwardVisit]:
+        import torch
+
+        for index, batch in enumerate(self.batches):
+            hidden = self._boundaries.get(position, index)
+            if keep and self.keep_graphs and self._needs_gradient(position):
+                output = self._run_with_graph(position, index, hidden).detach()
+            else:
+                with torch.no_grad():
+                    layer = self.layers[position]
+                    output = self.model.run_layer(layer, hidden, self._arguments[index][layer])
+            if keep:
+                self._boundaries.put(position + 1, index, output)
+            yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
+            self.advance()
+
+    def _run_with_graph(self, position: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        layer = self.layers[position]
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            output = self.model.run_layer(layer, leaf, self._arguments[index][layer])
+        self._graphs[position, index] = leaf, output
+        return output
+
+    def head_gradients(self) -> list[torch.Tensor]:
+        """Gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
+        import torch
+
+        gradients = []
+        for index, batch in enumerate(self.batches):
+            leaf = self._boundaries.get(len(self.layers), index).detach().requires_grad_()
+            gradient: torch.Tensor | None = None
+            for positions in self.model.head_slices(batch):
+                with torch.enable_grad():
+                    logits = self.model.head(batch, leaf, positions)
+                    loss = next_token_losses(logits, batch, positions.start).sum() * (self._scale / self.predicted)
+                part = torch.autograd.grad(loss, leaf)[0]
+                gradient = part if gradient is None else gradient.add_(part)
+            assert gradient is not None
+            gradients.append(gradient)
+            self.advance()
+        return gradients
+
+    def _backward_visits(
+        self,
+        position: int,
+        gradients: list[torch.Tensor],
+        below: list[torch.Tensor],
+        parameters: dict[str, nn.Parameter],
+        weight_gradients: dict[str, torch.Tensor],
+    ) -> Iterator[BackwardVisit]:
+        import torch
+
+        recomputed = False
+        for index, gradient in enumerate(gradients):
+            hidden, output = self._boundaries.get(position, index), self._boundaries.get(position + 1, index)
+            shown = gradient if self._scale == 1 else gradient.float() / self._scale
+            yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, shown)
+            if self._needs_gradient(position):
+                if (position, index) not in self._graphs:
+                    self._run_with_graph(position, index, hidden)
+                    recomputed = True
+                leaf, again = self._graphs[position, index] if self.keep_graphs else self._graphs.pop((position, index))
+                wanted = [leaf, *parameters.values()]
+                found = torch.autograd.grad(again, wanted, gradient, retain_graph=self.keep_graphs, allow_unused=True)
+                below.append(found[0])
+                _accumulate(weight_gradients, parameters, found[1:], self._scale)
+            self.advance()
+        self.layer_forwards += recomputed
+
+
+def _accumulate(
+    sums: dict[str, torch.Tensor],
+    parameters: dict[str, nn.Parameter],
+    gradients: Sequence[torch.Tensor | None],
+    scale: float,
+) -> None:
+    """Add gradients in fp32; a parameter that a batch does not use (an expert nobody chose) adds nothing."""
+    import torch
+
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        if name not in sums:
+            sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        if gradient is not None:
+            sums[name] += gradient.float() / scale
