@@ -17,7 +17,7 @@ from gradmap_pipeline import Context, Decision, LayerScoring, Measure, Stage, St
 if TYPE_CHECKING:
     import torch
 
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def angular_distance(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, tokens: str) -> float:
@@ -49,7 +49,7 @@ class AngularScore(LayerScoring):
     protect_last: int = Field(0, ge=0, description="Layers at the top that are never removed.")
 
     def measure(self, context: Context) -> Measure:
-        return Measure(self._measure_windows, [self.tokens, self.ratio, self.layers])
+        return Measure(self._measure_windows, [self.tokens, self.ratio, self.layers], keep="all")
 
     def describe(self) -> str:
         return f"angle across a window, {self.tokens} tokens"
@@ -64,7 +64,7 @@ class AngularScore(LayerScoring):
         chosen = kept[best : best + wanted]
         return [Decision(removed=layer, scores=scores, removed_if_unprotected=unprotected) for layer in chosen]
 
-    def _measure_windows(self, sweep: Sweep) -> dict[int, float]:
+    def _measure_windows(self, sweep: SamplePass) -> dict[int, float]:
         """By the first layer of each window, the angle across it."""
         sweep.run_forward()
         size = self.count_decisions(len(sweep.layers))

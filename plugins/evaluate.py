@@ -151,30 +151,15 @@ class Evaluate(Stage):
 
 def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """Mean next-token loss in nats over all tokens that are predicted, each once, and their number. ids, mask (samples, tokens)."""
-    from gradmap_pipeline.batches import count_predicted, make_batches
-    from gradmap_pipeline.machine.memory import resident_bytes
-    from gradmap_pipeline.sweep.budget import measure_needs, plan_sweep
+    from gradmap_pipeline.batches import count_predicted
     from gradmap_pipeline.sweep.finite import not_finite
-    from gradmap_pipeline.sweep.kept_tensors import KeptTensors
-    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sweep import open_sweep
 
-    ids, mask = context.group.share(ids), context.group.share(mask)
-    samples, length = ids.shape
-    layerwise = LayerwiseModel(model, device=context.device, dtype=context.dtype, resident_bytes=0)
-    needs = measure_needs(layerwise, samples, length, backward=False, keep_boundaries=False)
-    plan = plan_sweep(needs, context.memory - resident_bytes(context.device))
-    layerwise.resident, layerwise.prefetch = plan.resident, plan.prefetch
-    batches = make_batches(ids, mask, plan.batch_samples * length, lengths_apart=layerwise.lengths_apart)
-    # Weights that stay in memory cost nothing to use again, so activations of one batch at a time are enough.
-    size = 1 if plan.resident else math.ceil(len(batches) / plan.parts)
-    groups = [batches[start : start + size] for start in range(0, len(batches), size)]
     loss = 0.0
-    units = len(batches) * (len(model.layers) + 1)
-    with context.progress(f"score text with the {model.label} model", units, "layer batch") as advance:
-        for group in groups:
-            boundaries = KeptTensors(plan.boundary_limit, context.folder)
-            sweep = Sweep(layerwise, group, boundaries=boundaries, keep_boundaries=False, advance=advance)
+    with open_sweep(model, (ids, mask), context) as sweep:
+        batches = sweep.batches
+        units = len(batches) * (len(model.layers) + 1)
+        with context.progress(f"score text with the {model.label} model", units, "layer batch") as sweep.advance:
             loss += sum(float(losses.double().sum()) for losses in sweep.losses())
     total = context.group.sum_values({"loss": loss, "tokens": count_predicted(batches)})
     if not math.isfinite(total["loss"]):

@@ -152,7 +152,7 @@ class ExportModel(FolderExport):
                 files, difference = self._write_onnx(model, evaluation, new.path, context)
             else:
                 files = self._write(model, evaluation, new.path, context)
-                difference = check_export(model, new.path, context.seed)
+                difference = check_export(model, new.path, context)
             files = new.finish(make_lineage(model, evaluation, files, difference, self, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
@@ -213,19 +213,17 @@ class ExportModel(FolderExport):
         return describe_folder(folder, files)
 
 
-def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
+def check_export(model: ModelGraph, folder: Path, context: Context) -> float:
     """Load the folder back; raise `StageError` unless every weight finds its place and the logits equal the model's.
 
     Both run layer by layer in the exported type, so no more than a layer and the embeddings are in memory.
     """
     import torch
 
-    from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.checkpoint.graph import open_folder
-    from gradmap_pipeline.machine.memory import give_back
+    from gradmap_pipeline.checkpoint.pretrained import read_config
     from gradmap_pipeline.sweep.finite import find_weights
-    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sweep import open_sweep
 
     check_loading(folder)
     reloaded = open_folder(folder, digest_of=lambda _: "")
@@ -233,19 +231,16 @@ def check_export(model: ModelGraph, folder: Path, seed: int) -> float:
     dtype = model.dtype or stored
 
     def compute_logits(graph: ModelGraph) -> torch.Tensor:
-        layerwise = LayerwiseModel(graph, dtype=dtype, resident_bytes=0)
-        words = int(layerwise.module.config.get_text_config().vocab_size)
-        ids = torch.randint(words, _CHECK_SHAPE, generator=torch.Generator().manual_seed(seed))
-        batches = make_batches(ids, torch.ones_like(ids))
-        return next(Sweep(layerwise, batches, keep_boundaries=False).logits()).float()
+        words = int(read_config(graph.base.folder).get_text_config().vocab_size)
+        ids = torch.randint(words, _CHECK_SHAPE, generator=torch.Generator().manual_seed(context.seed))
+        with open_sweep(graph, (ids, torch.ones_like(ids)), context, dtype=dtype) as sweep:
+            return torch.cat([logits.float() for logits in sweep.logits()])
 
-    found = [compute_logits(model)]
-    give_back()
-    found.append(compute_logits(reloaded))
-    if not found[1].isfinite().all():
+    ours, theirs = compute_logits(model), compute_logits(reloaded)
+    if not theirs.isfinite().all():
         cause = find_weights(model) or f"its weights are finite in {dtype}; set another 'dtype' under 'model'"
         raise StageError(f"the model computes values that are not finite: {cause}")
-    difference = float((found[0] - found[1]).abs().max())
+    difference = float((ours - theirs).abs().max())
     if not difference == 0.0:
         raise StageError(
             f"the exported folder does not compute what the model does: logits differ by {difference:.3g}; "

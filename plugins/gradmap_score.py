@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from gradmap_pipeline.machine.distributed import ProcessGroup
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def gate_importance(gradient: torch.Tensor, update: torch.Tensor, mask: torch.Tensor) -> float:
@@ -109,20 +109,20 @@ class GradmapScore(LayerScoring):
         weights = self.metric == "weight_gradient"
         of = partial(self._score_weights, context.group) if weights else self._score_updates
         key = [self.metric, self.norm, self.weighting, self.sample_share]
-        return Measure(of, key, backward=True, weight_gradients=weights, sample_share=self.sample_share)
+        return Measure(of, key, need="weight gradients" if weights else "backward", sample_share=self.sample_share)
 
     def describe(self) -> str:
         details = [self.norm or "l2", self.weighting or "none"] if self.metric == "weight_gradient" else []
         return " ".join([self.metric, *details, self.schedule])
 
-    def _score_updates(self, sweep: Sweep) -> dict[int, float]:
+    def _score_updates(self, sweep: SamplePass) -> dict[int, float]:
         importance = gate_importance if self.metric == "gate_gradient" else update_importance
         return {
             step.layer: sum(importance(visit.gradient, visit.output - visit.input, visit.mask) for visit in step)
             for step in sweep.backward()
         }
 
-    def _score_weights(self, group: ProcessGroup, sweep: Sweep) -> dict[int, float]:
+    def _score_weights(self, group: ProcessGroup, sweep: SamplePass) -> dict[int, float]:
         scores = {}
         for step in sweep.backward():
             for _ in step:

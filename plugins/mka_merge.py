@@ -185,18 +185,16 @@ class MkaMerge(Stage):
         """Coordinates of every sample by layer, from the mean over tokens of what leaves the layer."""
         import torch
 
-        from gradmap_pipeline.sweep.parts import PartedSweep
+        from gradmap_pipeline.sweep.sweep import open_sweep
 
         started = time.perf_counter()
         found: dict[int, list[torch.Tensor]] = {layer: [] for layer in graph.layers}
-        options = {"device": context.device, "dtype": context.dtype, "memory": context.memory, "folder": context.folder}
-        sweeps = PartedSweep(graph, *calibration.load(), backward=False, **options)
-        for sweep in sweeps:
+        with open_sweep(graph, calibration.load(), context) as sweep:
             for step in sweep.forward():
                 for visit in step:
                     real = visit.mask[..., None]
                     found[step.layer].append(((visit.output.double() * real).sum(1) / real.sum(1)).cpu())
-        work = Round(layer_forwards=sweeps.layer_forwards, layer_backwards=0, seconds=time.perf_counter() - started)
+        work = Round(layer_forwards=sweep.layer_forwards, layer_backwards=0, seconds=time.perf_counter() - started)
         return {layer: diffusion_map(torch.cat(vectors).numpy()) for layer, vectors in found.items()}, work
 
 

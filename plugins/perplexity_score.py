@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, ModelCosts, Stage, hookimpl
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 class PerplexityScore(LayerScoring):
@@ -20,7 +20,7 @@ class PerplexityScore(LayerScoring):
     parallel = True
 
     def measure(self, context: Context) -> Measure:
-        return Measure(measure_losses, "loss without a layer")
+        return Measure(measure_losses, "loss without a layer", keep="all")
 
     def describe(self) -> str:
         return "loss without a layer, one at a time"
@@ -29,7 +29,7 @@ class PerplexityScore(LayerScoring):
         return costs.forward_sweep(depth, samples, tokens) * max(1, depth // 2)
 
 
-def measure_losses(sweep: Sweep) -> dict[int, float]:
+def measure_losses(sweep: SamplePass) -> dict[int, float]:
     """Mean loss in nats without each layer; what lies below it is computed once for all."""
     return {layer: sweep.loss_without(layer) / sweep.predicted for layer in sweep.layers}
 

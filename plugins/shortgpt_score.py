@@ -15,7 +15,7 @@ from gradmap_pipeline import Context, LayerScoring, Measure, Stage, hookimpl
 if TYPE_CHECKING:
     import torch
 
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def block_influence(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> float:
@@ -42,7 +42,7 @@ class ShortgptScore(LayerScoring):
         return "block influence"
 
 
-def measure_influence(sweep: Sweep) -> dict[int, float]:
+def measure_influence(sweep: SamplePass) -> dict[int, float]:
     """Block influence of every layer, from one forward pass."""
     return {step.layer: sum(block_influence(visit.input, visit.output, visit.mask) for visit in step) for step in sweep.forward()}
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, ModelCosts, Stage, hookimpl, take_lowest
 
 if TYPE_CHECKING:
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 class SlebScore(LayerScoring):
@@ -29,7 +29,8 @@ class SlebScore(LayerScoring):
     )
 
     def measure(self, context: Context) -> Measure:
-        return Measure(self._measure_losses, ["loss without a layer", self.prefix, self.protect_first, self.protect_last])
+        key = ["loss without a layer", self.prefix, self.protect_first, self.protect_last]
+        return Measure(self._measure_losses, key, keep="all")
 
     def describe(self) -> str:
         return "loss without a layer, greedy"
@@ -43,7 +44,7 @@ class SlebScore(LayerScoring):
         share = 1 if self.prefix == "computed" else 0.5
         return costs.forward_sweep(depth, samples, tokens) * max(1, round(layers * share / depth))
 
-    def _measure_losses(self, sweep: Sweep) -> dict[int, float]:
+    def _measure_losses(self, sweep: SamplePass) -> dict[int, float]:
         """Mean loss in nats without each layer that may go."""
         candidates = sweep.layers[self.protect_first : len(sweep.layers) - self.protect_last]
         again = self.prefix == "computed"

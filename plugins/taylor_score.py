@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from gradmap_pipeline.machine.distributed import ProcessGroup
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def taylor_importance(gradients: list[torch.Tensor], weights: list[torch.Tensor]) -> float:
@@ -44,13 +44,13 @@ class TaylorScore(LayerScoring):
         return costs.backward_sweeps([depth], samples, tokens, weight_gradients=True, divisible=False)
 
     def measure(self, context: Context) -> Measure:
-        return Measure(partial(measure_taylor, context.group), "taylor", backward=True, weight_gradients=True)
+        return Measure(partial(measure_taylor, context.group), "taylor", need="weight gradients")
 
     def describe(self) -> str:
         return "taylor"
 
 
-def measure_taylor(group: ProcessGroup, sweep: Sweep) -> dict[int, float]:
+def measure_taylor(group: ProcessGroup, sweep: SamplePass) -> dict[int, float]:
     """Taylor importance of every layer, from one backward pass."""
     scores = {}
     for step in sweep.backward():

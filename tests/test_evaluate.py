@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from gradmap_pipeline import ModelForecast, OptionError, QualityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import load_tokenizer
-from gradmap_pipeline.sweep import budget
-from gradmap_pipeline.sweep.budget import SweepPlan, plan_sweep
+from gradmap_pipeline.sweep import sweep
+from gradmap_pipeline.sweep.memory_plan import SweepPlan, plan_sweep
 from gradmap_pipeline.testing import run_stage
 
 
@@ -47,7 +47,7 @@ def test_all_samples(llama: Path, text: Path, tmp_path: Path) -> None:
     assert found.tokens == (tokens - 1) // 31 * 31  # the text's own BOS begins the first sequence
 
 
-@pytest.mark.parametrize("forced", [{}, {"parts": 3}, {"boundary_limit": 2000}], ids=str)
+@pytest.mark.parametrize("forced", [{}, {"passes": 3}, {"kept_limit": 2000}], ids=str)
 def test_streamed_weights_give_the_same(
     forced: dict[str, int], llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,10 +55,10 @@ def test_streamed_weights_give_the_same(
     model = open_folder(llama).without_layers([1])
     resident = run_stage(make_stage(text), tmp_path, model=model).evaluation
 
-    def forced_way(*arguments: Any, **options: Any) -> SweepPlan:
+    def forced_plan(*arguments: Any, **options: Any) -> SweepPlan:
         return replace(plan_sweep(*arguments, **options), resident=False, batch_samples=2, **forced)
 
-    monkeypatch.setattr(budget, "plan_sweep", forced_way)
+    monkeypatch.setattr(sweep, "plan_sweep", forced_plan)
     streamed = run_stage(make_stage(text), tmp_path, model=model).evaluation
     assert streamed.loss == pytest.approx(resident.loss, rel=1e-7)
     assert streamed.tokens == resident.tokens

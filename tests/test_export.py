@@ -20,7 +20,7 @@ from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.machine.digests import sha256_of
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-from gradmap_pipeline.sweep.sweep import Sweep
+from gradmap_pipeline.sweep.sample_pass import SamplePass
 from gradmap_pipeline.testing import run_stage
 
 
@@ -46,7 +46,7 @@ def test_plain_transformers_computes_the_same(architecture: str, dtype: torch.dt
     assert not report["unexpected_keys"]
     assert loaded.dtype == dtype
     ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(2))
-    sweep = Sweep(LayerwiseModel(model, dtype=str(dtype).removeprefix("torch.")), make_batches(ids, torch.ones_like(ids)))
+    sweep = SamplePass(LayerwiseModel(model, dtype=str(dtype).removeprefix("torch.")), make_batches(ids, torch.ones_like(ids)))
     with torch.no_grad():
         assert torch.equal(loaded.eval()(input_ids=ids).logits, next(iter(sweep.logits())))
         # The cache is indexed by layer: a wrong number shows in generation alone.

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from gradmap_pipeline import CalibrationSet, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
 from gradmap_pipeline.batches import count_predicted
 from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.sweep import sample_pass, sweep
 from gradmap_pipeline.testing import make_context, run_stage
 
 
@@ -173,9 +174,9 @@ def test_half_precision_does_not_lose_small_gradients(
     model: ModelGraph, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if there were 100,000 tokens: gradients of their mean are below what float16 can hold."""
-    from gradmap_pipeline.sweep import parts
 
-    monkeypatch.setattr(parts, "count_predicted", lambda batches: count_predicted(batches) * 1000)
+    for module in (sample_pass, sweep):
+        monkeypatch.setattr(module, "count_predicted", lambda batches: count_predicted(batches) * 1000)
     stage = GradmapScore.model_validate({"schedule": "one_shot", "layers": 1})
     single, half = (
         run_stage(stage, tmp_path, dtype=dtype, model=model, calibration=calibration).scores.decisions[0].scores

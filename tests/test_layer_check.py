@@ -115,10 +115,10 @@ def test_sweeps_notice_shared_states(tmp_path: Path) -> None:
 
     from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
     model = LayerwiseModel(open_folder(make_model(tmp_path, "gemma4_unified_text")))
-    sweep = Sweep(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
+    sweep = SamplePass(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
     sweep.run_forward()
     assert model.shares_state
     with pytest.raises(ModelError, match="layers use keys and values of other layers"):

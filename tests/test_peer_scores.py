@@ -203,19 +203,19 @@ def test_scores_in_parts_are_those_of_the_whole(model: ModelGraph, calibration: 
 
     from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
     ids, mask = calibration.load()
     layerwise = LayerwiseModel(model)
-    whole = Sweep(layerwise, make_batches(ids, mask))
+    whole = SamplePass(layerwise, make_batches(ids, mask))
     together = measure_losses(whole)
     parts = [
-        measure_losses(Sweep(layerwise, make_batches(some, real), predicted=whole.predicted))
+        measure_losses(SamplePass(layerwise, make_batches(some, real), predicted=whole.predicted))
         for some, real in zip(ids.split(3), mask.split(3), strict=True)
     ]
     assert {layer: parts[0][layer] + parts[1][layer] for layer in together} == pytest.approx(together, rel=1e-5)
     layerwise.resident = False
-    assert measure_losses(Sweep(layerwise, make_batches(ids, mask, 48))) == pytest.approx(together, rel=1e-5)
+    assert measure_losses(SamplePass(layerwise, make_batches(ids, mask, 48))) == pytest.approx(together, rel=1e-5)
 
 
 @pytest.mark.parametrize("power", [1, 2])

@@ -13,7 +13,7 @@ from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.prefetch import Prefetcher
-from gradmap_pipeline.sweep.sweep import Sweep
+from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_a_sweep_reads_ahead_in_both_directions(llama: Path, monkeypatch: pytest
     for ahead in (False, True):
         model = LayerwiseModel(open_folder(llama), resident_bytes=0)
         model.prefetch = ahead
-        sweep = Sweep(model, make_batches(ids, torch.ones_like(ids)))
+        sweep = SamplePass(model, make_batches(ids, torch.ones_like(ids)))
         found.append([visit.gradient for step in sweep.backward() for visit in step])
         assert taken == ([1, 2, 3, 2, 1, 0] if ahead else [])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -81,7 +81,7 @@ def test_a_sweep_that_ends_early_leaves_nothing_on_its_way(llama: Path) -> None:
     model = LayerwiseModel(open_folder(llama), resident_bytes=0)
     model.prefetch = True
     ids = torch.full((2, 8), 5)
-    forward = Sweep(model, make_batches(ids, torch.ones_like(ids))).forward()
+    forward = SamplePass(model, make_batches(ids, torch.ones_like(ids))).forward()
     assert next(forward).layer == 0
     assert model._prefetcher._coming is not None
     del forward

@@ -25,7 +25,7 @@ from gradmap_pipeline.correction.ridge import check_room, solve_ridge
 from gradmap_pipeline.correction.sites import NoSiteError, Site, check_gain, find_sites
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-from gradmap_pipeline.sweep.sweep import Sweep
+from gradmap_pipeline.sweep.sample_pass import SamplePass
 from gradmap_pipeline.testing import make_context, run_stage
 
 DOWN = {"llama": "mlp.down_proj", "qwen3": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2"}
@@ -128,11 +128,11 @@ def test_correction_brings_the_stream_closer(space: str, text: Path, tmp_path: P
     model, calibration = make_inputs(tmp_path, "llama", text)
     pruned = model.without_layers([1])
     batches = make_batches(*calibration.load())
-    target = Sweep(LayerwiseModel(model), batches)
+    target = SamplePass(LayerwiseModel(model), batches)
     target.run_forward()
 
     def distance(graph: ModelGraph) -> float:
-        sweep = Sweep(LayerwiseModel(graph), batches)
+        sweep = SamplePass(LayerwiseModel(graph), batches)
         sweep.run_forward()
         return float((sweep.boundary(len(graph.layers), 0) - target.boundary(4, 0)).square().sum())
 
@@ -184,7 +184,7 @@ def test_sites_only_with_largest() -> None:
 def find_first_sites(folder: Path, architecture: str, **changes: Any) -> tuple[Site, ...]:
     """Of layer 1 of a tiny model."""
     model = LayerwiseModel(open_folder(make_any_model(folder, architecture, **changes)))
-    sweep = Sweep(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
+    sweep = SamplePass(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
     sweep.run_forward()
     with model.layer(1):
         return find_sites(model, 1, sweep.boundary(1, 0), sweep.arguments(0, 1))
@@ -237,7 +237,7 @@ def test_sites_are_found_in_float32_whatever_is_computed_in(architecture: str, n
 
 def test_gain_that_is_a_weight_is_noticed(tmp_path: Path) -> None:
     model = LayerwiseModel(open_folder(make_any_model(tmp_path / "model", "granite", residual_multiplier=0.25)))
-    sweep = Sweep(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
+    sweep = SamplePass(model, make_batches(torch.randint(3, 300, (2, 8)), torch.ones(2, 8)))
     sweep.run_forward()
     with model.layer(1):
         call = (model, 1, sweep.boundary(1, 0), sweep.arguments(0, 1))

@@ -17,7 +17,7 @@ from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.sweep import layerwise
 from gradmap_pipeline.sweep.kept_tensors import KeptTensors
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-from gradmap_pipeline.sweep.sweep import Sweep
+from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def make_samples(padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def watch(gradients: list[torch.Tensor], _module: Any, _inputs: Any, output: Any
 def test_gradients_equal_plain_backward(tmp_path: Path, architecture: str, tied: bool, padded: bool, resident_bytes: int) -> None:
     folder = make_model(tmp_path, architecture, tied=tied)
     batches = make_batches(*make_samples(padded), batch_tokens=40)
-    sweep = Sweep(LayerwiseModel(open_folder(folder), resident_bytes=resident_bytes), batches, weight_gradients=True)
+    sweep = SamplePass(LayerwiseModel(open_folder(folder), resident_bytes=resident_bytes), batches, weight_gradients=True)
     assert len(batches) > 1
     ours: dict[str, torch.Tensor] = {}
     outputs: dict[int, list[torch.Tensor]] = {}
@@ -75,9 +75,9 @@ def test_ways_to_save_change_nothing(
 ) -> None:
     """Over three removals: gradients with kept graphs, and with boundaries in a file, are those of recomputation, bit for bit."""
 
-    def run(**options: Any) -> tuple[list[torch.Tensor], Sweep]:
+    def run(**options: Any) -> tuple[list[torch.Tensor], SamplePass]:
         batches = make_batches(*make_samples(padded=True), batch_tokens=40)
-        sweep = Sweep(LayerwiseModel(open_folder(llama)), batches, weight_gradients=weight_gradients, **options)
+        sweep = SamplePass(LayerwiseModel(open_folder(llama)), batches, weight_gradients=weight_gradients, **options)
         found = []
         for removed in (None, 2, 1):
             if removed is not None:
@@ -94,7 +94,7 @@ def test_ways_to_save_change_nothing(
         assert (sweep.layer_forwards, sweep.layer_backwards) == (4 + 1 + 1, 9 if weight_gradients else 6)
     elif way == "spilled":
         boundaries = KeptTensors(3000, tmp_path)
-        saved, sweep = run(boundaries=boundaries)
+        saved, sweep = run(kept=boundaries)
         assert boundaries.bytes_written > 0
         assert boundaries.bytes_read > 0
     else:
@@ -109,17 +109,17 @@ def test_ways_to_save_change_nothing(
 def test_head_in_slices(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model(tmp_path, architecture)
     batches = make_batches(*make_samples(padded=True))
-    whole = next(iter(Sweep(LayerwiseModel(open_folder(folder)), batches).losses()))
+    whole = next(iter(SamplePass(LayerwiseModel(open_folder(folder)), batches).losses()))
     monkeypatch.setattr(layerwise, "LOGITS_AT_ONCE", 5 * 300 * 6)
     model = LayerwiseModel(open_folder(folder))
     assert [(part.start, part.stop) for part in model.head_slices(batches[0])] == [(0, 6), (6, 12), (12, 18), (18, 19)]
-    assert torch.allclose(next(iter(Sweep(model, batches).losses())), whole, atol=1e-6)
+    assert torch.allclose(next(iter(SamplePass(model, batches).losses())), whole, atol=1e-6)
 
 
 def test_loss_is_transformers_loss(llama: Path) -> None:
     """Against the model's own loss, which leaves out labels of -100."""
     batches = make_batches(*make_samples(padded=True))
-    sweep = Sweep(LayerwiseModel(open_folder(llama)), batches)
+    sweep = SamplePass(LayerwiseModel(open_folder(llama)), batches)
     (batch,), (losses,) = batches, list(sweep.losses())
     labels = batch.input_ids.masked_fill(~batch.mask, -100)
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
@@ -130,11 +130,11 @@ def test_loss_is_transformers_loss(llama: Path) -> None:
 
 def test_padding_changes_nothing(llama: Path) -> None:
     ids, _ = make_samples(padded=False)
-    short = Sweep(LayerwiseModel(open_folder(llama)), make_batches(ids[:1, :12], torch.ones(1, 12)))
+    short = SamplePass(LayerwiseModel(open_folder(llama)), make_batches(ids[:1, :12], torch.ones(1, 12)))
     mask = torch.zeros_like(ids[:2])
     mask[0, :12] = 1
     mask[1] = 1
-    long = Sweep(LayerwiseModel(open_folder(llama)), make_batches(ids[:2], mask))
+    long = SamplePass(LayerwiseModel(open_folder(llama)), make_batches(ids[:2], mask))
     torch.testing.assert_close(next(iter(long.losses()))[0, :11], next(iter(short.losses()))[0], rtol=1e-5, atol=1e-6)
     assert float(next(iter(long.losses()))[0, 11:].abs().sum()) == 0
 
@@ -144,11 +144,11 @@ def test_removed_layers_are_skipped(tmp_path: Path, architecture: str) -> None:
     """Removing in the sweep, or in the graph, gives the logits of the model with those layers as identities."""
     folder = make_model(tmp_path, architecture)
     batches = make_batches(*make_samples(padded=False))
-    sweep = Sweep(LayerwiseModel(open_folder(folder)), batches)
+    sweep = SamplePass(LayerwiseModel(open_folder(folder)), batches)
     sweep.run_forward()
     sweep.remove(2)
     sweep.remove(0)
-    from_graph = Sweep(LayerwiseModel(open_folder(folder).without_layers([0, 2])), batches)
+    from_graph = SamplePass(LayerwiseModel(open_folder(folder).without_layers([0, 2])), batches)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     layers = model.get_submodule(sweep.model.layers_path)
     for index in (0, 2):
@@ -160,7 +160,7 @@ def test_removed_layers_are_skipped(tmp_path: Path, architecture: str) -> None:
 
 
 def test_removal_keeps_what_lies_below(llama: Path) -> None:
-    sweep = Sweep(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
+    sweep = SamplePass(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
     sweep.run_forward()
     assert sweep.layer_forwards == 4
     sweep.remove(2)
@@ -169,14 +169,14 @@ def test_removal_keeps_what_lies_below(llama: Path) -> None:
 
 
 def test_lowest_layer_is_not_recomputed(llama: Path) -> None:
-    sweep = Sweep(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
+    sweep = SamplePass(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
     assert [step.layer for step in sweep.backward()] == [3, 2, 1, 0]
     assert (sweep.layer_forwards, sweep.layer_backwards) == (4 + 3, 3)
 
 
 def test_one_layer_in_memory_at_a_time(llama: Path) -> None:
     model = LayerwiseModel(open_folder(llama), resident_bytes=0)
-    sweep = Sweep(model, make_batches(*make_samples(padded=False)))
+    sweep = SamplePass(model, make_batches(*make_samples(padded=False)))
 
     def layers_in_memory() -> list[int]:
         layers = model.module.get_submodule(model.layers_path)
@@ -194,7 +194,7 @@ def test_override_survives_dropping_the_layer(llama: Path) -> None:
     changed = []
     for resident_bytes in (0, 1 << 30):
         model = LayerwiseModel(open_folder(llama), resident_bytes=resident_bytes)
-        sweep = Sweep(model, batches)
+        sweep = SamplePass(model, batches)
         before = next(iter(sweep.logits()))
         model.override(1, "mlp.down_proj.weight", torch.zeros(32, 64))
         sweep.invalidate_from(1)
@@ -205,10 +205,10 @@ def test_override_survives_dropping_the_layer(llama: Path) -> None:
 
 def test_layers_run_without_the_rest(llama: Path) -> None:
     model = LayerwiseModel(open_folder(llama))
-    sweep = Sweep(model, make_batches(*make_samples(padded=False)))
+    sweep = SamplePass(model, make_batches(*make_samples(padded=False)))
     model.forget_rest()
     sweep.run_forward()
-    whole = Sweep(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
+    whole = SamplePass(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
     whole.run_forward()
     assert torch.equal(sweep.boundary(4, 0), whole.boundary(4, 0))
     assert {name for name, value in model.module.named_parameters() if value.is_meta} == {
@@ -226,7 +226,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks the weights of 'model.layers.1.mlp.up_proj.weight'"):
-        Sweep(LayerwiseModel(open_folder(folder)), make_batches(*make_samples(padded=False))).run_forward()
+        SamplePass(LayerwiseModel(open_folder(folder)), make_batches(*make_samples(padded=False))).run_forward()
 
 
 def test_missing_embeddings_are_named(tmp_path: Path) -> None:
@@ -248,6 +248,6 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"up_proj.weight' has shape \(3, 32\) in the checkpoint, but its config asks for \(64, 32\)"
+        ModelError, match=r"up_proj.weight' has shape \(3, 32\) in the checkpoint, but its config requires \(64, 32\)"
     ):
-        Sweep(LayerwiseModel(open_folder(folder)), make_batches(*make_samples(padded=False))).run_forward()
+        SamplePass(LayerwiseModel(open_folder(folder)), make_batches(*make_samples(padded=False))).run_forward()

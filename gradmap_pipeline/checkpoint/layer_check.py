@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .adapter import refuse_cache
 from .architecture import prune_config
 from .pretrained import read_config
 from .skeleton import build_skeleton, find_layer_list
@@ -52,18 +53,15 @@ def check_same_layers(base: BaseCheckpoint, kept: Sequence[int]) -> None:
 
 def _check_cache(original: PreTrainedModel, pruned: PreTrainedModel) -> None:
     """Raise `ModelError` where the cache of keys and values counts tokens for the original's layers, and not for those left."""
-    from transformers import DynamicCache
-
     try:
-        DynamicCache(config=original.config).get_seq_length()
+        had_none = refuse_cache(original.config) is not None
     except Exception:  # has no cache of this kind
         return
-    try:
-        DynamicCache(config=pruned.config).get_seq_length()
-    except ValueError as error:
+    refusal = None if had_none else refuse_cache(pruned.config)
+    if refusal is not None:
         raise ModelError(
-            f"transformers has no cache for the layers that would be left ({error}); remove fewer, or list under 'layers' which"
-        ) from error
+            f"transformers has no cache for the layers that would be left ({refusal}); remove fewer, or list under 'layers' which"
+        )
 
 
 def _differences(layer: nn.Module, twin: nn.Module, position: int, depth: int, kept: Sequence[int]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..machine.shortages import is_shortage
+from .adapter import compute_buffers
 from .choices import find_unknown_name
 from .pretrained import make_model, name_error
 from .sizes import Room
@@ -42,9 +43,7 @@ def build_skeleton(
             for leaf, value in module._parameters.items():
                 if value is not None and not value.is_meta:  # made in a way that the context does not see
                     module._parameters[leaf] = torch.nn.Parameter(torch.empty_like(value, device="meta"))
-        for parameter in model.parameters():
-            parameter._is_hf_initialized = True
-        model.initialize_weights()
+        compute_buffers(model)
     except Exception as error:  # an architecture's own code, given numbers that nobody has tried
         if isinstance(error, ModelError) or is_shortage(error):
             raise

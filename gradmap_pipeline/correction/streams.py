@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..artifacts import Round
-from ..batches import make_batches
 from ..machine.distributed import ProcessGroup
-from ..machine.memory import give_back, resident_bytes
-from ..sweep.budget import SweepNeeds, SweepPlan, measure_needs, plan_sweep
 from ..sweep.kept_tensors import KeptTensors
 from ..sweep.layerwise import LayerwiseModel
+from ..sweep.memory_plan import SweepNeeds, SweepPlan, plan_sweep
+from ..sweep.sample_pass import SamplePass
 from ..sweep.sweep import Sweep
 from ..sweep.visits import ForwardVisit
 from .sites import NotFiniteError
@@ -74,8 +73,9 @@ def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepPlan,
 
     `reserve`: bytes to leave free for what is done with them.
     """
-    plan = plan_sweep(replace(needs, backward=False, logits_bytes=0), free, divisible=False, reserve=reserve)
-    return plan, max(0, plan.boundary_limit - reserve) // 2
+    alone = replace(needs, backward=False, has_head=False)
+    plan = plan_sweep(alone, free, divisible=False, reserve=reserve)
+    return plan, max(0, plan.kept_limit - reserve) // 2
 
 
 def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
@@ -83,33 +83,19 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
     `reserve`: bytes to leave free for what is done with them.
     """
-    ids, mask = map(context.group.share, calibration.load())
-    samples, tokens = ids.shape
-
-    def open_model(graph: ModelGraph) -> LayerwiseModel:
-        return LayerwiseModel(graph, device=context.device, dtype=context.dtype, resident_bytes=0)
-
-    model = open_model(graph.dense)
-    needs = measure_needs(model, samples, tokens, backward=False)
-    plan, limit = plan_streams(needs, context.memory - resident_bytes(context.device), reserve)
-    batches = make_batches(ids, mask, plan.batch_samples * tokens, lengths_apart=model.lengths_apart)
-    with context.progress("run the original model", graph.base.layers * len(batches), "layer batch") as advance:
-        targets = KeptTensors(limit, context.folder)
-        model.resident, model.prefetch = plan.resident, plan.prefetch
-        original = Sweep(model, batches, boundaries=targets, advance=advance)
-        model.forget_rest()
+    alone: dict[str, Any] = {"keep": "all", "divisible": False, "has_head": False, "reserve": reserve, "sharers": 2}
+    original = Sweep(graph.dense, calibration.load(), context, **alone)
+    units = graph.base.layers * len(original.batches)
+    with context.progress("run the original model", units, "layer batch") as original.advance:
         for step in original.forward():
             for _ in step:
                 pass
             if step.layer not in graph.layers or step.layer < graph.removed[0]:
-                targets.drop(step.layer)  # nothing is compared there
-        del original, step, model
-        give_back()
-        model = open_model(graph)
-        model.resident, model.prefetch = plan.resident, plan.prefetch
-        pruned = Sweep(model, batches, boundaries=KeptTensors(limit, context.folder))
-        model.forget_rest()
-    return Streams(targets, pruned, graph, context.group, graph.base.layers)
+                original.kept.drop(step.layer)  # nothing is compared there
+        del step
+        targets = original.detach()
+        pruned = Sweep(graph, calibration.load(), context, plan=original.plan, **alone)
+    return Streams(targets, pruned.open_only_pass(), graph, context.group, graph.base.layers)
 
 
 @dataclass
@@ -118,7 +104,7 @@ class Streams:
 
     targets: KeptTensors
     """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
-    pruned: Sweep
+    pruned: SamplePass
     graph: ModelGraph
     group: ProcessGroup
     original_forwards: int = 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..batches import Batch
     from ..checkpoint.graph import ModelGraph
-    from ..sweep.budget import SweepNeeds
+    from ..sweep.memory_plan import SweepNeeds
 
 _FLOPS = 4e11
 """A timed pass takes at most, forward; but one sample at least."""
@@ -40,9 +40,10 @@ class LayerBenchmark:
     """A model without its weights. Embeddings and head have made-up ones, and a layer gets them when it is tried."""
 
     def __init__(self, graph: ModelGraph, device: str, dtype: str) -> None:
-        from ..sweep.hollow import HollowModel, make_up
+        from ..sweep.layerwise import LayerwiseModel
+        from ..sweep.weight_sources import ZeroWeights, make_up
 
-        self._model = HollowModel(graph, device=device, dtype=dtype, resident_bytes=0)
+        self._model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0, weights=ZeroWeights())
         make_up(self._model.module)
         config = self._model.module.config.get_text_config()
         self.hidden_size = int(config.hidden_size)
@@ -60,7 +61,7 @@ class LayerBenchmark:
 
     def needs(self, tokens: int) -> SweepNeeds:
         """What a backward sweep of one sample over all layers would need."""
-        from ..sweep.budget import measure_needs
+        from ..sweep.memory_plan import measure_needs
 
         if tokens not in self._needs:
             self._needs[tokens] = measure_needs(self._model, 1, tokens)
@@ -107,7 +108,7 @@ class LayerBenchmark:
     def _try_layer(self, samples: int, tokens: int, weight_gradients: bool) -> Pass:
         import torch
 
-        from ..sweep.hollow import make_up
+        from ..sweep.weight_sources import make_up
 
         hidden, arguments = self._model.record(self._make_batch(samples, tokens))
         with self._model.layer(self._layer) as module:
@@ -139,12 +140,12 @@ class LayerBenchmark:
         return found
 
     def _try_head(self, samples: int, tokens: int) -> Pass:
-        from ..sweep.sweep import Sweep
+        from ..sweep.sample_pass import SamplePass
 
-        sweep = Sweep(self._model, [self._make_batch(samples, tokens)])
+        sweep = SamplePass(self._model, [self._make_batch(samples, tokens)])
         for layer in self._model.graph.layers:
             sweep.remove(layer)
-        both = self._time(sweep.head_gradients) / samples
+        both = self._time(sweep.put_head_gradients) / samples
         forward = self._time(lambda: list(sweep.losses())) / samples
         flops = _count_flops(lambda: list(sweep.losses())) / samples
         return Pass(forward, forward, max(0.0, both - forward), flops, flops)

@@ -12,7 +12,7 @@ from ..correction.streams import plan_streams
 from ..errors import CapacityError
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, give_back, resident_bytes, tune_allocator
-from ..sweep.budget import SweepNeeds, format_size, plan_sweep
+from ..sweep.memory_plan import SweepNeeds, format_size, plan_sweep
 from .estimate import Estimate
 from .layer_benchmark import LayerBenchmark
 from .machine_speed import MachineSpeed
@@ -176,7 +176,7 @@ class ModelCosts:
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
         plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve)
-        held = free - plan.boundary_limit
+        held = free - plan.kept_limit
         if held + reserve > free + self.rest_bytes:  # embeddings and head are gone by then
             enough = self.memory + held + reserve - free - self.rest_bytes
             raise CapacityError(

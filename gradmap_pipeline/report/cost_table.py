@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from ..cost.estimate import Estimate
 from ..run.costs import PlanCosts
-from ..sweep.budget import format_size
+from ..sweep.memory_plan import format_size
 from ..text import add_row, dump_json, make_console, make_table
 from .reporters import format_seconds
 

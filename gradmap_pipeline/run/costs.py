@@ -14,7 +14,7 @@ from ..machine.shortages import find_shortage
 from ..recipe.asking import ask
 from ..recipe.plan import Plan, PlannedStep
 from ..recipe.recipe import MODEL_STEP
-from ..sweep.budget import format_size
+from ..sweep.memory_plan import format_size
 from .inspection import inspect_steps
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..artifacts import CalibrationSet, Round
 from ..checkpoint.graph import ModelGraph
@@ -15,8 +15,8 @@ from ..context import Context
 from ..errors import PluginError, StageError
 
 if TYPE_CHECKING:
-    from ..sweep.parts import PartedSweep
-    from ..sweep.sweep import Sweep
+    from ..sweep.sample_pass import SamplePass
+    from ..sweep.sweep import Need, Sweep
 
 Scores = dict[int, float]
 """Importance by base layer. Higher means keep."""
@@ -26,12 +26,13 @@ Scores = dict[int, float]
 class Measure:
     """How a stage gets its scores from sweeps over the calibration set."""
 
-    of: Callable[[Sweep], Scores]
-    """What one sweep gives for the layers it has: this process's share of a sum over samples."""
+    of: Callable[[SamplePass], Scores]
+    """What one pass of samples gives for the layers it has: this process's share of a sum over samples."""
     key: Any
     """All that the scores depend on besides the model, the calibration set and the layers that are left."""
-    backward: bool = False
-    weight_gradients: bool = False
+    need: Need = "forward"
+    keep: Literal["none", "all"] = "none"
+    """Whether a forward pass keeps hidden states at all boundaries between layers, for `boundary` and `loss_without`."""
     sample_share: float = 1.0
     """Share of the calibration samples that are swept, the first of them."""
 
@@ -59,7 +60,7 @@ class Scorer:
 
     def __init__(self, stage: str, measure: Measure, model: ModelGraph, calibration: CalibrationSet, context: Context) -> None:
         self.stage, self.measure, self.model, self.calibration, self.context = stage, measure, model, calibration, context
-        self._sweeps: PartedSweep | None = None
+        self._sweep: Sweep | None = None
         self._left: set[int] = set()
 
     @property
@@ -70,17 +71,17 @@ class Scorer:
     def score(self, kept: set[int]) -> dict[str, Any]:
         """Importance by layer, and the work it took, as JSON."""
         started = time.perf_counter()
-        sweeps = self._sweeps_of(kept)
-        before = sweeps.layer_forwards, sweeps.layer_backwards
+        sweep = self._open_sweep(kept)
+        before = sweep.layer_forwards, sweep.layer_backwards
         scores: Scores = {}
         reused, forward_seconds = 0, 0.0
-        for sweep in sweeps:
-            reused = sweep.done
+        for samples in sweep.passes():
+            reused = samples.done
             since = time.perf_counter()
-            if self.measure.backward:
-                sweep.run_forward()
+            if self.measure.need != "forward":
+                samples.run_forward()
             forward_seconds += time.perf_counter() - since
-            for layer, score in check_scores(self.stage, self.measure.of(sweep), sorted(kept)).items():
+            for layer, score in check_scores(self.stage, self.measure.of(samples), sorted(kept)).items():
                 scores[layer] = scores.get(layer, 0.0) + score
         scores = self.context.group.sum_values(scores)
         broken = [layer for layer, score in sorted(scores.items()) if not math.isfinite(score)]
@@ -90,8 +91,8 @@ class Scorer:
         share = self.used_samples / self.calibration.samples
         saved = forward_seconds / max(1, len(kept) - reused) * reused
         work = Round(
-            layer_forwards=(sweeps.layer_forwards - before[0]) * share,
-            layer_backwards=(sweeps.layer_backwards - before[1]) * share,
+            layer_forwards=(sweep.layer_forwards - before[0]) * share,
+            layer_backwards=(sweep.layer_backwards - before[1]) * share,
             seconds=seconds,
             reused_layers=reused,
             saved=saved / (seconds + saved),
@@ -100,13 +101,11 @@ class Scorer:
 
     def _refuse(self, layer: int, kept: set[int]) -> None:
         """Raise the error that tells why the score of a layer is not finite."""
-        from ..machine.memory import give_back
         from ..sweep.finite import not_finite
 
-        assert self._sweeps is not None
-        batches, context = self._sweeps.batches, self.context
-        self._sweeps = None
-        give_back()
+        assert self._sweep is not None
+        batches, context = self._sweep.batches, self.context
+        self.close()
         left = self.model.without_layers(set(self.model.layers) - kept) if kept < set(self.model.layers) else self.model
         what = f"the score of layer {layer}"
         error = not_finite(what, [left], batches, context.device, context.dtype, context.folder)
@@ -114,26 +113,29 @@ class Scorer:
         vague = StageError(f"{what} is not a finite number in {context.dtype}, though all logits are{wider}")
         context.group.agree(error or vague, is_vague=error is None)
 
-    def _sweeps_of(self, kept: set[int]) -> PartedSweep:
-        from ..sweep.parts import PartedSweep
+    def close(self) -> None:
+        """Give back the memory of the sweep."""
+        if self._sweep is not None:
+            self._sweep.close()
+            self._sweep = None
 
-        if self._sweeps is None:
+    def _open_sweep(self, kept: set[int]) -> Sweep:
+        """The sweep over the layers that are left: the one before with fewer layers, where it keeps what lies below them."""
+        from ..sweep.sweep import open_sweep
+
+        if self._sweep is None:
             layers = set(self.model.layers)
-            used = self.used_samples
-            self._sweeps = PartedSweep(
+            ids, mask = (part[: self.used_samples] for part in self.calibration.load())
+            self._sweep = open_sweep(
                 self.model.without_layers(layers - kept) if kept < layers else self.model,
-                *(self.context.group.share(part[:used]) for part in self.calibration.load()),
-                device=self.context.device,
-                dtype=self.context.dtype,
-                memory=self.context.memory,
-                folder=self.context.folder,
-                backward=self.measure.backward,
-                weight_gradients=self.measure.weight_gradients,
-                group=self.context.group,
-                divisible=not self.measure.weight_gradients,
+                (ids, mask),
+                self.context,
+                need=self.measure.need,
+                keep=self.measure.keep,
+                divisible=self.measure.need != "weight gradients",
             )
             self._left = set(kept)
         for layer in self._left - kept:
-            self._sweeps.remove(layer)
+            self._sweep.remove(layer)
         self._left = set(kept)
-        return self._sweeps
+        return self._sweep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -95,7 +96,7 @@ class LayerScoring(Stage):
         kept = list(model.layers)
         decisions: list[Decision] = []
         rounds: list[Round] = []
-        with context.progress("score layers", count, "decision") as advance:
+        with context.progress("score layers", count, "decision") as advance, closing(scorer):
             while len(decisions) < count:
                 found = context.remember({**base, "kept": list(kept)}, partial(scorer.score, set(kept)))
                 scores = {int(layer): score for layer, score in found["scores"].items()}

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from ..checkpoint.graph import ModelGraph
     from ..correction.sites import Site
-    from ..sweep.hollow import ThinModel
     from ..sweep.layer_arguments import LayerArguments
+    from ..sweep.layerwise import LayerwiseModel
 
 _SHAPE = (2, 8)  # sequences, tokens
 
@@ -35,10 +35,11 @@ class StructureProbe:
         self._memory = memory
 
     @cached_property
-    def _model(self) -> ThinModel:
-        from ..sweep.hollow import ThinModel
+    def _model(self) -> LayerwiseModel:
+        from ..sweep.layerwise import LayerwiseModel
+        from ..sweep.weight_sources import RandomWeights
 
-        return ThinModel(self.graph, resident_bytes=0)
+        return LayerwiseModel(self.graph, resident_bytes=0, weights=RandomWeights())
 
     @cached_property
     def _batch(self) -> Batch:

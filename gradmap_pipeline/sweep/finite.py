@@ -79,10 +79,10 @@ def _find_place(graph: ModelGraph, batches: Sequence[Batch], device: str, dtype:
 
     from .kept_tensors import KeptTensors
     from .layerwise import LayerwiseModel
-    from .sweep import Sweep
+    from .sample_pass import SamplePass
 
     model = LayerwiseModel(graph, device=device, dtype=dtype, resident_bytes=0)
-    sweep = Sweep(model, batches, boundaries=KeptTensors(_HELD, folder), keep_boundaries=False)
+    sweep = SamplePass(model, batches, kept=KeptTensors(_HELD, folder), keep_boundaries=False)
     for index, batch in enumerate(batches):
         hidden = sweep.boundary(0, index)
         if not hidden[batch.mask.to(hidden.device)].isfinite().all():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,73 @@ class LayerArguments:
     def containers(self) -> list[Any]:
         """Arguments that a layer could put something into."""
         return [value for value in (*self.positional, *self.named.values()) if isinstance(value, MutableMapping | list)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stood that is kept elsewhere."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class PackedArguments:
+    """What all layers are called with for one batch, with its tensors apart, each of them once."""
+
+    layers: dict[int, LayerArguments]
+    """With a place in the stead of each tensor."""
+    shapes: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, arguments: dict[int, LayerArguments]) -> tuple[PackedArguments, list[torch.Tensor]]:
+        """Take tensors out, also those in tuples; what a layer could put something into stays as it is, and so do views of more."""
+        tensors: dict[int, torch.Tensor] = {}
+        numbers: dict[int, int] = {}
+
+        def pack(value: Any) -> Any:
+            if isinstance(value, tuple) and type(value) is tuple:
+                return tuple(map(pack, value))
+            if not _is_whole(value):
+                return value
+            if id(value) not in numbers:
+                numbers[id(value)] = len(tensors)
+                tensors[numbers[id(value)]] = value
+            return _Place(numbers[id(value)])
+
+        layers = {
+            layer: LayerArguments(pack(call.positional), {name: pack(value) for name, value in call.named.items()})
+            for layer, call in arguments.items()
+        }
+        kept = list(tensors.values())
+        return cls(layers, tuple((tensor.dtype, tuple(tensor.shape)) for tensor in kept)), kept
+
+    def unpack(self, layer: int, read: Callable[[int], torch.Tensor]) -> LayerArguments:
+        """What a base layer is called with. `read`: gives the tensor of a number."""
+
+        def fill(value: Any) -> Any:
+            if isinstance(value, tuple) and type(value) is tuple:
+                return tuple(map(fill, value))
+            return read(value.number) if isinstance(value, _Place) else value
+
+        call = self.layers[layer]
+        return LayerArguments(fill(call.positional), {name: fill(value) for name, value in call.named.items()})
+
+
+def count_bytes(arguments: Iterable[LayerArguments]) -> int:
+    """Of all tensors in calls, memory that several share once."""
+    sizes: dict[int, int] = {}
+    for call in arguments:
+        for tensor in _tensors_in([*call.positional, *call.named.values()]):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a tensor with memory of its own size."""
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() == value.nbytes
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import dropwhile
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..batches import Batch
+from ..checkpoint import adapter
 from ..checkpoint.casts import FOR_COMPUTING, cast_all
-from ..checkpoint.checkpoint import StoredTensor, load_rounded
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.lengths import lengths_apart
 from ..checkpoint.pretrained import read_config
@@ -22,13 +20,17 @@ from ..checkpoint.skeleton import build_skeleton, find_layer_list
 from ..errors import ModelError, StageError, first_line
 from ..machine.shortages import is_shortage
 from .layer_arguments import LayerArguments, OutputShape, hidden_of
-from .loading import load_tensors, trace_disk_name
+from .ledger import Ledger
+from .loading import hold, load_checked, trace_disk_name
 from .prefetch import Prefetcher
+from .weight_sources import StoredWeights, WeightSource
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+    from ..checkpoint.checkpoint import StoredTensor
 
 RESIDENT_BYTES = 1 << 30
 """Layers stay in memory after their first use while all of them together take no more than this."""
@@ -55,16 +57,26 @@ class LayerwiseModel:
     """
 
     def __init__(
-        self, graph: ModelGraph, *, device: str = "cpu", dtype: str = "float32", resident_bytes: int = RESIDENT_BYTES
+        self,
+        graph: ModelGraph,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        resident_bytes: int = RESIDENT_BYTES,
+        weights: WeightSource | None = None,
     ) -> None:
+        """`weights`: where they come from; None: from the checkpoint."""
         import torch
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        adapter.silence_progress()
         self.graph = graph
+        self._weights: WeightSource = weights or StoredWeights(graph.dtype)
+        self.ledger = Ledger()
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.module: PreTrainedModel = build_skeleton(read_config(graph.base.folder), graph.base.tensors, self.dtype, device)
+        self.words = int(self.module.config.get_text_config().vocab_size)
+        """V"""
         self.layers_path, self._layers = find_layer_list(self.module, graph.base.layers, graph.base.layer_prefix)
         self._forwards = [layer.forward for layer in self._layers]
         self._overrides: dict[int, dict[str, torch.Tensor]] = {}
@@ -87,8 +99,9 @@ class LayerwiseModel:
         """Base layer `index` with its weights, for the time of the `with` block."""
         layer = self._layers[index]
         if _lacks_weights(layer):
-            self._load(self._prefetcher.take(index) or self._read_all(self.graph.layer_tensors(index)))
+            self._bring_in(index)
             self._check_complete(layer, f"{self.layers_path}.{index}.")
+            self._weights.finish(layer)
             for name, value in self._overrides.get(index, {}).items():
                 layer.get_parameter(name).data.copy_(value)
         try:
@@ -98,14 +111,17 @@ class LayerwiseModel:
             raise
         finally:
             if not self.resident:
-                drop_weights(layer)
+                self.drop(index)
+
+    def drop(self, index: int) -> None:
+        """Put the weights of base layer `index` back on the meta device."""
+        self.ledger.add("layer weights", -_bytes_of(self._layers[index]))
+        drop_weights(self._layers[index])
 
     def expect(self, index: int) -> None:
         """Base layer `index` is the next to be used."""
         if self.prefetch and _lacks_weights(self._layers[index]):
-            self._prefetcher.start(
-                index, partial(self._read_all, self.graph.layer_tensors(index), pinned=self.device.type == "cuda")
-            )
+            self._prefetcher.start(index, partial(self._read_all, index, pinned=self.device.type == "cuda"))
 
     def forget_rest(self) -> None:
         """Drop embeddings, norm and head; from now on layers alone can be run."""
@@ -172,19 +188,27 @@ class LayerwiseModel:
         """Logits (batch, tokens, vocabulary) for the output of the last layer, at all positions or at one of `head_slices`."""
         import torch
 
-        last, extra = len(self._layers) - 1, {}
+        last, kept = len(self._layers) - 1, None
         if positions is not None and positions != slice(0, hidden.shape[1]):
-            extra["logits_to_keep"] = torch.arange(positions.start, positions.stop, device=self.device)
-        output = self._run_model(batch, lambda index, passing, _: hidden if index == last else passing, extra)
+            kept = torch.arange(positions.start, positions.stop, device=self.device)
+        output = self._run_model(batch, lambda index, passing, _: hidden if index == last else passing, kept)
         logits: torch.Tensor = output.logits
         return logits
+
+    @property
+    def can_slice_logits(self) -> bool:
+        """Whether the head computes some positions alone."""
+        return adapter.can_keep_positions(self.module)
+
+    def parameters_of(self, index: int) -> Iterator[nn.Parameter]:
+        """Of base layer `index`, on the meta device unless it is in."""
+        return self._layers[index].parameters()
 
     def head_slices(self, batch: Batch) -> list[slice]:
         """Runs of positions, in order, whose logits are small enough to hold at once."""
         rows, tokens = batch.input_ids.shape
-        words = int(self.module.config.get_text_config().vocab_size)
-        step = max(1, LOGITS_AT_ONCE // (rows * words))
-        if step >= tokens or "logits_to_keep" not in inspect.signature(self.module.forward).parameters:
+        step = max(1, LOGITS_AT_ONCE // (rows * self.words))
+        if step >= tokens or not self.can_slice_logits:
             return [slice(0, tokens)]
         return [slice(start, min(start + step, tokens - 1)) for start in range(0, tokens - 1, step)]
 
@@ -197,7 +221,7 @@ class LayerwiseModel:
         self,
         batch: Batch,
         passing: Callable[[int, torch.Tensor, LayerArguments], torch.Tensor],
-        extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        kept: torch.Tensor | None = None,
     ) -> Any:
         """Run the model with `passing(index, hidden, arguments)` in place of every layer."""
 
@@ -214,12 +238,8 @@ class LayerwiseModel:
             layer.forward = make(index)
         try:
             with self._refusing():
-                return self.module(
-                    input_ids=batch.input_ids.to(self.device),
-                    attention_mask=batch.mask.long().to(self.device) if batch.padded else None,
-                    use_cache=False,
-                    **extra,
-                )
+                mask = batch.mask.long().to(self.device) if batch.padded else None
+                return adapter.call_without_cache(self.module, batch.input_ids.to(self.device), mask, kept)
         except _Recorded:
             return None
         finally:
@@ -248,29 +268,39 @@ class LayerwiseModel:
 
     def _bring_in_rest(self) -> None:
         """Load what belongs to no layer, tie what is tied."""
-        missing = self._load(self._read_all(self.graph.other_tensors()))
-        self.module.tie_weights(missing_keys=missing, recompute_mapping=False)
+        missing = self._load(self._reads(self.graph.other_tensors())).missing
+        adapter.tie_weights(self.module, missing)
         layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
         for name, parameter in self.module.named_parameters():
             if id(parameter) not in layers and parameter.is_meta:
                 raise ModelError(f"{str(self.graph.base.folder)!r} lacks the weights of {name!r}")
             parameter.requires_grad_(False)
 
-    def _read_all(self, tensors: dict[str, StoredTensor], *, pinned: bool = False) -> dict[str, torch.Tensor]:
-        cast = None if self.module._get_dtype_plan(self.dtype) else self.dtype
-        return {name: self.read(tensor, cast, pinned=pinned) for name, tensor in tensors.items()}
+    def _bring_in(self, index: int) -> None:
+        """Load a layer: what was read ahead, else each tensor when it is wanted."""
+        ahead = self._prefetcher.take(index)
+        self._load(self._reads(self.graph.layer_tensors(index)) if ahead is None else hold(ahead))
+        self.ledger.add("layer weights", _bytes_of(self._layers[index]))
 
-    def _load(self, tensors: dict[str, torch.Tensor]) -> set[str]:
-        return load_tensors(self.module, tensors, self.dtype, str(self.device))
+    def _load(self, reads: Mapping[str, Callable[[], torch.Tensor]]) -> adapter.Loading:
+        return load_checked(self.module, reads, self.dtype, str(self.device))
 
-    def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
-        """A tensor as it will be exported: rounded to the graph's type before it gets the type to compute in."""
-        return load_rounded(stored, self.graph.dtype, cast, pinned=pinned)
+    def _reads(self, tensors: Mapping[str, StoredTensor], *, pinned: bool = False) -> dict[str, Callable[[], torch.Tensor]]:
+        """How each tensor is read, in the type to compute in unless the architecture has types of its own."""
+        cast = None if adapter.has_types_of_its_own(self.module, self.dtype) else self.dtype
+        return {name: partial(self._weights.read, tensor, cast, pinned=pinned) for name, tensor in tensors.items()}
+
+    def _read_all(self, index: int, *, pinned: bool = False) -> dict[str, torch.Tensor]:
+        return {name: read() for name, read in self._reads(self.graph.layer_tensors(index), pinned=pinned).items()}
+
+    def try_load(self, tensors: Mapping[str, StoredTensor]) -> adapter.Loading:
+        """Load tensors as the weights of a layer are loaded, and say what became of them."""
+        return self._load(self._reads(tensors))
 
     def _check_complete(self, layer: nn.Module, prefix: str) -> None:
         for name, parameter in layer.named_parameters():
             if parameter.is_meta:
-                if prefix + name in self.module.all_tied_weights_keys:
+                if adapter.is_tied(self.module, prefix + name):
                     raise self._refusal(f"{prefix + name!r} is shared with another layer")
                 raise ModelError(f"{str(self.graph.base.folder)!r} lacks the weights of {prefix + name!r}")
             parameter.requires_grad_(False)
@@ -285,6 +315,10 @@ def rises_in_ours(error: BaseException) -> bool:
     behind = dropwhile(lambda module: module in (__name__, "contextlib"), modules)
     tops = [top for top in (module.partition(".")[0] for module in behind) if top in (_PACKAGE, "transformers")]
     return bool(tops) and tops[-1] == _PACKAGE
+
+
+def _bytes_of(layer: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in layer.parameters() if not parameter.is_meta)
 
 
 def _lacks_weights(layer: nn.Module) -> bool:

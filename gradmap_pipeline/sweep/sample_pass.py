@@ -6,15 +6,16 @@ Sizes: B sequences a batch, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted, next_token_losses
 from ..errors import ModelError
-from .kept_tensors import KeptTensors
-from .layer_arguments import LayerArguments
+from .kept_tensors import ARGUMENTS, CANDIDATE, GRADIENTS, KeptTensors
+from .layer_arguments import LayerArguments, PackedArguments
 from .layerwise import LayerwiseModel
+from .memory_plan import LOGIT_BYTES
 from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..context import Advance
 
 
-class Sweep:
+class SamplePass:
     """The state of a set of batches inside a model: the hidden states at every boundary between its layers.
 
     After `remove`, the boundaries below the removed layer stay valid and the next `forward` starts there.
@@ -35,7 +36,7 @@ class Sweep:
         model: LayerwiseModel,
         batches: Sequence[Batch],
         *,
-        boundaries: KeptTensors | None = None,
+        kept: KeptTensors | None = None,
         keep_boundaries: bool = True,
         keep_graphs: bool = False,
         weight_gradients: bool = False,
@@ -58,12 +59,13 @@ class Sweep:
         self.layer_forwards = 0
         """Passes of all batches through one layer, recomputation included."""
         self.layer_backwards = 0
-        self._boundaries = KeptTensors() if boundaries is None else boundaries
-        self._arguments: list[dict[int, LayerArguments]] = []
+        self._kept = KeptTensors(ledger=model.ledger) if kept is None else kept
+        self._arguments: list[tuple[PackedArguments, int]] = []
+        """By batch: what its layers are called with, and the batch whose tensors are those of this one, too."""
         for index, batch in enumerate(self.batches):
             hidden, arguments = model.record(batch)
-            self._boundaries.put(0, index, hidden)
-            self._arguments.append(arguments)
+            self._kept.put(0, index, hidden)
+            self._keep_arguments(index, arguments)
         self._graphs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         """By position and batch: a layer's input and output, joined by autograd."""
         self.done = 0
@@ -75,11 +77,26 @@ class Sweep:
 
     def boundary(self, position: int, batch: int) -> torch.Tensor:
         """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm."""
-        return self._boundaries.get(position, batch)
+        return self._kept.get(position, batch)
 
     def arguments(self, batch: int, layer: int) -> LayerArguments:
         """What the model calls base layer `layer` with for a batch, besides the hidden states."""
-        return self._arguments[batch][layer]
+        packed, owner = self._arguments[batch]
+        return packed.unpack(layer, lambda number: self._kept.get(ARGUMENTS + number, owner))
+
+    def _keep_arguments(self, batch: int, arguments: dict[int, LayerArguments]) -> None:
+        """Keep what a batch's layers are called with, once for neighbouring batches for which it is the same."""
+        packed, tensors = PackedArguments.of(arguments)
+        if self._arguments:
+            before, owner = self._arguments[-1]
+            if before.shapes == packed.shapes and all(
+                tensor.equal(self._kept.get(ARGUMENTS + number, owner)) for number, tensor in enumerate(tensors)
+            ):
+                self._arguments.append((packed, owner))
+                return
+        for number, tensor in enumerate(tensors):
+            self._kept.put(ARGUMENTS + number, batch, tensor)
+        self._arguments.append((packed, batch))
 
     def remove(self, layer: int) -> None:
         """Take a base layer out of the model."""
@@ -105,8 +122,6 @@ class Sweep:
                 yield ForwardLayer(layer, module, visits)
                 for _ in visits:
                     pass
-            if not self.keep_boundaries:
-                self._boundaries.drop(position)
             self.done = position + 1
             self.layer_forwards += 1
 
@@ -132,7 +147,7 @@ class Sweep:
         """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
         self.run_forward()
         for index, batch in enumerate(self.batches):
-            yield self._losses_of(batch, self._boundaries.get(len(self.layers), index))
+            yield self._losses_of(batch, self._kept.get(len(self.layers), index))
             self.advance()
 
     def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
@@ -151,13 +166,15 @@ class Sweep:
         total = 0.0
         with torch.no_grad():
             for group in ([index] for index in batches) if self.model.resident else [list(batches)]:
-                hidden = [self._boundaries.get(start, index) for index in group]
-                for other in left:
+                for number, other in enumerate(left):
                     with self.model.layer(other):
-                        for place, index in enumerate(group):
-                            hidden[place] = self.model.run_layer(other, hidden[place], self._arguments[index][other])
-                for index in reversed(group):
-                    total += float(self._losses_of(self.batches[index], hidden.pop()).double().sum())
+                        for index in group:
+                            hidden = self._kept.get(CANDIDATE if number else start, index)
+                            self._kept.put(CANDIDATE, index, self.model.run_layer(other, hidden, self.arguments(index, other)))
+                for index in group:
+                    hidden = self._kept.get(CANDIDATE if left else start, index)
+                    total += float(self._losses_of(self.batches[index], hidden).double().sum())
+                    self._kept.forget(CANDIDATE, index)
         self.layer_forwards += len(left)
         return total
 
@@ -166,11 +183,15 @@ class Sweep:
         import torch
 
         with torch.no_grad():
-            parts = [
-                next_token_losses(self.model.head(batch, hidden, positions), batch, positions.start)
-                for positions in self.model.head_slices(batch)
-            ]
+            parts = []
+            for positions in self.model.head_slices(batch):
+                with self._logits_booked(batch, positions):
+                    parts.append(next_token_losses(self.model.head(batch, hidden, positions), batch, positions.start))
         return torch.cat(parts, dim=1)
+
+    def _logits_booked(self, batch: Batch, positions: slice) -> AbstractContextManager[None]:
+        size = LOGIT_BYTES * len(batch.input_ids) * (positions.stop - positions.start) * self.model.words
+        return self.model.ledger.holding("logits", size)
 
     def logits(self, last: int | None = None) -> Iterator[torch.Tensor]:
         """Logits (B, T, V) of each batch; of the `last` positions alone, where that is given."""
@@ -179,7 +200,7 @@ class Sweep:
         self.run_forward()
         with torch.no_grad():
             for index, batch in enumerate(self.batches):
-                hidden = self._boundaries.get(len(self.layers), index)
+                hidden = self._kept.get(len(self.layers), index)
                 tokens = hidden.shape[1]
                 wanted = slice(0 if last is None else max(0, tokens - last), tokens)
                 logits = self.model.head(batch, hidden, wanted if len(self.model.head_slices(batch)) > 1 else None)
@@ -194,28 +215,32 @@ class Sweep:
         self.run_forward()
         if self.model.shares_state:
             raise ModelError("layers use keys and values of other layers, so gradients of hidden states alone are not all there is")
-        gradients = self.head_gradients()
+        self.put_head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
             with self.model.layer(layer) as module, self._parameters(module, position) as parameters:
                 if position:
                     self.model.expect(self.layers[position - 1])
                 step = BackwardLayer(layer, module, iter(()))
-                below: list[torch.Tensor] = []
-                step.visits = self._backward_visits(position, gradients, below, parameters, step.weight_gradients)
-                yield step
-                for _ in step.visits:
-                    pass
+                step.visits = self._backward_visits(position, parameters, step.weight_gradients)
+                with self._sums_booked(parameters):
+                    yield step
+                    for _ in step.visits:
+                        pass
             if self._needs_gradient(position):
                 self.layer_backwards += 1
-            gradients = below
+        self._kept.drop(GRADIENTS)
+
+    def _sums_booked(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
+        size = sum(4 * parameter.numel() + parameter.nbytes for parameter in parameters.values())
+        return self.model.ledger.holding("weight gradients", size)
 
     def _needs_gradient(self, position: int) -> bool:
         return position > 0 or self.weight_gradients
 
     def _invalidate(self, position: int) -> None:
         self.done = min(self.done, position)
-        self._boundaries.drop_from(self.done + 1)
+        self._kept.drop_from(self.done + 1)
         self._graphs = {place: graph for place, graph in self._graphs.items() if place[0] < self.done}
 
     @contextmanager
@@ -234,15 +259,17 @@ class Sweep:
         import torch
 
         for index, batch in enumerate(self.batches):
-            hidden = self._boundaries.get(position, index)
+            hidden = self._kept.get(position, index)
             if keep and self.keep_graphs and self._needs_gradient(position):
                 output = self._run_with_graph(position, index, hidden).detach()
             else:
                 with torch.no_grad():
                     layer = self.layers[position]
-                    output = self.model.run_layer(layer, hidden, self._arguments[index][layer])
+                    output = self.model.run_layer(layer, hidden, self.arguments(index, layer))
             if keep:
-                self._boundaries.put(position + 1, index, output)
+                if not self.keep_boundaries:
+                    self._kept.forget(position, index)
+                self._kept.put(position + 1, index, output)
             yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
             self.advance()
 
@@ -252,42 +279,40 @@ class Sweep:
         layer = self.layers[position]
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            output = self.model.run_layer(layer, leaf, self._arguments[index][layer])
+            output = self.model.run_layer(layer, leaf, self.arguments(index, layer))
         self._graphs[position, index] = leaf, output
         return output
 
-    def head_gradients(self) -> list[torch.Tensor]:
-        """Gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
+    def put_head_gradients(self) -> None:
+        """Compute the gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
         import torch
 
-        gradients = []
         for index, batch in enumerate(self.batches):
-            leaf = self._boundaries.get(len(self.layers), index).detach().requires_grad_()
+            leaf = self._kept.get(len(self.layers), index).detach().requires_grad_()
             gradient: torch.Tensor | None = None
             for positions in self.model.head_slices(batch):
-                with torch.enable_grad():
+                with torch.enable_grad(), self._logits_booked(batch, positions):
                     logits = self.model.head(batch, leaf, positions)
                     loss = next_token_losses(logits, batch, positions.start).sum() * (self._scale / self.predicted)
-                part = torch.autograd.grad(loss, leaf)[0]
+                    part = torch.autograd.grad(loss, leaf)[0]
+                    del logits, loss
                 gradient = part if gradient is None else gradient.add_(part)
             assert gradient is not None
-            gradients.append(gradient)
+            self._kept.put(GRADIENTS, index, gradient)
             self.advance()
-        return gradients
 
     def _backward_visits(
         self,
         position: int,
-        gradients: list[torch.Tensor],
-        below: list[torch.Tensor],
         parameters: dict[str, nn.Parameter],
         weight_gradients: dict[str, torch.Tensor],
     ) -> Iterator[BackwardVisit]:
         import torch
 
         recomputed = False
-        for index, gradient in enumerate(gradients):
-            hidden, output = self._boundaries.get(position, index), self._boundaries.get(position + 1, index)
+        for index in range(len(self.batches)):
+            gradient = self._kept.get(GRADIENTS, index)
+            hidden, output = self._kept.get(position, index), self._kept.get(position + 1, index)
             shown = gradient if self._scale == 1 else gradient.float() / self._scale
             yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, shown)
             if self._needs_gradient(position):
@@ -296,9 +321,10 @@ class Sweep:
                     recomputed = True
                 leaf, again = self._graphs[position, index] if self.keep_graphs else self._graphs.pop((position, index))
                 wanted = [leaf, *parameters.values()]
-                found = torch.autograd.grad(again, wanted, gradient, retain_graph=self.keep_graphs, allow_unused=True)
-                below.append(found[0])
-                _accumulate(weight_gradients, parameters, found[1:], self._scale)
+                below, *others = torch.autograd.grad(again, wanted, gradient, retain_graph=self.keep_graphs, allow_unused=True)
+                _accumulate(weight_gradients, parameters, others, self._scale)
+                self._kept.put(GRADIENTS, index, below)
+                del leaf, again, gradient, below, others, shown
             self.advance()
         self.layer_forwards += recomputed
 

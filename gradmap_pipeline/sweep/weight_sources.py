@@ -1,58 +1,73 @@
-"""A model that runs layer by layer with made-up weights: no tensor of the checkpoint is read."""
+"""Where a model that runs layer by layer gets its weights: from its checkpoint, or made up, so that no tensor is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from ..checkpoint.checkpoint import StoredTensor
-from .layerwise import LayerwiseModel, drop_weights
+from ..checkpoint.checkpoint import StoredTensor, load_rounded
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-class HollowModel(LayerwiseModel):
-    """Every tensor is zero until `make_up` fills it."""
-
-    thin = False
-    """Whether a tensor is one zero, shown at every place, so that it takes no memory."""
+class WeightSource(Protocol):
+    """What gives a tensor its values."""
 
     def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
-        """Zeros; memory that nobody touches."""
+        """A tensor of the checkpoint's shape. `cast`: the type to compute in; None: the type that it is stored in."""
+
+    def finish(self, layer: nn.Module) -> None:
+        """Change a layer whose tensors are in."""
+
+
+class StoredWeights:
+    """The checkpoint's own, rounded to the type in which they are exported before they get the type to compute in."""
+
+    def __init__(self, exported: str | None) -> None:
+        self._exported = exported
+
+    def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
+        return load_rounded(stored, self._exported, cast, pinned=pinned)
+
+    def finish(self, layer: nn.Module) -> None:
+        """Nothing is left to do."""
+
+
+class ZeroWeights:
+    """Zeros, in memory that nobody touches until `make_up` fills it."""
+
+    def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
         import torch
 
-        dtype = (cast or getattr(torch, stored.torch_dtype)) if stored.is_float else torch.long  # an index, if no float
-        return torch.zeros((), dtype=dtype).expand(stored.shape) if self.thin else torch.zeros(stored.shape, dtype=dtype)
+        return torch.zeros(stored.shape, dtype=_type_of(stored, cast))
 
-    def zeros(self, tensors: dict[str, StoredTensor]) -> dict[str, torch.Tensor]:
-        """What `read` gives for each."""
-        return self._read_all(tensors)
-
-    @contextmanager
-    def emptied(self, index: int) -> Iterator[None]:
-        """Base layer `index` has no weights before and after the `with` block."""
-        layer = self.module.get_submodule(f"{self.layers_path}.{index}")
-        drop_weights(layer)
-        try:
-            yield
-        finally:
-            drop_weights(layer)
+    def finish(self, layer: nn.Module) -> None:
+        """Nothing is left to do."""
 
 
-class ThinModel(HollowModel):
-    """A hollow model of no size, but for the layer that is in, which has made-up weights."""
+class RandomWeights:
+    """One zero shown at every place, which takes no memory; a layer that is in has random weights.
 
-    thin = True
+    Those are large enough that nothing the layer does is lost in rounding.
+    """
 
-    @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Base layer `index` with weights large enough that nothing it does is lost in rounding."""
-        with super().layer(index) as module:
-            make_up(module, 0.2)
-            yield module
+    def read(self, stored: StoredTensor, cast: torch.dtype | None, *, pinned: bool = False) -> torch.Tensor:
+        import torch
+
+        return torch.zeros((), dtype=_type_of(stored, cast)).expand(stored.shape)
+
+    def finish(self, layer: nn.Module) -> None:
+        make_up(layer, 0.2)
+
+
+def _type_of(stored: StoredTensor, cast: torch.dtype | None) -> torch.dtype:
+    import torch
+
+    if not stored.is_float:
+        return torch.long  # an index
+    dtype: torch.dtype = cast or getattr(torch, stored.torch_dtype)
+    return dtype
 
 
 def make_up(module: nn.Module, width: float = 0.02) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from ..checkpoint import adapter
 from ..checkpoint.architecture import layer_of, prune_config
 from ..checkpoint.casts import FOR_COMPUTING
 from ..checkpoint.checkpoint import load_rounded
 from ..checkpoint.pretrained import read_config
 from ..checkpoint.skeleton import build_skeleton
 from ..errors import ModelError
-from .loading import load_tensors
+from .loading import load_checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,10 +38,10 @@ def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu", remedy: str =
     missing: set[str] = set()
     for layer in sorted(by_layer, key=lambda layer: -1 if layer is None else layer):
         names = [name for name in tensors if layer_of(name, graph.base.layer_prefix) == layer]
-        loaded = {name: load_rounded(tensors[name], graph.dtype, wanted, remedy=remedy) for name in names}
-        found = load_tensors(module, loaded, wanted, device)
-        missing = found if layer is None else missing
-    module.tie_weights(missing_keys=missing, recompute_mapping=False)
+        reads = {name: partial(load_rounded, tensors[name], graph.dtype, wanted, remedy=remedy) for name in names}
+        loading = load_checked(module, reads, wanted, device)
+        missing = loading.missing if layer is None else missing
+    adapter.tie_weights(module, missing)
     lacking = next((name for name, parameter in module.named_parameters() if parameter.is_meta), None)
     if lacking is not None:
         raise ModelError(f"{str(graph.base.folder)!r} lacks the weights of {lacking!r}")

@@ -83,11 +83,11 @@ def _logits(model: ModelGraph, ids: Any) -> Any:
 
     from gradmap_pipeline.batches import make_batches
     from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-    from gradmap_pipeline.sweep.sweep import Sweep
+    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
     layerwise = LayerwiseModel(model)
     for batch in make_batches(ids, torch.ones_like(ids), 8 * LENGTH):
-        yield from Sweep(layerwise, [batch], keep_boundaries=False).logits()
+        yield from SamplePass(layerwise, [batch], keep_boundaries=False).logits()
 
 
 def compare_losses(one: Reading, other: Reading, draws: int = 2000) -> tuple[float, float, float]:

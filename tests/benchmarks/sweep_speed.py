@@ -22,7 +22,7 @@ from gradmap_pipeline.batches import Batch, make_batches, next_token_losses, pre
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.machine.memory import tune_allocator
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-from gradmap_pipeline.sweep.sweep import Sweep
+from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def make_model(folder: Path) -> None:
@@ -52,7 +52,7 @@ def run_plain(model: LlamaForCausalLM, batches: list[Batch]) -> float:
 
 
 def run_sweep(model: LayerwiseModel, batches: list[Batch], keep_graphs: bool) -> float:
-    sweep = Sweep(model, batches, keep_graphs=keep_graphs)
+    sweep = SamplePass(model, batches, keep_graphs=keep_graphs)
     return sum(
         gate_importance(visit.gradient, visit.output - visit.input, visit.mask) for step in sweep.backward() for visit in step
     )

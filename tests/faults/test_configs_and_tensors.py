@@ -114,7 +114,7 @@ def test_layers_that_a_config_counts_beyond_the_last_are_left_out(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({Q1: torch.zeros(8, 32)}, f"'{Q1}' has shape (8, 32) in the checkpoint, but its config asks for (32, 32)"),
+        ({Q1: torch.zeros(8, 32)}, f"'{Q1}' has shape (8, 32) in the checkpoint, but its config requires (32, 32)"),
         ({Q1: None}, f"lacks the weights of '{Q1}'"),
         (
             {Q1: torch.zeros(32, 32, dtype=torch.int8)},

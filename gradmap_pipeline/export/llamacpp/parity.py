@@ -116,12 +116,12 @@ def compute_logits(graph: ModelGraph, prompts: list[list[int]]) -> torch.Tensor:
 
     from ...batches import Batch
     from ...sweep.layerwise import LayerwiseModel
-    from ...sweep.sweep import Sweep
+    from ...sweep.sample_pass import SamplePass
 
     layerwise = LayerwiseModel(graph, dtype="float32", resident_bytes=0)
     ids = [torch.tensor([prompt]) for prompt in prompts]
     batches = [Batch(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
-    sweep = Sweep(layerwise, batches, keep_boundaries=False)
+    sweep = SamplePass(layerwise, batches, keep_boundaries=False)
     return torch.stack([logits[0].float() for logits in sweep.logits(last=STEPS + 1)])
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint.adapter import make_cache
 from ...checkpoint.pretrained import read_config
 from ...errors import StageError
 from .session import OnnxSession
@@ -94,9 +95,8 @@ def _make_cases(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, torch.
 
 def _run_torch(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     import torch
-    from transformers import DynamicCache
 
-    cache, found = DynamicCache(), []
+    cache, found = make_cache(), []
     with torch.no_grad():
         for start, end in _cuts(ids):
             extra: dict[str, Any] = {}

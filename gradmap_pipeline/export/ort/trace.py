@@ -8,7 +8,6 @@ Sizes: B sequences, T new tokens, P tokens in the cache, H heads of keys, E widt
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import logging
 import re
@@ -16,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint import adapter
 from ...errors import ModelError, StageError, first_line
 
 if TYPE_CHECKING:
@@ -30,16 +30,14 @@ _SAMPLE = (2, 8, 5)  # sequences, tokens, of which in the cache
 
 def check_exportable(config: Any) -> None:
     """Raise `ModelError` where a layer keeps something else than keys and values of tokens."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    others = [type(layer).__name__ for layer in DynamicCache(config=config).layers if not isinstance(layer, DynamicLayer)]
+    others = adapter.name_cache_layers(config)
     if others:
         raise ModelError(f"format onnx needs layers that cache keys and values; {len(others)} layers have a {others[0]}")
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the architecture is told where tokens stand."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return adapter.takes(model, "position_ids")
 
 
 def trace(model: PreTrainedModel) -> onnx_ir.Model:
@@ -83,7 +81,6 @@ def _quiet() -> Iterator[None]:
 def _make_flat(model: PreTrainedModel) -> nn.Module:
     """The model as a function of tensors alone."""
     from torch import nn
-    from transformers import DynamicCache
 
     positions = takes_positions(model)
 
@@ -94,12 +91,12 @@ def _make_flat(model: PreTrainedModel) -> nn.Module:
 
         def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: dict[str, Any]) -> dict[str, Any]:
             # Without the config every layer keeps all tokens, so that a window is a mask and no cut in the cache.
-            cache = DynamicCache([(past[f"{i}.key"], past[f"{i}.value"]) for i in range(len(past) // 2)])
+            cache = adapter.make_cache([(past[f"{i}.key"], past[f"{i}.value"]) for i in range(len(past) // 2)])
             extra = {"position_ids": position_ids} if positions else {}
             output = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **extra)
             result = {"logits": output.logits}
-            for number, layer in enumerate(output.past_key_values.layers):
-                result[f"present.{number}.key"], result[f"present.{number}.value"] = layer.keys, layer.values
+            for number, (keys, values) in enumerate(adapter.read_cache(output.past_key_values)):
+                result[f"present.{number}.key"], result[f"present.{number}.value"] = keys, values
             return result
 
     return Flat().eval()
@@ -108,7 +105,6 @@ def _make_flat(model: PreTrainedModel) -> nn.Module:
 def _make_sample(model: PreTrainedModel) -> dict[str, Any]:
     """A continuation of two sequences, one of them padded: of a mask without a zero, the tracer would make a constant."""
     import torch
-    from transformers import DynamicCache
 
     rows, tokens, before = _SAMPLE
     words = int(model.config.get_text_config().vocab_size)
@@ -119,11 +115,15 @@ def _make_sample(model: PreTrainedModel) -> dict[str, Any]:
     extra = {"position_ids": positions[:, :before]} if takes_positions(model) else {}
     with torch.no_grad():
         cache = model(
-            input_ids=ids[:, :before], attention_mask=mask[:, :before], past_key_values=DynamicCache(), use_cache=True, **extra
+            input_ids=ids[:, :before],
+            attention_mask=mask[:, :before],
+            past_key_values=adapter.make_cache(),
+            use_cache=True,
+            **extra,
         ).past_key_values
     past: dict[str, torch.Tensor] = {}
-    for number, layer in enumerate(cache.layers):
-        past[f"{number}.key"], past[f"{number}.value"] = layer.keys, layer.values
+    for number, (keys, values) in enumerate(adapter.read_cache(cache)):
+        past[f"{number}.key"], past[f"{number}.value"] = keys, values
     return {"input_ids": ids[:, before:], "attention_mask": mask, "position_ids": positions[:, before:], "past": past}
 
 

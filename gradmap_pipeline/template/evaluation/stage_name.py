@@ -45,20 +45,20 @@ class StageName(Stage):
         probe.check_layerwise()
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.batches import make_batches, predicted_tokens
+        from gradmap_pipeline.batches import predicted_tokens
         from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
-        from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-        from gradmap_pipeline.sweep.sweep import Sweep
+        from gradmap_pipeline.sweep.sweep import open_sweep
 
         base = inputs.model.base
         tokenizer, embeddings = load_tokenizer(base), count_embeddings(base)
         documents = self.dataset.documents()
         ids, mask = make_sequences(tokenizer, documents, self.sequence_length, self.samples, embeddings=embeddings)
-        layerwise = LayerwiseModel(inputs.model, device=context.device, dtype=context.dtype)
-        batches = make_batches(ids, mask, lengths_apart=layerwise.lengths_apart)
         right = tokens = 0
-        with context.progress("predict text", len(batches), "batch") as advance:
-            for batch, logits in zip(batches, Sweep(layerwise, batches, keep_boundaries=False).logits(), strict=True):
+        with (
+            open_sweep(inputs.model, (ids, mask), context) as sweep,
+            context.progress("predict text", len(sweep.batches), "batch") as advance,
+        ):
+            for batch, logits in zip(sweep.batches, sweep.logits(), strict=True):
                 if not logits.isfinite().all():
                     raise StageError("the model computes logits that are not finite; use another --dtype")
                 hit = logits[:, :-1].argmax(dim=-1).cpu() == batch.input_ids[:, 1:].cpu()
