@@ -22,7 +22,7 @@ from gradmap_pipeline.cost.model_costs import ModelCosts
 from gradmap_pipeline.machine.machine import Machine
 from gradmap_pipeline.report.reporters import format_seconds
 from gradmap_pipeline.run import costs
-from gradmap_pipeline.sweep import layerwise
+from gradmap_pipeline.sweep import layerwise, weight_sources
 
 RECIPE = """\
 version: 1
@@ -92,7 +92,7 @@ def test_no_weight_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a tensor was loaded")
 
-    monkeypatch.setattr(layerwise, "load_rounded", refuse)
+    monkeypatch.setattr(weight_sources, "load_rounded", refuse)
     assert costs_of()["gradmap_score"]["estimate"]["seconds"] > 0
     with pytest.raises(AssertionError, match="a tensor was loaded"):
         layerwise.LayerwiseModel(open_folder(Path("model")))
@@ -266,7 +266,7 @@ def test_disk_that_a_sweep_needs(folder: Path) -> None:
     many = 10**9
     sample = costs.needs(4, 1, 24).boundary_bytes
     backward = costs.backward_sweeps([4, 3], many, 24, divisible=False)
-    assert 5 * sample * many > backward.disk_bytes > 4 * sample * many
+    assert 6 * sample * many > backward.disk_bytes > 5 * sample * many  # five boundaries and a gradient
     assert backward.disk_bytes < backward.bytes_written
     assert costs.forward_sweep(4, 8, 24).disk_bytes == 0
 

@@ -144,7 +144,7 @@ class ModelCosts:
             flops=passes * (layers * layer.flops + head.flops),
             seconds=passes * (layers * layer.forward + head.forward) + moving,
             how=plan.describe(),
-            disk_bytes=2 * plan.bytes_written // layers,  # what leaves a layer takes the place of what came in, a layer at a time
+            disk_bytes=plan.spilled_bytes,
         )
 
     def backward_sweeps(
@@ -158,7 +158,7 @@ class ModelCosts:
             self.benchmark.head_pass(plan.batch_samples, tokens),
         )
         forward = layer.forward_for_backward if plan.keep_graphs else layer.forward + layer.forward_for_backward
-        total = Estimate(self.occupied + plan.peak_bytes, how=plan.describe(), disk_bytes=plan.bytes_written)
+        total = Estimate(self.occupied + plan.peak_bytes, how=plan.describe(), disk_bytes=plan.spilled_bytes)
         for number, count in enumerate(layers):
             read = plan.bytes_read * count // layers[0] if number == 0 or not plan.resident else 0
             forwards = 1 if plan.keep_graphs else 2

@@ -111,6 +111,8 @@ class SweepPlan:
     """Above what the process has before: the sum of `lines`, and what the allocator needs."""
     bytes_read: int
     bytes_written: int
+    spilled_bytes: int = 0
+    """Of what is kept, in a file at a time."""
     lines: dict[Line, int] = field(default_factory=dict, compare=False)
     """Bytes by what they are for, at the moment when the sum is largest."""
 
@@ -156,12 +158,16 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
     passes = math.ceil(needs.samples / fitting) if divisible else 1
     sweeps = 2 if needs.backward else 1
     again = 0 if resident else (passes - 1) * sweeps * needs.stored_bytes
-    over = max(0, needs.samples * kept - left) * (1 if needs.keep_boundaries else needs.layers)
-    if passes > 1 and not keep_graphs and 2 * over <= again:
+    spilled = max(0, needs.samples * kept - left)
+    # What finds no room of the gradients is written anew at each layer, and so is the boundary of a sweep that keeps one.
+    gradients = max(0, needs.samples * needs.boundary_bytes - left) * needs.layers if needs.backward else 0
+    written = spilled * (1 if needs.keep_boundaries else needs.layers) + gradients
+    if passes > 1 and not keep_graphs and 2 * written <= again:
         passes, again, fitting = 1, 0, needs.samples
     if divisible and resident and not needs.keep_boundaries:  # a layer that stays costs nothing to use again
         passes, fitting = math.ceil(needs.samples / batch), batch
-    written = 0 if passes > 1 or keep_graphs else over
+    if passes > 1 or keep_graphs:
+        spilled = written = 0
     lines |= _split_kept(needs, fitting, left, graphs=graphs if keep_graphs else 0)
     return SweepPlan(
         resident=resident,
@@ -173,6 +179,7 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
         peak_bytes=sum(lines.values()) + _SLACK,
         bytes_read=needs.stored_bytes * (1 if resident else sweeps) + again + written,
         bytes_written=written,
+        spilled_bytes=spilled,
         lines=lines,
     )
 
