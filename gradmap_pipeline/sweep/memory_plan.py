@@ -82,6 +82,10 @@ class SweepNeeds:
         saved = math.ceil(self.saved_bytes * _WORK) if self.backward else self.saved_bytes
         return batch * (saved + (3 if self.backward else 2) * self.boundary_bytes)
 
+    def count_own_arguments(self, batch: int) -> int:
+        """What a layer is called with, of each sample, where every batch has masks of its own."""
+        return self.argument_bytes + math.ceil(self.fixed_argument_bytes / batch) if self.padded else 0
+
     @property
     def weight_gradient_bytes(self) -> int:
         """Sums in fp32 of a layer's gradients, one batch's in the computed type, and what is made of the largest in fp64."""
@@ -146,7 +150,7 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
     lines = _count_phases(needs, batch, weights)
     held = sum(lines.values()) + _SLACK
     left = free - held
-    kept = needs.kept_bytes + (needs.argument_bytes if needs.padded else 0)
+    kept = needs.kept_bytes + needs.count_own_arguments(batch)
     graphs = needs.saved_bytes * needs.layers
     keep_graphs = resident and needs.backward and (kept + graphs) * (batch if divisible else needs.samples) <= left
     prefetch = needs.read_ahead and not resident and needs.samples * kept + reserve + needs.layer_bytes <= left
@@ -168,7 +172,7 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
         passes, fitting = math.ceil(needs.samples / batch), batch
     if passes > 1 or keep_graphs:
         spilled = written = 0
-    lines |= _split_kept(needs, fitting, left, graphs=graphs if keep_graphs else 0)
+    lines |= _split_kept(needs, fitting, needs.count_own_arguments(batch), left, graphs=graphs if keep_graphs else 0)
     return SweepPlan(
         resident=resident,
         prefetch=prefetch,
@@ -204,11 +208,11 @@ def _count_phases(needs: SweepNeeds, batch: int, weights: int) -> dict[Line, int
     return {line: size for line, size in (common | phase).items() if size}
 
 
-def _split_kept(needs: SweepNeeds, samples: int, limit: int, graphs: int) -> dict[Line, int]:
+def _split_kept(needs: SweepNeeds, samples: int, arguments: int, limit: int, graphs: int) -> dict[Line, int]:
     """What is held between layers of so many samples, by line: arguments and gradients first, they are used most often."""
     wanted: dict[Line, int] = {}
     if needs.padded:
-        wanted["layer arguments"] = samples * needs.argument_bytes
+        wanted["layer arguments"] = samples * arguments
     if needs.backward:
         wanted["gradients"] = samples * needs.boundary_bytes
     wanted["hidden states"] = samples * (needs.kept_bytes + graphs) - wanted.get("gradients", 0)
