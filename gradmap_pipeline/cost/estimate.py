@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Estimate:
     """Which way the work is done, where the memory decides it."""
     disk_bytes: int = 0
     """Most bytes that lie in the store at once besides results: what is written, less what takes the place of other things."""
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Bytes at the peak, by what they are for."""
 
     def __add__(self, after: Estimate) -> Estimate:
         """One after the other."""
@@ -31,6 +34,7 @@ class Estimate:
             self.seconds + after.seconds,
             self.how or after.how,
             max(self.disk_bytes, after.disk_bytes),
+            after.lines if after.peak_bytes > self.peak_bytes else self.lines,
         )
 
     def __mul__(self, times: int) -> Estimate:

@@ -12,7 +12,7 @@ from ..correction.streams import plan_streams
 from ..errors import CapacityError
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, give_back, resident_bytes, tune_allocator
-from ..sweep.memory_plan import SweepNeeds, format_size, plan_sweep
+from ..sweep.memory_plan import SweepNeeds, SweepPlan, format_size, plan_sweep
 from .estimate import Estimate
 from .layer_benchmark import LayerBenchmark
 from .machine_speed import MachineSpeed
@@ -110,7 +110,7 @@ class ModelCosts:
     def opening(self) -> Estimate:
         """Open the model and read what belongs to no layer."""
         seconds = self.open_seconds + self.stored_rest_bytes * self.speed.read_again()
-        return Estimate(self.occupied, self.stored_rest_bytes, seconds=seconds)
+        return Estimate(self.occupied, self.stored_rest_bytes, seconds=seconds, lines=self._opened)
 
     def text(self, tokens: int, least: int | None = None) -> Estimate:
         """Make ids of so many tokens of text; the time to download it is not known.
@@ -139,6 +139,7 @@ class ModelCosts:
         passes = samples + (min(samples, plan.batch_samples) if plan.resident else 0)  # the first batch warms up
         return self.opening() + Estimate(
             peak_bytes=self.occupied + plan.peak_bytes,
+            lines=self._lines_of(plan),
             bytes_read=plan.bytes_read,
             bytes_written=plan.bytes_written,
             flops=passes * (layers * layer.flops + head.flops),
@@ -158,7 +159,8 @@ class ModelCosts:
             self.benchmark.head_pass(plan.batch_samples, tokens),
         )
         forward = layer.forward_for_backward if plan.keep_graphs else layer.forward + layer.forward_for_backward
-        total = Estimate(self.occupied + plan.peak_bytes, how=plan.describe(), disk_bytes=plan.spilled_bytes)
+        lines = self._lines_of(plan)
+        total = Estimate(self.occupied + plan.peak_bytes, how=plan.describe(), disk_bytes=plan.spilled_bytes, lines=lines)
         for number, count in enumerate(layers):
             read = plan.bytes_read * count // layers[0] if number == 0 or not plan.resident else 0
             forwards = 1 if plan.keep_graphs else 2
@@ -185,12 +187,19 @@ class ModelCosts:
             )
         boundaries = [samples * self.needs(count, 1, tokens).boundary_bytes * (count + 1) for count in (whole, layers)]
         written = sum(max(0, size - limit) for size in boundaries)
+        lines: dict[str, int] = {
+            **{str(line): size for line, size in plan.lines.items()},
+            "hidden states": sum(min(limit, size) for size in boundaries),
+            "sums of a correction": reserve,
+        }
+        allocator = plan.peak_bytes - sum(plan.lines.values())
         layer_bytes = self.stored_layer_bytes / whole
         read = round(layer_bytes * (whole + layers + (0 if plan.resident else again)))
         layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(
-            peak_bytes=self.occupied + max(0, held + sum(min(limit, size) for size in boundaries) + reserve - self.rest_bytes),
+            peak_bytes=self.occupied + max(0, sum(lines.values()) + allocator - self.rest_bytes),
+            lines={"program": self.occupied - self.rest_bytes, **lines, "allocator": allocator},
             bytes_read=read + written,
             bytes_written=written,
             flops=count * layer.flops,
@@ -198,6 +207,16 @@ class ModelCosts:
             how=replace(plan, bytes_written=written).describe(),
             disk_bytes=written,
         )
+
+    @property
+    def _opened(self) -> dict[str, int]:
+        """What a process that has opened the model holds."""
+        rest = min(self.rest_bytes, self.occupied)
+        return {"program": self.occupied - rest, "embeddings and head": rest}
+
+    def _lines_of(self, plan: SweepPlan) -> dict[str, int]:
+        lines = {str(line): size for line, size in plan.lines.items()}
+        return {**self._opened, **lines, "allocator": plan.peak_bytes - sum(plan.lines.values())}
 
     def _moving(self, read: int, spilled: int, besides: int = 0) -> float:
         """Seconds to bring in so many bytes of layers, and to write boundaries and read them again."""

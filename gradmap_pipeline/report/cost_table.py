@@ -31,6 +31,13 @@ def print_costs(costs: PlanCosts | None) -> None:
     known = all(step.estimate for step in costs.steps)
     add_row(table, "all" if known else "all that is known", "", *_cells(costs.total), "")
     console.print(table)
+    memory = make_table("step", "memory at its peak", fold=True)
+    for step in costs.steps:
+        lines = {} if step.estimate is None else step.estimate.lines
+        largest = sorted(((size, line) for line, size in lines.items() if size >= 1 << 20), reverse=True)
+        if largest:
+            add_row(memory, step.step, ", ".join(f"{line} {format_size(size)}" for size, line in largest))
+    console.print(memory)
     console.print(
         f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
         "downloads are not in them."

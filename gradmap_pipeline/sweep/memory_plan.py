@@ -123,7 +123,7 @@ class SweepPlan:
     def describe(self) -> str:
         """In a few words."""
         layers = "layers stay in memory" if self.resident else "layers read ahead" if self.prefetch else "layers read again"
-        passes = f"samples in {self.passes} passes" if self.passes > 1 else ""
+        passes = f"samples in {self.passes} passes" if self.passes > 1 and not self.resident else ""
         spilled = f"{format_size(self.bytes_written)} of hidden states to a file" if self.bytes_written else ""
         return ", ".join(filter(None, (layers, "graphs kept" if self.keep_graphs else "", passes, spilled)))
 
@@ -172,7 +172,10 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
         passes, fitting = math.ceil(needs.samples / batch), batch
     if passes > 1 or keep_graphs:
         spilled = written = 0
-    lines |= _split_kept(needs, fitting, needs.count_own_arguments(batch), left, graphs=graphs if keep_graphs else 0)
+    for line, size in _split_kept(needs, fitting, needs.count_own_arguments(batch), left).items():
+        lines[line] = lines.get(line, 0) + size
+    if keep_graphs:
+        lines["activations"] = lines.get("activations", 0) + fitting * graphs
     return SweepPlan(
         resident=resident,
         prefetch=prefetch,
@@ -208,14 +211,14 @@ def _count_phases(needs: SweepNeeds, batch: int, weights: int) -> dict[Line, int
     return {line: size for line, size in (common | phase).items() if size}
 
 
-def _split_kept(needs: SweepNeeds, samples: int, arguments: int, limit: int, graphs: int) -> dict[Line, int]:
+def _split_kept(needs: SweepNeeds, samples: int, arguments: int, limit: int) -> dict[Line, int]:
     """What is held between layers of so many samples, by line: arguments and gradients first, they are used most often."""
     wanted: dict[Line, int] = {}
     if needs.padded:
         wanted["layer arguments"] = samples * arguments
     if needs.backward:
         wanted["gradients"] = samples * needs.boundary_bytes
-    wanted["hidden states"] = samples * (needs.kept_bytes + graphs) - wanted.get("gradients", 0)
+    wanted["hidden states"] = samples * needs.kept_bytes - wanted.get("gradients", 0)
     lines: dict[Line, int] = {}
     for line, size in wanted.items():
         lines[line] = min(size, limit)
