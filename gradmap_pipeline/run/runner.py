@@ -114,7 +114,7 @@ def _run_step(
         if not state.inspected:
             rest = plan.steps[plan.steps.index(step) :]
             with heard(lambda text: reporter.note(step.id, text), state.heard):
-                inspect_steps(plan, rest, state.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
+                inspect_steps(rest, state.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
             for later in rest:
                 if group.leads and (place := _workplace_of(later, store)) is not None:
                     _prepare(place, later, reporter)
