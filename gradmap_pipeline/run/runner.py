@@ -256,7 +256,7 @@ def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder
     """Put outputs into the store; return them as stored."""
     try:
         if not step.code.is_current():
-            raise StageError("its source files have changed while it state, so its result is of neither code; run again")
+            raise StageError("its source files have changed while it ran, so its result is of neither code; run again")
         return store.finish(folder, key, record, result)
     except StageError as error:
         failure = StageError(f"stage {step.stage.name!r}: {error}")
