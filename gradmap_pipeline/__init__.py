@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         Evaluation,
         ExportedFile,
         LayerScores,
-        Model,
         ModelForecast,
         Round,
         ScoresForecast,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         Work,
     )
     from .checkpoint.graph import ModelGraph
+    from .checkpoint.model import Model
     from .context import Context
     from .correction.correction import Compensation, CorrectedSite
     from .cost.estimate import Estimate
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .machine.environment import Environment
     from .stages.compensating import LayerCompensation
     from .stages.exporting import FolderExport
+    from .stages.forecasts import Forecasts, Outlook, known
     from .stages.hookspecs import hookimpl
     from .stages.ranking import Measure
     from .stages.scoring import LayerScoring, take_lowest
@@ -53,7 +54,6 @@ _HOME = {
         "Evaluation",
         "ExportedFile",
         "LayerScores",
-        "Model",
         "ModelForecast",
         "Round",
         "ScoresForecast",
@@ -70,6 +70,8 @@ _HOME = {
     "stages.hookspecs": ("hookimpl",),
     "correction.correction": ("Compensation", "CorrectedSite"),
     "checkpoint.graph": ("ModelGraph",),
+    "checkpoint.model": ("Model",),
+    "stages.forecasts": ("Forecasts", "Outlook", "known"),
     "stages.structure_probe": ("StructureProbe",),
     "cost.model_costs": ("ModelCosts",),
     "stages.ranking": ("Measure",),
@@ -94,6 +96,7 @@ __all__ = [
     "Export",
     "ExportedFile",
     "FolderExport",
+    "Forecasts",
     "GgufFolder",
     "LayerCompensation",
     "LayerScores",
@@ -106,6 +109,7 @@ __all__ = [
     "ModelGraph",
     "OnnxFolder",
     "OptionError",
+    "Outlook",
     "QualityError",
     "Round",
     "ScoresForecast",
@@ -116,6 +120,7 @@ __all__ = [
     "TransformersFolder",
     "Work",
     "hookimpl",
+    "known",
     "take_lowest",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from .errors import PluginError, describe_value
 from .machine.digests import sha256_of, sha256_of_value
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     import torch
     from typing_extensions import Self
-
-    from .batches import Batch
 
 
 def _relative_to_store(path: Path, info: SerializationInfo) -> str:
@@ -64,10 +63,46 @@ LINEAGE = "gradmap.json"
 """In every export: how it came to be, with the digests of the other files."""
 
 
+_MOVED = {"count_bytes": "size_bytes"}
+"""Methods of artifacts of before, and the properties that they are now."""
+
+
+class NoForecast(BaseModel):
+    """The forecast of an artifact of which a plan knows nothing before the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class Artifact(BaseModel):
     """Base of everything a stage takes or returns. Numbers that are not finite are refused, at any depth."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    Forecast: ClassVar[Callable[..., BaseModel]] = NoForecast
+    """The class of what a plan knows of such an artifact before the run: a pydantic model whose fields all have a default."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        here = f"class {cls.__name__} in {cls.__module__}"
+        for before, now in _MOVED.items():
+            if before in vars(cls) and now not in vars(cls) and hasattr(cls, now):
+                raise PluginError(f"{here}: method {before!r} is the property {now!r} now")
+        forecast: Any = cls.Forecast
+        if not isinstance(forecast, type) or not issubclass(forecast, BaseModel):
+            raise PluginError(
+                f"{here}: 'Forecast' must be a class derived from pydantic's BaseModel, got {describe_value(forecast)}"
+            )
+        required = next((name for name, info in forecast.model_fields.items() if info.is_required()), None)
+        if required is not None:
+            raise PluginError(f"{here}: field {required!r} of its 'Forecast' needs a default: the value where nothing is known")
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _MOVED and hasattr(type(self), _MOVED[name]):
+                raise AttributeError(f"method {name!r} of {type(self).__name__} is the property {_MOVED[name]!r} now")
+            return super().__getattr__(name)
 
     @model_validator(mode="after")
     def _check_finite(self) -> Artifact:
@@ -98,14 +133,6 @@ class Artifact(BaseModel):
     def files_by_path(self) -> dict[Path, str]:
         """SHA-256 of every file that belongs to it."""
         return {file.path: file.sha256 for file in find_tensor_files(self)}
-
-
-class Model(Artifact):
-    """A language model in a form that can be evaluated: a graph over a checkpoint, or a folder that another program runs."""
-
-    def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
-        """Read it into memory; the function returned gives logits (B, T, V) of a batch."""
-        raise NotImplementedError
 
 
 class TensorFile(BaseModel):
@@ -161,8 +188,42 @@ def find_not_finite(value: Any, place: str = "") -> str | None:
     return next((deeper for where, part in inside if (deeper := find_not_finite(part, where)) is not None), None)
 
 
+class ModelForecast(BaseModel):
+    """What a plan knows of a model before anything runs. None: not known yet."""
+
+    layers: int | None = None
+    kept: tuple[int, ...] | None = None
+    """Base layers that are left."""
+    positions: int | None = None
+    """Longest sequence the model is made for, in tokens."""
+    config: dict[str, Any] | None = None
+    """config.json of the whole model; of its text decoder, where it has other parts."""
+    folder: Path | None = None
+    """The base model's folder."""
+
+    def explain_unusable(self) -> str | None:
+        """Why no program of this machine can run it; None where one can, or that is not known."""
+        return None
+
+
+class CalibrationForecast(BaseModel):
+    """What a plan knows of a calibration set before anything runs. None: not known yet."""
+
+    samples: int | None = None
+    sequence_length: int | None = None
+
+
+class ScoresForecast(BaseModel):
+    """What a plan knows of layer scores before anything runs. None: not known yet."""
+
+    decisions: int | None = None
+    all_or_nothing: bool = False
+
+
 class CalibrationSet(Artifact):
     """Token ids on which layers are scored and corrections are fitted."""
+
+    Forecast = CalibrationForecast
 
     tensors: TensorFile
     """`input_ids` int32 (samples, length); `attention_mask` uint8 (samples, length), 0 where padded."""
@@ -196,6 +257,8 @@ class Decision(BaseModel):
 
 class LayerScores(Artifact):
     """Pruning decisions in order; removing n layers takes the first n."""
+
+    Forecast = ScoresForecast
 
     model: str
     """Digest of the model that was scored."""
@@ -269,35 +332,3 @@ class ExportedFile(BaseModel):
     size: int
     """Bytes."""
     sha256: str
-
-
-class ModelForecast(BaseModel):
-    """What a plan knows of a model before anything runs. None: not known yet."""
-
-    layers: int | None = None
-    kept: tuple[int, ...] | None = None
-    """Base layers that are left."""
-    positions: int | None = None
-    """Longest sequence the model is made for, in tokens."""
-    config: dict[str, Any] | None = None
-    """config.json of the whole model; of its text decoder, where it has other parts."""
-    folder: Path | None = None
-    """The base model's folder."""
-
-    def explain_unusable(self) -> str | None:
-        """Why no program of this machine can run it; None where one can, or that is not known."""
-        return None
-
-
-class CalibrationForecast(BaseModel):
-    """What a plan knows of a calibration set before anything runs. None: not known yet."""
-
-    samples: int
-    sequence_length: int | None = None
-
-
-class ScoresForecast(BaseModel):
-    """What a plan knows of layer scores before anything runs. None: not known yet."""
-
-    decisions: int | None = None
-    all_or_nothing: bool = False

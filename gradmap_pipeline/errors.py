@@ -55,6 +55,10 @@ class OptionError(GradmapError):
         super().__init__(message)
 
 
+class NotKnownError(GradmapError):
+    """A stage needs a value that the plan does not know yet. What was asked of it is then not known."""
+
+
 class CommandError(GradmapError):
     """An option of the command line, or a variable of its environment, cannot be used."""
 

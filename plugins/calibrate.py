@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -13,11 +12,14 @@ from gradmap_pipeline import (
     Context,
     DatasetSource,
     Estimate,
+    Forecasts,
     ModelCosts,
     ModelGraph,
+    Outlook,
     Stage,
     TensorFile,
     hookimpl,
+    known,
 )
 from gradmap_pipeline.data import POOL, check_length
 
@@ -44,16 +46,14 @@ class Calibrate(Stage):
     class Outputs(BaseModel):
         calibration: CalibrationSet
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        length = check_length(self.sequence_length, inputs.get("model"))
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        length = check_length(self.sequence_length, inputs.of(ModelGraph))
         self.dataset.check_amount(self.samples, length, self.packing)
         return {"calibration": CalibrationForecast(samples=self.samples, sequence_length=length)}
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
-        length = check_length(self.sequence_length, inputs.get("model"))
-        if length is None:
-            return None
-        tokens = self.samples * length
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        length = check_length(self.sequence_length, inputs.of(ModelGraph))
+        tokens = self.samples * known(length)
         return costs.text(tokens * (POOL if self.shuffle else 1), least=tokens)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

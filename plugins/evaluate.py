@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -14,18 +15,20 @@ from gradmap_pipeline import (
     Estimate,
     Evaluation,
     Export,
+    Forecasts,
     Model,
     ModelCosts,
     ModelGraph,
     OptionError,
+    Outlook,
     QualityError,
     Stage,
     StageError,
     StructureProbe,
     hookimpl,
+    known,
 )
 from gradmap_pipeline.data import check_length
-from gradmap_pipeline.export.exports import ExportForecast
 from gradmap_pipeline.stages.perplexity import perplexity_of
 
 if TYPE_CHECKING:
@@ -60,11 +63,11 @@ class Evaluate(Stage):
     class Outputs(BaseModel):
         evaluation: Evaluation
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         if isinstance(self.samples, int) and self.samples < 1:
             raise OptionError("samples", f"found {self.samples}; accepted: a whole number from 1, or all")
-        model = inputs.get("model")
-        unusable = None if model is None else model.explain_unusable()
+        model = inputs.of(Model)
+        unusable = model.explain_unusable()
         if unusable is not None:
             raise OptionError("", unusable)
         length = check_length(self.sequence_length, model)
@@ -72,32 +75,27 @@ class Evaluate(Stage):
             self.dataset.check_amount(self.samples, length, self.packing)
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
-        model = inputs.get("model")
-        length = check_length(self.sequence_length, model)
-        if model is None or model.layers is None or length is None or self.samples == "all":
-            return None
-        if isinstance(model, ExportForecast):
-            return None  # another program runs it
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        model = inputs.of(Model)
+        if not inputs.has(ModelGraph) or self.samples == "all":
+            return None  # another program runs it, or how long the text is shows when it is read
+        layers, length = known(model.layers), known(check_length(self.sequence_length, model))
         whole = len(costs.graph.layers)
         text = (str(self.dataset), self.samples, length, self.packing)
-        counts = [model.layers] if self.max_perplexity_ratio is None else [model.layers, whole]
         total = costs.text(self.samples * length)
-        for layers in counts:
-            if layers != whole or costs.first_time(text):
-                total += costs.forward_sweep(layers, self.samples, length)
+        for depth in [layers] if self.max_perplexity_ratio is None else [layers, whole]:
+            if depth != whole or costs.first_time(text):
+                total += costs.forward_sweep(depth, self.samples, length)
         return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import count_embeddings, digest_sequences, load_tokenizer, make_sequences
 
         model = inputs.model
-        graph = model.graph if isinstance(model, Export) else model
-        if not isinstance(graph, ModelGraph):
-            raise StageError(f"nothing is known of the model in a {type(model).__name__} but how to run it")
+        graph = model.graph
         base = graph.base
         length = self.sequence_length or base.default_sequence_length
         samples = None if self.samples == "all" else self.samples
@@ -107,9 +105,9 @@ class Evaluate(Stage):
 
         def measure(model: Model) -> dict[str, Any]:
             content = model.model_copy(update={"label": ""}) if isinstance(model, ModelGraph) else model
-            score = score_text if isinstance(model, ModelGraph) else score_export
             key = {"model": content.content(), "text": text}
-            found: dict[str, Any] = context.remember(key, lambda: score(model, ids, mask, context))
+            score = partial(score_text, model) if isinstance(model, ModelGraph) else partial(score_opened, model)
+            found: dict[str, Any] = context.remember(key, lambda: score(ids, mask, context))
             return found
 
         found = measure(model)
@@ -128,7 +126,7 @@ class Evaluate(Stage):
                 sequence_length=ids.shape[1],
                 layers=len(graph.layers),
                 parameters=graph.count_parameters(),
-                bytes=model.count_bytes(),
+                bytes=model.size_bytes,
                 base_perplexity=base_perplexity,
                 **found,
             )
@@ -169,8 +167,8 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     return _mean_loss(total)
 
 
-def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
-    """The same of a folder, by the program it was made for."""
+def score_opened(model: Model, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
+    """The same of a model in another form, by the program that `open` of its class starts."""
     from gradmap_pipeline.batches import count_predicted, make_batches, next_token_losses
     from gradmap_pipeline.checkpoint.lengths import lengths_apart_in
     from gradmap_pipeline.sweep.finite import find_weights
@@ -188,7 +186,8 @@ def score_export(model: Export, ids: torch.Tensor, mask: torch.Tensor, context: 
         cause = (
             find_weights(model.graph) or "its weights are finite, what it computes in its own types is not; export it in float32"
         )
-        raise StageError(f"the loss of the {model.label} model in {str(model.folder)!r} is not a finite number: {cause}")
+        place = f" in {str(model.folder)!r}" if isinstance(model, Export) else ""
+        raise StageError(f"the loss of the {model.label} model{place} is not a finite number: {cause}")
     return _mean_loss(total)
 
 

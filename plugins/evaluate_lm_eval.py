@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from gradmap_pipeline import (
     Artifact,
     Context,
-    Export,
+    Forecasts,
     ModelGraph,
     OptionError,
+    Outlook,
     QualityError,
     Stage,
     StageError,
@@ -86,7 +87,7 @@ class EvaluateLmEval(Stage):
     class Outputs(BaseModel):
         task_scores: TaskScores
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         for limit in self.limits:
             if not any(limit.startswith(f"{task}.") for task in self.tasks):
                 raise OptionError(
@@ -96,7 +97,7 @@ class EvaluateLmEval(Stage):
             self._check_folder(self.task_folder)
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         from gradmap_pipeline.tasks.harness import try_tasks
 
         tasks, manager = self._find_tasks()
@@ -109,7 +110,7 @@ class EvaluateLmEval(Stage):
         from gradmap_pipeline.tasks.harness import make_harness, quietly
 
         model = inputs.model
-        graph = model.graph if isinstance(model, Export) else model
+        graph = model.graph
         tasks, manager = self._find_tasks()
         harness: Any = None
         scores: list[TaskScore] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +17,20 @@ from gradmap_pipeline import (
     Evaluation,
     ExportedFile,
     FolderExport,
+    Forecasts,
     ModelCosts,
     ModelGraph,
     OnnxFolder,
     OptionError,
+    Outlook,
     Stage,
     StageError,
     StructureProbe,
     TransformersFolder,
     hookimpl,
+    known,
 )
 from gradmap_pipeline.export.consumers import explain_forecast, explain_removal
-from gradmap_pipeline.export.exports import ExportForecast
 from gradmap_pipeline.export.folders import (
     check_loading,
     explain_config,
@@ -94,22 +96,21 @@ class ExportModel(FolderExport):
     def output_types(self) -> dict[str, type[Artifact]]:
         return {"exported": OnnxFolder if self.format == "onnx" else TransformersFolder}
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         super().forecast(inputs)
         if self.format == "onnx":
             missing = explain_missing(("onnxscript", "onnxruntime"), "onnx")
             if missing is not None:
                 raise OptionError("format", missing)
-        model = inputs.get("model")
-        return {} if model is None else {"exported": ExportForecast(**model.model_dump())}
+        return {"exported": TransformersFolder.Forecast.of(inputs.of(ModelGraph))}
 
-    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
-        return explain_forecast(inputs.get("model")) if self.format == "safetensors" else ()
+    def advise(self, inputs: Forecasts) -> Sequence[str]:
+        return explain_forecast(inputs.of(ModelGraph)) if self.format == "safetensors" else ()
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         super().inspect(inputs, probe)
         probe.check_layerwise()
-        refusal = self._explain_refusal(explain_forecast(inputs.get("model"), self.programs))
+        refusal = self._explain_refusal(explain_forecast(inputs.of(ModelGraph), self.programs))
         if refusal is not None:
             raise OptionError("programs", refusal)
         if self.format == "onnx":
@@ -118,16 +119,14 @@ class ExportModel(FolderExport):
 
             check_exportable(read_config(probe.graph.base.folder))
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
-        model = inputs.get("model")
-        if model is None or model.layers is None:
-            return None
-        size = costs.count_bytes(model.layers)
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        layers = known(inputs.of(ModelGraph).layers)
+        size = costs.count_bytes(layers)
         rates = costs.speed
         if self.format == "onnx":
             from gradmap_pipeline.export.ort.apart import estimate_memory
 
-            weights = costs.count_parameters(model.layers) * (4 if self.onnx.dtype == "float32" else 2)
+            weights = costs.count_parameters(layers) * (4 if self.onnx.dtype == "float32" else 2)
             needed = estimate_memory(weights, costs.program_bytes)
             if needed > costs.memory:
                 raise CapacityError(
@@ -137,7 +136,7 @@ class ExportModel(FolderExport):
             moving = size * rates.read_again(size) + weights * (rates.digest + 2 * rates.write)
             return Estimate(needed, size, weights, seconds=moving, how="seconds without those of tracing")
         copying = Estimate(0, size, size, seconds=size * (rates.read_again(size) + rates.digest + rates.write))
-        return copying + costs.forward_sweep(model.layers, *_CHECK_SHAPE, besides=size) * 2
+        return copying + costs.forward_sweep(layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.checkpoint.architecture import full_config

@@ -21,16 +21,16 @@ from gradmap_pipeline import (
     Context,
     Evaluation,
     FolderExport,
+    Forecasts,
     GgufFolder,
-    ModelForecast,
     ModelGraph,
     OptionError,
+    Outlook,
     Stage,
     StageError,
     StructureProbe,
     hookimpl,
 )
-from gradmap_pipeline.export.exports import GgufForecast
 from gradmap_pipeline.export.folders import find_deviations, make_lineage, write_card, write_companions
 from gradmap_pipeline.export.llamacpp import pythons
 from gradmap_pipeline.machine.processes import explain_end, tie
@@ -68,11 +68,11 @@ class ExportGguf(FolderExport):
     class Outputs(BaseModel):
         exported: GgufFolder
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         super().forecast(inputs)
         pythons.check_program("python", self.python)
         converter = self._find_converter()
-        model = inputs.get("model") or ModelForecast()
+        model = inputs.of(ModelGraph)
         missing = pythons.explain_missing(self._python, converter)
         if missing is not None:
             raise OptionError("python", missing)
@@ -82,17 +82,17 @@ class ExportGguf(FolderExport):
             if not pythons.knows(converter, architecture):
                 raise OptionError("converter", f"llama.cpp's converter does not know {architecture}; export in another format")
         python = self._find_runner() or self._python
-        return {"exported": GgufForecast(**model.model_dump(), type=self.type, quantisation=self._quantisation, python=python)}
+        return {"exported": GgufFolder.Forecast.of(model, type=self.type, quantisation=self._quantisation, python=python)}
 
-    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+    def advise(self, inputs: Forecasts) -> Sequence[str]:
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         from gradmap_pipeline.checkpoint.architecture import full_config
         from gradmap_pipeline.export.llamacpp.dry_run import explain_failure
 
         super().inspect(inputs, probe)
-        kept = getattr(inputs.get("model"), "kept", None)
+        kept = inputs.of(ModelGraph).kept
         if kept is not None:
             self._check_config(full_config(probe.graph.base.folder), kept)
         failure = explain_failure(probe.graph, self._find_converter(), self._python)

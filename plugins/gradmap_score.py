@@ -8,9 +8,9 @@ the loss is the mean next-token cross-entropy over the calibration set.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from gradmap_pipeline import (
     Context,
     Decision,
     Estimate,
+    Forecasts,
     LayerScoring,
     Measure,
     ModelCosts,
@@ -92,7 +93,7 @@ class GradmapScore(LayerScoring):
                 raise ValueError(f"{option!r} belongs to metric 'weight_gradient'; the metric is {self.metric!r}")
         return self
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_gradients()
 
     def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:

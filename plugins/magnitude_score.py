@@ -5,15 +5,13 @@ Source: the magnitude criterion of https://arxiv.org/abs/2402.02834: Σ |w|^p ov
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelCosts, ModelGraph, Stage, hookimpl
+from gradmap_pipeline import Context, Estimate, Forecasts, LayerScores, LayerScoring, ModelCosts, ModelGraph, Stage, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
 
@@ -40,7 +38,7 @@ class MagnitudeScore(LayerScoring):
     def describe(self) -> str:
         return f"magnitude, power {self.power}"
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         size = costs.stored_layer_bytes
         return Estimate(costs.program_bytes, bytes_read=size, seconds=size * costs.speed.read_again())
 

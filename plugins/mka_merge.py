@@ -20,10 +20,11 @@ from gradmap_pipeline import (
     CalibrationSet,
     Context,
     Estimate,
+    Forecasts,
     ModelCosts,
-    ModelForecast,
     ModelGraph,
     OptionError,
+    Outlook,
     Round,
     Stage,
     StageError,
@@ -31,12 +32,11 @@ from gradmap_pipeline import (
     TensorFile,
     Work,
     hookimpl,
+    known,
 )
 from gradmap_pipeline.stages.removal import count_removed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     import torch
 
@@ -123,24 +123,21 @@ class MkaMerge(Stage):
             raise ValueError("give 'ratio' or 'layers', not both")
         return self
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        model, calibration = inputs.get("model") or ModelForecast(), inputs.get("calibration")
-        if calibration is not None and calibration.samples <= _NEIGHBOURS:
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        model, samples = inputs.of(ModelGraph), inputs.of(CalibrationSet).samples
+        if samples is not None and samples <= _NEIGHBOURS:
             option = "layers" if self.layers is not None else "ratio"
             raise OptionError(option, f"layers are compared by {_NEIGHBOURS} neighbours of each sample; calibrate on more samples")
-        count = None if model.layers is None else self._count(model.layers)
-        layers = None if model.layers is None or count is None else model.layers - count
+        layers = None if model.layers is None else model.layers - self._count(model.layers)
         return {"model": model.model_copy(update={"layers": layers, "kept": None})}
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
         probe.check_removable()
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
-        model, calibration = inputs.get("model"), inputs.get("calibration")
-        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
-            return None
-        return costs.forward_sweep(model.layers, calibration.samples, calibration.sequence_length)
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        text = inputs.of(CalibrationSet)
+        return costs.forward_sweep(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.checkpoint.layer_check import check_same_layers

@@ -7,7 +7,7 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from gradmap_pipeline import (
     Context,
     CorrectedSite,
     Estimate,
+    Forecasts,
     LayerCompensation,
     ModelCosts,
     ModelError,
@@ -68,7 +69,7 @@ class ProjectCompensate(LayerCompensation):
             raise ValueError(f"'sites' counts the layers of largest shift; site {self.site!r} names its layers itself")
         return self
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
         sites = probe.find_sites()
         if sites and not any(sites.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -10,16 +10,20 @@ from pydantic import BaseModel, Field, model_validator
 from gradmap_pipeline import (
     Context,
     Estimate,
+    Forecasts,
     LayerScores,
     ModelCosts,
     ModelError,
     ModelForecast,
     ModelGraph,
     OptionError,
+    Outlook,
+    ScoresForecast,
     Stage,
     StageError,
     StructureProbe,
     hookimpl,
+    known,
 )
 from gradmap_pipeline.stages.removal import count_removed
 
@@ -61,8 +65,12 @@ class Prune(Stage):
             raise ValueError(f"'layers' must list different layers, counted from 0; found {self.layers}")
         return self
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        model = inputs.get("model") or ModelForecast()
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        return {"model": self._forecast_model(inputs)}
+
+    def _forecast_model(self, inputs: Forecasts) -> ModelForecast:
+        """The model that is left. Raises `OptionError` where there is none."""
+        model = inputs.of(ModelGraph)
         depth, kept = model.layers, model.kept
         if isinstance(self.layers, list):
             missing = sorted(set(self.layers) - set(kept)) if kept is not None else []
@@ -73,14 +81,14 @@ class Prune(Stage):
         elif "scores" not in inputs:
             raise OptionError("layers", "nothing says which layers to remove; put gradmap_score before this step, or list them")
         else:
-            count, kept = self._count(depth, inputs["scores"]), None
+            count, kept = self._count(depth, inputs.of(LayerScores)), None
         if depth is not None and count >= depth:
             raise OptionError(self._option, f"removing {count} of {depth} layers leaves none")
         if model.config is not None and model.kept is not None:
             self._check_expressible(model.config, model.kept, count, kept)
             self._check_regular(model.config, model.kept, count, kept)
         layers = None if depth is None else depth - count
-        return {"model": model.model_copy(update={"layers": layers, "kept": kept})}
+        return model.model_copy(update={"layers": layers, "kept": kept})
 
     def _check_regular(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
         """Raise `OptionError` where `among: regular` cannot be had, or the layers that are listed break it."""
@@ -99,13 +107,13 @@ class Prune(Stage):
             example = f"; possible, for instance: remove {_name_others(layers, found)}" if found else ""
             raise OptionError("layers", f"the layers that would be left do not keep the period of their kinds{example}")
 
-    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+    def advise(self, inputs: Forecasts) -> Sequence[str]:
         from gradmap_pipeline.export.consumers import complete_config, name_programs
 
-        model = inputs.get("model")
-        if self.among == "regular" or isinstance(self.layers, list) or model is None or model.config is None:
+        model = inputs.of(ModelGraph)
+        if self.among == "regular" or isinstance(self.layers, list):
             return ()
-        config = complete_config(model.config, model.folder)
+        config = complete_config(known(model.config), model.folder)
         programs = name_programs(config)
         if not programs:
             return ()
@@ -139,13 +147,12 @@ class Prune(Stage):
                 f"only among those that do not{_name_possible(config, depth, layers, count)}",
             )
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         from gradmap_pipeline.checkpoint.architecture import full_config
 
-        kept = getattr(self.forecast(inputs).get("model"), "kept", None)
+        kept = self._forecast_model(inputs).kept
         if self.among == "regular":
-            model = inputs.get("model")
-            layers = getattr(model, "kept", None) or probe.graph.layers
+            layers = inputs.of(ModelGraph).kept or probe.graph.layers
             count = len(self.layers) if isinstance(self.layers, list) else self._count(len(layers), None)
             self._check_regular(full_config(probe.graph.base.folder), layers, count, kept)
         if kept is not None:
@@ -153,7 +160,7 @@ class Prune(Stage):
         elif self.among == "any":
             probe.check_removable()
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         return Estimate(costs.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
@@ -198,7 +205,7 @@ class Prune(Stage):
         """The option that says how much to remove."""
         return "layers" if self.layers is not None else "ratio"
 
-    def _count(self, depth: int | None, scores: Any) -> int:
+    def _count(self, depth: int | None, scores: ScoresForecast | None) -> int:
         if isinstance(self.layers, int):
             count = self.layers
         elif depth is None:

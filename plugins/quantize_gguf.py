@@ -9,9 +9,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -20,16 +20,18 @@ from gradmap_pipeline import (
     Context,
     DatasetSource,
     FolderExport,
+    Forecasts,
     GgufFolder,
     OptionError,
+    Outlook,
     QualityError,
     Stage,
     StageError,
     hookimpl,
+    known,
 )
 from gradmap_pipeline.artifacts import LINEAGE
 from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
-from gradmap_pipeline.export.exports import GgufForecast
 from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
 from gradmap_pipeline.export.llamacpp import pythons
 from gradmap_pipeline.export.llamacpp.parity import STEPS
@@ -116,7 +118,7 @@ class QuantizeGguf(FolderExport):
                 raise ValueError(f"{option!r} belongs to 'dataset', which is not set")
         return self
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         super().forecast(inputs)
         pythons.check_program("program", self.program)
         pythons.check_program("python", self.python)
@@ -129,16 +131,14 @@ class QuantizeGguf(FolderExport):
         for option in ("dataset", "min_agreement"):
             if getattr(self, option) is not None and self._find_runner() is None:
                 raise OptionError(option, pythons.explain_no_runner(self._python))
-        source = inputs.get("exported")
+        source = inputs.of(GgufFolder)
         if self.dataset is not None:
             check_text(self.dataset, self.samples, self.sequence_length, source)
-        if not isinstance(source, GgufForecast):
-            return {}
-        self._check_source(source.type)
+        self._check_source(known(source.type))
         python = self._find_runner() or (str(self.python) if self.python else source.python)
         return {"exported": source.model_copy(update={"type": self.type, "quantisation": self.type, "python": python})}
 
-    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+    def advise(self, inputs: Forecasts) -> Sequence[str]:
         return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

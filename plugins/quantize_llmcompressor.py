@@ -6,7 +6,7 @@ https://arxiv.org/abs/2211.10438. Its pins exclude newer transformers, so the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,10 @@ from gradmap_pipeline import (
     Context,
     Environment,
     FolderExport,
+    Forecasts,
     ModelGraph,
     OptionError,
+    Outlook,
     Stage,
     TransformersFolder,
     hookimpl,
@@ -86,18 +88,23 @@ class QuantizeLlmcompressor(FolderExport):
         return self.method or ("rtn" if self.scheme == "fp8" else "gptq")
 
     @property
+    def _label(self) -> str:
+        """What is done to the weights, for tables."""
+        return " ".join([self.scheme, self._method, *(["smoothquant"] if self.smoothquant is not None else [])])
+
+    @property
     def _needs_data(self) -> bool:
         return self._method == "gptq" or self.smoothquant is not None
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         super().forecast(inputs)
         if self._needs_data and "calibration" not in inputs:
             option = "method" if self._method == "gptq" else "smoothquant"
             raise OptionError(option, "needs a calibration set; put calibrate before this step, or use method: rtn")
-        return {"model": inputs.get("model")}
+        return {"model": TransformersFolder.Forecast.of(inputs.of(ModelGraph), quantisation=self._label)}
 
-    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
-        return explain_forecast(inputs.get("model"))
+    def advise(self, inputs: Forecasts) -> Sequence[str]:
+        return explain_forecast(inputs.of(ModelGraph))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.data import check_tokenizer
@@ -115,10 +122,17 @@ class QuantizeLlmcompressor(FolderExport):
             oneshot(model=model, recipe=self._make_recipe(model), trust_remote_code_model=False, **data)
             return model
 
-        label = " ".join(filter(None, [self.scheme, self._method, "smoothquant" if self.smoothquant is not None else None]))
         with self.new_folder(inputs.model.base.folder) as new:
             exported = write_quantised(
-                inputs.model, new, "compressed-tensors", label, quantise, self, context, tolerance=_ROUNDING, save_compressed=True
+                inputs.model,
+                new,
+                "compressed-tensors",
+                self._label,
+                quantise,
+                self,
+                context,
+                tolerance=_ROUNDING,
+                save_compressed=True,
             )
         return self.Outputs(model=exported)
 

@@ -5,9 +5,8 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -16,8 +15,10 @@ from gradmap_pipeline import (
     Context,
     DatasetSource,
     FolderExport,
+    Forecasts,
     OnnxFolder,
     OptionError,
+    Outlook,
     QualityError,
     Stage,
     StageError,
@@ -25,7 +26,6 @@ from gradmap_pipeline import (
 )
 from gradmap_pipeline.artifacts import LINEAGE
 from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
-from gradmap_pipeline.export.exports import ExportForecast
 from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
 from gradmap_pipeline.stages.targets import copy_files, describe_folder
 
@@ -113,14 +113,12 @@ class QuantizeOnnx(FolderExport):
             raise ValueError(f"'block_size' must be a power of two, found {self.block_size}")
         return self
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         super().forecast(inputs)
         if self.rounding == "gptq" and "calibration" not in inputs:
             raise OptionError("rounding", "gptq needs a calibration set; put calibrate before this step, or use least_squares")
-        source = inputs.get("exported")
+        source = inputs.of(OnnxFolder)
         check_text(self.dataset, self.samples, self.sequence_length, source)
-        if not isinstance(source, ExportForecast):
-            return {}
         self._check_source(source.quantisation)
         return {"exported": source.model_copy(update={"quantisation": self.method})}
 
@@ -155,9 +153,7 @@ class QuantizeOnnx(FolderExport):
         exported = source.model_copy(
             update={"folder": new.target, "files": files, "max_logit_difference": found.difference, "quantisation": self.method}
         )
-        context.note(
-            f"wrote {self.to}: weights of {exported.count_bytes() / 1e6:.1f} MB instead of {source.count_bytes() / 1e6:.1f} MB"
-        )
+        context.note(f"wrote {self.to}: weights of {exported.size_bytes / 1e6:.1f} MB instead of {source.size_bytes / 1e6:.1f} MB")
         for detail in details:
             context.note(detail)
         return self.Outputs(exported=exported, matrices=matrices)

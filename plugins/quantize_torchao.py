@@ -5,13 +5,13 @@ Source: https://github.com/pytorch/ao and https://huggingface.co/docs/transforme
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, FolderExport, ModelGraph, Stage, TransformersFolder, hookimpl
+from gradmap_pipeline import Context, FolderExport, Forecasts, ModelGraph, Outlook, Stage, TransformersFolder, hookimpl
 from gradmap_pipeline.export.consumers import explain_forecast
 from gradmap_pipeline.export.exports import load_folder
 from gradmap_pipeline.export.quantised import write_quantised
@@ -36,19 +36,26 @@ class QuantizeTorchao(FolderExport):
     class Outputs(BaseModel):
         model: TransformersFolder
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**super().forecast(inputs), "model": inputs.get("model")}
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        return {
+            **super().forecast(inputs),
+            "model": TransformersFolder.Forecast.of(inputs.of(ModelGraph), quantisation=self._label),
+        }
 
-    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
-        return explain_forecast(inputs.get("model"))
+    def advise(self, inputs: Forecasts) -> Sequence[str]:
+        return explain_forecast(inputs.of(ModelGraph))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         def quantise(folder: Path) -> Any:
             return load_folder(folder, quantization_config=self._config())
 
         with self.new_folder(inputs.model.base.folder) as new:
-            exported = write_quantised(inputs.model, new, "torchao", f"{self.method} torchao", quantise, self, context)
+            exported = write_quantised(inputs.model, new, "torchao", self._label, quantise, self, context)
         return self.Outputs(model=exported)
+
+    @property
+    def _label(self) -> str:
+        return f"{self.method} torchao"
 
     def _config(self) -> Any:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig

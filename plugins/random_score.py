@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Estimate, LayerScores, LayerScoring, ModelCosts, ModelGraph, Stage, hookimpl
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from gradmap_pipeline import Context, Estimate, Forecasts, LayerScores, LayerScoring, ModelCosts, ModelGraph, Stage, hookimpl
 
 
 class RandomScore(LayerScoring):
@@ -29,7 +25,7 @@ class RandomScore(LayerScoring):
     def describe(self) -> str:
         return f"random, draw {self.draw}"
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         return Estimate(costs.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, ModelCosts, Stage, StructureProbe, hookimpl
+from gradmap_pipeline import Context, Estimate, Forecasts, LayerScoring, Measure, ModelCosts, Stage, StructureProbe, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
     import torch
 
     from gradmap_pipeline.machine.distributed import ProcessGroup
@@ -37,7 +34,7 @@ class TaylorScore(LayerScoring):
     protect_first: int = Field(4, ge=0, description="Layers at the bottom that are never removed.")
     protect_last: int = Field(2, ge=0, description="Layers at the top that are never removed.")
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_gradients()
 
     def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:

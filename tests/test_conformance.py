@@ -177,7 +177,8 @@ def test_memory_beyond_the_given(model: ModelGraph, tmp_path: Path) -> None:
     [
         ("{'model': inputs['model'].layers}", "forecast() fails where nothing is known of the inputs: AttributeError"),
         ("None", "must return a mapping of output names, got None"),
-        ("{'mine': 1}", "forecast() speaks of 'mine', which is no output; outputs are model, thing"),
+        ("{'mine': 1}", "forecast() of stage 'do_odd' must return a mapping of its outputs (model, thing), got one of 'mine'"),
+        ("{'model': 1}", "must return for output 'model' ModelGraph.Forecast (ModelForecast) or None, got 1"),
     ],
 )
 def test_forecasts(forecast: str, message: str, model: ModelGraph, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from gradmap_plugins.evaluate import Evaluate
 from transformers import AutoModelForCausalLM
 
-from gradmap_pipeline import ModelForecast, OptionError, QualityError
+from gradmap_pipeline import Forecasts, ModelForecast, OptionError, QualityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import load_tokenizer
 from gradmap_pipeline.sweep import sweep
@@ -37,7 +37,7 @@ def test_perplexity_is_that_of_the_whole_model(llama: Path, text: Path, tmp_path
     assert found.loss == pytest.approx(loss, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     assert (found.layers, found.label, found.model) == (4, "dense", model.digest)
-    assert (found.parameters, found.bytes) == (model.count_parameters(), model.count_bytes())
+    assert (found.parameters, found.bytes) == (model.count_parameters(), model.size_bytes)
 
 
 def test_all_samples(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -92,5 +92,5 @@ def test_a_model_that_computes_nan_passes_no_limit(llama: Path, text: Path, tmp_
 )
 def test_the_plan_refuses(text: Path, options: dict[str, Any], option: str, message: str) -> None:
     with pytest.raises(OptionError, match=message) as caught:
-        make_stage(text, **options).forecast({"model": ModelForecast(layers=4, positions=64)})
+        make_stage(text, **options).forecast(Forecasts(Evaluate, model=ModelForecast(layers=4, positions=64)))
     assert caught.value.option == option

@@ -14,7 +14,7 @@ from gradmap_plugins.evaluate_lm_eval import EvaluateLmEval, make_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import CapacityError, OptionError, QualityError, StageError
+from gradmap_pipeline import CapacityError, Forecasts, OptionError, QualityError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.tasks import harness
@@ -125,7 +125,7 @@ def test_limits_hold_in_the_direction_of_the_metric(llama: Path, tasks: Path, tm
     with pytest.raises(
         OptionError, match=r"found 'acc'; accepted: a task of this step, a point and a metric, as local_choice\.acc"
     ):
-        make_stage(tasks, limits={"acc": 1.0}).forecast({})
+        make_stage(tasks, limits={"acc": 1.0}).forecast(Forecasts(EvaluateLmEval))
 
 
 def test_whole_model_must_fit(llama: Path, tasks: Path, tmp_path: Path) -> None:

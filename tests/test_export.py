@@ -15,13 +15,26 @@ from gradmap_plugins.export import ExportModel
 from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradmap_pipeline import Evaluation, Export, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
+from gradmap_pipeline import (
+    Evaluation,
+    Export,
+    Forecasts,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    StageError,
+    TensorFile,
+    TransformersFolder,
+)
 from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.machine.digests import sha256_of
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sample_pass import SamplePass
 from gradmap_pipeline.testing import run_stage
+
+UNKNOWN = {"exported": TransformersFolder.Forecast()}
+"""The forecast of an export of which nothing is known."""
 
 
 def make_patched(folder: Path, architecture: str, dtype: torch.dtype, tied: bool = False) -> ModelGraph:
@@ -117,7 +130,7 @@ def test_shards(tmp_path: Path) -> None:
 def test_earlier_export_is_replaced(tmp_path: Path) -> None:
     model = make_patched(tmp_path, "llama", torch.float32)
     run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model)
-    assert ExportModel(to=tmp_path / "out").forecast({}) == {}
+    assert ExportModel(to=tmp_path / "out").forecast(Forecasts(ExportModel)) == UNKNOWN
     run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model.without_layers([1]))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 1
     assert {file.name for file in tmp_path.iterdir()} == {"base", "patch.safetensors", "out", "work"}
@@ -127,12 +140,12 @@ def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(OptionError, match=r"holds 'thesis.tex', which is not part of an export; choose another") as caught:
-        ExportModel(to=tmp_path / "out").forecast({})
+        ExportModel(to=tmp_path / "out").forecast(Forecasts(ExportModel))
     assert caught.value.option == "to"
-    assert ExportModel(to=tmp_path / "out", overwrite=True).forecast({}) == {}
+    assert ExportModel(to=tmp_path / "out", overwrite=True).forecast(Forecasts(ExportModel)) == UNKNOWN
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="is a file; name a folder"):
-        ExportModel(to=tmp_path / "file").forecast({"model": ModelForecast()})
+        ExportModel(to=tmp_path / "file").forecast(Forecasts(ExportModel, model=ModelForecast()))
 
 
 def test_base_model_is_never_overwritten(llama: Path, tmp_path: Path) -> None:
@@ -190,10 +203,10 @@ def test_interrupted_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: 
 def test_files_of_others_in_an_earlier_export_are_kept(tmp_path: Path) -> None:
     model = make_patched(tmp_path, "llama", torch.float32)
     run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model)
-    assert ExportModel(to=tmp_path / "out").forecast({}) == {}
+    assert ExportModel(to=tmp_path / "out").forecast(Forecasts(ExportModel)) == UNKNOWN
     (tmp_path / "out" / "gguf").mkdir()
     with pytest.raises(OptionError, match=r"holds 'gguf', which is not part of an export"):
-        ExportModel(to=tmp_path / "out").forecast({})
+        ExportModel(to=tmp_path / "out").forecast(Forecasts(ExportModel))
 
 
 def is_whole(exported: Export) -> bool:
@@ -217,7 +230,7 @@ def test_export_with_the_files_of_another_model_is_not_taken_for_it(tmp_path: Pa
 def test_place_that_cannot_hold_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match=r"cannot be made: '.*/file' is not a folder that can be written to"):
-        ExportModel(to=tmp_path / "file" / "out").forecast({})
+        ExportModel(to=tmp_path / "file" / "out").forecast(Forecasts(ExportModel))
 
 
 MEASURE = """

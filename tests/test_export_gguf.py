@@ -14,7 +14,7 @@ from tiny import make_model
 from typer.testing import CliRunner
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import ModelGraph, OptionError, StageError
+from gradmap_pipeline import Forecasts, ModelGraph, OptionError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import RecipeError
@@ -112,7 +112,7 @@ def test_plan_looks_for_the_converter(
     (tmp_path / "notes.txt").write_text("--outfile")
     (tmp_path / "old.gguf").write_bytes(b"GGUF\0--outfile--outtype--vocab-only")
     with pytest.raises(OptionError, match=message):
-        ExportGguf.model_validate({"to": tmp_path / "out", **options}).forecast({})
+        ExportGguf.model_validate({"to": tmp_path / "out", **options}).forecast(Forecasts(ExportGguf))
 
 
 def plan(tmp_path: Path, model: Path, steps: list[dict[str, Any]]) -> Plan:

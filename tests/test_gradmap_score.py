@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from gradmap_pipeline import CalibrationSet, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
+from gradmap_pipeline import CalibrationSet, Forecasts, ModelForecast, ModelGraph, OptionError, StageError, TensorFile
 from gradmap_pipeline.batches import count_predicted
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.sweep import sample_pass, sweep
@@ -166,7 +166,7 @@ def test_options_that_contradict(options: dict[str, Any], message: str) -> None:
 
 def test_more_decisions_than_free_layers() -> None:
     with pytest.raises(OptionError, match=r"3 of 4 layers are to be scored for removal, but only 2 are not protected") as caught:
-        GradmapScore(layers=3).forecast({"model": ModelForecast(layers=4)})
+        GradmapScore(layers=3).forecast(Forecasts(GradmapScore, model=ModelForecast(layers=4)))
     assert caught.value.option == "layers"
 
 

@@ -43,9 +43,9 @@ def test_pruning_renumbers_and_copies_nothing(graph: ModelGraph) -> None:
 def test_counts_are_those_of_the_files(graph: ModelGraph, llama: Path) -> None:
     tensors = load_file(llama / "model.safetensors")
     assert graph.count_parameters() == sum(value.numel() for value in tensors.values())
-    assert graph.count_bytes() == sum(value.nbytes for value in tensors.values())
+    assert graph.size_bytes == sum(value.nbytes for value in tensors.values())
     half = graph.model_copy(update={"dtype": "bfloat16"})
-    assert half.count_bytes() * 2 == graph.count_bytes()
+    assert half.size_bytes * 2 == graph.size_bytes
     layer = sum(value.numel() for name, value in tensors.items() if ".layers.1." in name)
     assert graph.without_layers([1]).count_parameters() == graph.count_parameters() - layer
 

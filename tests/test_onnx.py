@@ -22,7 +22,7 @@ import onnx
 from gradmap_plugins.export import ExportModel
 from gradmap_plugins.prune import Prune
 
-from gradmap_pipeline import ModelGraph, OnnxFolder, StageError
+from gradmap_pipeline import Forecasts, ModelGraph, OnnxFolder, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.errors import CapacityError, ModelError
@@ -148,7 +148,7 @@ def test_states_that_are_no_keys_and_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match="format onnx needs layers that cache keys and values; 6 layers have a LinearAttentionLayer"
     ):
-        stage.inspect({}, StructureProbe(open_folder(make_model(tmp_path / "model", "mamba")), 1 << 30))
+        stage.inspect(Forecasts(ExportModel), StructureProbe(open_folder(make_model(tmp_path / "model", "mamba")), 1 << 30))
 
 
 def test_options_of_the_other_format() -> None:

@@ -20,7 +20,16 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import CalibrationForecast, CalibrationSet, ModelError, ModelForecast, ModelGraph, OptionError, StageError
+from gradmap_pipeline import (
+    CalibrationForecast,
+    CalibrationSet,
+    Forecasts,
+    ModelError,
+    ModelForecast,
+    ModelGraph,
+    OptionError,
+    StageError,
+)
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.stages.structure_probe import StructureProbe
 from gradmap_pipeline.testing import make_context, run_stage
@@ -164,7 +173,7 @@ def test_mean_bias_adds_no_parameter(text: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match="no layer has a place that mean_bias could correct: a bias where it writes to its output, without which"
     ):
-        MeanBias().inspect({}, StructureProbe(model, 1 << 30))
+        MeanBias().inspect(Forecasts(MeanBias), StructureProbe(model, 1 << 30))
 
 
 def test_attention_is_corrected_for_what_was_missing_before(text: Path, tmp_path: Path) -> None:
@@ -252,7 +261,7 @@ def test_no_linear_map_to_the_output_is_told_before_a_step_runs(stage: Any, tmp_
     """OLMo 2 writes to the residual stream through norms alone."""
     model = open_folder(make_any_model(tmp_path / "model", "olmo2"))
     with pytest.raises(ModelError, match=f"no layer has a place that {stage.name} could correct: a linear map that writes to the"):
-        stage.inspect({}, StructureProbe(model, 1 << 30))
+        stage.inspect(Forecasts(type(stage)), StructureProbe(model, 1 << 30))
 
 
 def test_corrections_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:
@@ -270,6 +279,6 @@ def test_corrections_that_are_not_finite_are_refused(text: Path, tmp_path: Path)
 
 
 def test_too_few_samples_to_compare_layers() -> None:
-    known = {"model": ModelForecast(layers=6), "calibration": CalibrationForecast(samples=5)}
+    known = Forecasts(MkaMerge, model=ModelForecast(layers=6), calibration=CalibrationForecast(samples=5))
     with pytest.raises(OptionError, match="layers are compared by 5 neighbours of each sample; calibrate on more samples"):
         MkaMerge().forecast(known)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from gradmap_pipeline import (
     CalibrationSet,
+    Forecasts,
     LayerScores,
     ModelForecast,
     ModelGraph,
@@ -139,7 +140,8 @@ def test_angle_across_a_window(tokens: str, model: ModelGraph, calibration: Cali
 def test_a_window_is_removed_whole(model: ModelGraph, calibration: CalibrationSet, tmp_path: Path) -> None:
     scores = run(AngularScore(layers=3), tmp_path, model, calibration).scores
     assert scores.all_or_nothing
-    known = {"model": ModelForecast(layers=6), "scores": ScoresForecast(decisions=3, all_or_nothing=True)}
+    scores = ScoresForecast(decisions=3, all_or_nothing=True)
+    known = Forecasts(Prune, model=ModelForecast(layers=6), scores=scores)
     with pytest.raises(OptionError, match="removes 2 of 6 layers, but 3 were chosen to go together; set the same 'layers'"):
         Prune(layers=2).forecast(known)
     with pytest.raises(OptionError, match="the scored layers were chosen to go together, and 'expressible' would choose among"):
@@ -162,7 +164,7 @@ def test_taylor_is_weight_times_gradient(model: ModelGraph, calibration: Calibra
     assert result.scores.decisions[0].scores == pytest.approx(expected, rel=1e-3)
     assert result.scores.order == tuple(sorted(expected, key=expected.__getitem__)[:2])
     with pytest.raises(OptionError, match=r"2 of 6 layers are to be scored .* only 0 are not protected; .*'protect_first' \(4\)"):
-        TaylorScore(layers=2).forecast({"model": ModelForecast(layers=6)})
+        TaylorScore(layers=2).forecast(Forecasts(TaylorScore, model=ModelForecast(layers=6)))
 
 
 def test_loss_without_each_layer(model: ModelGraph, calibration: CalibrationSet, whole: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from gradmap_plugins.prune import Prune
 from pydantic import ValidationError
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import Decision, LayerScores, ModelForecast, OptionError, ScoresForecast, StageError
+from gradmap_pipeline import Decision, Forecasts, LayerScores, ModelForecast, OptionError, ScoresForecast, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.stages.removal import count_removed
 from gradmap_pipeline.testing import run_stage
@@ -118,17 +118,20 @@ IRREGULAR = ModelForecast(layers=12, kept=tuple(range(12)), config=KINDS)
     ],
 )
 def test_the_plan_refuses(options: dict[str, Any], inputs: dict[str, Any], option: str, message: str) -> None:
+    known = {"model": ModelForecast(layers=12, kept=tuple(range(12))), **inputs}
     with pytest.raises(OptionError, match=message) as caught:
-        Prune.model_validate(options).forecast({"model": ModelForecast(layers=12, kept=tuple(range(12))), **inputs})
+        Prune.model_validate(options).forecast(Forecasts(Prune, **known))
     assert caught.value.option == option
 
 
 def test_the_plan_knows_how_many_layers_are_left() -> None:
     whole = ModelForecast(layers=12, kept=tuple(range(12)), positions=512)
-    inputs = {"model": whole, "scores": ScoresForecast(decisions=3)}
-    assert Prune(layers=[3, 5]).forecast({"model": whole})["model"].kept == (0, 1, 2, 4, 6, 7, 8, 9, 10, 11)
+    inputs = Forecasts(Prune, model=whole, scores=ScoresForecast(decisions=3))
+    assert Prune(layers=[3, 5]).forecast(Forecasts(Prune, model=whole)) == {
+        "model": ModelForecast(layers=10, kept=(0, 1, 2, 4, 6, 7, 8, 9, 10, 11), positions=512)
+    }
     assert Prune().forecast(inputs) == {"model": ModelForecast(layers=9, positions=512)}
-    assert Prune().forecast({"model": None, "scores": None}) == {"model": ModelForecast()}
+    assert Prune().forecast(Forecasts(Prune, model=None, scores=None)) == {"model": ModelForecast()}
 
 
 @pytest.mark.parametrize(("depth", "ratio", "count"), [(12, 0.1, 1), (12, 0.25, 3), (12, 0.33, 4), (32, 0.25, 8), (4, 0.05, 1)])
@@ -137,14 +140,14 @@ def test_share_of_layers(depth: int, ratio: float, count: int) -> None:
 
 
 def test_advice_where_programs_place_layers_by_index() -> None:
-    inputs = {"model": WINDOWS, "scores": ScoresForecast(decisions=3)}
+    inputs = Forecasts(Prune, model=WINDOWS, scores=ScoresForecast(decisions=3))
     assert Prune(layers=3).advise(inputs) == (
         "llama.cpp and mlx-lm place layers of gemma3_text by their index, which most removals break; `among: regular` chooses "
         "among those that do not",
     )
     assert Prune(layers=3, among="regular").advise(inputs) == ()
     assert Prune(layers=[3]).advise(inputs) == ()
-    assert Prune(layers=3).advise({"model": IRREGULAR}) == ()
+    assert Prune(layers=3).advise(Forecasts(Prune, model=IRREGULAR)) == ()
 
 
 def test_a_regular_removal_is_chosen_by_total_score(tmp_path: Path) -> None:

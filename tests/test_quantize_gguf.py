@@ -17,7 +17,7 @@ from test_export_gguf import exporting, make_converter, plan
 from tiny import make_model
 from typer.testing import CliRunner
 
-from gradmap_pipeline import DatasetSource, Evaluation, GgufFolder, OptionError, QualityError, StageError
+from gradmap_pipeline import DatasetSource, Evaluation, Forecasts, GgufFolder, OptionError, QualityError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data import load_tokenizer, make_sequences
@@ -81,7 +81,7 @@ def test_the_program_gets_file_and_type(source: GgufFolder, tmp_path: Path, monk
     assert (tmp_path / "out" / "model-q5_k_m.gguf").read_bytes() == b"GGUF0000Q5_K_M"
     assert made.agreement is None
     assert made.exported.label == "pruned, GGUF q5_k_m"
-    assert made.exported.count_bytes() == 14
+    assert made.exported.size_bytes == 14
     lineage = json.loads((tmp_path / "out" / "gradmap.json").read_text())
     assert lineage["llama_cpp"] is None
     assert [step["stage"] for step in lineage["steps"]] == ["quantize_gguf"]
@@ -254,7 +254,9 @@ def test_the_plan_refuses(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(pythons, "_ask", lambda _, modules, folders: list(modules))
     with pytest.raises(OptionError, match=message) as caught:
-        QuantizeGguf.model_validate({"to": tmp_path / "out", **options}).forecast({"exported": GgufForecast(type="q8_0")})
+        QuantizeGguf.model_validate({"to": tmp_path / "out", **options}).forecast(
+            Forecasts(QuantizeGguf, exported=GgufForecast(type="q8_0"))
+        )
     assert caught.value.option == option
 
 
@@ -262,9 +264,9 @@ def test_the_plan_knows_how_long_sequences_may_be(runner: Path, tmp_path: Path) 
     options = {"to": tmp_path / "out", "program": make_program(tmp_path, HALVES), "dataset": {"builtin": "heldout"}}
     source = GgufForecast(type="f16", layers=3, positions=128)
     with pytest.raises(OptionError, match="found 129, but the model is made for 128 tokens; accepted: 2 to 128"):
-        QuantizeGguf.model_validate({**options, "sequence_length": 129}).forecast({"exported": source})
+        QuantizeGguf.model_validate({**options, "sequence_length": 129}).forecast(Forecasts(QuantizeGguf, exported=source))
     with pytest.raises(OptionError, match=r"\d samples of 128 tokens are more than the"):
-        QuantizeGguf.model_validate({**options, "samples": 10**9}).forecast({"exported": source})
+        QuantizeGguf.model_validate({**options, "samples": 10**9}).forecast(Forecasts(QuantizeGguf, exported=source))
 
 
 def test_the_plan_knows_the_type(tmp_path: Path) -> None:

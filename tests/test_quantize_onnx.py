@@ -19,7 +19,7 @@ from gradmap_plugins.calibrate import Calibrate
 from gradmap_plugins.quantize_onnx import QuantizeOnnx
 from test_onnx import export, make_pruned
 
-from gradmap_pipeline import CalibrationSet, OnnxFolder, OptionError, QualityError
+from gradmap_pipeline import CalibrationSet, Forecasts, OnnxFolder, OptionError, QualityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.export.agreement import compare_models, cut_batches
@@ -79,12 +79,12 @@ def test_every_matrix_is_quantised(architecture: str, method: str, most: float, 
     assert not {"Gemm"} & set(kinds)
     assert 0 < result.exported.max_logit_difference < most * 3
     assert result.exported.label == f"pruned, ONNX {method}"
-    assert result.exported.count_bytes() < 0.75 * exported.count_bytes()
+    assert result.exported.size_bytes < 0.75 * exported.size_bytes
     lineage = json.loads((tmp_path / "small" / "gradmap.json").read_text())
     assert lineage["steps"][-1]["options"]["method"] == method
     card = (tmp_path / "small" / "README.md").read_text()
     assert f"Weights quantised: {method}.\n- {result.matrices.quantised} matrices quantised" in card
-    assert f"{result.exported.count_bytes():,} bytes in `model.onnx`, `model.onnx_data`." in card
+    assert f"{result.exported.size_bytes:,} bytes in `model.onnx`, `model.onnx_data`." in card
     with pytest.raises(OptionError, match=f"is quantised already \\({method}\\); quantise the export it was made from"):
         run_stage(QuantizeOnnx(to=tmp_path / "again"), tmp_path / "again-work", exported=result.exported)
 
@@ -120,7 +120,7 @@ def test_calibration_makes_4_bits_better(builtin: OnnxFolder, calibration: Calib
     assert gaps[2] < gaps[1]
     assert plain.matrices.agreement < made_up.matrices.agreement
     assert plain.matrices.in_8_bits == made_up.matrices.in_8_bits == 0 < mixed.matrices.in_8_bits
-    more = mixed.exported.count_bytes() - made_up.exported.count_bytes()
+    more = mixed.exported.size_bytes - made_up.exported.size_bytes
     assert 0 < more < 0.3 * builtin.graph.count_parameters() * 0.6
 
 
@@ -200,7 +200,7 @@ def test_limits(limits: dict[str, float], message: str, builtin: OnnxFolder, tmp
 def test_a_calibration_set_is_asked_for() -> None:
     stage = QuantizeOnnx.model_validate({"to": "x", "rounding": "gptq"})
     with pytest.raises(OptionError, match="gptq needs a calibration set; put calibrate before this step"):
-        stage.forecast({})
+        stage.forecast(Forecasts(QuantizeOnnx))
 
 
 @pytest.mark.parametrize(

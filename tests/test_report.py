@@ -41,7 +41,7 @@ def evaluate(model: ModelGraph, perplexity: float, dataset: str = "text") -> Eva
         sequence_length=26,
         layers=len(model.layers),
         parameters=model.count_parameters(),
-        bytes=model.count_bytes(),
+        bytes=model.size_bytes,
     )
 
 

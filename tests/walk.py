@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from zoo import DEPTH, make_config
 
-from gradmap_pipeline import CalibrationSet, ModelGraph, StructureProbe, TensorFile
+from gradmap_pipeline import CalibrationSet, Forecasts, ModelGraph, StructureProbe, TensorFile
 from gradmap_pipeline.checkpoint.architecture import full_config
 from gradmap_pipeline.checkpoint.cadence import strict_cadences_of
 from gradmap_pipeline.checkpoint.graph import open_model
@@ -74,14 +74,14 @@ def walk(model_type: str, folder: Path) -> Outcome:
     try:
         graph = open_model(ModelSource(path=base))
         probe = StructureProbe(graph, MEMORY)
-        ExportModel(to=folder / "out").inspect({}, probe)
+        ExportModel(to=folder / "out").inspect(Forecasts(ExportModel), probe)
         pruning = Prune(layers=2, among="expressible" if strict_cadences_of(full_config(base)) else "any")
-        pruning.inspect({"scores": None}, probe)
+        pruning.inspect(Forecasts(Prune, scores=None), probe)
     except GradmapError as error:
         return Outcome("refused", note=str(error).replace(str(base), "it").removeprefix("'it' is ").replace("'it'", "the model"))
     calibration = make_calibration(graph, folder / "calibration")
     try:
-        GradmapScore(sample_share=1.0, layers=2).inspect({}, probe)
+        GradmapScore(sample_share=1.0, layers=2).inspect(Forecasts(GradmapScore), probe)
     except GradmapError as error:
         outcome.note = f"scores: {error}"
         pruned = run_stage(Prune(layers=LISTED), folder / "prune", model=graph).model
@@ -93,7 +93,7 @@ def walk(model_type: str, folder: Path) -> Outcome:
     outcome.removed = pruned.removed
     result = pruned
     try:
-        ProjectCompensate().inspect({}, probe)
+        ProjectCompensate().inspect(Forecasts(ProjectCompensate), probe)
     except GradmapError as error:
         outcome.note = outcome.note or f"correction: {error}"
     else:

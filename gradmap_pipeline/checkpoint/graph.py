@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
-from ..artifacts import Model, TensorFile
+from ..artifacts import TensorFile
 from ..errors import ModelError
 from ..machine.digests import sha256_of, sha256_of_value
 from .architecture import find_layer_prefix, layer_of
@@ -18,8 +18,14 @@ from .checkpoint import StoredTensor, read_folder, read_header
 from .companions import find_companions, find_tokenizer_files
 from .depth import BEYOND_TOP
 from .files import check_folder
+from .model import Model
 from .sizes import check_sizes
 from .source import ModelSource, count_layers, count_positions, load_config, text_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..batches import Batch
 
 LONGEST_DEFAULT_SEQUENCE = 2048
 
@@ -84,6 +90,11 @@ class ModelGraph(Model):
     """What was done last, for tables: dense, pruned, compensated."""
 
     @property
+    def graph(self) -> ModelGraph:
+        """Itself."""
+        return self
+
+    @property
     def dense(self) -> ModelGraph:
         """The base model, whole."""
         return ModelGraph(base=self.base, layers=tuple(range(self.base.layers)), dtype=self.dtype)
@@ -92,6 +103,12 @@ class ModelGraph(Model):
     def removed(self) -> tuple[int, ...]:
         """Base layers left out."""
         return tuple(sorted(set(range(self.base.layers)) - set(self.layers)))
+
+    def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
+        """The whole model in float32; `evaluate` and the rankings read one layer at a time instead."""
+        from .whole import compute_logits, load_whole
+
+        return compute_logits(load_whole(self, "float32", device), device)
 
     def without_layers(self, removed: Collection[int], label: str = "pruned") -> ModelGraph:
         """Leave out base layers; patches of theirs go with them."""
@@ -155,7 +172,8 @@ class ModelGraph(Model):
         """Elements of all tensors on disk; tied weights are stored, and counted, once."""
         return sum(tensor.elements for tensor in self.export_tensors().values())
 
-    def count_bytes(self) -> int:
+    @property
+    def size_bytes(self) -> int:
         """Bytes of all tensors after export."""
         return sum(tensor.size_as(self.dtype) for tensor in self.export_tensors().values())
 

@@ -91,7 +91,7 @@ class ModelCosts:
 
     def count_bytes(self, layers: int) -> int:
         """On disk, as exported."""
-        stored = self.graph.count_bytes()
+        stored = self.graph.size_bytes
         whole = self.count_parameters(len(self.layer_elements))
         return round(stored * self.count_parameters(layers) / whole)
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..artifacts import Artifact, ExportedFile, Model, ModelForecast
+from ..artifacts import Artifact, ExportedFile, ModelForecast
 from ..checkpoint.graph import ModelGraph
+from ..checkpoint.model import Model
 from ..errors import ModelError, StageError
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from ..batches import Batch
 
@@ -21,8 +23,32 @@ WEIGHTS = (".safetensors", ".onnx", ".onnx_data", ".gguf")
 """Endings of files that hold weights."""
 
 
+class ExportForecast(ModelForecast):
+    """What a plan knows of an exported folder before anything runs."""
+
+    quantisation: str | None = None
+
+    @classmethod
+    def of(cls, model: ModelForecast, **more: Any) -> Self:
+        """The forecast of a folder that holds this model. `more`: what is known of the folder besides."""
+        return cls(**{**dict(model), **more})
+
+
+class GgufForecast(ExportForecast):
+    """The same of a GGUF file."""
+
+    type: str | None = None
+    python: str | None = None
+    """The Python with llama-cpp-python that is to run it, or the one that the recipe names for that."""
+
+    def explain_unusable(self) -> str | None:
+        return None if self.type is None or _find_runner(self.python) else _explain_no_runner(self.python)
+
+
 class Export(Artifact):
     """A folder that other programs load, and the model it holds."""
+
+    Forecast = ExportForecast
 
     graph: ModelGraph
     """The model it was made from."""
@@ -46,7 +72,8 @@ class Export(Artifact):
         """The format, for tables."""
         return type(self).__name__
 
-    def count_bytes(self) -> int:
+    @property
+    def size_bytes(self) -> int:
         """Bytes of the files that hold weights."""
         return sum(file.size for name, file in self.files.items() if name.endswith(WEIGHTS))
 
@@ -61,20 +88,9 @@ class TransformersFolder(Export, Model):
         return "transformers"
 
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
-        import torch
+        from ..checkpoint.whole import compute_logits
 
-        from ..checkpoint.rope import forget_lengths
-
-        model = load_folder(self.folder).to(device).eval()
-        forget_lengths(model)
-
-        def run(batch: Batch) -> torch.Tensor:
-            with torch.no_grad():
-                mask = batch.mask.long().to(device)
-                logits: torch.Tensor = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
-                return logits
-
-        return run
+        return compute_logits(load_folder(self.folder).to(device), device)
 
 
 class OnnxFolder(Export, Model):
@@ -93,25 +109,10 @@ class OnnxFolder(Export, Model):
         return OnnxSession(self.folder).compute
 
 
-class ExportForecast(ModelForecast):
-    """What a plan knows of an exported folder before anything runs."""
-
-    quantisation: str | None = None
-
-
-class GgufForecast(ExportForecast):
-    """The same of a GGUF file."""
-
-    type: str
-    python: str | None = None
-    """The Python with llama-cpp-python that is to run it, or the one that the recipe names for that."""
-
-    def explain_unusable(self) -> str | None:
-        return None if _find_runner(self.python) else _explain_no_runner(self.python)
-
-
 class GgufFolder(Export, Model):
     """A folder with one GGUF file, for llama.cpp and what is built on it."""
+
+    Forecast = GgufForecast
 
     format: Literal["gguf"] = "gguf"
     type: str

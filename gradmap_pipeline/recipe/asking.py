@@ -10,10 +10,11 @@ from typing import Any
 
 from ..artifacts import Artifact
 from ..cost.estimate import Estimate
-from ..errors import CapacityError, GradmapError, PluginError, describe_value, name_error
+from ..errors import CapacityError, GradmapError, NotKnownError, PluginError, describe_value, name_error
 from ..interruptions import is_interruption
 from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code
+from ..stages.forecasts import explain_wrong
 from ..stages.stage import Stage
 from .validation import Invalid, validate
 
@@ -48,18 +49,31 @@ _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """By method: what it must return, in words and as a test."""
 
 
+_NOT_KNOWN: dict[str, Any] = {"forecast": {}, "inspect": None, "advise": (), "estimate": None}
+"""By method: its answer where it needs a value that the plan does not know."""
+
+
 def ask(method: str, stage: Stage, step: str, plugin: str, *arguments: Any) -> Any:
     """What `stage.method(*arguments)` returns. Raises `PluginError` where that fails or is no answer.
 
-    Errors of ours, as stages raise them to refuse, pass as they are.
+    Errors of ours, as stages raise them to refuse, pass as they are. A `NotKnownError` of a method that gets
+    forecasts stands for the answer that nothing is known.
     """
     name = name_method(method, stage, plugin)
     wanted, is_accepted = _ACCEPTED[method]
     with _failures(name, step):
-        answer = getattr(stage, method)(*arguments)
-        if is_accepted(answer):
+        try:
+            answer = getattr(stage, method)(*arguments)
+        except NotKnownError:
+            if method not in _NOT_KNOWN:
+                raise
+            return _NOT_KNOWN[method]
+        fault = None if is_accepted(answer) else f"{wanted}, got {describe_value(answer)}"
+        if fault is None and method == "forecast":
+            fault = explain_wrong(answer, ask("output_types", stage, step, plugin)) if answer else None
+        if fault is None:
             return answer
-    failure = PluginError(f"{name} must return {wanted}, got {describe_value(answer)}")
+    failure = PluginError(f"{name} must return {fault}")
     failure.where = f"step {step!r}"
     raise failure
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..artifacts import Artifact
+from ..artifacts import Artifact, ModelForecast
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.source import ModelSource
 from ..errors import ModelError, OptionError, Problem, RecipeError, StageError
 from ..machine.environment import Environment, check_python, find_program
 from ..machine.extras import OURS, explain_missing
+from ..stages.forecasts import Forecasts, Outlook
 from ..stages.stage import Stage, name_types
 from ..stages.targets import find_clashing_export, overlaps
 from .asking import ask, make_stage
@@ -26,6 +27,9 @@ from .stage_code import StageCode
 from .validation import Invalid, suggest
 from .yaml_positions import Location
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 
 @dataclass(frozen=True)
 class PlannedStep:
@@ -37,7 +41,9 @@ class PlannedStep:
     """Input name to (step id, output name)."""
     code: StageCode
     """The code that makes its results."""
-    forecasts: dict[str, Any]
+    known: Forecasts
+    """What is known of each input before the run."""
+    forecasts: Outlook
     """What is known of each output before the run."""
     advice: tuple[str, ...] = ()
     """What the user should know before the run, a fact a line."""
@@ -63,7 +69,8 @@ class Plan:
     seed: int
     steps: list[PlannedStep]
     recipe_path: Path
-    model_forecast: Any
+    model_forecast: ModelForecast | None
+    """What is known of the recipe's model; None where it cannot be read."""
 
 
 @dataclass
@@ -72,7 +79,9 @@ class _Board:
 
     types: dict[tuple[str, str], type[Artifact]] = field(default_factory=dict)
     """By step id and output."""
-    forecasts: dict[tuple[str, str], Any] = field(default_factory=dict)
+    forecasts: dict[tuple[str, str], BaseModel | None] = field(default_factory=dict)
+    codes: dict[str, StageCode] = field(default_factory=dict)
+    """By step id: the code of its stage."""
     unknown: set[str] = field(default_factory=set)
     """Ids of steps whose stage is not known, nor, therefore, what they make."""
 
@@ -107,7 +116,7 @@ def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> 
     return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast)
 
 
-def _forecast_model(recipe: Recipe, problems: list[Problem]) -> Any:
+def _forecast_model(recipe: Recipe, problems: list[Problem]) -> ModelForecast | None:
     if recipe.model is None:
         return None
     try:
@@ -161,7 +170,8 @@ def _plan_step(
     written: dict[str, str] = {}
     stage: Stage | None = None
     inputs: dict[str, tuple[str, str]] = {}
-    forecasts: Mapping[str, Any] = {}
+    known = Forecasts(stage_class)
+    forecasts: Outlook = {}
     advice: tuple[str, ...] = ()
     before = len(problems)
     if at[1] not in recipe.broken:
@@ -175,7 +185,8 @@ def _plan_step(
         inputs = _wire(step, stage_class, at, recipe, catalog, board, problems)
         is_wired = not board.unknown or len(inputs) == len(stage_class.input_fields())
         if stage is not None and is_wired and len(problems) == before:
-            known = {name: board.forecasts.get(source) for name, source in inputs.items()}
+            classes = {name: board.types[source] for name, source in inputs.items()}
+            known = Forecasts(stage_class, classes, **{name: board.forecasts.get(source) for name, source in inputs.items()})
             try:
                 forecasts = ask("forecast", stage, step.id, plugin, known)
                 advice = tuple(ask("advise", stage, step.id, plugin, known))
@@ -192,12 +203,15 @@ def _plan_step(
     python = step.run.python if step.run is not None else None
     environment = stage_class.environment if python is None else stage_class.environment or Environment(())
     writes = tuple(ask("writes", stage, step.id, plugin))
-    code = catalog.code_of[stage_class.name]
+    makers = {source[0]: None for source in inputs.values() if not StageCode.is_shipped(board.types[source])}
+    behind = tuple(board.codes[maker] for maker in makers if maker in board.codes)
+    code = replace(catalog.code_of[stage_class.name], behind=behind)
+    board.codes[step.id] = code
     places = {present: recipe.where((*at, "with", name)) for present, name in written.items()}
     overrides = {name: place for name, place in places.items() if place.startswith("--set ")}
     notices = tuple(find_notices(stage_class, step, written, at, recipe))
-    known_outputs = dict(forecasts)
-    return PlannedStep(step.id, stage, inputs, code, known_outputs, advice, environment, python, writes, plugin, overrides, notices)
+    settings = (environment, python, writes, plugin, overrides, notices)
+    return PlannedStep(step.id, stage, inputs, code, known, dict(forecasts), advice, *settings)
 
 
 def _place_of(at: Location, location: Location, written: Mapping[str, str]) -> Location:

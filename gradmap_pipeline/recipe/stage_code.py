@@ -37,6 +37,8 @@ class StageCode:
     """Top-level packages and modules of that distribution."""
     folder: Path | None = None
     """Of a plugin file, whose modules go without the name of their package here: the folder that it shares with them."""
+    behind: tuple[StageCode, ...] = ()
+    """The code of stages whose own classes of artifacts the stage gets, and whose methods it therefore runs."""
 
     @classmethod
     def of(cls, module: str, distribution: Distribution | None) -> StageCode:
@@ -78,11 +80,20 @@ class StageCode:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that decides what the code does."""
-        return sha256_of_value([self.distribution, {name: sha256_of(file) for name, file in sorted(self.files.items())}])
+        own = [self.distribution, {name: sha256_of(file) for name, file in sorted(self.files.items())}]
+        return sha256_of_value([*own, *(code.digest for code in self.behind)])
+
+    @staticmethod
+    def is_shipped(kind: type) -> bool:
+        """Whether a class is of this package, or of the stages that come with it."""
+        return kind.__module__.partition(".")[0] in (_PACKAGE, _OURS)
 
     def is_current(self) -> bool:
         """Whether the sources are still what they were when `digest` was first asked for."""
-        return replace(self).digest == self.digest
+        return self._read_again().digest == self.digest
+
+    def _read_again(self) -> StageCode:
+        return replace(self, behind=tuple(code._read_again() for code in self.behind))
 
     def _find_file(self, name: str) -> Path | None:
         """Source file of a module that counts; None for other libraries, and for names that are no modules."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import Evaluation, Work
-from ..checkpoint.graph import ModelGraph
+from ..checkpoint.model import Model
 from ..errors import CommandError, GradmapError, OptionError, Problem, RecipeError, StageError
 from ..export.exports import Export
 from ..machine.machine import Machine
@@ -174,13 +174,13 @@ def _measured(ran: RunState, name: str, names: Mapping[tuple[str, int, int], str
     seconds = {step.step: step.computed_seconds for step in ran.finished}
     for step, given in ran.outputs.items():
         for model in given.values():
-            if not isinstance(model, ModelGraph | Export) or model.digest in seen:
+            if not isinstance(model, Model | Export) or model.digest in seen:
                 continue
             seen.add(model.digest)
             measured = {names[setting_of(found)]: found.perplexity for found in evaluations if found.model == model.digest}
             if not measured:
                 continue
-            graph = model.graph if isinstance(model, Export) else model
+            graph = model.graph
             path = [] if step == MODEL_STEP else [finished.id for finished in ran.lineage[step]]
             works = [work for before in path for work in ran.outputs[before].values() if isinstance(work, Work)]
             yield Row(
@@ -188,7 +188,7 @@ def _measured(ran: RunState, name: str, names: Mapping[tuple[str, int, int], str
                 label=model.label,
                 layers=len(graph.layers),
                 parameters=graph.count_parameters(),
-                bytes=model.count_bytes(),
+                bytes=model.size_bytes,
                 perplexity=measured,
                 seconds=sum(seconds[before] for before in path),
                 layer_evaluations=sum(work.layer_evaluations for work in works) if works else None,

@@ -63,21 +63,17 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         raise
     except BaseException as error:
         raise _explain(error, f"model {plan.model.name!r} cannot be tried") from error
-    inspect_steps(plan, plan.steps, costs.graph, costs.memory)
+    inspect_steps(plan.steps, costs.graph, costs.memory)
     stored = costs.stored_layer_bytes + costs.stored_rest_bytes
     seconds = stored * (costs.speed.digest + costs.speed.read)
     depth = len(costs.graph.layers)
     steps = [StepCost(MODEL_STEP, costs.count_parameters(depth), Estimate(bytes_read=stored, seconds=seconds))]
-    known = {(MODEL_STEP, "model"): plan.model_forecast}
     starting = costs.start_seconds
     for step in plan.steps:
-        inputs = {name: known.get(source) for name, source in step.inputs.items()}
-        for output, forecast in step.forecasts.items():
-            known[step.id, output] = forecast
         made = getattr(step.forecasts.get("model"), "layers", None)
         parameters = None if made is None else costs.count_parameters(made)
         try:
-            estimate: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, inputs, costs)
+            estimate: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, step.known, costs)
         except CapacityError as error:
             steps.append(StepCost(step.id, parameters, None, str(error)))
             continue

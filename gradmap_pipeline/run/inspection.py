@@ -9,7 +9,6 @@ from ..errors import GradmapError, OptionError
 from ..machine.memory import default_budget, give_back
 from ..recipe.asking import ask
 from ..recipe.plan import Plan, PlannedStep
-from ..recipe.recipe import MODEL_STEP
 from ..stages.structure_probe import StructureProbe
 
 
@@ -18,10 +17,10 @@ def inspect_plan(plan: Plan) -> None:
     folder = plan.model.find_folder()
     if folder is not None:
         graph = open_folder(folder, plan.model.name, plan.model.dtype, digest_of=lambda _: "")
-        inspect_steps(plan, plan.steps, graph, default_budget("cpu"))
+        inspect_steps(plan.steps, graph, default_budget("cpu"))
 
 
-def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
+def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
     """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it."""
     probe = StructureProbe(model, memory)
     try:
@@ -29,20 +28,16 @@ def inspect_steps(plan: Plan, steps: Sequence[PlannedStep], model: ModelGraph, m
     except GradmapError as error:
         error.where = error.where or f"model {model.base.name!r}"
         raise
-    known = {(MODEL_STEP, "model"): plan.model_forecast}
-    for step in plan.steps:
-        inputs = {name: known.get(source) for name, source in step.inputs.items()}
-        known |= {(step.id, output): forecast for output, forecast in step.forecasts.items()}
-        if step in steps:
-            _inspect(step, inputs, probe)
+    for step in steps:
+        _inspect(step, probe)
     del probe
     give_back()
 
 
-def _inspect(step: PlannedStep, inputs: dict[str, object], probe: StructureProbe) -> None:
+def _inspect(step: PlannedStep, probe: StructureProbe) -> None:
     where = f"step {step.id!r}"
     try:
-        ask("inspect", step.stage, step.id, step.plugin, inputs, probe)
+        ask("inspect", step.stage, step.id, step.plugin, step.known, probe)
     except GradmapError as error:
         if isinstance(error, OptionError):
             override = step.overrides.get(error.option.partition(".")[0])

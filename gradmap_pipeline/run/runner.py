@@ -114,7 +114,7 @@ def _run_step(
         if not state.inspected:
             rest = plan.steps[plan.steps.index(step) :]
             with heard(lambda text: reporter.note(step.id, text), state.heard):
-                inspect_steps(plan, rest, state.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
+                inspect_steps(rest, state.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
             for later in rest:
                 if group.leads and (place := _workplace_of(later, store)) is not None:
                     _prepare(place, later, reporter)
@@ -256,7 +256,7 @@ def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder
     """Put outputs into the store; return them as stored."""
     try:
         if not step.code.is_current():
-            raise StageError("its source files have changed while it state, so its result is of neither code; run again")
+            raise StageError("its source files have changed while it ran, so its result is of neither code; run again")
         return store.finish(folder, key, record, result)
     except StageError as error:
         failure = StageError(f"stage {step.stage.name!r}: {error}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..artifacts import Artifact, Evaluation
-from ..checkpoint.graph import ModelGraph
+from ..checkpoint.model import Model
 from ..export.exports import Export
 from .events import StepFinished
 
@@ -71,11 +71,11 @@ class Summary:
 
 def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[StepFinished]) -> Summary:
     """Collect the models and evaluations of a run, in the order in which they came to be."""
-    models: dict[str, tuple[str, ModelGraph | Export]] = {}
+    models: dict[str, tuple[str, Model | Export]] = {}
     evaluations: list[Evaluation] = []
     for step, artifacts in outputs.items():
         for artifact in artifacts.values():
-            if isinstance(artifact, ModelGraph | Export):
+            if isinstance(artifact, Model | Export):
                 models.setdefault(artifact.digest, (step, artifact))
             elif isinstance(artifact, Evaluation):
                 evaluations.append(artifact)
@@ -83,7 +83,7 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
     rows = []
     for digest, (step, model) in models.items():
         found = [evaluation for evaluation in evaluations if evaluation.model == digest]
-        graph = model if isinstance(model, ModelGraph) else model.graph
+        graph = model.graph
         if graph is not model and not found:
             continue  # the same model in another form, and nothing new to say of it
         rows.append(
@@ -95,7 +95,7 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], finished: list[Step
                 removed=len(graph.removed),
                 patched=len(graph.patches),
                 parameters=graph.count_parameters(),
-                bytes=model.count_bytes(),
+                bytes=model.size_bytes,
                 perplexity={names[setting_of(evaluation)]: evaluation.perplexity for evaluation in found},
             )
         )

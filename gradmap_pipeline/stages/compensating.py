@@ -14,6 +14,7 @@ from ..context import Context
 from ..correction.correction import Compensation, CorrectedSite
 from ..errors import ModelError, PluginError, StageError
 from ..sweep.finite import names_of
+from .forecasts import known
 from .ranking import shorten
 from .stage import Stage
 from .structure_probe import StructureProbe
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..correction.streams import Streams
     from ..cost.estimate import Estimate
     from ..cost.model_costs import ModelCosts
+    from .forecasts import Forecasts, Outlook
 
 Corrected = tuple[list[CorrectedSite], dict[str, TensorFile]]
 """What was done at one layer, and the patched tensors by name."""
@@ -62,13 +64,13 @@ class LayerCompensation(Stage):
             f"{1 - site.missing_left:.1%} of the missing residual restored in {site.parameter}"
         )
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"model": inputs.get("model")}
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        return {"model": inputs.of(ModelGraph)}
 
     def check(self, graph: ModelGraph) -> None:
         """Raise `StageError` where this pruned model cannot be corrected, before either model runs."""
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
         sites = probe.find_sites()
         if sites and not any(self.takes(found) for found in sites.values()):
@@ -81,11 +83,9 @@ class LayerCompensation(Stage):
         """Whether a layer with these sites can be corrected."""
         return any(site.kind == "output" for site in sites)
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
-        model, calibration = inputs.get("model"), inputs.get("calibration")
-        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
-            return None
-        return self.estimate_streams(model.layers, calibration.samples, calibration.sequence_length, costs)
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        text = inputs.of(CalibrationSet)
+        return self.estimate_streams(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length), costs)
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         """What correcting a model of so many layers takes; here, one more pass of each."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -13,6 +12,7 @@ from .stage import Stage
 from .targets import NewFolder, check_target, new_folder
 
 if TYPE_CHECKING:
+    from .forecasts import Forecasts, Outlook
     from .structure_probe import StructureProbe
 
 
@@ -26,11 +26,11 @@ class FolderExport(Stage):
         False, description="Replace a folder even if it is no earlier export, or has been changed since it was exported."
     )
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         check_target(self.to, self.overwrite)
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         check_target(self.to, self.overwrite, hashing=True)
 
     def writes(self) -> tuple[Path, ...]:

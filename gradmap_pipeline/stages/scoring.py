@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +14,7 @@ from ..artifacts import CalibrationSet, Decision, LayerScores, Round, ScoresFore
 from ..checkpoint.graph import ModelGraph
 from ..context import Context
 from ..errors import OptionError, PluginError, StageError
+from .forecasts import known
 from .ranking import Measure, Scorer, Scores, check_scores, shorten
 from .removal import count_removed
 from .stage import Stage
@@ -21,6 +22,7 @@ from .stage import Stage
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
     from ..cost.model_costs import ModelCosts
+    from .forecasts import Forecasts, Outlook
     from .structure_probe import StructureProbe
 
 
@@ -63,20 +65,19 @@ class LayerScoring(Stage):
             raise ValueError("give 'ratio' or 'layers', not both")
         return self
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        model = inputs.get("model")
-        if model is None or model.layers is None:
-            return {"scores": ScoresForecast(decisions=self.layers, all_or_nothing=self.all_or_nothing)}
-        return {"scores": ScoresForecast(decisions=self.count_decisions(model.layers), all_or_nothing=self.all_or_nothing)}
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        depth = inputs.of(ModelGraph).layers
+        decisions = self.layers if depth is None else self.count_decisions(depth)
+        return {"scores": ScoresForecast(decisions=decisions, all_or_nothing=self.all_or_nothing)}
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
-        model, calibration = inputs.get("model"), inputs.get("calibration")
-        if model is None or model.layers is None or calibration is None or calibration.sequence_length is None:
-            return None
-        return self.estimate_sweeps(model.layers, calibration.samples, calibration.sequence_length, costs)
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        if "calibration" not in self.input_fields():
+            return None  # a ranking without sweeps says itself what it takes
+        text = inputs.of(CalibrationSet)
+        return self.estimate_sweeps(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length), costs)
 
     def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
         """What scoring a model of `depth` layers takes; here, one forward pass."""

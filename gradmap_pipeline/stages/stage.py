@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from pydantic import BaseModel, ConfigDict
 
 from ..artifacts import Artifact
+from ..checkpoint.model import Model
 from ..context import Context
 from ..errors import PluginError
 from ..machine.environment import Environment
@@ -16,6 +17,7 @@ from ..machine.environment import Environment
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
     from ..cost.model_costs import ModelCosts
+    from .forecasts import Forecasts, Outlook
     from .structure_probe import StructureProbe
 
 
@@ -60,31 +62,34 @@ class Stage(BaseModel):
         """Do the work and return `Outputs`."""
         raise NotImplementedError
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         """Say what the plan can know of the outputs; raise `OptionError` when the options cannot work.
 
-        `inputs` has the forecast of each input, `None` where nothing is known. Reads no weights, imports nothing heavy.
+        `inputs.of(ModelGraph)` is the forecast of the input of that class; its fields are None where they are not known. Each
+        value returned is of the `Forecast` class of its output. Reads no weights, imports nothing heavy.
         """
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         """Raise `OptionError` or `ModelError` where this stage cannot work on a model of this structure.
 
         Asked before a run starts, so that nobody waits for hours to learn it. `inputs` has forecasts, as for `forecast`;
         `probe` answers for the recipe's model. Reads no weights.
         """
 
-    def advise(self, inputs: Mapping[str, Any]) -> Sequence[str]:
+    def advise(self, inputs: Forecasts) -> Sequence[str]:
         """Say what the user should know before a run, though nothing refuses it: one fact a line.
 
         `inputs` has forecasts, as for `forecast`. `gradmap check` and `gradmap plan` print the lines. Reads no weights.
         """
         return ()
 
-    def estimate(self, inputs: Mapping[str, Any], costs: ModelCosts) -> Estimate | None:
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         """Say what a run would take; None where that is not known. Raise `CapacityError` when it cannot fit.
 
         `inputs` has forecasts, as for `forecast`; `costs` answers for sweeps over the model and for this machine.
+        `known(inputs.of(ModelGraph).layers)` is the number of layers, and ends the method where the plan does not know it: the
+        estimate is then not known either.
         """
         return None
 
@@ -125,19 +130,26 @@ class Stage(BaseModel):
         for option, info in cls.model_fields.items():
             if not info.description:
                 raise PluginError(f"stage {cls.name!r}: option {option!r} needs a Field(description=...)")
-        for port in ("Inputs", "Outputs"):
-            for name, info in getattr(cls, port).model_fields.items():
-                try:
-                    _artifact_type(info.annotation)
-                except TypeError:
-                    raise PluginError(
-                        f"stage {cls.name!r}: {port}.{name} must be an Artifact subclass, got {info.annotation!r}"
-                    ) from None
+        _check_ports(cls)
 
 
 def is_abstract(stage: type[Stage]) -> bool:
     """Whether a class is the base of stages, and no stage itself."""
     return stage is Stage or stage.__dict__.get("abstract") is True
+
+
+def _check_ports(stage: type[Stage]) -> None:
+    """Raise `PluginError` unless all that a stage takes and gives are artifacts."""
+    for port in ("Inputs", "Outputs"):
+        for name, info in getattr(stage, port).model_fields.items():
+            if port == "Outputs" and info.annotation is Model:
+                raise PluginError(f"stage {stage.name!r}: Outputs.{name} must be one class of models; Model is for inputs")
+            try:
+                _artifact_type(info.annotation)
+            except TypeError:
+                raise PluginError(
+                    f"stage {stage.name!r}: {port}.{name} must be an Artifact subclass, got {info.annotation!r}"
+                ) from None
 
 
 def _artifact_types(annotation: Any) -> tuple[type[Artifact], ...]:

@@ -14,6 +14,7 @@ from ..checkpoint import adapter
 from ..checkpoint.casts import FOR_COMPUTING, cast_all
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.lengths import lengths_apart
+from ..checkpoint.loading import hold, load_checked, trace_disk_name
 from ..checkpoint.pretrained import read_config
 from ..checkpoint.rope import forget_lengths
 from ..checkpoint.skeleton import build_skeleton, find_layer_list
@@ -21,7 +22,6 @@ from ..errors import ModelError, StageError, first_line
 from ..machine.shortages import is_shortage
 from .layer_arguments import LayerArguments, OutputShape, hidden_of
 from .ledger import Ledger
-from .loading import hold, load_checked, trace_disk_name
 from .prefetch import Prefetcher
 from .weight_sources import StoredWeights, WeightSource
 

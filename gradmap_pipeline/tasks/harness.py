@@ -64,12 +64,12 @@ def make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_s
     from ..checkpoint.graph import ModelGraph
     from ..checkpoint.lengths import lengths_apart
     from ..checkpoint.rope import forget_lengths
+    from ..checkpoint.whole import load_whole
     from ..export.exports import load_folder
     from ..machine.memory import resident_bytes
-    from ..sweep.whole import load_whole
 
     width = 4 if context.dtype == "float32" else 2
-    needed = model.count_parameters() * width if isinstance(model, ModelGraph) else model.count_bytes()
+    needed = model.count_parameters() * width if isinstance(model, ModelGraph) else model.size_bytes
     free = context.memory - resident_bytes(context.device)
     if needed > free:
         raise CapacityError(

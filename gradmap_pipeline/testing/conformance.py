@@ -18,6 +18,7 @@ from ..machine.atomic_folder import scratch_folder
 from ..machine.digests import sha256_of
 from ..recipe.asking import ask
 from ..run.output_checks import dump_outputs, find_output_faults
+from ..stages.forecasts import Forecasts
 from ..stages.stage import Stage
 from . import make_context
 from .witness import Seen, watch
@@ -98,21 +99,17 @@ class _Run:
 
 def _check_forecast(stage: Stage, inputs: Mapping[str, Artifact]) -> Iterator[str]:
     """The plan asks before anything is known, and must get an answer or a refusal."""
-    nothing_known = dict.fromkeys(type(stage).input_fields())
+    nothing_known = Forecasts(type(stage), **dict.fromkeys(type(stage).input_fields()))
     try:
-        forecasts = ask("forecast", stage, stage.name, "", nothing_known)
+        ask("forecast", stage, stage.name, "", nothing_known)
     except PluginError as error:
         if error.__cause__ is None:
             yield text_of(error)
         else:
             why = name_error(error.__cause__)
-            yield f"forecast() fails where nothing is known of the inputs: {why}; take None for a forecast"
-        return
+            yield f"forecast() fails where nothing is known of the inputs: {why}; take None for a field, or use known()"
     except GradmapError:
         return
-    unknown = sorted(set(forecasts) - set(stage.output_fields()))
-    if unknown:
-        yield f"forecast() speaks of {unknown[0]!r}, which is no output; outputs are {', '.join(stage.output_fields())}"
 
 
 def _check_files(seen: Seen, stage: Stage, folder: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ from tiny import make_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from gradmap_pipeline import OptionError, StageError
+from gradmap_pipeline import Forecasts, OptionError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.machine.digests import sha256_of
@@ -103,7 +103,7 @@ def test_code_is_refused_and_not_run(case: str, llama: Path, tmp_path: Path, mon
         file.write_text(content)
     (tmp_path / "tasks" / "evil.py").write_text("open('ran', 'w')\ndef run(doc): return ''\n")
     with pytest.raises(OptionError, match=f"would run Python code: .*{message}.*set `allow_code: true` if it may run") as caught:
-        make_stage(Path("tasks")).forecast({})
+        make_stage(Path("tasks")).forecast(Forecasts(EvaluateLmEval))
     assert caught.value.option == "task_folder"
     step = {"use": "evaluate_lm_eval", "with": {"tasks": ["mine"], "task_folder": "tasks"}}
     Path("r.yaml").write_text(json.dumps({"version": 1, "model": {"path": str(llama)}, "steps": [step]}))
@@ -115,7 +115,7 @@ def test_code_is_refused_and_not_run(case: str, llama: Path, tmp_path: Path, mon
 def test_a_metric_that_is_not_of_lm_eval_is_refused(llama: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "tasks", task=TASK.replace("byte_perplexity", "./mine.py"))
     with pytest.raises(OptionError, match=r"line 9: lm-eval has no metric '\./mine\.py' of its own, and would load its code"):
-        make_stage(folder).forecast({})
+        make_stage(folder).forecast(Forecasts(EvaluateLmEval))
 
 
 def test_templates_do_not_reach_python(llama: Path, tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_files_that_are_no_tasks(content: str | bytes, message: str, tmp_path: P
     folder = write(tmp_path / "tasks")
     (folder / "t.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     if not message:
-        assert make_stage(folder).forecast({}) == {}
+        assert make_stage(folder).forecast(Forecasts(EvaluateLmEval)) == {}
         return
     with pytest.raises(OptionError, match=message):
-        make_stage(folder).forecast({})
+        make_stage(folder).forecast(Forecasts(EvaluateLmEval))
 
 
 CHOICE = (
@@ -337,7 +337,7 @@ def test_data_that_are_no_file_are_told_and_not_opened(tmp_path: Path) -> None:
     folder = write(tmp_path / "tasks", data="pipe.jsonl")
     os.mkfifo(folder / "pipe.jsonl")
     with pytest.raises(OptionError, match=r"line 3: '.*pipe\.jsonl' is a named pipe, not a file"):
-        make_stage(folder).forecast({})
+        make_stage(folder).forecast(Forecasts(EvaluateLmEval))
 
 
 def test_tasks_that_lm_eval_takes_pass(tmp_path: Path) -> None:
@@ -350,18 +350,18 @@ def test_tasks_that_lm_eval_takes_pass(tmp_path: Path) -> None:
     (folder / "t.yaml").write_text((folder / "t.yaml").read_text().replace("DATA", "rows.jsonl"))
     (folder / "rows.jsonl").write_text('{"question": 1}\n{"question": 2, "late": "x"}\n')
     (folder / "other.yaml").write_text("task: other\noutput_type: x\n")
-    assert make_stage(folder).forecast({}) == {}
+    assert make_stage(folder).forecast(Forecasts(EvaluateLmEval)) == {}
 
 
 def test_what_only_lm_eval_can_tell_is_told_before_the_run(llama: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "tasks", task=TASK.replace("{{question}}", "{{ question.nothing.more }}"))
     with pytest.raises(OptionError, match=r"t\.yaml': task 'mine': lm-eval cannot make it: .*has no attribute 'nothing'") as caught:
-        make_stage(folder).inspect({}, None)  # type: ignore[arg-type]
+        make_stage(folder).inspect(Forecasts(EvaluateLmEval), None)  # type: ignore[arg-type]
     assert caught.value.option == "task_folder"
     choice = CHOICE.replace("{{question}}", "qestion") + "doc_to_choice: [one, two]\n"
     with pytest.raises(OptionError, match="in the first row doc_to_target gives 'qestion', which is none of the choices"):
-        make_stage(write(tmp_path / "choice", task=choice)).inspect({}, None)  # type: ignore[arg-type]
-    make_stage(write(tmp_path / "fine")).inspect({}, None)  # type: ignore[arg-type]
+        make_stage(write(tmp_path / "choice", task=choice)).inspect(Forecasts(EvaluateLmEval), None)  # type: ignore[arg-type]
+    make_stage(write(tmp_path / "fine")).inspect(Forecasts(EvaluateLmEval), None)  # type: ignore[arg-type]
 
 
 def test_ids_beyond_the_embeddings_are_refused(tmp_path: Path) -> None:

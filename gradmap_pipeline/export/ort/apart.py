@@ -80,7 +80,7 @@ def _run(command: list[str], log: Path) -> int:
 def _write_here(model: ModelGraph, dtype: str, seed: int, file: Path) -> tuple[list[Reference], dict[str, Any]]:
     import onnx_ir
 
-    from ...sweep.whole import load_whole
+    from ...checkpoint.whole import load_whole
 
     whole = load_whole(model, dtype, remedy="use onnx: {{dtype: float32}}")
     give_back()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Artifact, Context, DatasetSource, ModelGraph, QualityError, Stage, StageError, StructureProbe, hookimpl
+from gradmap_pipeline import (
+    Artifact,
+    Context,
+    DatasetSource,
+    Forecasts,
+    ModelGraph,
+    Outlook,
+    QualityError,
+    Stage,
+    StageError,
+    StructureProbe,
+    hookimpl,
+)
 
 
 class Accuracy(Artifact):
@@ -37,11 +46,11 @@ class StageName(Stage):
     class Outputs(BaseModel):
         accuracy: Accuracy
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         self.dataset.check_amount(self.samples, self.sequence_length, "documents")
         return {}
 
-    def inspect(self, inputs: Mapping[str, Any], probe: StructureProbe) -> None:
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

@@ -18,7 +18,8 @@ class NumpyFolder(Export):
     def kind(self) -> str:
         return "NumPy"
 
-    def count_bytes(self) -> int:
+    @property
+    def size_bytes(self) -> int:
         return sum(file.size for name, file in self.files.items() if name.endswith(".npy"))
 
 

@@ -6,13 +6,12 @@ the folder shows is what rounding costs in quality; files do not shrink.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, FolderExport, ModelGraph, Stage, TransformersFolder, hookimpl
+from gradmap_pipeline import Context, FolderExport, Forecasts, ModelGraph, Outlook, Stage, TransformersFolder, hookimpl
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +31,8 @@ class StageName(FolderExport):
     class Outputs(BaseModel):
         model: TransformersFolder
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**super().forecast(inputs), "model": inputs.get("model")}
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        return {**super().forecast(inputs), "model": TransformersFolder.Forecast.of(inputs.of(ModelGraph))}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         from gradmap_pipeline.export.quantised import write_quantised

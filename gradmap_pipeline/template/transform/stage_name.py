@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, ModelGraph, OptionError, Stage, hookimpl
+from gradmap_pipeline import Context, Forecasts, ModelGraph, OptionError, Outlook, Stage, hookimpl, known
 
 
 class StageName(Stage):
@@ -23,17 +20,16 @@ class StageName(Stage):
     class Outputs(BaseModel):
         model: ModelGraph
 
-    def forecast(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def forecast(self, inputs: Forecasts) -> Outlook:
         """What the plan knows of the model afterwards; where nothing is known of it before, nothing."""
-        model = inputs.get("model")
-        if model is None or model.kept is None:
-            return {}
-        missing = sorted(set(self.layers) - set(model.kept))
+        model = inputs.of(ModelGraph)
+        before = known(model.kept)
+        missing = sorted(set(self.layers) - set(before))
         if missing:
-            raise OptionError("layers", f"there is no layer {missing[0]}: the model has layers {list(model.kept)}")
-        kept = tuple(layer for layer in model.kept if layer not in self.layers)
+            raise OptionError("layers", f"there is no layer {missing[0]}: the model has layers {list(before)}")
+        kept = tuple(layer for layer in before if layer not in self.layers)
         if not kept:
-            raise OptionError("layers", f"dropping all {len(model.kept)} layers leaves none")
+            raise OptionError("layers", f"dropping all {len(before)} layers leaves none")
         return {"model": model.model_copy(update={"layers": len(kept), "kept": kept})}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

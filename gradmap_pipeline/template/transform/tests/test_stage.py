@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from stage_name import StageName
 
-from gradmap_pipeline import ModelForecast, OptionError
+from gradmap_pipeline import Forecasts, ModelForecast, OptionError
 from gradmap_pipeline.testing import check_stage, make_inputs, run_stage
 
 
@@ -19,12 +19,12 @@ def test_layers_are_dropped(tmp_path: Path) -> None:
 
 
 def test_layer_that_is_not_there_is_told_before_the_run() -> None:
-    model = ModelForecast(layers=3, kept=(0, 1, 2))
-    assert StageName(layers=[1]).forecast({"model": model})["model"].kept == (0, 2)
+    inputs = Forecasts(StageName, model=ModelForecast(layers=3, kept=(0, 1, 2)))
+    assert StageName(layers=[1]).forecast(inputs) == {"model": ModelForecast(layers=2, kept=(0, 2))}
     with pytest.raises(OptionError, match="there is no layer 5"):
-        StageName(layers=[1, 5]).forecast({"model": model})
+        StageName(layers=[1, 5]).forecast(inputs)
     with pytest.raises(OptionError, match="leaves none"):
-        StageName(layers=[0, 1, 2]).forecast({"model": model})
+        StageName(layers=[0, 1, 2]).forecast(inputs)
 
 
 def test_stage_keeps_the_contract(tmp_path: Path) -> None:

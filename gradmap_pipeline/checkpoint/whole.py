@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..checkpoint import adapter
-from ..checkpoint.architecture import layer_of, prune_config
-from ..checkpoint.casts import FOR_COMPUTING
-from ..checkpoint.checkpoint import load_rounded
-from ..checkpoint.pretrained import read_config
-from ..checkpoint.skeleton import build_skeleton
 from ..errors import ModelError
+from . import adapter
+from .architecture import layer_of, prune_config
+from .casts import FOR_COMPUTING
+from .checkpoint import load_rounded
 from .loading import load_checked
+from .pretrained import read_config
+from .skeleton import build_skeleton
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-    from ..checkpoint.graph import ModelGraph
+    from ..batches import Batch
+    from .graph import ModelGraph
 
 
 def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu", remedy: str = FOR_COMPUTING) -> PreTrainedModel:
@@ -47,3 +50,21 @@ def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu", remedy: str =
         raise ModelError(f"{str(graph.base.folder)!r} lacks the weights of {lacking!r}")
     module.requires_grad_(False)
     return module
+
+
+def compute_logits(model: PreTrainedModel, device: str) -> Callable[[Batch], torch.Tensor]:
+    """A function from a batch of token ids (B, T) to the logits (B, T, V) of a causal LM that is in memory."""
+    import torch
+
+    from .rope import forget_lengths
+
+    model = model.eval()
+    forget_lengths(model)
+
+    def run(batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            mask = batch.mask.long().to(device)
+            logits: torch.Tensor = model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False).logits
+            return logits
+
+    return run

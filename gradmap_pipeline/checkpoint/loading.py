@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..checkpoint.adapter import LateTensor, Loading, load_tensors
-from ..checkpoint.casts import FOR_COMPUTING, cast, is_lossy, overflow
-from ..checkpoint.pretrained import read_config
-from ..checkpoint.skeleton import build_skeleton, find_layer_list
 from ..errors import ModelError
+from .adapter import LateTensor, Loading, load_tensors
+from .casts import FOR_COMPUTING, cast, is_lossy, overflow
+from .pretrained import read_config
+from .skeleton import build_skeleton, find_layer_list
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..checkpoint.graph import ModelGraph
+    from .graph import ModelGraph
 
 
 def load_checked(

@@ -1,0 +1,95 @@
+"""Model: what an artifact must have so that it can be evaluated, whoever wrote its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import isfunction
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+from ..artifacts import Artifact, ModelForecast
+from ..errors import PluginError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..batches import Batch
+    from .graph import ModelGraph
+
+_VALUES = ("label", "size_bytes", "graph")
+"""Fields or properties of every model, besides its method `open`."""
+
+
+def _is_abstract(kind: type) -> bool:
+    return vars(kind).get("abstract") is True
+
+
+def find_lacking(kind: type) -> str | None:
+    """What a class of artifacts lacks to be a model; None where it is one."""
+    if not issubclass(kind, Artifact):
+        return "a base class Artifact"
+    for name in _VALUES:
+        if isfunction(getattr(kind, name, None)):
+            return f"{name!r} as a property or field; it is a method"
+        if name not in kind.model_fields and not hasattr(kind, name):
+            return f"a property or field {name!r}"
+    is_own = isfunction(getattr(kind, "open", None)) and kind.open is not Model.open  # type: ignore[attr-defined]
+    return None if is_own else "a method 'open'"
+
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _ByMembers
+else:
+
+    class _ByMembers(type(Artifact)):
+        """Makes a class that has the members of a model a model; pydantic leaves out what `abc` has for that."""
+
+        def __subclasscheck__(cls, other: type) -> bool:
+            return super().__subclasscheck__(other) or (_is_abstract(cls) and find_lacking(other) is None)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return issubclass(type(instance), cls)
+
+
+class Model(Artifact, metaclass=_ByMembers):
+    """A language model in a form that can be evaluated.
+
+    Every class derived from `Artifact` that has `open`, `label`, `size_bytes` and `graph` is a model, whether it derives from this
+    class or not. `ModelGraph`, `TransformersFolder`, `OnnxFolder` and `GgufFolder` are models.
+    """
+
+    Forecast = ModelForecast
+
+    abstract: ClassVar[bool] = True
+
+    if TYPE_CHECKING:  # at run time a derived class may have fields of these names
+
+        @property
+        def label(self) -> str:
+            """What was done to the model, for tables."""
+
+        @property
+        def size_bytes(self) -> int:
+            """Bytes of its weights on disk, or after export."""
+
+        @property
+        def graph(self) -> ModelGraph:
+            """The layers and tensors that it was made from."""
+
+    def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
+        """Read it into memory; the function returned gives logits (B, T, V) of a batch of token ids (B, T)."""
+        raise NotImplementedError
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        lacking = find_lacking(cls)
+        if lacking is not None:
+            raise PluginError(f"{cls.__name__} in {cls.__module__} derives from Model, and must define {lacking}")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """An input declared as `Model` takes a model of any class, as it is."""
+        return core_schema.is_instance_schema(cls, cls_repr="Model") if _is_abstract(cls) else handler(source)
