@@ -237,7 +237,7 @@ def test_random_and_last_layers(model: ModelGraph, tmp_path: Path) -> None:
     draws = {order(RandomScore(layers=4, draw=draw)) for draw in range(8)}
     assert len(draws) > 3
     assert all(set(draw) == {1, 2, 3, 4} for draw in draws)
-    assert order(RandomScore(layers=4)) == order(RandomScore(layers=4))
+    assert order(RandomScore(layers=4)) == (3, 4, 1, 2), "what Python's generator gives for seed 0, on every machine"
     assert len({order(RandomScore(layers=4), seed) for seed in range(8)}) > 3
     assert order(LastLayersScore(layers=3)) == (5, 4, 3)
     assert order(LastLayersScore(layers=3, protect_last=1)) == (4, 3, 2)
