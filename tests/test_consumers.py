@@ -65,16 +65,16 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("placing", PLACINGS, ids=lambda placing: f"{placing.program}-{placing.types[0]}-{placing.kind}")
+@pytest.mark.parametrize("placing", PLACINGS, ids=lambda placing: f"{placing.program}-{placing.types[0]}-{placing.role}")
 def test_every_placing_takes_the_layers_of_its_source(placing: Any) -> None:
-    config, marks = EXPECTED[placing.program, placing.types[0], placing.kind]
+    config, marks = EXPECTED[placing.program, placing.types[0], placing.role]
     assert placing.compute(config, DEPTH) == marks
     assert placing.version
     assert placing.source.endswith((".cpp", ".py"))
 
 
 def test_every_placing_has_a_value_to_be_held_to() -> None:
-    assert {(placing.program, placing.types[0], placing.kind) for placing in PLACINGS} == EXPECTED.keys()
+    assert {(placing.program, placing.types[0], placing.role) for placing in PLACINGS} == EXPECTED.keys()
 
 
 @pytest.mark.parametrize(
