@@ -195,8 +195,8 @@ def test_arrays_of_a_file() -> None:
     ],
 )
 def test_what_no_file_can_say(config: dict[str, Any], reason: str | None) -> None:
-    found = explain_refusal(config)
-    assert found is None if reason is None else reason in str(found)
+    refusal = explain_refusal(config)
+    assert refusal is None if reason is None else reason in str(refusal)
 
 
 def test_what_llama_cpp_leaves_out() -> None:

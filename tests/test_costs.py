@@ -231,10 +231,10 @@ def test_samples_that_no_text_gives_are_refused(folder: Path) -> None:
             (folder / "r.yaml").write_text(text)
             result = gradmap(command, "r.yaml")
             assert result.exit_code == 2
-            found = f"samples': {int(samples):,} samples of 24 tokens are more than the {size:,} bytes of 'text.txt' can give"
+            message = f"samples': {int(samples):,} samples of 24 tokens are more than the {size:,} bytes of 'text.txt' can give"
             assert [line.split(": ", 2)[2].split(";")[0] for line in result.stderr.splitlines()] == [
-                f"step 'evaluate_dense': option '{found}",
-                f"step 'calibrate': option '{found}",
+                f"step 'evaluate_dense': option '{message}",
+                f"step 'calibrate': option '{message}",
             ]
     (folder / "r.yaml").write_text(RECIPE.replace("samples: 8", f"samples: {64 * size // 24}"))
     assert gradmap("check", "r.yaml").exit_code == 0, "no more is known before the text is read"
