@@ -123,8 +123,8 @@ class _Loader(SourceFileLoader):
             top = name.partition(".")[0]
             if level or not _has_neighbour(folder, top):
                 return builtins.__import__(name, globals, locals, fromlist or (), level)
-            module = builtins.__import__(f"{package}.{name}", globals, locals, fromlist or ("",), 0)
-            return module if fromlist else sys.modules[f"{package}.{top}"]
+            neighbour = builtins.__import__(f"{package}.{name}", globals, locals, fromlist or ("",), 0)
+            return neighbour if fromlist else sys.modules[f"{package}.{top}"]
 
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": look_beside}
         super().exec_module(module)

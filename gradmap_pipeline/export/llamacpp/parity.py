@@ -125,14 +125,14 @@ def compute_logits(graph: ModelGraph, prompts: list[list[int]]) -> torch.Tensor:
     return torch.stack([logits[0].float() for logits in sweep.logits(last=STEPS + 1)])
 
 
-def compare_logits(meant: torch.Tensor, computed: torch.Tensor, lengths: tuple[int, ...], tolerance: float | None = None) -> Parity:
+def compare_logits(meant: torch.Tensor, received: torch.Tensor, lengths: tuple[int, ...], tolerance: float | None = None) -> Parity:
     """Compare logits (prompts, positions, V). Numbers of tokens may differ: those that one side alone knows are left out.
 
     A file that finds a token likeliest which the model does not have does not agree there. `tolerance`: as in `TOLERANCE`; where
     that is exceeded, `StageError` is raised.
     """
-    shared = min(meant.shape[-1], computed.shape[-1])
-    ours, theirs = meant[..., :shared], computed[..., :shared]
+    shared = min(meant.shape[-1], received.shape[-1])
+    ours, theirs = meant[..., :shared], received[..., :shared]
     differences = (ours - theirs).abs().amax(dim=(1, 2))
     if tolerance is not None:
         accepted = tolerance * max(1.0, float(ours.abs().max()))
@@ -149,6 +149,6 @@ def compare_logits(meant: torch.Tensor, computed: torch.Tensor, lengths: tuple[i
         lengths=lengths,
         difference=float(differences.max()),
         log_probability_difference=float((expected.gather(-1, best) - computed.gather(-1, best)).abs().max()),
-        agreeing=float((computed.argmax(dim=-1, keepdim=True) == best).double().mean()),
+        agreeing=float((received.argmax(dim=-1, keepdim=True) == best).double().mean()),
         lost=float(lost.max()),
     )
