@@ -145,7 +145,7 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
 
 def _find_option(stage: Stage, path: Path) -> Location:
     """The option that names a path; nothing where none does."""
-    return next(((name,) for name in type(stage).model_fields if getattr(stage, name) == path), ())
+    return next(((name,) for name, value in stage if value == path), ())
 
 
 def _plan_step(
