@@ -96,7 +96,7 @@ class QualityError(GradmapError):
 
 
 class Interruption(GradmapError):  # noqa: N818 - nothing went wrong
-    """Somebody ended a process of this run from outside."""
+    """A process of this run was ended from outside."""
 
     exit_code = 130
 
@@ -129,14 +129,14 @@ def name_error(error: BaseException) -> str:
 
 def describe_value(value: object) -> str:
     """A value that a plugin gave where another was wanted: as it is where that is short and plain, else its type."""
-    kind = type(value)
+    cls = type(value)
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if value is None or kind in (bool, int, float, complex, str, bytes, list, tuple, set, dict):
+    if value is None or cls in (bool, int, float, complex, str, bytes, list, tuple, set, dict):
         try:
             text = repr(value)
         except Exception:  # of what it holds
             text = ""
         if 0 < len(text) <= _LONGEST:
             return text
-    return f"{'an' if kind.__name__[:1].lower() in 'aeiou' else 'a'} {kind.__name__}"
+    return f"{'an' if cls.__name__[:1].lower() in 'aeiou' else 'a'} {cls.__name__}"

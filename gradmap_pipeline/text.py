@@ -24,10 +24,10 @@ _NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 def show(text: object) -> str:
     """One line of text, with everything in it that a terminal would obey written as an escape: `\\x1b`."""
-    found = str(text)
-    if found.isascii() and found.isprintable():
-        return found
-    return "".join(_escape(character) if _is_obeyed(character) else character for character in found)
+    shown = str(text)
+    if shown.isascii() and shown.isprintable():
+        return shown
+    return "".join(_escape(character) if _is_obeyed(character) else character for character in shown)
 
 
 def show_lines(text: str) -> str:

@@ -51,8 +51,8 @@ def run_llama_cpp(graph: ModelGraph, folder: Path, asked: argparse.Namespace) ->
     stage = ExportGguf(to=folder / "gguf", converter=asked.converter, python=asked.python, type=plain)
     exported = run_stage(stage, folder / "export", model=graph).exported
     if plain == asked.type:
-        found = read_lineage(exported.folder)["llama_cpp"]
-        return parity.Parity(**{**found, "lengths": tuple(found["lengths"])})
+        lineage = read_lineage(exported.folder)["llama_cpp"]
+        return parity.Parity(**{**lineage, "lengths": tuple(lineage["lengths"])})
     quantising = QuantizeGguf(to=folder / "quantised", type=asked.type, python=asked.python)
     file = run_stage(quantising, folder / "quantise", exported=exported).exported.file
     return parity.measure_parity(graph, file, plain, str(asked.python), 0)
@@ -110,17 +110,17 @@ def make_row(asked: argparse.Namespace) -> dict[str, Any]:
         row["architecture"] = full_config(base)["model_type"]
         graph = open_folder(base).without_layers(removed) if removed else open_folder(base)
         try:
-            found = PROGRAMS[asked.program](graph, Path(folder), asked)
+            run = PROGRAMS[asked.program](graph, Path(folder), asked)
         except OptionError as error:
             return {**row, "result": "refused", "figure": str(error)}
         except (GradmapError, RuntimeError) as error:
             return {**row, "result": "fails", "figure": str(error)}
-    result = "agrees" if found.log_probability_difference < AGREES and found.agreeing >= ALIKE else "computes another model"
+    result = "agrees" if run.log_probability_difference < AGREES and run.agreeing >= ALIKE else "computes another model"
     if asked.program == "llama.cpp" and asked.type not in PLAIN:
         result = "runs quantised"
     figure = (
-        f"{found.agreeing:.0%} of likeliest tokens at {', '.join(map(str, found.lengths))} tokens; log-probability differs by up "
-        f"to {found.log_probability_difference:.2g}, logits by {found.difference:.2g}"
+        f"{run.agreeing:.0%} of likeliest tokens at {', '.join(map(str, run.lengths))} tokens; log-probability differs by up "
+        f"to {run.log_probability_difference:.2g}, logits by {run.difference:.2g}"
     )
     return {**row, "result": result, "figure": figure}
 

@@ -57,7 +57,7 @@ def describe_placing(placing: Placing) -> str:
     told = [f"GGUF array `{placing.array}`"] if placing.array else []
     told += [f"config field `{placing.field}`"] if placing.field else []
     taken = "all" if placing.period == 1 else f"the {'first' if placing.is_first else 'last'} of every {placing.period}"
-    cells = [placing.program, placing.version, placing.types[0], placing.kind, taken, ", ".join(told) or "not at all"]
+    cells = [placing.program, placing.version, placing.types[0], placing.role, taken, ", ".join(told) or "not at all"]
     return f"| {' | '.join([*cells, f'`{placing.source}`', 'run' if placing.was_run else 'read'])} |"
 
 

@@ -134,8 +134,8 @@ def test_layer_prefix() -> None:
 
 def test_layer_prefix_must_be_one() -> None:
     names = [f"{tower}.layers.{layer}.w" for tower in ("encoder", "decoder") for layer in range(2)]
-    found = r"no single list of 2 layers, .*: decoder.layers.\* \(2\), encoder.layers.\* \(2\)"
-    with pytest.raises(ModelError, match=found):
+    message = r"no single list of 2 layers, .*: decoder.layers.\* \(2\), encoder.layers.\* \(2\)"
+    with pytest.raises(ModelError, match=message):
         find_layer_prefix(names, 2)
     with pytest.raises(ModelError, match="numbered tensors: none"):
         find_layer_prefix(["embed"], 2)

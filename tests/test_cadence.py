@@ -42,13 +42,13 @@ def all_expressible(config: dict[str, Any], count: int) -> set[tuple[tuple[bool,
             tuple(layer % period == offset for layer in range(count)) for period in numbers if period for offset in range(period)
         }
         return {tuple(zip(a, b, strict=True)) for a in one for b in one}
-    found = set()
+    expressible = set()
     for interval in range(1, DEPTH + 1):
         for first in numbers:
             for last in numbers:
                 marks = ((layer + 1) % interval == 0 and first <= layer <= last for layer in range(count))
-                found.add(tuple((mark,) for mark in marks))
-    return found
+                expressible.add(tuple((mark,) for mark in marks))
+    return expressible
 
 
 @pytest.mark.parametrize("config", [JAMBA, ERNIE])
@@ -56,10 +56,10 @@ def all_expressible(config: dict[str, Any], count: int) -> set[tuple[tuple[bool,
 def test_the_best_of_all_selections_is_chosen(config: dict[str, Any], count: int) -> None:
     kinds, expressible = kinds_of(config, DEPTH), all_expressible(config, count)
     allowed = [kept for kept in combinations(range(DEPTH), count) if tuple(kinds[layer] for layer in kept) in expressible]
-    found = choose_kept(config, DEPTH, count, IMPORTANCE)
+    chosen = choose_kept(config, DEPTH, count, IMPORTANCE)
     best = max((sum(IMPORTANCE[layer] for layer in kept) for kept in allowed), default=None)
-    assert (sum(IMPORTANCE[layer] for layer in found) if found else None) == best
-    assert not found or found in allowed
+    assert (sum(IMPORTANCE[layer] for layer in chosen) if chosen else None) == best
+    assert not chosen or chosen in allowed
     with_ends = [kept for kept in allowed if {0, DEPTH - 1} <= set(kept)]
     fixed = choose_kept(config, DEPTH, count, IMPORTANCE, fixed=(0, DEPTH - 1))
     best = max((sum(IMPORTANCE[layer] for layer in kept) for kept in with_ends), default=None)
@@ -127,9 +127,9 @@ def test_the_best_regular_selection_is_chosen(config: dict[str, Any], formula: A
         kept for kept in combinations(range(DEPTH), count) if all(formula(at) == formula(layer) for at, layer in enumerate(kept))
     ]
     assert [kept for kept in combinations(range(DEPTH), count) if is_regular(config, DEPTH, kept)] == allowed
-    found = choose_kept(config, DEPTH, count, IMPORTANCE, regular=True)
-    assert found in allowed
-    assert sum(IMPORTANCE[layer] for layer in found) == max(sum(IMPORTANCE[layer] for layer in kept) for kept in allowed)
+    chosen = choose_kept(config, DEPTH, count, IMPORTANCE, regular=True)
+    assert chosen in allowed
+    assert sum(IMPORTANCE[layer] for layer in chosen) == max(sum(IMPORTANCE[layer] for layer in kept) for kept in allowed)
     fixed = choose_kept(config, DEPTH, count, IMPORTANCE, fixed=(DEPTH - 1,), regular=True)
     best = max((sum(IMPORTANCE[layer] for layer in kept) for kept in allowed if DEPTH - 1 in kept), default=None)
     assert (sum(IMPORTANCE[layer] for layer in fixed) if fixed else None) == best

@@ -44,8 +44,8 @@ def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     rows = {row["label"]: row for row in events[-1]["summary"]["models"]}
     assert list(rows) == ["dense", "pruned", "compensated", "compensated, ONNX", "compensated, ONNX int8"]
-    (found,) = {tuple(row["perplexity"]) for row in rows.values()}
-    perplexity = {label: row["perplexity"][found[0]] for label, row in rows.items()}
+    (perplexities,) = {tuple(row["perplexity"]) for row in rows.values()}
+    perplexity = {label: row["perplexity"][perplexities[0]] for label, row in rows.items()}
     assert perplexity["dense"] < perplexity["compensated"] < perplexity["pruned"]
     assert perplexity["compensated, ONNX"] == pytest.approx(perplexity["compensated"], rel=1e-4)
     assert perplexity["compensated, ONNX int8"] == pytest.approx(perplexity["compensated"], rel=0.02)

@@ -78,11 +78,11 @@ def test_cast_is_that_of_torch_and_leaves_integers(
     target = tmp_path / "out"
     target.mkdir()
     list(write_folder(read_header(file), target, dtype))
-    found = load_file(target / "model.safetensors")
+    loaded = load_file(target / "model.safetensors")
     for name, value in tensors.items():
         wanted = value.to(getattr(torch, dtype)) if value.is_floating_point() else value
-        assert found[name].dtype == wanted.dtype
-        assert torch.equal(found[name], wanted)
+        assert loaded[name].dtype == wanted.dtype
+        assert torch.equal(loaded[name], wanted)
 
 
 def test_a_shard_is_full_before_the_next_is_opened(file: Path) -> None:

@@ -154,22 +154,22 @@ def test_faults(fault: str, model: ModelGraph, tmp_path: Path, monkeypatch: pyte
         model = model.with_patches({"model.norm.weight": file}, "patched")
     stage = load_stage(tmp_path, body)
     try:
-        found = check_stage(stage, model=model)
+        breaches = check_stage(stage, model=model)
     finally:
         monkeypatch.chdir(tmp_path)
         torch.set_grad_enabled(True)
         sys.modules["odd_stage"].release.set()
-    assert any(message in line for line in found), found
-    assert all(len(line.splitlines()) == 1 for line in found)
-    assert len(found) <= 3, found
+    assert any(message in line for line in breaches), breaches
+    assert all(len(line.splitlines()) == 1 for line in breaches)
+    assert len(breaches) <= 3, breaches
     assert not [thread for thread in threading.enumerate() if thread.name == "mine" and thread.join(5)]
 
 
 def test_memory_beyond_the_given(model: ModelGraph, tmp_path: Path) -> None:
     stage = load_stage(tmp_path, "held = torch.ones(1 << 27)")
     assert check_stage(stage, model=model, memory=resident_bytes() + (1 << 30)) == []
-    found = check_stage(stage, model=model, memory=resident_bytes())
-    assert any(line.startswith("it takes ") and "where context.memory is" in line for line in found), found
+    breaches = check_stage(stage, model=model, memory=resident_bytes())
+    assert any(line.startswith("it takes ") and "where context.memory is" in line for line in breaches), breaches
 
 
 @pytest.mark.parametrize(

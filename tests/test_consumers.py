@@ -65,16 +65,16 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("placing", PLACINGS, ids=lambda placing: f"{placing.program}-{placing.types[0]}-{placing.kind}")
+@pytest.mark.parametrize("placing", PLACINGS, ids=lambda placing: f"{placing.program}-{placing.types[0]}-{placing.role}")
 def test_every_placing_takes_the_layers_of_its_source(placing: Any) -> None:
-    config, marks = EXPECTED[placing.program, placing.types[0], placing.kind]
+    config, marks = EXPECTED[placing.program, placing.types[0], placing.role]
     assert placing.compute(config, DEPTH) == marks
     assert placing.version
     assert placing.source.endswith((".cpp", ".py"))
 
 
 def test_every_placing_has_a_value_to_be_held_to() -> None:
-    assert {(placing.program, placing.types[0], placing.kind) for placing in PLACINGS} == EXPECTED.keys()
+    assert {(placing.program, placing.types[0], placing.role) for placing in PLACINGS} == EXPECTED.keys()
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_arrays_of_a_file() -> None:
     ],
 )
 def test_what_no_file_can_say(config: dict[str, Any], reason: str | None) -> None:
-    found = explain_refusal(config)
-    assert found is None if reason is None else reason in str(found)
+    refusal = explain_refusal(config)
+    assert refusal is None if reason is None else reason in str(refusal)
 
 
 def test_what_llama_cpp_leaves_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline.checkpoint.checkpoint import read_header
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.cost import model_costs
 from gradmap_pipeline.cost.estimate import Estimate
 from gradmap_pipeline.cost.machine_speed import time_call
 from gradmap_pipeline.cost.model_costs import ModelCosts
 from gradmap_pipeline.machine.machine import Machine
+from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.report.reporters import format_seconds
 from gradmap_pipeline.run import costs
 from gradmap_pipeline.sweep import layerwise, weight_sources
@@ -190,25 +191,25 @@ def test_what_does_not_fit_is_said_before_the_run(folder: Path) -> None:
     assert not (folder / ".gradmap").exists()
 
 
-def test_each_step_that_does_not_fit_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_that_does_not_fit_is_named(folder: Path) -> None:
     """Memory for the embeddings, not for a sweep."""
-    monkeypatch.setattr(model_costs, "resident_bytes", lambda device="cpu": 0)
-    result = gradmap("plan", "r.yaml", "--memory", "50MiB")
+    costs_of()  # libraries are in memory from here on
+    result = gradmap("plan", "r.yaml", "--memory", str(resident_bytes() + (60 << 20)))
     assert result.exit_code == 3
     for step in ("evaluate_dense", "gradmap_score"):
         assert f"step '{step}': one layer" in result.stderr
     assert "does not fit" in result.stdout
 
 
-def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradmap_pipeline.correction import ridge
-
-    monkeypatch.setattr(ridge, "room_for", lambda inputs, width: 1 << 50)
-    result = gradmap("plan", "r.yaml")
+def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path) -> None:
+    """In fp64, sums over pairs of 16384 inputs take 2 GiB and their solution 0.19 GiB; sums over pairs of 32 outputs take 8 KiB."""
+    make_model(folder / "model", intermediate_size=16384, num_hidden_layers=3)
+    memory = ("--memory", str(resident_bytes() + (1 << 30)))
+    result = gradmap("plan", "r.yaml", *memory)
     assert result.exit_code == 3
-    assert "step 'project_compensate': one layer and what is computed with it" in result.stderr
+    assert "step 'project_compensate': one layer and what is computed with it (2.19 GiB) need" in result.stderr
     assert "or more with --memory, or use space: output" in result.stderr
-    assert "use space" not in gradmap("plan", "r.yaml", "--set", "project_compensate.space=output").stderr
+    assert gradmap("plan", "r.yaml", *memory, "--set", "project_compensate.space=output").exit_code == 0
 
 
 HUB = "{dataset: {id: some/data}, samples: 1000000000000, sequence_length: 24}"
@@ -230,10 +231,10 @@ def test_samples_that_no_text_gives_are_refused(folder: Path) -> None:
             (folder / "r.yaml").write_text(text)
             result = gradmap(command, "r.yaml")
             assert result.exit_code == 2
-            found = f"samples': {int(samples):,} samples of 24 tokens are more than the {size:,} bytes of 'text.txt' can give"
+            message = f"samples': {int(samples):,} samples of 24 tokens are more than the {size:,} bytes of 'text.txt' can give"
             assert [line.split(": ", 2)[2].split(";")[0] for line in result.stderr.splitlines()] == [
-                f"step 'evaluate_dense': option '{found}",
-                f"step 'calibrate': option '{found}",
+                f"step 'evaluate_dense': option '{message}",
+                f"step 'calibrate': option '{message}",
             ]
     (folder / "r.yaml").write_text(RECIPE.replace("samples: 8", f"samples: {64 * size // 24}"))
     assert gradmap("check", "r.yaml").exit_code == 0, "no more is known before the text is read"
@@ -254,9 +255,19 @@ def test_what_no_disk_holds_is_said(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert f"and {str(folder)!r} has 1 KiB free; name a folder on another disk" in result.stderr
     assert "does not fit" in result.stdout
     assert "'gradmap_score'" not in result.stderr, "its hidden states fit the memory"
-    monkeypatch.setattr(ModelCosts, "backward_sweeps", lambda *_, **__: Estimate(bytes_written=9 << 40, disk_bytes=3 << 40))
-    result = gradmap("plan", "r.yaml")
-    assert "step 'gradmap_score': hidden states in a file need 3072.00 GiB, and " in result.stderr
+
+
+def test_hidden_states_that_no_disk_holds_are_said(folder: Path) -> None:
+    """Of half of the samples, five boundaries and a gradient, less what the memory holds."""
+    (folder / "r.yaml").write_text(
+        RECIPE.split("  - use: evaluate", maxsplit=1)[0]
+        + f"  - use: calibrate\n    with: {HUB}\n  - use: gradmap_score\n    with: {{layers: 1, metric: weight_gradient}}\n"
+    )
+    result = gradmap("plan", "r.yaml", "--memory", "900TiB")
+    assert result.exit_code == 3
+    said = re.search(r"step 'gradmap_score': hidden states in a file need ([0-9.]+) GiB, and ", result.stderr)
+    assert said is not None, result.stderr
+    assert float(said[1]) == pytest.approx((10**12 / 2) * 24 * 32 * 4 * 6 / 2**30 - 900 * 2**10, rel=1e-4)
     assert "use fewer samples, allow more with --memory, or name another disk with --store" in result.stderr
 
 

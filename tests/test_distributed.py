@@ -59,7 +59,7 @@ def outputs(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("metric", ["gate_gradient", "weight_gradient"])
 def test_two_processes_decide_and_correct_as_one(metric: str, llama: Path, text: Path, tmp_path: Path) -> None:
-    found = []
+    scores = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
@@ -67,14 +67,14 @@ def test_two_processes_decide_and_correct_as_one(metric: str, llama: Path, text:
         (folder / "r.yaml").write_text(recipe)
         done = run(folder, processes)
         assert done.returncode == 0, done.stderr
-        found.append(outputs(done))
+        scores.append(outputs(done))
         assert (folder / "out" / "model.safetensors").is_file()
         assert not list((folder / ".gradmap" / "steps").glob(".*"))
-    one, two = found
-    for mine, other in zip(*(run["gradmap_score"]["scores"]["decisions"] for run in found), strict=True):
+    one, two = scores
+    for mine, other in zip(*(run["gradmap_score"]["scores"]["decisions"] for run in scores), strict=True):
         assert mine["removed"] == other["removed"]
         assert mine["scores"] == pytest.approx(other["scores"], rel=1e-5)
-    for mine, other in zip(*(run["project_compensate"]["compensation"]["sites"] for run in found), strict=True):
+    for mine, other in zip(*(run["project_compensate"]["compensation"]["sites"] for run in scores), strict=True):
         assert mine["shift"] == pytest.approx(other["shift"], rel=1e-4)
         assert mine["missing_left"] == pytest.approx(other["missing_left"], rel=1e-4)
     assert one["evaluate"]["evaluation"]["loss"] == pytest.approx(two["evaluate"]["evaluation"]["loss"], rel=1e-6)

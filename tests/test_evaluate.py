@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from transformers import AutoModelForCausalLM
 from gradmap_pipeline import Forecasts, ModelForecast, OptionError, QualityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import load_tokenizer
-from gradmap_pipeline.sweep import sweep
-from gradmap_pipeline.sweep.memory_plan import SweepPlan, plan_sweep
 from gradmap_pipeline.testing import run_stage
 
 
@@ -27,41 +24,24 @@ def make_stage(text: Path, **options: Any) -> Evaluate:
 def test_perplexity_is_that_of_the_whole_model(llama: Path, text: Path, tmp_path: Path) -> None:
     """Every sequence begins with BOS, and every token after it is predicted once."""
     model = open_folder(llama)
-    found = run_stage(make_stage(text), tmp_path, model=model).evaluation
+    evaluation = run_stage(make_stage(text), tmp_path, model=model).evaluation
     ids = load_tokenizer(model.base)(text.read_text())["input_ids"]
     sequences = torch.tensor([ids[:32], *([1, *ids[n * 31 + 1 : n * 31 + 32]] for n in range(1, 10))])
     whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
     with torch.no_grad():
         loss = float(whole(input_ids=sequences, labels=sequences).loss)
-    assert found.tokens == 10 * 31
-    assert found.loss == pytest.approx(loss, rel=1e-6)
-    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
-    assert (found.layers, found.label, found.model) == (4, "dense", model.digest)
-    assert (found.parameters, found.bytes) == (model.count_parameters(), model.size_bytes)
+    assert evaluation.tokens == 10 * 31
+    assert evaluation.loss == pytest.approx(loss, rel=1e-6)
+    assert evaluation.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
+    assert (evaluation.layers, evaluation.label, evaluation.model) == (4, "dense", model.digest)
+    assert (evaluation.parameters, evaluation.bytes) == (model.count_parameters(), model.size_bytes)
 
 
 def test_all_samples(llama: Path, text: Path, tmp_path: Path) -> None:
     model = open_folder(llama)
-    found = run_stage(make_stage(text, samples="all"), tmp_path, model=model).evaluation
+    evaluation = run_stage(make_stage(text, samples="all"), tmp_path, model=model).evaluation
     tokens = len(load_tokenizer(model.base)(text.read_text())["input_ids"])
-    assert found.tokens == (tokens - 1) // 31 * 31  # the text's own BOS begins the first sequence
-
-
-@pytest.mark.parametrize("forced", [{}, {"passes": 3}, {"kept_limit": 2000}], ids=str)
-def test_streamed_weights_give_the_same(
-    forced: dict[str, int], llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One layer in memory at a time, all samples together, in parts, or with their hidden states in a file."""
-    model = open_folder(llama).without_layers([1])
-    resident = run_stage(make_stage(text), tmp_path, model=model).evaluation
-
-    def forced_plan(*arguments: Any, **options: Any) -> SweepPlan:
-        return replace(plan_sweep(*arguments, **options), resident=False, batch_samples=2, **forced)
-
-    monkeypatch.setattr(sweep, "plan_sweep", forced_plan)
-    streamed = run_stage(make_stage(text), tmp_path, model=model).evaluation
-    assert streamed.loss == pytest.approx(resident.loss, rel=1e-7)
-    assert streamed.tokens == resident.tokens
+    assert evaluation.tokens == (tokens - 1) // 31 * 31  # the text's own BOS begins the first sequence
 
 
 def test_limits(llama: Path, text: Path, tmp_path: Path) -> None:

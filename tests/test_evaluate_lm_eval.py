@@ -79,7 +79,7 @@ def log_likelihood(model: Any, first: list[int], whole: list[int]) -> float:
 
 
 def test_scores_are_those_of_plain_transformers(llama: Path, tasks: Path, tmp_path: Path) -> None:
-    found = run_stage(
+    evaluation = run_stage(
         make_stage(tasks, tasks=["local_choice", "local_text"]), tmp_path / "step", model=open_folder(llama)
     ).task_scores
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
@@ -92,7 +92,7 @@ def test_scores_are_those_of_plain_transformers(llama: Path, tasks: Path, tmp_pa
         for row in ROWS
     ]
     right = sum(choice == row["answer"] for choice, row in zip(chosen, ROWS, strict=True))
-    choice, text = found.scores
+    choice, text = evaluation.scores
     assert choice.metrics["acc"] == right / len(ROWS)
     assert (choice.samples, choice.higher_is_better["acc"]) == (10, True)
     total = sum(
@@ -185,13 +185,13 @@ def test_wrong_kind_of_model_is_found_by_check(llama: Path, tmp_path: Path) -> N
 
 
 def test_filters_and_errors_are_told_apart() -> None:
-    found = {
+    results = {
         "results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.25, "em_stderr,strict": "N/A"}},
         "higher_is_better": {"t": {"acc": True, "em": None}},
         "n-samples": {"t": {"original": 9, "effective": 4}},
         "versions": {"t": 1.0},
     }
-    score = make_score("t", found)
+    score = make_score("t", results)
     assert score.metrics == {"acc": 0.5, "em,strict": 0.25}
     assert score.errors == {"acc": 0.1}
     assert score.higher_is_better == {"acc": True}

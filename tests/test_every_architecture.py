@@ -83,8 +83,8 @@ def test_architecture(architecture: str, tmp_path: Path) -> None:
         return
     assert outcome.difference == 0
     assert min(outcome.cached, outcome.uncached) <= 1e-5
-    for layer, (found, plain) in outcome.scores.items():
-        assert found == pytest.approx(plain, rel=1e-4), layer
+    for layer, (ours, plain) in outcome.scores.items():
+        assert ours == pytest.approx(plain, rel=1e-4), layer
 
 
 @pytest.mark.skipif(not KNOWN, reason="docs/architectures.md is about another transformers")

@@ -104,8 +104,8 @@ def test_survey_answers_before_a_run(architecture: str, question: str, message: 
 )
 def test_survey_finds_sites_of_each_kind_of_layer(architecture: str, sites: dict[int, Any], tmp_path: Path) -> None:
     graph = open_folder(make_model(tmp_path, architecture))
-    found = StructureProbe(graph, MEMORY).find_sites()
-    assert {layer: tuple(site.name for site in there) for layer, there in found.items()} == sites
+    probed = StructureProbe(graph, MEMORY).find_sites()
+    assert {layer: tuple(site.name for site in there) for layer, there in probed.items()} == sites
     assert StructureProbe(graph, 1000).find_sites() == {}  # no room to try
 
 

@@ -169,12 +169,12 @@ def test_perplexity_of_a_file_is_that_of_the_model(tmp_path: Path) -> None:
     exported = export(base, [2, 5, 9], tmp_path)
     options = {"dataset": {"builtin": "heldout"}, "samples": 3, "sequence_length": 300}
     stage = Evaluate.model_validate(options)
-    found, meant = (
+    in_file, meant = (
         run_stage(stage, tmp_path / name, model=model).evaluation for name, model in (("gguf", exported), ("torch", exported.graph))
     )
-    assert found.tokens == meant.tokens
-    assert found.perplexity == pytest.approx(meant.perplexity, rel=1e-4)
-    assert found.label == "pruned, GGUF f32"
+    assert in_file.tokens == meant.tokens
+    assert in_file.perplexity == pytest.approx(meant.perplexity, rel=1e-4)
+    assert in_file.label == "pruned, GGUF f32"
 
 
 @pytest.mark.parametrize("by_program", [False, True])

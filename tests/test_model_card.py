@@ -30,8 +30,8 @@ def from_hub(graph: ModelGraph) -> ModelGraph:
 
 
 def metadata_of(card: str) -> dict[str, object]:
-    found: dict[str, object] = yaml.safe_load(card.split("---\n")[1])
-    return found
+    metadata: dict[str, object] = yaml.safe_load(card.split("---\n")[1])
+    return metadata
 
 
 def test_card_says_what_was_done(pruned: ModelGraph) -> None:
@@ -153,5 +153,5 @@ def test_a_card_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
 
 def test_the_base_s_licence_is_in_the_card(pruned: ModelGraph) -> None:
     (pruned.base.folder / "README.md").write_text("---\nlicense: gemma\nlanguage: en\n---\n")
-    found = metadata_of(make_model_card(pruned, None, PLAIN))
-    assert (found["license"], found["language"]) == ("gemma", "en")
+    metadata = metadata_of(make_model_card(pruned, None, PLAIN))
+    assert (metadata["license"], metadata["language"]) == ("gemma", "en")

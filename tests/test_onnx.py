@@ -58,14 +58,14 @@ def generate_with_torch(folder: Path, prompt: torch.Tensor, tokens: int) -> list
 
 def generate_with_graph(folder: Path, prompt: torch.Tensor, tokens: int, forbidden: list[int]) -> list[int]:
     session = OnnxSession(folder)
-    cache, ids, mask, found = session.start(1), prompt, torch.ones_like(prompt), []
+    cache, ids, mask, generated = session.start(1), prompt, torch.ones_like(prompt), []
     for _ in range(tokens):
         logits, cache = session.run(ids, mask, cache)
         logits[:, :, forbidden] = -torch.inf  # as min_new_tokens does
         ids = logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        found.append(int(ids))
-    return found
+        generated.append(int(ids))
+    return generated
 
 
 def check_export(graph: ModelGraph, folder: Path) -> None:
@@ -171,9 +171,9 @@ def test_genai_says_the_same(architecture: str, tmp_path: Path) -> None:
     generator.append_tokens(prompt.numpy().astype(np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    found = [int(token) for token in generator.get_sequence(0)[12:]]
+    generated = [int(token) for token in generator.get_sequence(0)[12:]]
     run_stage(ExportModel(to=tmp_path / "torch"), tmp_path / "export-torch", model=graph)
-    assert found == generate_with_torch(tmp_path / "torch", prompt, 64)
+    assert generated == generate_with_torch(tmp_path / "torch", prompt, 64)
 
 
 def test_large_graphs_are_traced_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,14 +24,14 @@ def make_matrix(rows: int, width: int, seed: int = 0) -> torch.Tensor:
 def unpack_by_formula(blocks: Blocks) -> np.ndarray[Any, Any]:
     """Numbers one by one in fp64: (code - zero) * scale."""
     packed, scales, zeros = blocks.packed.numpy(), blocks.scales.double().numpy(), blocks.zeros.numpy()
-    found = np.empty((len(packed), blocks.width))
+    numbers = np.empty((len(packed), blocks.width))
     for row in range(len(packed)):
         for column in range(blocks.width):
             block, place = divmod(column, blocks.size)
             byte = int(packed[row, block, place * blocks.bits // 8])
             code = byte if blocks.bits == 8 else byte >> 4 if place % 2 else byte & 15
-            found[row, column] = (code - int(zeros[row, block])) * scales[row, block]
-    return found
+            numbers[row, column] = (code - int(zeros[row, block])) * scales[row, block]
+    return numbers
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -82,17 +82,17 @@ def test_codes_for_inputs_follow_the_paper() -> None:
     damped = squares.double().numpy() + 0.01 * float(squares.diagonal().mean()) * np.eye(48)
     scales = np.repeat(blocks.scales.double().numpy(), 16, axis=1)
     zeros = np.repeat(blocks.zeros.double().numpy(), 16, axis=1)
-    left, found, columns = matrix.double().numpy().copy(), np.empty((3, 48)), list(np.argsort(-squares.diagonal().numpy()))
+    left, rounded, columns = matrix.double().numpy().copy(), np.empty((3, 48)), list(np.argsort(-squares.diagonal().numpy()))
     while columns:
         inverse = np.linalg.inv(damped[np.ix_(columns, columns)])
         column, *later = columns
         safe = np.where(scales[:, column] == 0, 1.0, scales[:, column])
         code = np.clip(np.round(left[:, column] / safe + zeros[:, column]), 0, 15)
-        found[:, column] = (code - zeros[:, column]) * scales[:, column]
-        error = (left[:, column] - found[:, column]) / inverse[0, 0]
+        rounded[:, column] = (code - zeros[:, column]) * scales[:, column]
+        error = (left[:, column] - rounded[:, column]) / inverse[0, 0]
         left[:, later] -= np.outer(error, inverse[0, 1:])
         columns = later
-    np.testing.assert_allclose(blocks.dense().double().numpy(), found, atol=1e-5)
+    np.testing.assert_allclose(blocks.dense().double().numpy(), rounded, atol=1e-5)
 
 
 def test_inputs_that_never_come_leave_rounding_to_nearest() -> None:
@@ -101,9 +101,9 @@ def test_inputs_that_never_come_leave_rounding_to_nearest() -> None:
     assert torch.equal(quantise_for_inputs(matrix, torch.zeros(40, 40), 4, 16).dense(), expected.dense())
     squares = torch.zeros(40, 40)
     squares[0, 0] = 1.0
-    found = quantise_for_inputs(matrix, squares, 4, 16)
-    assert found.dense().isfinite().all()
-    assert found.dense().shape == (4, 40)
+    blocks = quantise_for_inputs(matrix, squares, 4, 16)
+    assert blocks.dense().isfinite().all()
+    assert blocks.dense().shape == (4, 40)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -127,9 +127,9 @@ def test_onnx_runtime_reads_the_same_bytes(bits: int, width: int, size: int) -> 
     proto = onnx.parser.parse_model(text)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(matrix.numpy(), "table"))
     model = onnx_ir.from_proto(proto)
-    (found,) = find_matrices(model)
-    assert (found.shape, len(found.products), len(found.tables)) == ((20, width), 1, 1)
-    replace_matrices(model, [found], [quantise_rows(matrix, bits, size)])
+    (matrix_found,) = find_matrices(model)
+    assert (matrix_found.shape, len(matrix_found.products), len(matrix_found.tables)) == ((20, width), 1, 1)
+    replace_matrices(model, [matrix_found], [quantise_rows(matrix, bits, size)])
     assert find_matrices(model) == []
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     ids = np.array([[0, 5, 19], [7, 1, 2]])

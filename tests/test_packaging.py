@@ -62,7 +62,7 @@ def test_there_is_one_version() -> None:
 def test_pinned_versions_are_allowed_and_the_next_major_ones_are_not() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     allowed = {
-        found.name: found.specifier for found in map(Requirement, re.findall(r'^    "([a-z][\w-]*>=[^"]*)",$', text, re.MULTILINE))
+        bound.name: bound.specifier for bound in map(Requirement, re.findall(r'^    "([a-z][\w-]*>=[^"]*)",$', text, re.MULTILINE))
     }
     pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     for pin in pinned:

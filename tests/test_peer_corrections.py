@@ -91,12 +91,12 @@ def test_replaceme_is_its_closed_form(ridge: float, text: Path, tmp_path: Path) 
         down = whole.model.layers[layer].mlp.down_proj.weight
         expected = factor.T @ down.detach()
         name = f"model.layers.{layer}.mlp.down_proj.weight"
-        found = result.model.patches[name].load()[name].double()
-        assert (found - expected).norm() <= 1e-4 * (expected - down.detach()).norm()
+        corrected = result.model.patches[name].load()[name].double()
+        assert (corrected - expected).norm() <= 1e-4 * (expected - down.detach()).norm()
         (site,) = [site for site in result.compensation.sites if site.layer == layer]
         left = (missing + m - m @ factor).square().sum() / missing.square().sum()
         assert site.missing_left == pytest.approx(float(left), rel=1e-3)
-        down.data = found
+        down.data = corrected
 
 
 def test_replaceme_needs_a_layer_below(text: Path, tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_linearpatch_is_its_formula_and_folded_by_least_squares(text: Path, tmp_
     fitted = torch.linalg.lstsq(inputs, added).solution
     weight = whole.model.layers[1].mlp.down_proj.weight.detach()
     name = "model.layers.1.mlp.down_proj.weight"
-    found = result.model.patches[name].load()[name].double()
-    assert (found - weight - fitted.T).norm() <= 1e-3 * fitted.norm()
+    corrected = result.model.patches[name].load()[name].double()
+    assert (corrected - weight - fitted.T).norm() <= 1e-3 * fitted.norm()
     (site,) = result.compensation.sites
     left = float((added - inputs @ fitted).square().sum() / added.square().sum())
     assert site.missing_left == pytest.approx(left, rel=1e-3)
@@ -202,18 +202,18 @@ def test_attention_is_corrected_for_what_was_missing_before(text: Path, tmp_path
         assert told.missing_left == pytest.approx(left, rel=1e-4)
         weight = whole.model.layers[layer].get_submodule(name).weight
         full = f"model.layers.{layer}.{name}.weight"
-        found = result.model.patches[full].load()[full].double()
-        assert (found - weight.detach() - x.T).norm() <= 1e-3 * x.norm(), (layer, name)
-        weight.data = found
+        corrected = result.model.patches[full].load()[full].double()
+        assert (corrected - weight.detach() - x.T).norm() <= 1e-3 * x.norm(), (layer, name)
+        weight.data = corrected
     assert result.work.layer_evaluations == LAYERS + len(sites) + 3  # the whole model, each site, and on to the next layer
 
 
 def test_diffusion_map_keeps_neighbours_together() -> None:
     generator = np.random.default_rng(0)
     points = np.concatenate([generator.normal(0, 1, (40, 6)), generator.normal(12, 1, (40, 6))])
-    found = diffusion_map(points)
-    assert found.shape == (80, 2)
-    first, second = found[:40, 0], found[40:, 0]
+    coordinates = diffusion_map(points)
+    assert coordinates.shape == (80, 2)
+    first, second = coordinates[:40, 0], coordinates[40:, 0]
     assert abs(first.mean() - second.mean()) > 5 * max(first.std(), second.std())
 
 

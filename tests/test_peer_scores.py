@@ -50,13 +50,13 @@ def calibration(model: ModelGraph, text: Path, tmp_path_factory: pytest.TempPath
     """Padded: samples of 24, 20, 16 ... tokens."""
     folder = tmp_path_factory.mktemp("calibration")
     stage = Calibrate.model_validate({"dataset": {"path": text}, "samples": 6, "sequence_length": 24})
-    found = run_stage(stage, folder, model=model).calibration
-    ids, mask = found.load()
+    calibration_set = run_stage(stage, folder, model=model).calibration
+    ids, mask = calibration_set.load()
     for row in range(6):
         mask[row, 24 - 4 * row :] = 0
     tensors = {"input_ids": ids.to(torch.int32), "attention_mask": mask.to(torch.uint8)}
     file = TensorFile.save(tensors, folder / "padded.safetensors")
-    return CalibrationSet(**{**dict(found), "tensors": file, "tokens": int(mask.sum())})
+    return CalibrationSet(**{**dict(calibration_set), "tensors": file, "tokens": int(mask.sum())})
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +106,12 @@ def run(stage: Any, folder: Path, model: ModelGraph, calibration: CalibrationSet
 def test_block_influence(model: ModelGraph, calibration: CalibrationSet, whole: Any, tmp_path: Path) -> None:
     states, mask = hidden_states(whole, calibration)
     result = run(ShortgptScore(layers=2), tmp_path, model, calibration)
-    found = result.scores.decisions[0].scores
+    scores = result.scores.decisions[0].scores
     for layer in range(LAYERS):
         before, after = states[layer][mask], states[layer + 1][mask]
         cosine = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
-        assert found[layer] == pytest.approx(float((1 - cosine).sum()), rel=1e-4)
-    assert result.scores.order == tuple(sorted(found, key=found.__getitem__)[:2])
+        assert scores[layer] == pytest.approx(float((1 - cosine).sum()), rel=1e-4)
+    assert result.scores.order == tuple(sorted(scores, key=scores.__getitem__)[:2])
     assert result.work.layer_evaluations == LAYERS
 
 
@@ -239,7 +239,7 @@ def test_random_and_last_layers(model: ModelGraph, tmp_path: Path) -> None:
     draws = {order(RandomScore(layers=4, draw=draw)) for draw in range(8)}
     assert len(draws) > 3
     assert all(set(draw) == {1, 2, 3, 4} for draw in draws)
-    assert order(RandomScore(layers=4)) == order(RandomScore(layers=4))
+    assert order(RandomScore(layers=4)) == (3, 4, 1, 2), "what Python's generator gives for seed 0, on every machine"
     assert len({order(RandomScore(layers=4), seed) for seed in range(8)}) > 3
     assert order(LastLayersScore(layers=3)) == (5, 4, 3)
     assert order(LastLayersScore(layers=3, protect_last=1)) == (4, 3, 2)

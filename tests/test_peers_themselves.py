@@ -71,7 +71,7 @@ def test_window_of_replaceme(size: int, setting: tuple[Any, Any, list[torch.Tens
     last = theirs["get_last_non_padded_tokens"](seen, torch.ones(8, 32))
     distances = theirs["compute_block_distances"](last, size)
     scores = run_stage(AngularScore(layers=size), tmp_path, model=model, calibration=calibration).scores
-    found = scores.decisions[0].scores
-    assert [found[start] / 8 for start in range(LAYERS - size + 1)] == pytest.approx(distances, rel=1e-3)
+    ours = scores.decisions[0].scores
+    assert [ours[start] / 8 for start in range(LAYERS - size + 1)] == pytest.approx(distances, rel=1e-3)
     best = min(range(len(distances)), key=distances.__getitem__)
     assert scores.order == tuple(range(best, best + size))

@@ -166,12 +166,12 @@ def gradmap_stages():
 
 
 @pytest.mark.parametrize(
-    ("other", "wanted", "found"),
+    ("other", "wanted", "given"),
     [("b.py", "a Thing (b.py)", "a Thing (a.py)"), ("x/a.py", "a Thing (ROOT/x/a.py)", "a Thing (ROOT/a.py)")],
 )
 @pytest.mark.parametrize("source", ["", ", from: {thing: make_thing}"])
 def test_classes_of_the_same_name_are_told_apart(
-    other: str, wanted: str, found: str, source: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+    other: str, wanted: str, given: str, source: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x").mkdir()
@@ -182,8 +182,8 @@ def test_classes_of_the_same_name_are_told_apart(
     )
     result = CliRunner().invoke(app, ["check", "r.yaml", "--plugin", "a.py", "--plugin", other])
     assert result.exit_code == 2
-    wanted, found = (text.replace("ROOT", str(tmp_path)) for text in (wanted, found))
+    wanted, given = (text.replace("ROOT", str(tmp_path)) for text in (wanted, given))
     if source:
-        assert f"input 'thing' takes {wanted}, but 'make_thing' is {found}" in result.stderr
+        assert f"input 'thing' takes {wanted}, but 'make_thing' is {given}" in result.stderr
     else:
-        assert f"takes {wanted} as 'thing', but after step 'make_thing' it is {found};" in result.stderr
+        assert f"takes {wanted} as 'thing', but after step 'make_thing' it is {given};" in result.stderr

@@ -67,8 +67,8 @@ def run_gradmap(environment: dict[str, str], *arguments: str) -> subprocess.Comp
 
 
 def kept_layers(output: str) -> list[int]:
-    found = [json.loads(line) for line in output.splitlines()]
-    (layers,) = [event["outputs"]["model"]["layers"] for event in found if event.get("step") == "prune" and "outputs" in event]
+    events = [json.loads(line) for line in output.splitlines()]
+    (layers,) = [event["outputs"]["model"]["layers"] for event in events if event.get("step") == "prune" and "outputs" in event]
     return list(layers)
 
 

@@ -58,7 +58,7 @@ def test_what_goes_wrong_is_raised_where_the_layer_is_used() -> None:
 def test_a_sweep_reads_ahead_in_both_directions(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer but the first of each direction comes from the prefetcher, with the results of a sweep without it."""
     ids = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(0))
-    found = []
+    gradients = []
     taken: list[int] = []
     take = Prefetcher.take
 
@@ -72,9 +72,9 @@ def test_a_sweep_reads_ahead_in_both_directions(llama: Path, monkeypatch: pytest
         model = LayerwiseModel(open_folder(llama), resident_bytes=0)
         model.prefetch = ahead
         sweep = SamplePass(model, make_batches(ids, torch.ones_like(ids)))
-        found.append([visit.gradient for step in sweep.backward() for visit in step])
+        gradients.append([visit.gradient for step in sweep.backward() for visit in step])
         assert taken == ([1, 2, 3, 2, 1, 0] if ahead else [])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_a_sweep_that_ends_early_leaves_nothing_on_its_way(llama: Path) -> None:

@@ -49,10 +49,10 @@ def test_solve_ridge_is_augmented_least_squares() -> None:
     penalty = 0.1 * (a.T @ a).diagonal().mean()
     augmented = torch.cat([a, penalty.sqrt() * torch.eye(8).double()])
     expected = torch.linalg.lstsq(augmented, torch.cat([r, torch.zeros(8, 3).double()])).solution
-    found, value = solve_ridge(a.T @ a, a.T @ r, 0.1)
+    solution, value = solve_ridge(a.T @ a, a.T @ r, 0.1)
     objective = (a @ expected - r).square().sum() + penalty * expected.square().sum()
     assert value == pytest.approx(float(objective - r.square().sum()))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(solution, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_room_for_the_sums_is_checked(tmp_path: Path) -> None:
@@ -150,11 +150,11 @@ def test_sites_follow_the_options(text: Path, tmp_path: Path) -> None:
 
     def sites(**options: Any) -> list[int]:
         stage = ProjectCompensate.model_validate(options)
-        found = run_stage(stage, tmp_path / "out", model=pruned, calibration=calibration).compensation
-        assert found.shifts.keys() == ({0, 2, 3} if options["site"].startswith("largest") else set())
+        compensation = run_stage(stage, tmp_path / "out", model=pruned, calibration=calibration).compensation
+        assert compensation.shifts.keys() == ({0, 2, 3} if options["site"].startswith("largest") else set())
         if options["site"] == "largest_shift":
-            assert found.sites[0].layer == max(found.shifts, key=found.shifts.__getitem__)
-        return [site.layer for site in found.sites if site.kind == "output"]
+            assert compensation.sites[0].layer == max(compensation.shifts, key=compensation.shifts.__getitem__)
+        return [site.layer for site in compensation.sites if site.kind == "output"]
 
     assert sites(site="every_layer") == [0, 2, 3]
     assert sites(site="before_cuts") == [0]
@@ -211,9 +211,9 @@ def find_first_sites(folder: Path, architecture: str, **changes: Any) -> tuple[S
     ],
 )
 def test_sites_are_found_by_structure(architecture: str, changes: dict[str, Any], sites: list[Site], tmp_path: Path) -> None:
-    found = find_first_sites(tmp_path / "model", architecture, **changes)
-    assert [site.gain for site in found] == pytest.approx([site.gain for site in sites], rel=1e-6)
-    assert [replace(site, gain=1.0) for site in found] == [replace(site, gain=1.0) for site in sites]
+    names = find_first_sites(tmp_path / "model", architecture, **changes)
+    assert [site.gain for site in names] == pytest.approx([site.gain for site in sites], rel=1e-6)
+    assert [replace(site, gain=1.0) for site in names] == [replace(site, gain=1.0) for site in sites]
 
 
 @pytest.mark.parametrize(
@@ -310,9 +310,9 @@ def test_norm_is_corrected_channel_by_channel(
     explained = 1 - left / float(missing.square().sum())
     for position, part in enumerate(parts):
         name = next(name for name in result.model.patches if name.endswith(f"{norm}.{part}"))
-        found = result.model.patches[name].load()[name].double() - getattr(module, part).detach()
+        change = result.model.patches[name].load()[name].double() - getattr(module, part).detach()
         expected = solutions[position] * explained / (explained + 0.4)  # what explains little is held back
-        assert (found - expected).norm() <= 1e-3 * expected.norm()
+        assert (change - expected).norm() <= 1e-3 * expected.norm()
 
 
 def test_attention_makes_up_for_what_was_missing_before(tmp_path: Path) -> None:
@@ -366,9 +366,9 @@ def test_gain_is_part_of_the_correction(space: str, tmp_path: Path) -> None:
 def test_patched_tensors_go_by_their_names_on_disk(tmp_path: Path) -> None:
     """HunYuan 3 stores the down-projection of its shared expert under another name than the module's."""
     model = open_folder(make_any_model(tmp_path / "model", "hy_v3"))
-    found = LayerwiseModel(model).disk_name(4, "mlp.shared_experts.down_proj.weight")
-    assert found in model.base.tensors
-    assert found != "model.layers.4.mlp.shared_experts.down_proj.weight"
+    name = LayerwiseModel(model).disk_name(4, "mlp.shared_experts.down_proj.weight")
+    assert name in model.base.tensors
+    assert name != "model.layers.4.mlp.shared_experts.down_proj.weight"
     with pytest.raises(ModelError, match=r"'mlp.experts.down_proj', which the checkpoint stores in several parts"):
         LayerwiseModel(model).disk_name(4, "mlp.experts.down_proj")
 

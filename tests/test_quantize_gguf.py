@@ -201,10 +201,10 @@ def test_every_step_is_in_the_lineage(tmp_path: Path) -> None:
         ("out", ["calibrate", "scores", "prune", "file"]),
         ("q", ["calibrate", "scores", "prune", "file", "small"]),
     ):
-        found = json.loads((tmp_path / folder / "gradmap.json").read_text())["steps"]
-        assert [step["id"] for step in found] == ids
-        assert found[-1]["options"]["to"] == str(tmp_path / folder)
-    assert [step["stage"] for step in found][-2:] == ["export_gguf", "quantize_gguf"]
+        written = json.loads((tmp_path / folder / "gradmap.json").read_text())["steps"]
+        assert [step["id"] for step in written] == ids
+        assert written[-1]["options"]["to"] == str(tmp_path / folder)
+    assert [step["stage"] for step in written][-2:] == ["export_gguf", "quantize_gguf"]
 
 
 @pytest.mark.parametrize(
@@ -315,8 +315,8 @@ def test_a_model_that_is_too_short(
 
 def test_logits_are_compared_over_tokens_that_both_know() -> None:
     meant = torch.tensor([[[1.0, 3.0, 2.0], [4.0, 0.0, 1.0]]])
-    found = torch.tensor([[[1.0, 3.0], [4.0, 0.5]]])
-    parity = compare_logits(meant, found, (12,))
+    computed = torch.tensor([[[1.0, 3.0], [4.0, 0.5]]])
+    parity = compare_logits(meant, computed, (12,))
     assert parity.difference == 0.5
     told = "run by llama.cpp at 12 tokens of random prompts, logits differ by up to 0.5, 100% of likeliest tokens agree"
     assert str(parity) == told

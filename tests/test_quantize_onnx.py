@@ -42,9 +42,9 @@ def builtin(tmp_path_factory: pytest.TempPathFactory) -> OnnxFolder:
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
     stage = Calibrate.model_validate({"dataset": {"builtin": "calibration"}, "samples": 16, "sequence_length": 128})
-    found = run_stage(stage, tmp_path_factory.mktemp("calibrate"), model=open_folder(BUILTIN_FOLDER)).calibration
-    assert isinstance(found, CalibrationSet)
-    return found
+    calibration_set = run_stage(stage, tmp_path_factory.mktemp("calibrate"), model=open_folder(BUILTIN_FOLDER)).calibration
+    assert isinstance(calibration_set, CalibrationSet)
+    return calibration_set
 
 
 def quantise(exported: OnnxFolder, folder: Path, calibration: CalibrationSet | None = None, **options: Any) -> Any:
@@ -115,7 +115,7 @@ def test_calibration_makes_4_bits_better(builtin: OnnxFolder, calibration: Calib
     plain = quantise(builtin, tmp_path / "plain", eight_bits=0, **enough)
     made_up = quantise(builtin, tmp_path / "gptq", calibration, eight_bits=0, **enough)
     mixed = quantise(builtin, tmp_path / "mixed", calibration, eight_bits=0.3, **enough)
-    gaps = [np.log(found.matrices.perplexity / found.matrices.base_perplexity) for found in (plain, made_up, mixed)]
+    gaps = [np.log(agreement.matrices.perplexity / agreement.matrices.base_perplexity) for agreement in (plain, made_up, mixed)]
     assert 0 < gaps[1] < 0.75 * gaps[0]
     assert gaps[2] < gaps[1]
     assert plain.matrices.agreement < made_up.matrices.agreement
@@ -134,12 +134,12 @@ def test_squares_are_those_of_the_inputs(builtin: OnnxFolder, calibration: Calib
     model = onnx_ir.load(find_graph(builtin.folder))
     head = next(matrix for matrix in find_matrices(model) if matrix.tables and matrix.products)
     ((group, squares),) = collect_squares(model, [head], ids, mask, tmp_path, lambda: None)
-    (found,) = squares.values()
+    (measured,) = squares.values()
     torch_model = AutoModelForCausalLM.from_pretrained(BUILTIN_FOLDER, dtype=torch.float32)
     with torch.no_grad():
         hidden = torch_model.model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()].double()
     assert group == [head]
-    torch.testing.assert_close(found.double(), hidden.T @ hidden, rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(measured.double(), hidden.T @ hidden, rtol=1e-3, atol=0.1)
     assert model.graph.outputs[0].name == "logits"
     assert len(model.graph.outputs) == 1 + 2 * len(builtin.graph.layers)
 
@@ -160,7 +160,7 @@ def test_agreement_by_formula(builtin: OnnxFolder, calibration: CalibrationSet, 
     ids, mask = (tensor[:2, :40].clone() for tensor in calibration.load())
     mask[1, 30:] = 0
     sessions = [OnnxSession(folder) for folder in (builtin.folder, result.exported.folder)]
-    found = compare_models(*(session.compute for session in sessions), cut_batches(ids, mask, 2048))
+    agreement = compare_models(*(session.compute for session in sessions), cut_batches(ids, mask, 2048))
     losses, chosen = ([], []), ([], [])
     for row, length in ((0, 40), (1, 30)):
         for which, session in enumerate(sessions):
@@ -170,12 +170,12 @@ def test_agreement_by_formula(builtin: OnnxFolder, calibration: CalibrationSet, 
                 shifted = logits[place] - logits[place].max()
                 losses[which].append(np.log(np.exp(shifted).sum()) - shifted[tokens[0, place + 1]])
                 chosen[which].append(int(logits[place].argmax()))
-    assert found.tokens == 39 + 29 == len(losses[0])
-    assert found.base_loss == pytest.approx(np.mean(losses[0]), rel=1e-5)
-    assert found.loss == pytest.approx(np.mean(losses[1]), rel=1e-3)
+    assert agreement.tokens == 39 + 29 == len(losses[0])
+    assert agreement.base_loss == pytest.approx(np.mean(losses[0]), rel=1e-5)
+    assert agreement.loss == pytest.approx(np.mean(losses[1]), rel=1e-3)
     same = [one == other for one, other in zip(*chosen, strict=True)]
-    assert found.agreement == pytest.approx(np.mean(same), abs=0.03)
-    assert found.ratio == pytest.approx(np.exp(np.mean(losses[1]) - np.mean(losses[0])), rel=1e-3)
+    assert agreement.agreement == pytest.approx(np.mean(same), abs=0.03)
+    assert agreement.ratio == pytest.approx(np.exp(np.mean(losses[1]) - np.mean(losses[0])), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_a_step_known_by_the_old_name_is_told_how_it_is_called_then(folder: Path
 def cached(*arguments: str) -> bool:
     result = gradmap("run", "--json", *arguments)
     assert result.exit_code == 0, result.stdout
-    (event,) = [found for line in result.stdout.splitlines() if (found := json.loads(line))["event"] == "step_finished"]
+    (event,) = [entry for line in result.stdout.splitlines() if (entry := json.loads(line))["event"] == "step_finished"]
     return bool(event["cached"])
 
 
@@ -132,8 +132,8 @@ def test_deprecated_options_and_stages_are_told(folder: Path) -> None:
     assert "r.yaml:4:5: stage 'new_work' is deprecated: use prune\n" in gradmap("check").stdout
     assert "new_work                Do the work. (deprecated)\n" in gradmap("stages").stdout
     assert "\ndeprecated: use prune\n" in gradmap("stages", "new_work").stdout
-    (found,) = json.loads(gradmap("stages", "new_work", "--json").stdout)
-    assert (found["deprecated"], found["aliases"]) == ("use prune", ["old_work", "older_work"])
+    (stage,) = json.loads(gradmap("stages", "new_work", "--json").stdout)
+    assert (stage["deprecated"], stage["aliases"]) == ("use prune", ["old_work", "older_work"])
 
 
 def test_a_stage_is_described_under_its_old_name(folder: Path) -> None:

@@ -100,8 +100,8 @@ def test_alternatives_are_no_repairs(dense: ModelGraph) -> None:
 
 def test_settings_of_one_data_set_are_told_apart(dense: ModelGraph) -> None:
     short = evaluate(dense, 30.0).model_copy(update={"sequence_length": 8})
-    found = summarise({"model": {"model": dense}, "a": {"evaluation": evaluate(dense, 10.0)}, "b": {"evaluation": short}}, [])
-    assert found.models[0].perplexity == {"text, 4 x 26 tokens": 10.0, "text, 4 x 8 tokens": 30.0}
+    summary = summarise({"model": {"model": dense}, "a": {"evaluation": evaluate(dense, 10.0)}, "b": {"evaluation": short}}, [])
+    assert summary.models[0].perplexity == {"text, 4 x 26 tokens": 10.0, "text, 4 x 8 tokens": 30.0}
 
 
 def test_summary_as_people_read_it(summary: Summary) -> None:

@@ -105,18 +105,18 @@ def test_impossible_machine(folder: Path, arguments: list[str], code: int, messa
 
 
 def test_json_events(folder: Path) -> None:
-    found = events(gradmap("run", "r.yaml", "--json"))
-    assert [event["event"] for event in found if event["event"] != "progress"] == [
+    told = events(gradmap("run", "r.yaml", "--json"))
+    assert [event["event"] for event in told if event["event"] != "progress"] == [
         "run_started",
         *["step_started", "step_finished"] * 8,
         "run_finished",
     ]
-    finished = {event["step"]: event for event in found if event["event"] == "step_finished"}
+    finished = {event["step"]: event for event in told if event["event"] == "step_finished"}
     assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "seconds", "computed_seconds", "outputs"}
     decisions = finished["gradmap_score"]["outputs"]["scores"]["decisions"]
     assert [len(decision["scores"]) for decision in decisions] == [4, 3]
     assert finished["evaluate"]["outputs"]["evaluation"]["perplexity"] > 1
-    assert [row["label"] for row in found[-1]["summary"]["models"]] == ["dense", "pruned", "compensated"]
+    assert [row["label"] for row in told[-1]["summary"]["models"]] == ["dense", "pruned", "compensated"]
 
 
 def test_second_run_computes_nothing(folder: Path) -> None:
@@ -132,7 +132,7 @@ def test_second_run_computes_nothing(folder: Path) -> None:
     assert "torch" not in imported
     second = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(event["cached"] for event in second if event["event"] == "step_finished")
-    outputs = [[event["outputs"] for event in found if event["event"] == "step_finished"] for found in (events(first), second)]
+    outputs = [[event["outputs"] for event in told if event["event"] == "step_finished"] for told in (events(first), second)]
     assert outputs[0] == outputs[1]
 
 
@@ -188,13 +188,13 @@ def test_two_exports_to_one_folder(folder: Path) -> None:
 
 def test_export_type_is_what_is_evaluated(folder: Path) -> None:
     """model.dtype rounds the weights on export, so the perplexity is that of rounded weights."""
-    found = []
+    perplexities = []
     for dtype in ("float32", "bfloat16"):
         result = gradmap("run", "r.yaml", "--json", "--set", f"model.dtype={dtype}")
         event = next(event for event in events(result) if event.get("step") == "evaluate_dense" and "outputs" in event)
-        found.append(event["outputs"]["evaluation"]["perplexity"])
-    assert found[0] != found[1]
-    assert found[0] == pytest.approx(found[1], rel=0.05)
+        perplexities.append(event["outputs"]["evaluation"]["perplexity"])
+    assert perplexities[0] != perplexities[1]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=0.05)
 
 
 def test_deleted_export_is_written_again(folder: Path) -> None:

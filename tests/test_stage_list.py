@@ -75,11 +75,11 @@ def test_list_as_json(site: Path) -> None:
     install(site, "acme_work", "acme", STAGE.replace("FIELDS", 'speed: int = Field(3, ge=1, description="How fast.")'))
     install(site, "foo", "foo", "import nobody_has_this\n")
     result = gradmap("stages", "--json")
-    found = {stage["name"]: stage for stage in json.loads(result.stdout)}
-    assert {"calibrate", "prune", "acme_work"} <= set(found)
-    assert found["prune"]["distribution"] == "gradmap-pipeline"
-    assert found["prune"]["inputs"]["scores"] == {"types": ["LayerScores"], "required": False}
-    acme = found["acme_work"]
+    listed = {stage["name"]: stage for stage in json.loads(result.stdout)}
+    assert {"calibrate", "prune", "acme_work"} <= set(listed)
+    assert listed["prune"]["distribution"] == "gradmap-pipeline"
+    assert listed["prune"]["inputs"]["scores"] == {"types": ["LayerScores"], "required": False}
+    acme = listed["acme_work"]
     properties = acme.pop("options")["properties"]
     assert properties == {"speed": {"default": 3, "description": "How fast.", "minimum": 1, "title": "Speed", "type": "integer"}}
     assert {key: acme[key] for key in ("name", "summary", "distribution", "version", "module", "inputs", "outputs")} == {
@@ -96,8 +96,8 @@ def test_list_as_json(site: Path) -> None:
 
 def test_one_stage_as_json(site: Path) -> None:
     Path("own.py").write_text(STAGE.replace("FIELDS", ""))
-    (found,) = json.loads(gradmap("stages", "acme_work", "--json", "--plugin", "own.py").stdout)
-    assert (found["name"], found["distribution"], found["version"], found["module"]) == ("acme_work", None, None, "own.py")
+    (stage,) = json.loads(gradmap("stages", "acme_work", "--json", "--plugin", "own.py").stdout)
+    assert (stage["name"], stage["distribution"], stage["version"], stage["module"]) == ("acme_work", None, None, "own.py")
     result = gradmap("stages", "acme_wok", "--json", "--plugin", "own.py")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["message"] == "no stage named 'acme_wok'; did you mean 'acme_work'?"
@@ -112,8 +112,8 @@ def test_json_and_check_exclude_each_other(site: Path) -> None:
 def test_an_option_without_a_schema_hides_no_others(site: Path) -> None:
     field = 'how: Callable[[int], int] = Field(len, description="No JSON.")'
     install(site, "acme_work", "acme", STAGE.replace("FIELDS", field))
-    found = {stage["name"]: stage for stage in json.loads(gradmap("stages", "--json").stdout)}
-    assert found["acme_work"]["options"] == {"type": "object"}
+    listed = {stage["name"]: stage for stage in json.loads(gradmap("stages", "--json").stdout)}
+    assert listed["acme_work"]["options"] == {"type": "object"}
     assert "options of acme_work" in json.loads(gradmap("schema").stdout)["$defs"]
 
 

@@ -48,8 +48,8 @@ def save(store: Store, value: int = 1, key: str = KEY) -> Outputs:
 
 def test_what_is_stored_is_found_again(store: Store) -> None:
     saved = save(store)
-    found = store.load("make", KEY, Outputs)
-    assert found == saved
+    loaded = store.load("make", KEY, Outputs)
+    assert loaded == saved
     assert saved.thing.tensors.load()["x"].tolist() == [1.0, 1.0, 1.0]
     assert store.load("make", "b" * 64, Outputs) is None
     assert store.load("other", KEY, Outputs) is None
@@ -58,10 +58,10 @@ def test_what_is_stored_is_found_again(store: Store) -> None:
 def test_store_can_be_moved(store: Store, tmp_path: Path) -> None:
     save(store)
     shutil.move(store.root, tmp_path / "moved")
-    found = Store(tmp_path / "moved").load("make", KEY, Outputs)
-    assert isinstance(found, Outputs)
-    assert found.thing.tensors.path.is_relative_to(tmp_path / "moved")
-    assert found.thing.tensors.load()["x"].tolist() == [1.0, 1.0, 1.0]
+    loaded = Store(tmp_path / "moved").load("make", KEY, Outputs)
+    assert isinstance(loaded, Outputs)
+    assert loaded.thing.tensors.path.is_relative_to(tmp_path / "moved")
+    assert loaded.thing.tensors.load()["x"].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_step_that_fails_leaves_nothing(store: Store) -> None:

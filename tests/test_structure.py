@@ -23,19 +23,19 @@ ORDER = [
 def imports_of(file: Path, *, early: bool) -> set[str]:
     """Absolute names of imported modules; `early`: only those that run when the module is imported."""
     tree = ast.parse(file.read_text())
-    found: set[str] = set()
+    imported: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
+                imported.update(alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                found.add(resolve(file, child))
+                imported.add(resolve(file, child))
             elif not (early and runs_later(child)):
                 visit(child)
 
     visit(tree)
-    return found
+    return imported
 
 
 def runs_later(node: ast.AST) -> bool:

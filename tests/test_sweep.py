@@ -78,14 +78,14 @@ def test_ways_to_save_change_nothing(
     def run(**options: Any) -> tuple[list[torch.Tensor], SamplePass]:
         batches = make_batches(*make_samples(padded=True), batch_tokens=40)
         sweep = SamplePass(LayerwiseModel(open_folder(llama)), batches, weight_gradients=weight_gradients, **options)
-        found = []
+        gradients = []
         for removed in (None, 2, 1):
             if removed is not None:
                 sweep.remove(removed)
             for step in sweep.backward():
-                found += [visit.gradient for visit in step]
-                found += step.weight_gradients.values()
-        return found, sweep
+                gradients += [visit.gradient for visit in step]
+                gradients += step.weight_gradients.values()
+        return gradients, sweep
 
     plain, sweep = run()
     assert (sweep.layer_forwards, sweep.layer_backwards) == ((6 + 9, 9) if weight_gradients else (6 + 6, 6))

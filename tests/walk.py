@@ -234,11 +234,11 @@ def generate(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return result.sequences, torch.stack(result.logits, dim=1)
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, in parts of the largest value."""
-    assert found.shape == expected.shape
-    assert found.isfinite().all()
-    return float((found - expected).abs().max() / expected.abs().max())
+    assert ours.shape == expected.shape
+    assert ours.isfinite().all()
+    return float((ours - expected).abs().max() / expected.abs().max())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from ..run.store import Store
 
-_UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 """Base of all complaints about arguments; typer has it from click or brings its own."""
 _THREADS_A_CORE = 4
 _STORE_HOLDS = {"steps", "units", "environments", "files.json", "traceback.txt", "stage.log", "quiet.log", ".gitignore"}

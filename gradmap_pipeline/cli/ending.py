@@ -219,7 +219,7 @@ def finish(code: Any) -> NoReturn:
     """End the process: what is printed is out, and a signal that still comes changes nothing."""
     exit_code = code if isinstance(code, int) else _UNFORESEEN
     _state.exit_code = exit_code
-    sys.unraisablehook = lambda _: None  # all is told; what exit handlers of libraries still meet is nobody's matter
+    sys.unraisablehook = lambda _: None  # all is told; what exit handlers of libraries still raise has no effect
     if exit_code == INTERRUPTED:
         # Where the interruption passed through code that C runs, Python would end as killed by SIGINT, whatever code is given.
         with suppress(BaseException):

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import compression_of, kind_of
+from .files import compression_of, format_of
 from .readers import read_objects
 
 
@@ -15,13 +15,13 @@ def find_columns(file: Path) -> Iterator[list[str]]:
 
     Raises `StageError`, or what the system or a library raises, where the file cannot be read.
     """
-    kind = kind_of(file)
-    if kind == "json":
+    file_format = format_of(file)
+    if file_format == "json":
         yield from (list(value) for _, value in read_objects(file) if isinstance(value, dict))
-    elif kind == "csv" and compression_of(file) is None:
+    elif file_format == "csv" and compression_of(file) is None:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             yield next(csv.reader(stream), [])
-    elif kind == "parquet":
+    elif file_format == "parquet":
         from pyarrow import parquet
 
         yield parquet.read_schema(file).names

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 LONG_BYTES = 1 << 20
 """Size from which a text file is read in parts."""
 _SHUFFLE_BUFFER = 1000  # documents
-_DAY = "26 Jul 2024"  # what Llama 3.1's template takes where nobody names a day
-_FIXED_DAY = (  # in front of templates that ask for the date, so that a recipe gives the same ids on every day
+_DAY = "26 Jul 2024"  # what Llama 3.1's template takes where no day is given
+_FIXED_DAY = (  # in front of templates that require the date, so that a recipe gives the same ids on every day
     "{%- macro strftime_now(form) -%}{{ '26 Jul 2024' if form == '%d %b %Y' else '2024-07-26' }}{%- endmacro -%}"
 )
 

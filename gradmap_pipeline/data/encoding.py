@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENCODE_TOGETHER = 1 << 17
-"""Characters tokenised at once; few enough that little is made that nobody asks for."""
+"""Characters tokenised at once; few enough that little is made without need."""
 _OVERLAPS = (1 << 12, 1 << 14, 1 << 16)
 """Characters that two windows of a long text share, until their tokens agree."""
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> Iterator[Iterable[list[int]]]:
-    """For each document its ids, in parts that follow each other. The parts of one are to be taken before the next document."""
+    """For each document its ids, in parts that follow each other. The caller takes all parts of one before the next document."""
     together: list[str] = []
     size = 0
 

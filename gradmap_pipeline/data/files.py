@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..machine.file_kinds import describe_other
 
-KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """Suffixes that may follow those of text files."""
 
@@ -16,10 +16,10 @@ _NOTES = ("readme", "license", "notice", "citation", "changelog")
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
 
-def kind_of(file: Path) -> str | None:
+def format_of(file: Path) -> str | None:
     """`text`, `json`, `csv`, `parquet` or `arrow`, by the suffix; None for other files."""
-    kind = KINDS.get(_suffix_of(file))
-    return None if compression_of(file) and kind in ("parquet", "arrow") else kind
+    file_format = FORMATS.get(_suffix_of(file))
+    return None if compression_of(file) and file_format in ("parquet", "arrow") else file_format
 
 
 def compression_of(file: Path) -> str | None:
@@ -40,11 +40,11 @@ def find_files(path: Path) -> list[Path]:
         files = [path]
     else:
         raise ValueError(f"{str(path)!r} is neither a file nor a folder")
-    if not files or kind_of(files[0]) is None:
-        raise ValueError(f"{str(path)!r} is not, and does not hold, a file of the kinds {', '.join(KINDS)}{_advise(path)}")
-    kinds = sorted({_suffix_of(file) for file in files})
-    if len({KINDS[kind] for kind in kinds}) > 1:
-        mixed = ", ".join(kinds)
+    if not files or format_of(files[0]) is None:
+        raise ValueError(f"{str(path)!r} is not, and does not hold, a file of the kinds {', '.join(FORMATS)}{_advise(path)}")
+    suffixes = sorted({_suffix_of(file) for file in files})
+    if len({FORMATS[suffix] for suffix in suffixes}) > 1:
+        mixed = ", ".join(suffixes)
         raise ValueError(f"folder {str(path)!r} mixes files of the kinds {mixed}; name one file, or split the folder")
     for file in files:
         _check_file(file)
@@ -58,10 +58,10 @@ def _suffix_of(file: Path) -> str:
 
 
 def _list_folder(folder: Path) -> list[Path]:
-    for name, kind in (("adapter_config.json", "an adapter"), ("config.json", "a model")):
+    for name, content in (("adapter_config.json", "an adapter"), ("config.json", "a model")):
         if (folder / name).is_file() and any(folder.glob("*.safetensors")):
-            raise ValueError(f"{str(folder)!r} is the folder of {kind}, not of data")
-    named = sorted(file for file in folder.iterdir() if kind_of(file) is not None and not _is_about_data(file))
+            raise ValueError(f"{str(folder)!r} is the folder of {content}, not of data")
+    named = sorted(file for file in folder.iterdir() if format_of(file) is not None and not _is_about_data(file))
     for file in named:
         other = describe_other(file)
         if other is not None and not file.is_dir():
@@ -75,7 +75,7 @@ def _list_folder(folder: Path) -> list[Path]:
 
 def _is_about_data(file: Path) -> bool:
     name = file.name.lower()
-    return name.startswith((".", "__")) or name in _METADATA or (kind_of(file) == "text" and Path(name).stem.startswith(_NOTES))
+    return name.startswith((".", "__")) or name in _METADATA or (format_of(file) == "text" and Path(name).stem.startswith(_NOTES))
 
 
 def _advise(path: Path) -> str:
@@ -83,7 +83,7 @@ def _advise(path: Path) -> str:
     if not path.is_dir():
         return ""
     inside = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    with_data = [name for name in inside if any(kind_of(file) for file in (path / name).iterdir())]
+    with_data = [name for name in inside if any(format_of(file) for file in (path / name).iterdir())]
     return f"; name one of its folders: {', '.join(with_data)}" if with_data else ""
 
 

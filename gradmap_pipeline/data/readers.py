@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import StageError
-from .files import compression_of, kind_of
+from .files import compression_of, format_of
 
 _CHUNK = 1 << 16  # bytes
 _ROWS = 256  # of a table in memory at once
@@ -51,7 +51,7 @@ def read_rows(file: Path, column: str) -> Iterator[Row]:
         "arrow": _read_arrow,
     }
     with _naming(file):
-        yield from readers[kind_of(file)](file, column)
+        yield from readers[format_of(file)](file, column)
 
 
 def read_text(file: Path) -> Iterator[str]:

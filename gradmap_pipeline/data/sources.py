@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..errors import OptionError, StageError, first_line
 from ..machine.digests import sha256_of_value
 from .documents import LONG_BYTES, Document, LongText, make_documents, shuffle_documents
-from .files import compression_of, find_files, kind_of
+from .files import compression_of, find_files, format_of
 from .readers import Row, read_rows, read_text
 
 _BUILTIN_BYTES = 1 << 26
@@ -79,10 +79,10 @@ class DatasetSource(BaseModel):
             return
         tokens = samples * (length or 1)
         if samples > size if packing == "none" else tokens > _TOKENS_A_BYTE * size:
-            what = f"{samples:,} samples" + (f" of {length:,} tokens" if length else "")
+            asked = f"{samples:,} samples" + (f" of {length:,} tokens" if length else "")
             raise OptionError(
                 "samples",
-                f"{what} are more than the {size:,} bytes of {self.name!r} can give; lower 'samples' or 'sequence_length', or use "
+                f"{asked} are more than the {size:,} bytes of {self.name!r} can give; lower 'samples' or 'sequence_length', or use "
                 "more text",
             )
 
@@ -93,7 +93,7 @@ class DatasetSource(BaseModel):
         if self.path is None:
             return None
         files = self.files()
-        if any(compression_of(file) or kind_of(file) in ("parquet", "arrow") for file in files):
+        if any(compression_of(file) or format_of(file) in ("parquet", "arrow") for file in files):
             return None
         return sum(file.stat().st_size for file in files)
 
@@ -141,7 +141,7 @@ class DatasetSource(BaseModel):
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(files)
         for file in files:
-            if kind_of(file) != "text":
+            if format_of(file) != "text":
                 yield from make_documents(read_rows(file, self.column))
             elif file.stat().st_size >= LONG_BYTES or compression_of(file):
                 if any(part.strip() for part in read_text(file)):

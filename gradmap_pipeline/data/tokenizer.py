@@ -20,8 +20,8 @@ def check_length(sequence_length: int | None, model: ModelForecast | None) -> in
     """Tokens in a sequence, as far as the plan knows. Raises `OptionError` where that is longer than the model is made for."""
     positions = model.positions if model else None
     if positions and sequence_length and sequence_length > positions:
-        found = f"found {sequence_length}, but the model is made for {positions} tokens"
-        raise OptionError("sequence_length", f"{found}; accepted: 2 to {positions}")
+        complaint = f"found {sequence_length}, but the model is made for {positions} tokens"
+        raise OptionError("sequence_length", f"{complaint}; accepted: 2 to {positions}")
     if sequence_length or model is None or model.layers is None:
         return sequence_length
     return min(positions or LONGEST_DEFAULT_SEQUENCE, LONGEST_DEFAULT_SEQUENCE)

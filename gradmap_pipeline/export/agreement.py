@@ -76,11 +76,11 @@ class TextAgreement(Artifact):
     text: Annotated[str, NameOf("dataset")]
 
     @classmethod
-    def of(cls, found: Agreement, text: str, **more: Any) -> Self:
+    def of(cls, measured: Agreement, text: str, **more: Any) -> Self:
         """Raises `StageError` where a perplexity is over the largest number. `more`: what a derived class has besides."""
-        perplexity, base_perplexity = (perplexity_of(loss, text) for loss in (found.loss, found.base_loss))
-        made = {"perplexity": perplexity, "base_perplexity": base_perplexity, "agreement": found.agreement}
-        return cls(**made, tokens=found.tokens, text=text, **more)
+        perplexity, base_perplexity = (perplexity_of(loss, text) for loss in (measured.loss, measured.base_loss))
+        made = {"perplexity": perplexity, "base_perplexity": base_perplexity, "agreement": measured.agreement}
+        return cls(**made, tokens=measured.tokens, text=text, **more)
 
     def __str__(self) -> str:
         return (
@@ -120,9 +120,9 @@ def compare_models(base: Run, other: Run, batches: list[Batch], advance: Callabl
         if not bool(logits[1][batch.mask].isfinite().all()):
             raise StageError("what was quantised computes values that are not finite; nothing was written")
         counted = predicted_tokens(batch)
-        for index, found in enumerate(logits):
-            losses[index] += float(next_token_losses(found, batch).double().sum())
-        chosen = [found[:, :-1].argmax(-1) for found in logits]
+        for index, output in enumerate(logits):
+            losses[index] += float(next_token_losses(output, batch).double().sum())
+        chosen = [output[:, :-1].argmax(-1) for output in logits]
         same += int((chosen[0] == chosen[1])[counted].sum())
         tokens += int(counted.sum())
         difference = max(difference, float((logits[0] - logits[1])[batch.mask].abs().max()))

@@ -40,8 +40,8 @@ def _read_block(card: Path) -> dict[str, Any]:
     try:
         check_inside(card.parent, card)
         with card.open("rb") as file:
-            found = _BLOCK.match(file.read(_LONGEST_BYTES).decode("utf-8", errors="replace"))
-        data = load_yaml(found[1], card.name).data if found else None
+            match = _BLOCK.match(file.read(_LONGEST_BYTES).decode("utf-8", errors="replace"))
+        data = load_yaml(match[1], card.name).data if match else None
     except (ModelError, RecipeError, OSError):
         return {}
     return data if isinstance(data, dict) else {}

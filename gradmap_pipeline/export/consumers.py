@@ -1,4 +1,4 @@
-"""Programs that place kinds of layers by a layer's index, whatever a config lists: how, and how they can be told better.
+"""Programs that know the role of a layer by its index, whatever a config lists: how, and how they can be told better.
 
 Every entry says where it was seen, in which version of the program, and whether the program was run or only read.
 """
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 Marks = tuple[bool, ...]
-"""One flag a layer: whether the layer is of a kind."""
+"""One flag a layer: whether the layer has a role."""
 Program = Literal["llama.cpp", "mlx-lm", "SGLang", "vLLM"]
-Kind = Literal["full attention", "no rotary embedding", "experts"]
+LayerRole = Literal["full attention", "no rotary embedding", "experts"]
 
 LLAMA_CPP: Program = "llama.cpp"
 WINDOWS = "attention.sliding_window_pattern"
@@ -27,12 +27,12 @@ _VERSIONS: dict[Program, str] = {LLAMA_CPP: "0c1e570", "mlx-lm": "0.32.2", "SGLa
 
 @dataclass(frozen=True)
 class Placing:
-    """A program takes the last of every `period` layers for those of a kind, or the first."""
+    """A program takes the last of every `period` layers for those with a role, or the first."""
 
     program: Program
     types: tuple[str, ...]
     """`model_type` in config.json."""
-    kind: Kind
+    role: LayerRole
     period: int
     source: str
     """File of the program."""
@@ -51,7 +51,7 @@ class Placing:
         return _VERSIONS[self.program]
 
     def compute(self, config: Config, depth: int) -> Marks:
-        """The layers that the program takes for those of this kind in a model of so many, unless an array tells it."""
+        """The layers that the program takes for those with this role in a model of so many, unless an array tells it."""
         told = config.get(self.field) if self.field else None
         period = len(told) if isinstance(told, str) and told else told
         if not isinstance(period, int) or period < 1:
@@ -107,28 +107,28 @@ class Misreading:
 
     placing: Placing
     taken: tuple[int, ...]
-    """Layers of the model, counted from 0, that the program takes for those of the kind."""
+    """Layers of the model, counted from 0, that the program takes for those with the role."""
     right: tuple[int, ...]
 
     def __str__(self) -> str:
-        kind = self.placing.kind
+        role = self.placing.role
         told = f", unless its file has {self.placing.array!r}, as files of export_gguf have" if self.placing.array else ""
         return (
-            f"{self.placing.program} would take {_name(self.taken)} for those with {kind}, where the model has {_name(self.right)}"
+            f"{self.placing.program} would take {_name(self.taken)} for those with {role}, where the model has {_name(self.right)}"
             f"{told}"
         )
 
 
-def read_marks(config: Config, kind: Kind) -> Marks | None:
-    """Which layers are of a kind, by what a config lists; None where it does not list them, or all are alike."""
-    if kind == "experts":
+def read_marks(config: Config, role: LayerRole) -> Marks | None:
+    """Which layers have a role, by what a config lists; None where it does not list them, or all are alike."""
+    if role == "experts":
         indices, depth = config.get("moe_layers"), config.get("num_hidden_layers")
         if not isinstance(indices, list) or not isinstance(depth, int):
             return None
         marks = tuple(layer in indices for layer in range(depth))
-    elif kind == "no rotary embedding" and isinstance(config.get("no_rope_layers"), list):
+    elif role == "no rotary embedding" and isinstance(config.get("no_rope_layers"), list):
         marks = tuple(not uses for uses in config["no_rope_layers"])
-    elif isinstance(config.get("layer_types"), list) and (kind == "full attention" or config.get("model_type") == "afmoe"):
+    elif isinstance(config.get("layer_types"), list) and (role == "full attention" or config.get("model_type") == "afmoe"):
         marks = tuple(name == "full_attention" for name in config["layer_types"])
     else:
         return None
@@ -144,7 +144,7 @@ def find_misreadings(config: Config, program: str | None = None) -> list[Misread
     for placing in PLACINGS:
         if config.get("model_type") not in placing.types or program not in {None, placing.program}:
             continue
-        right = read_marks(config, placing.kind)
+        right = read_marks(config, placing.role)
         if right is None:
             continue
         taken = placing.compute(config, len(right))
@@ -155,10 +155,10 @@ def find_misreadings(config: Config, program: str | None = None) -> list[Misread
 
 
 def name_programs(config: Config) -> list[str]:
-    """Programs that place layers of this architecture by index, where a config lists layers of several kinds."""
-    marks = {kind: read_marks(config, kind) for kind in ("full attention", "no rotary embedding", "experts")}
-    differing = {kind for kind, listed in marks.items() if listed is not None and len(set(listed)) > 1}
-    programs = (p.program for p in PLACINGS if config.get("model_type") in p.types and p.kind in differing)
+    """Programs that place layers of this architecture by index, where a config lists layers with several roles."""
+    marks = {role: read_marks(config, role) for role in ("full attention", "no rotary embedding", "experts")}
+    differing = {role for role, listed in marks.items() if listed is not None and len(set(listed)) > 1}
+    programs = (p.program for p in PLACINGS if config.get("model_type") in p.types and p.role in differing)
     return list(dict.fromkeys(programs))
 
 
@@ -190,8 +190,8 @@ def explain_forecast(model: ModelForecast | None, programs: Collection[str] | No
 
 def complete_config(written: Config, folder: Path | None) -> Config:
     """A decoder's config with what its class derives, where a program places its layers by index and it does not list them."""
-    placed: set[Kind] = {placing.kind for placing in PLACINGS if written.get("model_type") in placing.types}
-    if folder is None or all(read_marks(written, kind) is not None for kind in placed):
+    placed: set[LayerRole] = {placing.role for placing in PLACINGS if written.get("model_type") in placing.types}
+    if folder is None or all(read_marks(written, role) is not None for role in placed):
         return written
     from ..checkpoint.architecture import full_config
 

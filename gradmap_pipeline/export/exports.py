@@ -55,7 +55,7 @@ class Export(Artifact):
     folder: Path
     files: dict[str, ExportedFile]
     max_logit_difference: float | None = None
-    """Largest absolute difference between the logits of the folder and of the model it was made from; None: nobody ran it."""
+    """Largest absolute difference between the logits of the folder and of the model it was made from; None: it was not run."""
     quantisation: str | None = None
     """What was done to its weights, for tables: `int8`."""
 

@@ -136,9 +136,9 @@ def make_lineage(
 def check_loading(folder: Path) -> None:
     """Raise `StageError` when transformers finds weights missing, left over or of another shape. Weights stay on disk, mapped."""
     _, report = load_folder(folder, is_whole=True, output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            raise StageError(f"the exported folder does not load: {kind.replace('_', ' ')} {sorted(map(str, report[kind]))[:5]}")
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[fault]:
+            raise StageError(f"the exported folder does not load: {fault.replace('_', ' ')} {sorted(map(str, report[fault]))[:5]}")
 
 
 def extend_lineage(

@@ -52,8 +52,8 @@ def write_quantised(
         before = _logits(load_folder(plain), context.seed)
         advance()
         model = quantise(plain)
-        found = _logits(model, context.seed)
-        if not found.isfinite().all():
+        logits = _logits(model, context.seed)
+        if not logits.isfinite().all():
             raise StageError("the quantised model computes values that are not finite; nothing was written")
         write_companions(graph, draft)
         ours = json.loads((draft / "config.json").read_text(encoding="utf-8"))
@@ -63,8 +63,8 @@ def write_quantised(
         advance()
         check_loading(draft)
         again = _logits(load_folder(draft), context.seed)
-        apart = float((again - found).abs().max())
-        if not apart <= tolerance * float(found.abs().max()):
+        apart = float((again - logits).abs().max())
+        if not apart <= tolerance * float(logits.abs().max()):
             raise StageError(
                 f"the quantised folder does not compute what the quantised model does: logits differ by up to {apart:.2g}; "
                 "nothing was written"

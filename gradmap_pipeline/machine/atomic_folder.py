@@ -1,7 +1,7 @@
 """Folders and files that get their name when they are finished, so that one with its name is complete.
 
 A folder in the making lies beside its place as `.NAME.partial-XXXXXXXX`. Its process holds a lock (flock) on a file beside it. The
-system lets go of the lock when the process ends, however it ends and wherever it ran. So a folder whose lock nobody holds
+system lets go of the lock when the process ends, however it ends and wherever it ran. So a folder whose lock no process holds
 was left by a killed process, and is cleared away by the next one that writes there.
 """
 
@@ -34,7 +34,7 @@ _ATTEMPTS = 100
 
 @contextmanager
 def atomic_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
-    """An empty folder beside `final`, of this process alone; whatever has not been renamed from it vanishes.
+    """An empty folder beside `final`, of this process alone; all that has not been renamed from it vanishes.
 
     Clears away what killed processes left in the same place. `mode`: permissions of the folder, less the umask. Raises `OSError`
     where no file can be made there.
@@ -46,7 +46,7 @@ def atomic_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
     for _ in range(_ATTEMPTS):
         draft = final.with_name(f".{final.name[:_LONGEST]}.partial-{secrets.token_hex(4)}")
         lock = FileLock(_lock_of(draft), blocking=False)
-        with suppress(Timeout):  # somebody clears away what looks abandoned until it is locked
+        with suppress(Timeout):  # another process clears away what looks abandoned until it is locked
             lock.acquire()
             break
     else:
@@ -79,7 +79,7 @@ def clear_unfinished_folders(parent: Path) -> None:
         lock = FileLock(file, blocking=False)
         try:
             lock.acquire()
-        except (Timeout, OSError):  # its process runs, or belongs to somebody else
+        except (Timeout, OSError):  # its process runs, or belongs to another user
             continue
         _remove(file.with_name(file.name.removesuffix(_LOCK)), lock)
 

@@ -216,7 +216,7 @@ def _others_may_end() -> Iterator[None]:
 
 def _describe(error: Exception | None) -> dict[str, Any]:
     return {
-        "kind": type(error).__name__,
+        "type": type(error).__name__,
         "message": "" if error is None else text_of(error),
         **{name: getattr(error, name, None) for name in ("where", "option")},
     }
@@ -224,10 +224,10 @@ def _describe(error: Exception | None) -> dict[str, Any]:
 
 def _rebuild(told: dict[str, Any]) -> Exception:
     """The error that another process has met."""
-    kind = next((kind for kind in _kinds(GradmapError) if kind.__name__ == told["kind"]), None)
-    message = told["message"] if kind else f"{told['kind']}: {told['message']}"
-    kind = kind or StageError
-    error = kind.__new__(kind)
+    cls = next((cls for cls in _with_subclasses(GradmapError) if cls.__name__ == told["type"]), None)
+    message = told["message"] if cls else f"{told['type']}: {told['message']}"
+    cls = cls or StageError
+    error = cls.__new__(cls)
     Exception.__init__(error, message)
     error.where = told["where"]
     if told["option"] is not None:
@@ -235,7 +235,7 @@ def _rebuild(told: dict[str, Any]) -> Exception:
     return error
 
 
-def _kinds(kind: type[GradmapError]) -> Iterator[type[GradmapError]]:
-    yield kind
-    for below in kind.__subclasses__():
-        yield from _kinds(below)
+def _with_subclasses(cls: type[GradmapError]) -> Iterator[type[GradmapError]]:
+    yield cls
+    for below in cls.__subclasses__():
+        yield from _with_subclasses(below)

@@ -23,7 +23,7 @@ from .shortages import find_shortage_in
 MACHINERY = ("pluggy", "psutil", "pydantic", "safetensors")
 """Distributions that gradmap-pipeline itself needs where a stage runs."""
 _PINNED = (*MACHINERY, "torch")
-"""Distributions that are installed in the version that is running, unless the stage asks for another."""
+"""Distributions that are installed in the version that is running, unless the stage requires another."""
 _RECORD = "environment.json"
 _LOG = "pip.log"
 _OLDEST = (3, 10)
@@ -75,7 +75,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where one step runs: in `python`, or in a virtual environment under `root` that holds what `environment` asks for."""
+    """Where one step runs: in `python`, or in a virtual environment under `root` that holds what `environment` requires."""
 
     environment: Environment
     root: Path
@@ -117,8 +117,8 @@ class Workplace:
             constraints.write_text("\n".join(pins) + "\n")
             wanted = [pin for pin in pins if not pin.startswith("torch==")]
             pip = [str(_executable_in(draft)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-            what = "pip could not install what the stage needs"
-            _run([*pip, "-c", str(constraints), *wanted, *self.environment.requirements], self.root / _LOG, what)
+            failure = "pip could not install what the stage needs"
+            _run([*pip, "-c", str(constraints), *wanted, *self.environment.requirements], self.root / _LOG, failure)
             record = {"requirements": self.environment.requirements, "pins": pins, "python": sys.version}
             (draft / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
             replace_folder(draft, self._folder)
@@ -135,16 +135,16 @@ def check_python(python: Path, environment: Environment) -> None:
 
     wanted = " and ".join(filter(None, (", ".join(MACHINERY), ", ".join(environment.requirements))))
     try:
-        found = probe(python, (*MACHINERY, *environment.distributions))["versions"]
+        versions = probe(python, (*MACHINERY, *environment.distributions))["versions"]
     except StageError as error:
         oldest = ".".join(map(str, _OLDEST))
         advice = f"give the path of a Python {oldest} or later that has {wanted}, as in `run: {{python: venv/bin/python}}`"
         raise StageError(f"{error}; {advice}") from error
-    wrong = [f"{name} is missing" for name in MACHINERY if found[name] is None]
-    lacking = [name for name in MACHINERY if found[name] is None]
+    wrong = [f"{name} is missing" for name in MACHINERY if versions[name] is None]
+    lacking = [name for name in MACHINERY if versions[name] is None]
     for text in environment.requirements:
         requirement = Requirement(text)
-        there = found[requirement.name]
+        there = versions[requirement.name]
         if there is None or not requirement.specifier.contains(there, prereleases=True):
             wrong.append(f"{requirement.name} is {'missing' if there is None else there}, needed: {text}")
             lacking.append(text)
@@ -172,23 +172,23 @@ def _probe(python: Path, distributions: tuple[str, ...]) -> dict[str, Any] | str
     except OSError as error:
         return f"{str(python)!r} does not run as a Python: {error.strerror or error}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    found = next((found for line in reversed(lines) if (found := _read_answer(line)) is not None), None)
+    answer = next((answer for line in reversed(lines) if (answer := _read_answer(line)) is not None), None)
     if code is None:
         return f"{str(python)!r} does not run as a Python: it has not answered within {_PATIENCE:g} seconds"
-    if code or found is None:
+    if code or answer is None:
         how = f"it ended with code {code}" if code else "it does not say which Python it is"
         return f"{str(python)!r} does not run as a Python: {lines[-1] if lines else how}"
-    if tuple(found["python"]) < _OLDEST:
-        return f"{str(python)!r} is Python {'.'.join(map(str, found['python']))}"
-    return found
+    if tuple(answer["python"]) < _OLDEST:
+        return f"{str(python)!r} is Python {'.'.join(map(str, answer['python']))}"
+    return answer
 
 
 def _read_answer(line: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        answer = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and found.keys() == {"python", "versions"} else None
+    return answer if isinstance(answer, dict) and answer.keys() == {"python", "versions"} else None
 
 
 def surroundings() -> dict[str, str]:
@@ -201,7 +201,7 @@ def _executable_in(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-def _run(command: list[str], log: Path, what: str) -> None:
+def _run(command: list[str], log: Path, failure: str) -> None:
     """Run a program with its output in a log. Raises `StageError` with the last line of it."""
     with log.open("w") as output:
         code = subprocess.run(
@@ -210,7 +210,7 @@ def _run(command: list[str], log: Path, what: str) -> None:
     if code:
         said = log.read_text(encoding="utf-8", errors="replace")
         if code < 0 or find_shortage_in(said):
-            raise explain_end(f"{what}: {Path(command[0]).name}", code, said, f"; all of its output is in {str(log)!r}")
+            raise explain_end(f"{failure}: {Path(command[0]).name}", code, said, f"; all of its output is in {str(log)!r}")
         lines = [line for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR:")] or lines or [f"exit code {code}"]
-        raise StageError(f"{what}: {errors[-1].removeprefix('ERROR: ')}; all of its output is in {str(log)!r}")
+        raise StageError(f"{failure}: {errors[-1].removeprefix('ERROR: ')}; all of its output is in {str(log)!r}")

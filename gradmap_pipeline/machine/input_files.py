@@ -1,4 +1,4 @@
-"""Files that the command line names: regular ones, and pipes that somebody writes into."""
+"""Files that the command line names: regular ones, and pipes that another program writes into."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from .file_kinds import describe_other
 
 _PATIENCE = 5.0
-"""Seconds that a named pipe is waited for until somebody writes into it."""
+"""Seconds that a named pipe is waited for until a program writes into it."""
 _PAUSE = 0.02
 
 
@@ -38,11 +38,11 @@ def _is_standard_input(status: os.stat_result) -> bool:
 
 
 def _read_pipe(path: Path, most: int) -> bytes:
-    """All that is written into a pipe, once somebody does; opening a pipe into which nobody writes would wait for ever."""
+    """All that is written into a pipe, once a program does; opening a pipe into which no program writes would wait forever."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(number, "rb", buffering=0) as pipe:
         deadline = time.monotonic() + _PATIENCE
-        while not (start := pipe.read(most)):  # b"": nobody writes; None: somebody will
+        while not (start := pipe.read(most)):  # b"": no program writes; None: one will
             if start == b"" and time.monotonic() > deadline:
                 raise ValueError("it is a pipe into which nothing writes")
             time.sleep(_PAUSE)

@@ -33,12 +33,12 @@ class Machine:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        found = torch.cuda.device_count()
+        device_count = torch.cuda.device_count()
         if self.device == "auto":
-            return f"cuda:{group.local_rank}" if found else "cpu"
-        kind, _, number = self.device.partition(":")
-        if kind == "cuda" and not number:
+            return f"cuda:{group.local_rank}" if device_count else "cpu"
+        device_type, _, number = self.device.partition(":")
+        if device_type == "cuda" and not number:
             number = str(group.local_rank)
-        if kind == "cuda" and int(number) >= found:
-            raise CapacityError(f"--device {self.device}: torch sees {found} CUDA devices here; use --device cpu, or auto")
-        return f"cuda:{number}" if kind == "cuda" else self.device
+        if device_type == "cuda" and int(number) >= device_count:
+            raise CapacityError(f"--device {self.device}: torch sees {device_count} CUDA devices here; use --device cpu, or auto")
+        return f"cuda:{number}" if device_type == "cuda" else self.device

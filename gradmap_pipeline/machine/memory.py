@@ -17,7 +17,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _MOST = 2**60
-"""Bytes that somebody may mean."""
+"""The largest size that is accepted."""
 
 
 def parse_size(text: str) -> int:
@@ -46,7 +46,7 @@ def resident_bytes(device: str = "cpu") -> int:
 
 
 def prefer_huge_pages() -> None:
-    """Have torch ask for large pages, which the system hands out faster. Takes effect before torch is imported."""
+    """Have torch request large pages, which the system hands out faster. This takes effect before torch is imported."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -112,7 +112,7 @@ def _free_in_control_groups() -> list[int]:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return []
-    found = []
+    free = []
     for _, controllers, place in lines:
         if not controllers:  # version 2
             root, limit, used = _CGROUP, "memory.max", "memory.current"
@@ -124,8 +124,8 @@ def _free_in_control_groups() -> list[int]:
         for group in (own, *(above for above in own.parents if above.is_relative_to(root))):
             most, now = _read_number(group / limit), _read_number(group / used)
             if most is not None and now is not None:
-                found.append(max(0, most - max(0, now - _read_cache(group))))
-    return found
+                free.append(max(0, most - max(0, now - _read_cache(group))))
+    return free
 
 
 def _read_number(file: Path) -> int | None:

@@ -80,7 +80,7 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
 def explain_end(process: str, code: int, said: str, where: str = "") -> GradmapError:
     """The error for a process that ended with an exit code other than 0. `said`: what it printed; `where`: all of that is.
 
-    A shortage is a `CapacityError`, a signal that somebody sent an `Interruption`, a crash or any other end a `StageError`.
+    A shortage is a `CapacityError`, a signal from outside an `Interruption`, a crash or any other end a `StageError`.
     """
     name = _name_signal(-code) if code < 0 else ""
     if name in _INTERRUPTIONS:

@@ -25,7 +25,7 @@ class _Sink(io.FileIO):
     """A file descriptor whose reader may go. What cannot be written any more is dropped."""
 
     def __init__(self, descriptor: int, *, tells: bool) -> None:
-        """`tells`: whether a full disk is an error; on standard error there is nobody to tell."""
+        """`tells`: whether a full disk is an error; on standard error no message can be shown."""
         super().__init__(descriptor, "w", closefd=False)
         self._tells, self.is_lost = tells, False
 
@@ -45,7 +45,7 @@ class _Sink(io.FileIO):
             else:
                 if written is not None:
                     return written
-                select.select([], [self.fileno()], [])  # somebody has made it non-blocking
+                select.select([], [self.fileno()], [])  # another program has made it non-blocking
         return size
 
 
@@ -62,7 +62,7 @@ _ours = _Ours()
 
 
 def is_lost(stream: IO[str]) -> bool:
-    """Whether nobody gets any more what is written to a stream."""
+    """Whether no program reads any more what is written to a stream."""
     sink = _sink_of(stream)
     return sink is not None and sink.is_lost
 

@@ -27,15 +27,15 @@ def _is_estimate(answer: Any) -> bool:
 
 
 def _is_mapping_of_types(answer: Any) -> bool:
-    return _is_named(answer) and all(isinstance(kind, type) and issubclass(kind, Artifact) for kind in answer.values())
+    return _is_named(answer) and all(isinstance(cls, type) and issubclass(cls, Artifact) for cls in answer.values())
 
 
 def _is_named(answer: Any) -> bool:
     return isinstance(answer, Mapping) and all(isinstance(name, str) for name in answer)
 
 
-def _holds(kind: type) -> Callable[[Any], bool]:
-    return lambda answer: isinstance(answer, list | tuple) and all(isinstance(item, kind) for item in answer)
+def _holds(cls: type) -> Callable[[Any], bool]:
+    return lambda answer: isinstance(answer, list | tuple) and all(isinstance(item, cls) for item in answer)
 
 
 _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -78,15 +78,15 @@ def ask(method: str, stage: Stage, step: str, plugin: str, *arguments: Any) -> A
     raise failure
 
 
-def make_stage(kind: type[Stage], options: dict[str, Any], step: str, plugin: str) -> Stage:
+def make_stage(cls: type[Stage], options: dict[str, Any], step: str, plugin: str) -> Stage:
     """The stage with these options. Raises `Invalid` where they do not fit, `PluginError` where its own checks fail."""
-    with _failures(f"stage {kind.name!r} ({plugin}), asked to check its options,", step):
-        return validate(kind, options)
+    with _failures(f"stage {cls.name!r} ({plugin}), asked to check its options,", step):
+        return validate(cls, options)
 
 
 @contextmanager
 def _failures(name: str, step: str) -> Iterator[None]:
-    """Code of a plugin runs meanwhile. What it raises is told with its name and the step; refusals pass as they are."""
+    """Code of a plugin runs in this block. What it raises is told with its name and the step; refusals pass as they are."""
     failure: GradmapError
     try:
         with plugin_code():

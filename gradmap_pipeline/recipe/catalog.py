@@ -61,9 +61,9 @@ class Catalog:
         `distribution`: what installed the plugin, if anything did.
         """
         check_module(plugin, module, API_VERSION)
-        found = _stages_of(plugin, module)
-        check_stages(plugin, found, API_VERSION)
-        for stage in found:
+        stages = _stages_of(plugin, module)
+        check_stages(plugin, stages, API_VERSION)
+        for stage in stages:
             for name in (stage.name, *stage.aliases):
                 other = self.find(name)
                 if other is not None:
@@ -71,7 +71,7 @@ class Catalog:
                         f"stage {name!r} is provided by both {self.plugin_of[other.name]!r} and {plugin!r}; "
                         "rename one or uninstall its plugin"
                     )
-        for stage in found:
+        for stage in stages:
             self.aliases |= dict.fromkeys(stage.aliases, stage.name)
             self.stages[stage.name] = stage
             self.plugin_of[stage.name] = plugin
@@ -123,12 +123,12 @@ def _find_entries() -> list[EntryPoint]:
     """What installed distributions name as plugins. One whose list cannot be read counts as one that has none."""
     with suppress(Exception):
         return list(entry_points(group=GROUP))
-    found: dict[str, list[EntryPoint]] = {}
+    by_distribution: dict[str, list[EntryPoint]] = {}
     for distribution in distributions():
         with suppress(Exception):
             entries = [entry for entry in distribution.entry_points if entry.group == GROUP]
-            found.setdefault(distribution.name, entries)  # the first on the path is the one that is imported
-    return [entry for entries in found.values() for entry in entries]
+            by_distribution.setdefault(distribution.name, entries)  # the first on the path is the one that is imported
+    return [entry for entries in by_distribution.values() for entry in entries]
 
 
 def _load(entry: EntryPoint) -> ModuleType:
@@ -149,21 +149,21 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
         raise PluginError(f"plugin {plugin!r} has no function gradmap_stages() marked with @hookimpl")
     try:
         with plugin_code():
-            (found,) = manager.hook.gradmap_stages()
+            (classes,) = manager.hook.gradmap_stages()
     except GradmapError:
         raise
     except BaseException as error:
         if is_interruption(error):
             raise
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() failed: {explain_failure(error, API_VERSION)}") from error
-    if not isinstance(found, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in found):
-        raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {describe_value(found)}")
-    base = next((stage for stage in found if is_abstract(stage)), None)
+    if not isinstance(classes, list) or not all(isinstance(stage, type) and issubclass(stage, Stage) for stage in classes):
+        raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {describe_value(classes)}")
+    base = next((stage for stage in classes if is_abstract(stage)), None)
     if base is not None:
         raise PluginError(
             f"plugin {plugin!r}: {base.__name__} is what stages have in common, and no stage; leave it out of the list"
         )
-    return found
+    return classes
 
 
 def _import_file(file: Path, packages: Mapping[Path, str]) -> ModuleType:

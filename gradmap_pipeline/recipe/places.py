@@ -67,7 +67,7 @@ def find_read_places(stage: Stage, step: str, writes: Sequence[Path]) -> Iterato
     """Files and folders that the options of a step name, but those that it writes."""
     written = {path.resolve() for path in writes}
     for option in type(stage).model_fields:
-        for path in _paths_in(getattr(stage, option)):
+        for path in _paths_in(vars(stage)[option]):
             if path.exists() and path.resolve() not in written:
                 yield Place(path, f"{str(path)!r}, which step {step!r} reads")
 

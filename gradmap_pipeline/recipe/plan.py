@@ -154,7 +154,7 @@ def _find_clashes(steps: list[PlannedStep], recipe: Recipe, places: list[Place])
 
 def _find_option(stage: Stage, path: Path) -> Location:
     """The option that names a path; nothing where none does."""
-    return next(((name,) for name in type(stage).model_fields if getattr(stage, name) == path), ())
+    return next(((name,) for name, value in stage if value == path), ())
 
 
 def _plan_step(
@@ -193,10 +193,10 @@ def _plan_step(
             except OptionError as error:
                 place = _place_of(at, tuple(error.option.split(".")), written)
                 problems.append(recipe.problem(place, _name_option(step, (error.option,), str(error))))
-    kinds = stage_class.output_fields() if stage is None else ask("output_types", stage, step.id, plugin)
-    for name, kind in kinds.items():
+    output_types = stage_class.output_fields() if stage is None else ask("output_types", stage, step.id, plugin)
+    for name, output_type in output_types.items():
         board.types.pop((step.id, name), None)
-        board.types[step.id, name] = kind
+        board.types[step.id, name] = output_type
         board.forecasts[step.id, name] = forecasts.get(name)
     if stage is None:
         return None
@@ -261,9 +261,9 @@ def _wire(
             if source is not None and issubclass(board.types[source], wanted):
                 wired[name] = source
             elif source is not None and required:
-                taken, kind = name_apart(wanted, board.types[source])
+                taken, given = name_apart(wanted, board.types[source])
                 message = (
-                    f"step {step.id!r} takes a {taken} as {name!r}, but after step {source[0]!r} it is a {kind}; "
+                    f"step {step.id!r} takes a {taken} as {name!r}, but after step {source[0]!r} it is a {given}; "
                     f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
                 )
                 problems.append(recipe.problem((*at, "use"), message))
@@ -286,8 +286,8 @@ def _wire(
                 recipe.problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}")
             )
         elif not issubclass(board.types[source], wanted):
-            taken, kind = name_apart(wanted, board.types[source])
-            problems.append(recipe.problem(place, f"input {name!r} takes a {taken}, but {chosen!r} is a {kind}"))
+            taken, given = name_apart(wanted, board.types[source])
+            problems.append(recipe.problem(place, f"input {name!r} takes a {taken}, but {chosen!r} is a {given}"))
         else:
             wired[name] = source
     return wired

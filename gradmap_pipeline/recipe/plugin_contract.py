@@ -17,12 +17,12 @@ _CANNOT_IMPORT = re.compile(r"cannot import name '([^']*)' from '([^']*)'")
 
 
 def check_module(plugin: str, module: ModuleType, api: int) -> None:
-    """Raise `PluginError` where a module asks for another version of the plugin API."""
+    """Raise `PluginError` where a module requires another version of the plugin API."""
     _check_api(plugin, getattr(module, "requires_api", ""), api)
 
 
 def check_stages(plugin: str, stages: Sequence[type[Stage]], api: int) -> None:
-    """Raise `PluginError` where a stage asks for another version of the plugin API, or has a name that recipes cannot use."""
+    """Raise `PluginError` where a stage requires another version of the plugin API, or has a name that recipes cannot use."""
     for stage in stages:
         _check_api(plugin, stage.requires_api, api)
     taken: dict[str, str] = {}
@@ -91,8 +91,8 @@ def _find_missing(error: BaseException) -> tuple[str, str | None] | None:
     if isinstance(error, ModuleNotFoundError):
         return (error.name, None) if error.name and _is_ours(error.name) else None
     if isinstance(error, ImportError):
-        found = _CANNOT_IMPORT.match(str(error))
-        return (found[2], found[1]) if found and _is_ours(found[2]) else None
+        match = _CANNOT_IMPORT.match(str(error))
+        return (match[2], match[1]) if match and _is_ours(match[2]) else None
     return None
 
 

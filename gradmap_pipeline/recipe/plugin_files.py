@@ -1,6 +1,6 @@
 """Single files as plugins, which import the modules beside them; no other code gets these, nor do they get each other's.
 
-The folder of such a file is a package of its own, under a name that nobody else uses. In its modules, `import helper` means the
+The folder of such a file is a package of its own, under a name that no other package has. In its modules, `import helper` means the
 `helper` beside them. Their bytecode is neither read nor written, so that the source as it is now is what runs.
 """
 
@@ -30,8 +30,8 @@ _folders: dict[str, Path] = {}
 def find_neighbours(folder: Path) -> dict[str, Path]:
     """Source files of modules and packages that the files of a folder can import by name."""
     packages = {file.parent.name: file for file in folder.glob("*/__init__.py")}
-    found = packages | {file.stem: file for file in folder.glob("*.py")}
-    return {name: file for name, file in found.items() if name not in _NEVER}
+    modules = packages | {file.stem: file for file in folder.glob("*.py")}
+    return {name: file for name, file in modules.items() if name not in _NEVER}
 
 
 def _has_neighbour(folder: Path, name: str) -> bool:
@@ -73,15 +73,15 @@ def show_module(module: str, *, whole: bool = False) -> str:
     return str(file) if whole else str(Path(file).relative_to(folder))
 
 
-def name_apart(wanted: Sequence[type[Artifact]], found: type[Artifact]) -> tuple[str, str]:
+def name_apart(wanted: Sequence[type[Artifact]], given: type[Artifact]) -> tuple[str, str]:
     """Names of classes that are wanted, and of one that is found instead: with their modules where the name is the same."""
-    same = [kind for kind in wanted if kind.__name__ == found.__name__]
+    same = [cls for cls in wanted if cls.__name__ == given.__name__]
     if not same:
-        return name_types(wanted), found.__name__
-    shown = {show_module(kind.__module__) for kind in (*same, found)}
+        return name_types(wanted), given.__name__
+    shown = {show_module(cls.__module__) for cls in (*same, given)}
     whole = len(shown) <= len(same)
-    places = {kind: f"{kind.__name__} ({show_module(kind.__module__, whole=whole)})" for kind in (*same, found)}
-    return " or ".join(places.get(kind, kind.__name__) for kind in wanted), places[found]
+    places = {cls: f"{cls.__name__} ({show_module(cls.__module__, whole=whole)})" for cls in (*same, given)}
+    return " or ".join(places.get(cls, cls.__name__) for cls in wanted), places[given]
 
 
 class _Finder:
@@ -123,8 +123,8 @@ class _Loader(SourceFileLoader):
             top = name.partition(".")[0]
             if level or not _has_neighbour(folder, top):
                 return builtins.__import__(name, globals, locals, fromlist or (), level)
-            found = builtins.__import__(f"{package}.{name}", globals, locals, fromlist or ("",), 0)
-            return found if fromlist else sys.modules[f"{package}.{top}"]
+            neighbour = builtins.__import__(f"{package}.{name}", globals, locals, fromlist or ("",), 0)
+            return neighbour if fromlist else sys.modules[f"{package}.{top}"]
 
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": look_beside}
         super().exec_module(module)

@@ -109,8 +109,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `--set` options. Raises `RecipeError` where it cannot be read; else notes every problem."""
     document = load_yaml(_read_text(path), str(path))
     if not isinstance(document.data, dict):
-        kind = "a list" if isinstance(document.data, list) else repr(document.data)
-        message = f"a recipe is a mapping with the keys version, model and steps; found {kind}"
+        shown = "a list" if isinstance(document.data, list) else repr(document.data)
+        message = f"a recipe is a mapping with the keys version, model and steps; found {shown}"
         raise RecipeError([Problem(document.where(()), message)])
     applied: dict[Location, str] = {}
     problems: list[Problem] = []
@@ -201,8 +201,8 @@ def _apply(data: dict[str, Any], override: str) -> Location:
         inner = inner[key]
         if not isinstance(inner, dict) and not isinstance(location[depth + 1], int):
             written = ".".join(map(str, location[3 : depth + 1])) or keys[0]
-            kind = "a list" if isinstance(inner, list) else "no mapping"
-            raise RecipeError([Problem(where, f"{written!r} is {kind}; replace the whole of it")])
+            shown = "a list" if isinstance(inner, list) else "no mapping"
+            raise RecipeError([Problem(where, f"{written!r} is {shown}; replace the whole of it")])
     inner[location[-1]] = value
     return location
 

@@ -28,5 +28,7 @@ def read_recipe(name: str) -> str:
 
 
 def _read_all() -> dict[str, str]:
-    found = [file for file in files(_PACKAGE).iterdir() if file.name.endswith(_ENDING)]
-    return {file.name.removesuffix(_ENDING): file.read_text(encoding="utf-8") for file in sorted(found, key=lambda file: file.name)}
+    recipes = [file for file in files(_PACKAGE).iterdir() if file.name.endswith(_ENDING)]
+    return {
+        file.name.removesuffix(_ENDING): file.read_text(encoding="utf-8") for file in sorted(recipes, key=lambda file: file.name)
+    }

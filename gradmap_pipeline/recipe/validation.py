@@ -137,22 +137,22 @@ def _explain_all(error: ValidationError, model: type[BaseModel]) -> list[tuple[L
 
 
 def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location, is_branch: bool) -> str:
-    kind, found, context = detail["type"], detail.get("input"), detail.get("ctx", {})
-    if kind == "model_type" and isinstance(found, str):
-        return f"found {_show(found)}, accepted: a mapping{_advise_mapping(found, model, location)}"
-    if kind == "extra_forbidden":
+    error_type, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    if error_type == "model_type" and isinstance(value, str):
+        return f"found {_show(value)}, accepted: a mapping{_advise_mapping(value, model, location)}"
+    if error_type == "extra_forbidden":
         accepted = _accepted_keys(model, location[:-1])
         return f"unknown key {str(location[-1])!r}; {suggest(str(location[-1]), accepted)}"
-    if kind == "missing":
+    if error_type == "missing":
         return f"{str(location[-1])!r} is missing"
-    if kind == "literal_error":
+    if error_type == "literal_error":
         accepted = [word.strip().strip("'") for word in context["expected"].replace(" or ", ", ").split(",")]
-        near = get_close_matches(found, accepted, n=1) if isinstance(found, str) else []
+        near = get_close_matches(value, accepted, n=1) if isinstance(value, str) else []
         hint = f"; did you mean {near[0]!r}?" if near and len(accepted) > 1 else ""
-        return f"found {_show(found)}, accepted: {', '.join(accepted)}{hint}"
-    if kind == "value_error":
+        return f"found {_show(value)}, accepted: {', '.join(accepted)}{hint}"
+    if error_type == "value_error":
         return str(context["error"])
-    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+    if error_type in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         limit = next(iter(context.values()))
         words = {
             "greater_than": "more than",
@@ -160,33 +160,33 @@ def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location,
             "less_than": "less than",
             "less_than_equal": "at most",
         }
-        return f"found {_show(found)}, accepted: {words[kind]} {limit}"
-    if kind == "string_pattern_mismatch":
-        return f"found {_show(found)}, accepted: letters, digits, '-' and '_', starting with a letter"
-    if kind == "string_too_short":
-        return f"found {_show(found)}, accepted: text that is not empty"
-    if kind == "too_short":
+        return f"found {_show(value)}, accepted: {words[error_type]} {limit}"
+    if error_type == "string_pattern_mismatch":
+        return f"found {_show(value)}, accepted: letters, digits, '-' and '_', starting with a letter"
+    if error_type == "string_too_short":
+        return f"found {_show(value)}, accepted: text that is not empty"
+    if error_type == "too_short":
         return "found an empty list; give at least one entry"
-    wanted = next((words for prefix, words in _KINDS.items() if kind.startswith(prefix)), None)
+    wanted = next((words for prefix, words in _KINDS.items() if error_type.startswith(prefix)), None)
     if wanted is None:
-        return f"found {_show(found)}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
-    quotes = "; put quotes around it" if wanted in ("text", "a path") and isinstance(found, int | float) and not is_branch else ""
-    return f"found {_show(found)}, accepted: {wanted}{quotes}"
+        return f"found {_show(value)}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+    quotes = "; put quotes around it" if wanted in ("text", "a path") and isinstance(value, int | float) and not is_branch else ""
+    return f"found {_show(value)}, accepted: {wanted}{quotes}"
 
 
-def _advise_mapping(found: str, model: type[BaseModel], location: Location) -> str:
+def _advise_mapping(text: str, model: type[BaseModel], location: Location) -> str:
     """How to write, as a mapping, the one word that stands for a model or a data set."""
     fields = _fields_of(_annotation_at(model, location)) or {}
     key = next((str(part) for part in reversed(location) if isinstance(part, str)), "")
-    if found in _members(fields.get("builtin")):
+    if text in _members(fields.get("builtin")):
         name = "builtin"
-    elif "path" in fields and os.path.exists(os.path.expanduser(found)):
+    elif "path" in fields and os.path.exists(os.path.expanduser(text)):
         name = "path"
-    elif "id" in fields and re.fullmatch(r"[\w.-]+/[\w.-]+", found):
+    elif "id" in fields and re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         name = "id"
     else:
         return ""
-    return f"; write `{key}: {{{name}: {found if re.fullmatch(r'[A-Za-z][A-Za-z0-9./_-]*', found) else json.dumps(found)}}}`"
+    return f"; write `{key}: {{{name}: {text if re.fullmatch(r'[A-Za-z][A-Za-z0-9./_-]*', text) else json.dumps(text)}}}`"
 
 
 def _without_branches(raw: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Location, bool]:

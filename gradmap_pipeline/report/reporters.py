@@ -1,4 +1,4 @@
-"""Reports for a terminal, for a log, for a program, and for nobody."""
+"""Reports for a terminal, for a log, for a program, and none at all."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def make_key(
     step: PlannedStep, inputs: dict[str, Artifact], seed: int, dtype: str, store: Store, workplace: Workplace | None = None
 ) -> str:
     """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content."""
-    options = {name: _fingerprint(getattr(step.stage, name), store) for name in type(step.stage).model_fields}
+    options = {name: _fingerprint(value, store) for name, value in step.stage}
     return sha256_of_value(
         {
             "stage": step.stage.name,

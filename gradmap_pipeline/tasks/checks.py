@@ -130,7 +130,7 @@ def _find_misnamed(folder: TaskFolder, missing: Collection[str]) -> Iterator[str
 
 def _reach(wanted: Sequence[str], defined: Mapping[str, Task]) -> list[Task]:
     """The tasks that names stand for: themselves, members of groups, or all with a tag. Those that a group changes are left out."""
-    waiting, found, seen = list(wanted), list[Task](), set[str]()
+    waiting, tasks, seen = list(wanted), list[Task](), set[str]()
     while waiting:
         name = waiting.pop(0)
         if name in seen:
@@ -142,10 +142,10 @@ def _reach(wanted: Sequence[str], defined: Mapping[str, Task]) -> list[Task]:
         elif "class" in task.settings:
             continue
         elif "group" not in task.settings:
-            found.append(task)
+            tasks.append(task)
         elif task.settings.keys() <= _OF_GROUPS:
             waiting += _texts(task.settings.get("task"))
-    return found
+    return tasks
 
 
 def _find_task_faults(task: Task, names: Names | None, *, allow_code: bool) -> Iterator[str]:
@@ -154,9 +154,9 @@ def _find_task_faults(task: Task, names: Names | None, *, allow_code: bool) -> I
         for key, value in settings.items():
             if key not in {*names.settings, *_STRUCTURE}:
                 yield f"{value.where}: lm-eval's tasks have no setting {key!r}{_near(key, names.settings)}"
-        kind = settings.get("output_type")
-        if kind is not None and not kind.is_code and kind.text not in names.output_types:
-            yield f"{kind.where}: output_type is {kind.describe()}; accepted: {', '.join(sorted(names.output_types))}"
+        output_type = settings.get("output_type")
+        if output_type is not None and not output_type.is_code and output_type.text not in names.output_types:
+            yield f"{output_type.where}: output_type is {output_type.describe()}; accepted: {', '.join(sorted(names.output_types))}"
         if not allow_code:  # code of a task may add to what lm-eval has
             yield from _find_metric_faults(settings, names)
             yield from _find_filter_faults(settings, names)
@@ -197,8 +197,8 @@ def _find_filter_faults(settings: Mapping[str, Value], names: Names) -> Iterator
         for step in steps or []:
             function = (step.fields or {}).get("function")
             if function is None or (not function.is_code and function.text not in names.filters):
-                found = step if function is None else function
-                yield f"{found.where}: lm-eval has no filter {found.describe()}; accepted: {', '.join(sorted(names.filters))}"
+                wrong = step if function is None else function
+                yield f"{wrong.where}: lm-eval has no filter {wrong.describe()}; accepted: {', '.join(sorted(names.filters))}"
 
 
 def _entries(settings: Mapping[str, Value], name: str) -> Iterator[Value]:
@@ -212,12 +212,12 @@ def _texts(value: Value | None) -> list[str]:
         return []
     if value.text is not None:
         return [value.text]
-    found = []
+    texts = []
     for item in value.items or []:
         fields = item.fields or {}
         text = fields["task"].text if fields.keys() == {"task"} else item.text
-        found += [] if text is None else [text]
-    return found
+        texts += [] if text is None else [text]
+    return texts
 
 
 def _near(name: str | None, accepted: Collection[str]) -> str:

@@ -44,15 +44,15 @@ class TaskFile:
 
     def includes(self) -> list[Path]:
         """Files that this one includes. Raises `ValueError` where one is not there."""
-        found = []
+        files = []
         for entry in self.entries:
             if entry.key == "include" and not entry.path:
                 for name in entry.value if isinstance(entry.value, list) else [entry.value]:
                     file = self.path.parent / str(name)
                     if not file.is_file():
                         raise ValueError(f"{self._where(entry.line)} includes {str(name)!r}, and there is no such file beside it")
-                    found.append(file)
-        return found
+                    files.append(file)
+        return files
 
     def data_names(self) -> list[str]:
         """Files and folders that tasks name as their data; paths may be relative."""

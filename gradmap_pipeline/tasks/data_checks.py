@@ -46,8 +46,8 @@ def find_data_faults(task: Task, bases: Sequence[Path]) -> Iterator[str]:
         rows = None if asked is None else by_split.get(str(asked.node.value))
         if rows is not None:
             names = [name for name in strings_in(plain(rows)) if "://" not in name]
-            found = [file for name in names for file in find_data(name, bases)]
-            yield from _find_field_faults(task, found)
+            files = [file for name in names for file in find_data(name, bases)]
+            yield from _find_field_faults(task, files)
 
 
 def _find_field_faults(task: Task, files: Sequence[Path]) -> Iterator[str]:

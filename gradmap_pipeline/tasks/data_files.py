@@ -49,13 +49,13 @@ def load_local(reader: str, name: str | None, options: dict[str, Any], folders: 
             return [linked for item in value for linked in _as_list(replace(item))]
         if "://" in str(value):
             return value
-        found = find_data(str(value), folders)
-        if not found:
+        targets = find_data(str(value), folders)
+        if not targets:
             beside = ", ".join(sorted({repr(str(folder)) for folder in folders}))
             raise StageError(
                 f"no data {str(value)!r}: looked in the current folder, {str(Path.cwd())!r}, and beside the task, {beside}"
             )
-        linked = [link(target) for target in found]
+        linked = [link(target) for target in targets]
         return linked[0] if len(linked) == 1 else linked
 
     changed = {key: replace(value) if key in ("data_files", "data_dir") else value for key, value in options.items()}

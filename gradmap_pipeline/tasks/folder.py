@@ -43,7 +43,7 @@ class TaskFolder(RootModel[Path]):
         root = self.root.resolve()
         named: dict[Path, None] = {}
         for task in self.task_files():
-            for place in [task.path, *(found for name in task.data_names() for found in find_data(name, [task.path.parent]))]:
+            for place in [task.path, *(data for name in task.data_names() for data in find_data(name, [task.path.parent]))]:
                 held = place.rglob("*") if place.is_dir() else [place]
                 inside = sorted(file for file in held if file.is_file())
                 named |= dict.fromkeys(file for file in inside if not file.resolve().is_relative_to(root))
@@ -77,12 +77,12 @@ class TaskFolder(RootModel[Path]):
 
     def misnamed_files(self) -> list[TaskFile]:
         """Files that would define tasks, but that lm-eval does not read for the end of their names."""
-        found = []
+        files = []
         for file in self._own_files():
             if file.suffix == ".yml":
-                with suppress(ValueError):  # it may be of anybody
-                    found.append(read_task_file(file))
-        return found
+                with suppress(ValueError):  # it may belong to another program
+                    files.append(read_task_file(file))
+        return files
 
     def yaml_files(self) -> list[Path]:
         """The files in which lm-eval looks for tasks."""

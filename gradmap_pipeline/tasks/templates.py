@@ -24,7 +24,7 @@ def find_template_fault(name: str, value: Value) -> str | None:
 
 
 def find_fields(value: Value) -> Iterator[str]:
-    """Fields of a row that a template must have: those it does not ask for first, as `is defined` and `default` do."""
+    """Fields of a row that a template must have: those it does not test for first, as `is defined` and `default` do."""
     from jinja2 import meta, nodes
 
     environment = _make_environment()

@@ -23,9 +23,9 @@ def make_context(
     `memory`: bytes the process may have resident; None: 80 % of what is free.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[str] = [] if notes is None else notes
+    said: list[str] = [] if notes is None else notes
     memory = default_budget() if memory is None else memory
-    return Context(folder, seed, "cpu", dtype, memory, _silent_progress, found.append, _remember_nothing)
+    return Context(folder, seed, "cpu", dtype, memory, _silent_progress, said.append, _remember_nothing)
 
 
 def run_stage(stage: Stage, folder: Path, *, seed: int = 0, dtype: str = "float32", **inputs: Artifact) -> Any:
@@ -55,7 +55,7 @@ def check_stage(stage: Stage, *, seed: int = 0, dtype: str = "float32", memory: 
     return find_breaches(stage, inputs, seed, dtype, memory)
 
 
-def make_inputs(kind: type[Stage], folder: Path) -> dict[str, Any]:
+def make_inputs(cls: type[Stage], folder: Path) -> dict[str, Any]:
     """Small inputs for a stage, made in `folder` from the built-in model by the stages that are installed.
 
     The model has all its layers where the stage ranks layers, or takes a ranking; else two are missing. Raises `PluginError` where
@@ -64,7 +64,7 @@ def make_inputs(kind: type[Stage], folder: Path) -> dict[str, Any]:
     from ..recipe.catalog import load_catalog
     from . import sample_inputs
 
-    return sample_inputs.make_inputs(kind, load_catalog(), folder)
+    return sample_inputs.make_inputs(cls, load_catalog(), folder)
 
 
 @contextmanager

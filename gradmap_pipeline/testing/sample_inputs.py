@@ -29,35 +29,35 @@ _FIRST = ("calibrate", "evaluate", "last_layers_score")
 """Stages that make an input, before others that could."""
 
 
-def make_stage(kind: type[Stage], folder: Path, options: dict[str, Any]) -> Stage:
-    """A stage with these options, and for those that it needs and nobody gave, small values where they are known.
+def make_stage(cls: type[Stage], folder: Path, options: dict[str, Any]) -> Stage:
+    """A stage with these options, and for those that it needs and the caller did not give, small values where they are known.
 
     Raises `OptionError` with what is wrong or missing.
     """
-    known = _OPTIONS.get(kind.name, {})
-    if issubclass(kind, FolderExport):
+    known = _OPTIONS.get(cls.name, {})
+    if issubclass(cls, FolderExport):
         known = {**known, "to": str(folder / "out")}
     try:
-        return validate(kind, {**known, **options})
+        return validate(cls, {**known, **options})
     except Invalid as invalid:
         place, said = invalid.complaints[0]
         named = ".".join(map(str, place))
         raise OptionError(
-            named, f"stage {kind.name!r}: option {named!r}: {said}; options are given as --set {kind.name}.OPTION=VALUE"
+            named, f"stage {cls.name!r}: option {named!r}: {said}; options are given as --set {cls.name}.OPTION=VALUE"
         ) from None
 
 
-def make_inputs(kind: type[Stage], catalog: Catalog, folder: Path) -> dict[str, Any]:
+def make_inputs(cls: type[Stage], catalog: Catalog, folder: Path) -> dict[str, Any]:
     """Inputs for a stage, optional ones included where some stage makes them.
 
     Layers are missing from the model unless the stage ranks layers, or takes a ranking. Raises `PluginError` where no installed
     stage makes a required input.
     """
-    types = [*kind.output_fields().values(), *(one for accepted, _ in kind.input_fields().values() for one in accepted)]
+    types = [*cls.output_fields().values(), *(one for accepted, _ in cls.input_fields().values() for one in accepted)]
     model = open_model(ModelSource.model_validate({"builtin": "docs-llama"}))
     if not any(issubclass(one, LayerScores) for one in types):
         model = model.without_layers(_REMOVED)
-    return _Maker(catalog, folder, model).make_inputs(kind)
+    return _Maker(catalog, folder, model).make_inputs(cls)
 
 
 class _Maker:
@@ -68,16 +68,16 @@ class _Maker:
         self.made: dict[str, Any] = {}
         """Outputs by stage; None while one is being made."""
 
-    def make_inputs(self, kind: type[Stage]) -> dict[str, Any]:
+    def make_inputs(self, cls: type[Stage]) -> dict[str, Any]:
         inputs = {}
-        for name, (accepted, is_required) in kind.input_fields().items():
+        for name, (accepted, is_required) in cls.input_fields().items():
             value = self._make(name, accepted)
             if value is not None:
                 inputs[name] = value
             elif is_required:
                 wanted = " or ".join(one.__name__ for one in accepted)
                 raise PluginError(
-                    f"stage {kind.name!r} takes {name!r} ({wanted}), which no installed stage makes from the built-in model "
+                    f"stage {cls.name!r} takes {name!r} ({wanted}), which no installed stage makes from the built-in model "
                     "without options; call gradmap_pipeline.testing.check_stage with one in a test"
                 )
         return inputs
@@ -106,9 +106,9 @@ class _Maker:
         key = f"{name} {options}"
         if key not in self.made:
             self.made[key] = None
-            kind, place = self.catalog.stages[name], self.folder / f"made-{len(self.made)}"
+            cls, place = self.catalog.stages[name], self.folder / f"made-{len(self.made)}"
             try:
-                self.made[key] = run_stage(make_stage(kind, place, options), place / "work", **self.make_inputs(kind))
+                self.made[key] = run_stage(make_stage(cls, place, options), place / "work", **self.make_inputs(cls))
             except (OptionError, PluginError):
                 return None
         return self.made[key]

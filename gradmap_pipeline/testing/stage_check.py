@@ -40,10 +40,10 @@ def check_stages(target: str, plugins: Sequence[Path], overrides: Sequence[str],
 
 
 def _check(name: str, catalog: Catalog, options: dict[str, Any]) -> list[str]:
-    kind = catalog.stages[name]
+    cls = catalog.stages[name]
     with scratch_folder() as folder:
-        stage = make_stage(kind, folder, options)
-        return check_stage(stage, **make_inputs(kind, catalog, folder))
+        stage = make_stage(cls, folder, options)
+        return check_stage(stage, **make_inputs(cls, catalog, folder))
 
 
 def _read_options(overrides: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -149,8 +149,8 @@ def _forget_peak() -> None:
 def _read_peak() -> int | None:
     """Source: proc(5), VmHWM."""
     with suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else None
+        match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(match[1]) * 1024 if match else None
     return None
 
 

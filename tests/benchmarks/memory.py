@@ -169,10 +169,10 @@ def main() -> None:
     print("| case | allowed, MiB | peak, MiB | ratio | outcome |")
     print("|---|---|---|---|---|")
     for name in arguments.cases or CASES:
-        found = measure(name)
+        measured = measure(name)
         print(
-            f"| {name} | {found['allowed'] >> 20} | {found['peak'] >> 20} | {found['peak'] / found['allowed']:.3f} "
-            f"| {found['outcome'][:100]} |",
+            f"| {name} | {measured['allowed'] >> 20} | {measured['peak'] >> 20} | {measured['peak'] / measured['allowed']:.3f} "
+            f"| {measured['outcome'][:100]} |",
             flush=True,
         )
 

@@ -51,16 +51,16 @@ def measure_peak(command: list[str], folder: Path) -> tuple[dict[str, int], floa
     process = subprocess.Popen(command, cwd=folder)
     whole = psutil.Process(process.pid)
     while process.poll() is None:
-        found = {"resident": 0, "own": 0}
+        now = {"resident": 0, "own": 0}
         for part in [whole, *whole.children(recursive=True)]:
             try:
                 rows = Path(f"/proc/{part.pid}/smaps_rollup").read_text().splitlines()
             except (OSError, psutil.Error):
                 continue
             sizes = {row.split(":")[0]: int(row.split()[1]) << 10 for row in rows[1:]}
-            found["resident"] += sizes.get("Pss", 0)
-            found["own"] += sizes.get("Pss_Anon", 0)
-        peak = {name: max(peak[name], size) for name, size in found.items()}
+            now["resident"] += sizes.get("Pss", 0)
+            now["own"] += sizes.get("Pss_Anon", 0)
+        peak = {name: max(peak[name], size) for name, size in now.items()}
         time.sleep(0.05)
     if process.returncode:
         raise SystemExit(f"gradmap ended with code {process.returncode}")

@@ -103,12 +103,12 @@ def describe_selections(results: Results, subject: str) -> str:
     for selection, correction in wanted:
         line: list[str] = [selection, correction]
         for ratio in ratios:
-            found = [row for cell in cells if cell[1] == ratio and (row := results.row(cell, selection, correction))]
-            if not found:
+            measured = [row for cell in cells if cell[1] == ratio and (row := results.row(cell, selection, correction))]
+            if not measured:
                 line += ["", "", ""]
                 continue
-            line += [f"{mean(float(row[f'{domain}, perplexity']) for row in found):.2f}" for domain in DOMAINS]
-            line.append(f"{mean(map(evaluations, found)):.0f}")
+            line += [f"{mean(float(row[f'{domain}, perplexity']) for row in measured):.2f}" for domain in DOMAINS]
+            line.append(f"{mean(map(evaluations, measured)):.0f}")
         if any(line[2:]):
             rows.append(line)
     headings = ["selection", "correction"]
@@ -157,12 +157,12 @@ def describe_work(results: Results) -> str:
     rows = []
     for subject in results.subjects:
         for ratio in sorted({cell[1] for cell in results.cells(subject)}, key=float):
-            found = [
+            measured = [
                 row for cell in results.cells(subject) if cell[1] == ratio and (row := results.row(cell, "gradmap", "gradmap"))
             ]
-            removed = len(found[0]["removed"].split())
+            removed = len(measured[0]["removed"].split())
             published = sleb_as_published(LAYERS[subject], removed)
-            ours = max(map(evaluations, found))
+            ours = max(map(evaluations, measured))
             kept = [
                 float(row["select evaluations"])
                 for cell in results.cells(subject)
@@ -194,10 +194,10 @@ def draw(results: Results, file: Path) -> None:
         cells = [cell for cell in results.cells(subject) if cell[1] == "0.25"]
         dense = float(results.dense(subject)["in domain, perplexity"])
         for (selection, correction), (label, colour, marker) in shown.items():
-            found = [row for cell in cells if (row := results.row(cell, selection, correction))]
-            if found:
-                ratios = [float(row["in domain, perplexity"]) / dense for row in found]
-                plot.plot(list(map(evaluations, found)), ratios, marker, color=colour, label=label, alpha=0.8)
+            measured = [row for cell in cells if (row := results.row(cell, selection, correction))]
+            if measured:
+                ratios = [float(row["in domain, perplexity"]) / dense for row in measured]
+                plot.plot(list(map(evaluations, measured)), ratios, marker, color=colour, label=label, alpha=0.8)
         plot.set_xscale("log")
         plot.xaxis.set_major_formatter("{x:.0f}")
         plot.xaxis.set_minor_formatter("{x:.0f}")

@@ -67,16 +67,16 @@ def main() -> None:
     if arguments.method:
         run_method(arguments.method, arguments.folder)
         return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     folder = [str(arguments.folder)] if arguments.folder else []
     for _ in range(arguments.rounds):
-        for name, results in found.items():
+        for name, results in times.items():
             command = [sys.executable, __file__, *folder, "--method", name]
             done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
-    base = [result["seconds"] for result in found["GradMAP"]]
+    base = [result["seconds"] for result in times["GradMAP"]]
     print("| method | seconds, median (range) | over GradMAP, median (range) | memory added, MiB |\n|---|---|---|---|")
-    for name, results in found.items():
+    for name, results in times.items():
         seconds = [result["seconds"] for result in results]
         ratios = [one / other for one, other in zip(seconds, base, strict=True)]
         memory = median(result["added"] for result in results) / 2**20

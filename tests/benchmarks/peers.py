@@ -185,11 +185,11 @@ class Bench:
         return result, time.perf_counter() - started
 
     def _select(self, selection: str, count: int, ratio: float) -> Cell:
-        found = self._known.get((selection, str(ratio)))
-        if found is not None and selection != "mka":  # which does more than remove
-            graph = self.subject.graph.without_layers({int(layer) for layer in found["removed"].split()})
-            took = float(found["select evaluations"]), float(found["select seconds"])
-            return Cell(self.subject.name, self.seed, ratio, selection, "none", graph, found["removed"], *took)
+        known = self._known.get((selection, str(ratio)))
+        if known is not None and selection != "mka":  # which does more than remove
+            graph = self.subject.graph.without_layers({int(layer) for layer in known["removed"].split()})
+            took = float(known["select evaluations"]), float(known["select seconds"])
+            return Cell(self.subject.name, self.seed, ratio, selection, "none", graph, known["removed"], *took)
         result = self._choose(selection, count)
         graph = getattr(result, "model", None) or self.subject.graph.without_layers(result.scores.order[:count])
         rounds = result.work.rounds if hasattr(result, "work") else ()
@@ -222,13 +222,13 @@ class Bench:
                 return None
             evaluations = result.work.layer_evaluations
             self._corrected[key] = replace(plain, graph=result.model, correct_evaluations=evaluations, correct_seconds=seconds)
-        found = self._corrected[key]
+        corrected = self._corrected[key]
         return replace(
             plain,
             correction=correction,
-            graph=found.graph,
-            correct_evaluations=found.correct_evaluations,
-            correct_seconds=found.correct_seconds,
+            graph=corrected.graph,
+            correct_evaluations=corrected.correct_evaluations,
+            correct_seconds=corrected.correct_seconds,
         )
 
 

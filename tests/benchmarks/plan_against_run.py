@@ -99,15 +99,15 @@ def compare(folder: Path, recipe: Path, options: list[str]) -> None:
     totals = [sum(row[1] for row in rows), sum(row[2] for row in rows), max(row[3] for row in rows)]
     said = [sum(planned[row[0]][name] for row in rows) for name in ("seconds", "bytes_read")]
     said.append(max(planned[row[0]]["peak_bytes"] for row in rows))
-    for step, *found in rows:
+    for step, *measured in rows:
         estimate = [planned[step][name] for name in names]
-        print(f"{step:20}" + "".join(_cell(*pair) for pair in zip(estimate, found, units, strict=True)))
+        print(f"{step:20}" + "".join(_cell(*pair) for pair in zip(estimate, measured, units, strict=True)))
     print(f"{'all':20}" + "".join(_cell(*pair) for pair in zip(said, totals, units, strict=True)))
 
 
-def _cell(planned: float, found: float, unit: float) -> str:
-    ratio = f"{found / planned:7.2f}" if planned else f"{'':7}"
-    return f" {planned / unit:7.2f}{found / unit:8.2f}{ratio}"
+def _cell(planned: float, measured: float, unit: float) -> str:
+    ratio = f"{measured / planned:7.2f}" if planned else f"{'':7}"
+    return f" {planned / unit:7.2f}{measured / unit:8.2f}{ratio}"
 
 
 if __name__ == "__main__":

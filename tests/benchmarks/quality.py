@@ -48,8 +48,8 @@ class Reading:
 
 
 def load_reading(file: Path) -> Reading:
-    with np.load(file, allow_pickle=False) as found:
-        return Reading(found["loss"], found["divergence"], found["agreement"])
+    with np.load(file, allow_pickle=False) as arrays:
+        return Reading(arrays["loss"], arrays["divergence"], arrays["agreement"])
 
 
 class Text:
@@ -58,8 +58,8 @@ class Text:
     def __init__(self, model: ModelGraph, source: DatasetSource, sequences: int) -> None:
         import torch
 
-        found, _ = make_sequences(load_tokenizer(model.base), source.documents(), LENGTH, None, "documents")
-        blocks = found[: len(found) // BLOCK * BLOCK].view(-1, BLOCK, LENGTH)
+        ids, _ = make_sequences(load_tokenizer(model.base), source.documents(), LENGTH, None, "documents")
+        blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK, LENGTH)
         chosen = torch.linspace(0, len(blocks) - 1, min(sequences // BLOCK, len(blocks))).long()
         self.ids = blocks[chosen].reshape(-1, LENGTH)
         self._dense = [logits.log_softmax(-1).half() for logits in _logits(model.dense, self.ids)]

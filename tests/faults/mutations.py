@@ -279,17 +279,17 @@ def compare(model: Path, exported: Path) -> float | str:
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(250, (2, 12), generator=torch.Generator().manual_seed(0))
-    found = []
+    differing = []
     for folder in (model, exported):
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
             ).eval()
             with torch.no_grad():
-                found.append(loaded(ids, use_cache=False, return_dict=True).logits)
+                differing.append(loaded(ids, use_cache=False, return_dict=True).logits)
         except Exception as error:
             return f"{folder.name} cannot be loaded: {type(error).__name__}: {error}"[:500]
-    return float((found[0] - found[1]).abs().max())
+    return float((differing[0] - differing[1]).abs().max())
 
 
 def main() -> None:

@@ -101,17 +101,17 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "method", "answer", "wanted", "found"), ANSWERS)
-def test_an_answer_of_the_wrong_type_is_told(command: str, method: str, answer: str, wanted: str, found: str, folder: Path) -> None:
-    message = f"error: step 's': {method}() of stage 'odd' (p.py) must return {wanted}, got {found}\n"
+@pytest.mark.parametrize(("command", "method", "answer", "wanted", "shown"), ANSWERS)
+def test_an_answer_of_the_wrong_type_is_told(command: str, method: str, answer: str, wanted: str, shown: str, folder: Path) -> None:
+    message = f"error: step 's': {method}() of stage 'odd' (p.py) must return {wanted}, got {shown}\n"
     assert gradmap(command, method, answer) == (2, message)
 
 
 @pytest.mark.parametrize(
-    ("answer", "found"), [("return None", "None"), ("yield 1", "a generator"), ("return 'x' * 999", "a str"), ("return 1", "1")]
+    ("answer", "shown"), [("return None", "None"), ("yield 1", "a generator"), ("return 'x' * 999", "a str"), ("return 1", "1")]
 )
-def test_a_result_of_the_wrong_type_is_told(answer: str, found: str, folder: Path) -> None:
-    message = f"error: step 's': run() of stage 'odd' (p.py) must return its Outputs, got {found}\n"
+def test_a_result_of_the_wrong_type_is_told(answer: str, shown: str, folder: Path) -> None:
+    message = f"error: step 's': run() of stage 'odd' (p.py) must return its Outputs, got {shown}\n"
     assert gradmap("run", "run", answer) == (4, message)
 
 

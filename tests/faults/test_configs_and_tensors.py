@@ -172,8 +172,8 @@ def test_an_infinite_number_in_a_config_is_refused(number: str, model: Path) -> 
     change_config(model, rms_norm_eps="HERE")
     file = model / "config.json"
     file.write_text(file.read_text().replace('"HERE"', number))
-    found = "NaN" if "NaN" in number else "-inf" if number[0] == "-" else "inf"
-    assert_refused(f"has {found} as 'rms_norm_eps'; accepted: a finite number", "check", "run")
+    shown = "NaN" if "NaN" in number else "-inf" if number[0] == "-" else "inf"
+    assert_refused(f"has {shown} as 'rms_norm_eps'; accepted: a finite number", "check", "run")
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
@@ -389,13 +389,13 @@ def test_what_a_config_asks_of_every_call_changes_nothing(model: Path, text: Pat
     shutil.copy(text, "text.txt")
     plain = gradmap("run", steps=WHOLE)
     assert plain.exit_code == 0, plain.output
-    found = json.loads(Path("out/gradmap.json").read_text())
+    lineage = json.loads(Path("out/gradmap.json").read_text())
     asked = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "gradient_checkpointing": True}
     change_config(model, **asked)
     result = gradmap("run", steps=WHOLE)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     again = json.loads(Path("out/gradmap.json").read_text())
-    assert again["layers_kept"] == found["layers_kept"]
-    assert again["evaluation"]["perplexity"] == found["evaluation"]["perplexity"]
+    assert again["layers_kept"] == lineage["layers_kept"]
+    assert again["evaluation"]["perplexity"] == lineage["evaluation"]["perplexity"]
     assert asked.items() <= json.loads(Path("out/config.json").read_text()).items()

@@ -165,18 +165,18 @@ def test_nothing_that_transformers_says_reaches_standard_output(tmp_path: Path, 
 
 def calls_of_transformers(file: Path) -> set[str]:
     """Names of what reads a folder by transformers' rules, called or imported in a file."""
-    found = set()
+    calls = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "from_config", "get_class_from_dynamic_module"):
-            found.add(node.attr)
+            calls.add(node.attr)
         names = [node.id] if isinstance(node, ast.Name) else [node.attr] if isinstance(node, ast.Attribute) else []
         if isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
-        found |= {name for name in names if name.startswith(("AutoConfig", "AutoTokenizer", "AutoModel", "AutoProcessor"))}
+        calls |= {name for name in names if name.startswith(("AutoConfig", "AutoTokenizer", "AutoModel", "AutoProcessor"))}
         if isinstance(node, ast.keyword) and node.arg and "trust_remote_code" in node.arg:
             assert isinstance(node.value, ast.Constant), file
             assert node.value.value is False, f"{file}: {ast.unparse(node)}"
-    return found
+    return calls
 
 
 def test_one_file_asks_transformers_for_models() -> None:

@@ -66,8 +66,8 @@ def write(file: Path, kind: str, texts: list[Any] = TEXTS, column: str = "text")
 
 
 def read(path: Path, **options: Any) -> list[Any]:
-    found = DatasetSource(path=path, **options).documents()
-    return ["".join(document.parts()) if isinstance(document, LongText) else document for document in found]
+    documents = DatasetSource(path=path, **options).documents()
+    return ["".join(document.parts()) if isinstance(document, LongText) else document for document in documents]
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -102,15 +102,15 @@ def test_brackets_in_a_recipe(llama: Path, text: Path, tmp_path: Path, monkeypat
     words = text.read_text()
     for name, content in (("part[1].txt", words[:4000]), ("plain.txt", words[:4000]), ("part1.txt", words[4000:8000])):
         Path(name).write_text(content)
-    found = {}
+    perplexities = {}
     for name in ("part[1].txt", "plain.txt", "part1.txt"):
         step = {"use": "evaluate", "with": {"dataset": {"path": name}, "samples": 8, "sequence_length": 32}}
         Path("r.yaml").write_text(json.dumps({"version": 1, "model": {"path": str(llama)}, "steps": [step]}))
         result = CliRunner().invoke(app, ["run", "r.yaml", "--json", "--store", f"store {name}"])
         assert result.exit_code == 0, result.stderr
         (line,) = [json.loads(line) for line in result.stdout.splitlines() if '"step_finished"' in line]
-        found[name] = line["outputs"]["evaluation"]["perplexity"]
-    assert found["part[1].txt"] == found["plain.txt"] != found["part1.txt"]
+        perplexities[name] = line["outputs"]["evaluation"]["perplexity"]
+    assert perplexities["part[1].txt"] == perplexities["plain.txt"] != perplexities["part1.txt"]
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv"])

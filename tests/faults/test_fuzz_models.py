@@ -34,11 +34,11 @@ def run_cases(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
             stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        found = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(found) == last - first, (
-            f"{kind} {first + len(found)} ended the process ({done.returncode}): {done.stderr[-2000:]}"
+        outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(outcomes) == last - first, (
+            f"{kind} {first + len(outcomes)} ended the process ({done.returncode}): {done.stderr[-2000:]}"
         )
-        results += found
+        results += outcomes
     return results
 
 

@@ -126,11 +126,11 @@ def parts_of(text: str, size: int = 65_536) -> Iterator[str]:
     return (text[start : start + size] for start in range(0, len(text), size))
 
 
-def differs_at(found: list[int], wanted: list[int]) -> int | None:
+def differs_at(ids: list[int], wanted: list[int]) -> int | None:
     """The first place where two lists differ; pytest's own account of long lists takes minutes."""
-    if found == wanted:
+    if ids == wanted:
         return None
-    return next((index for index, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), len(wanted))
+    return next((index for index, pair in enumerate(zip(ids, wanted, strict=False)) if pair[0] != pair[1]), len(wanted))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,8 +138,8 @@ def test_windows_give_the_ids_of_the_whole_text(kind: str) -> None:
     tokenizer = make(kind)
     text = long_text()
     assert len(text) > 7 * ENCODE_TOGETHER
-    found = [token for ids in encode_long(tokenizer, parts_of(text)) for token in ids]
-    assert differs_at(found, tokenizer(text)["input_ids"]) is None
+    encoded = [token for ids in encode_long(tokenizer, parts_of(text)) for token in ids]
+    assert differs_at(encoded, tokenizer(text)["input_ids"]) is None
 
 
 @pytest.mark.parametrize("length", [0, 1, ENCODE_TOGETHER - 1, ENCODE_TOGETHER, ENCODE_TOGETHER + 1, 2 * ENCODE_TOGETHER])
@@ -147,8 +147,8 @@ def test_windows_give_the_ids_of_the_whole_text(kind: str) -> None:
 def test_lengths_around_a_window(kind: str, length: int) -> None:
     tokenizer = make(kind)
     text = long_text()[:length]
-    found = [token for ids in encode_long(tokenizer, parts_of(text, 1000)) for token in ids]
-    assert differs_at(found, tokenizer(text)["input_ids"]) is None
+    encoded = [token for ids in encode_long(tokenizer, parts_of(text, 1000)) for token in ids]
+    assert differs_at(encoded, tokenizer(text)["input_ids"]) is None
 
 
 @pytest.mark.parametrize(("kind", "packing"), [("gpt2", "documents"), ("llama3", "documents"), ("wordpiece", "none")])
@@ -157,15 +157,15 @@ def test_samples_of_a_long_file_are_those_of_its_text(kind: str, packing: Any, t
     assert len(text.encode()) > LONG_BYTES
     (tmp_path / "a.txt").write_text(text)
     tokenizer = make(kind)
-    found, mask = make_sequences(tokenizer, DatasetSource(path=tmp_path / "a.txt").documents(), 512, None, packing)
+    sequences, mask = make_sequences(tokenizer, DatasetSource(path=tmp_path / "a.txt").documents(), 512, None, packing)
     ids = tokenizer(text)["input_ids"]
     if packing == "none":
-        assert found.tolist() == [ids[:512]]
+        assert sequences.tolist() == [ids[:512]]
     elif kind == "llama3":
-        assert found[:, 0].unique().tolist() == [1]
-        assert differs_at(found[:, 1:].flatten().tolist(), ids[1:][: 511 * len(found)]) is None
+        assert sequences[:, 0].unique().tolist() == [1]
+        assert differs_at(sequences[:, 1:].flatten().tolist(), ids[1:][: 511 * len(sequences)]) is None
     else:
-        assert differs_at(found.flatten().tolist(), ids[: 512 * len(found)]) is None
+        assert differs_at(sequences.flatten().tolist(), ids[: 512 * len(sequences)]) is None
     assert mask.all()
 
 
@@ -173,8 +173,8 @@ def test_one_endless_word_ends(tmp_path: Path) -> None:
     """No place to cut: the ids may differ, and nothing is lost."""
     text = "ab" * ENCODE_TOGETHER + "c" * ENCODE_TOGETHER
     tokenizer = make("gpt2")
-    found = [token for ids in encode_long(tokenizer, parts_of(text)) for token in ids]
-    assert tokenizer.decode(found, clean_up_tokenization_spaces=False) == text, "another text"
+    encoded = [token for ids in encode_long(tokenizer, parts_of(text)) for token in ids]
+    assert tokenizer.decode(encoded, clean_up_tokenization_spaces=False) == text, "another text"
 
 
 def test_no_more_is_read_than_is_asked_for(llama: Path) -> None:

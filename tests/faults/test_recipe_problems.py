@@ -50,7 +50,7 @@ def plan(text: str) -> Plan:
 
 
 def test_all_problems_are_told_at_once_in_order_of_place(folder: Path) -> None:
-    found = problems(
+    lines = problems(
         "version: 1\nsed: 3\nmodel: docs-llama\nsteps:\n"
         "  - use: mean_bias\n    with: {ridge: 0.1}\n"
         "  - use: calibrate\n    wth: {}\n"
@@ -58,11 +58,11 @@ def test_all_problems_are_told_at_once_in_order_of_place(folder: Path) -> None:
         "  - use: export\n    with: {to: ''}\n",
         *("--set", "seed=x", "--set", "prun.ratio=1"),
     )
-    assert [line.split(": ", 1)[0] for line in found] == [
+    assert [line.split(": ", 1)[0] for line in lines] == [
         *("r.yaml:2:1", "r.yaml:3:1", "r.yaml:5:5", "r.yaml:6:12", "r.yaml:8:5", "r.yaml:10:12", "r.yaml:10:30", "r.yaml:12:12"),
         *("--set seed=x", "--set prun.ratio=1"),
     ]
-    assert "unknown key 'ridge'; accepted: none" in found[3]
+    assert "unknown key 'ridge'; accepted: none" in lines[3]
 
 
 def test_a_problem_is_told_once_and_not_again_by_its_consequences(folder: Path) -> None:
@@ -71,16 +71,16 @@ def test_a_problem_is_told_once_and_not_again_by_its_consequences(folder: Path) 
         + "steps:\n  - use: calibrat\n  - use: gradmap_score\n  - use: prune\n"
         + "  - use: evaluate\n    from: {model: calibrat.model}\n"
     )
-    found = problems(text)
-    assert [line.split(": ", 1)[0] for line in found] == ["r.yaml:4:5", "r.yaml:7:5"]
-    assert "'dataset' is missing" in found[1]
+    lines = problems(text)
+    assert [line.split(": ", 1)[0] for line in lines] == ["r.yaml:4:5", "r.yaml:7:5"]
+    assert "'dataset' is missing" in lines[1]
 
 
 def test_a_model_that_cannot_be_read_does_not_hide_the_steps(folder: Path) -> None:
-    found = problems("version: 1\nmodel: {path: nowhere}\nsteps:\n  - use: prune\n    with: {ratio: 2}\n")
-    assert len(found) == 2
-    assert "no folder 'nowhere'" in found[0]
-    assert "option 'ratio': found 2" in found[1]
+    lines = problems("version: 1\nmodel: {path: nowhere}\nsteps:\n  - use: prune\n    with: {ratio: 2}\n")
+    assert len(lines) == 2
+    assert "no folder 'nowhere'" in lines[0]
+    assert "option 'ratio': found 2" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_a_model_that_cannot_be_read_does_not_hide_the_steps(folder: Path) -> No
 )
 def test_a_model_as_text_says_what_to_write(line: str, advice: str, folder: Path) -> None:
     (folder / "some" / "folder").mkdir(parents=True)
-    (found,) = problems(f"version: 1\n{line}\nsteps:\n{EVALUATE}")
-    assert advice in found
+    (lines,) = problems(f"version: 1\n{line}\nsteps:\n{EVALUATE}")
+    assert advice in lines
 
 
 def test_merge_keys(folder: Path) -> None:
@@ -138,8 +138,8 @@ def test_merge_keys_at_their_edges(text: str, message: str | None) -> None:
 
 def test_a_merged_value_is_placed_where_it_is_written(folder: Path) -> None:
     text = HEAD + "steps:\n  - use: evaluate\n    with: &e {dataset: {builtin: heldout}, samples: x}\n"
-    found = problems(text + "  - use: evaluate\n    id: two\n    with:\n      <<: *e\n      packing: some\n")
-    assert [line.split(": step ")[0] for line in found] == ["r.yaml:5:44", "r.yaml:5:44", "r.yaml:10:7"]
+    lines = problems(text + "  - use: evaluate\n    id: two\n    with:\n      <<: *e\n      packing: some\n")
+    assert [line.split(": step ")[0] for line in lines] == ["r.yaml:5:44", "r.yaml:5:44", "r.yaml:10:7"]
 
 
 def test_home_folder_in_every_path(folder: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,19 +166,19 @@ def test_home_folder_in_every_path(folder: Path, llama: Path, text: Path, monkey
 @pytest.mark.parametrize("path", ["", "a\\0b", "x" * 300, "y/" * 3000])
 def test_paths_that_no_file_can_have(path: str, folder: Path) -> None:
     steps = f'steps:\n  - use: calibrate\n    with: {{dataset: {{path: "{path}"}}}}\n  - use: export\n    with: {{to: "{path}"}}\n'
-    found = problems(f'version: 1\nmodel: {{path: "{path}"}}\n{steps}')
-    assert len(found) == 3, found
-    assert all("path" in line for line in found)
-    assert max(map(len, found)) < 250
+    lines = problems(f'version: 1\nmodel: {{path: "{path}"}}\n{steps}')
+    assert len(lines) == 3, lines
+    assert all("path" in line for line in lines)
+    assert max(map(len, lines)) < 250
 
 
 @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e999", "9223372036854775808", "1" + "0" * 40, "1" + "0" * 5000])
 def test_numbers_that_nothing_can_work_with(number: str, folder: Path) -> None:
     options = "samples: N, sequence_length: N, max_perplexity: N, max_perplexity_ratio: N".replace("N", number)
     text = f"{HEAD}seed: {number}\nsteps:\n  - use: evaluate\n    with: {{dataset: {{builtin: heldout}}, {options}}}\n"
-    found = problems(text)
-    assert len(found) == (1 if len(number) > 4000 or number.startswith("1" + "0" * 39) else 5), found
-    assert all("accepted: a" in line or "is too large a number" in line or "cannot read '1000" in line for line in found)
+    lines = problems(text)
+    assert len(lines) == (1 if len(number) > 4000 or number.startswith("1" + "0" * 39) else 5), lines
+    assert all("accepted: a" in line or "is too large a number" in line or "cannot read '1000" in line for line in lines)
 
 
 def test_largest_seed(folder: Path) -> None:
@@ -198,14 +198,14 @@ NESTED = {
 
 @pytest.mark.parametrize("case", NESTED)
 def test_deep_nesting_is_refused(case: str, folder: Path) -> None:
-    (found,) = problems(NESTED[case])
-    assert "values are nested more than 64 deep" in found
+    (lines,) = problems(NESTED[case])
+    assert "values are nested more than 64 deep" in lines
 
 
 @pytest.mark.parametrize("options", [("--set", "evaluate.samples=" + "[" * 1000), ("--set", "model=" + "{a: " * 1000)])
 def test_deep_nesting_on_the_command_line(options: tuple[str, str], folder: Path) -> None:
-    (found,) = problems(f"{HEAD}steps:\n{EVALUATE}", *options)
-    assert "values are nested more than 64 deep" in found
+    (lines,) = problems(f"{HEAD}steps:\n{EVALUATE}", *options)
+    assert "values are nested more than 64 deep" in lines
     result = CliRunner().invoke(app, ["compare", "r.yaml", "--grid", "evaluate.samples=" + "[" * 1000])
     assert (result.exit_code, "nested more than 64 deep" in result.stderr) == (2, True)
 
@@ -223,8 +223,8 @@ ENCODED = {
 @pytest.mark.parametrize("case", ENCODED)
 def test_encodings(case: str, folder: Path) -> None:
     content, message = ENCODED[case]
-    (found,) = problems(content)
-    assert message in found
+    (lines,) = problems(content)
+    assert message in lines
 
 
 @pytest.mark.parametrize("change", [lambda b: codecs.BOM_UTF8 + b, lambda b: b.replace(b"\n", b"\r\n")])
@@ -244,8 +244,8 @@ def test_a_huge_file_is_refused_quickly(folder: Path) -> None:
 
 @pytest.mark.parametrize("line", ["- x\n", "# comment\n", "a" * 60 + ": [1, 2, 3, 4]\n", "\n", "x", "'''", "- - - x\n", "&a *a "])
 def test_the_largest_file_that_is_read_takes_no_time(line: str, folder: Path) -> None:
-    found = problems(line * ((1 << 20) // len(line)))
-    assert len(found) == 1
+    lines = problems(line * ((1 << 20) // len(line)))
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -271,13 +271,13 @@ def test_the_largest_file_that_is_read_takes_no_time(line: str, folder: Path) ->
 )
 def test_odd_forms_of_set(override: str, message: str, folder: Path) -> None:
     text = HEAD + "seed: 1\nsteps:\n  - use: evaluate\n    with: {dataset: {builtin: heldout}, samples: 3}\n"
-    (found,) = problems(text, "--set", override)
-    assert message in found
+    (lines,) = problems(text, "--set", override)
+    assert message in lines
 
 
 def test_a_step_that_takes_from_itself(folder: Path) -> None:
-    (found,) = problems(HEAD + "steps:\n  - use: prune\n    with: {layers: [1]}\n    from: {model: prune.model}\n")
-    assert "no earlier step makes 'prune.model'" in found
+    (lines,) = problems(HEAD + "steps:\n  - use: prune\n    with: {layers: [1]}\n    from: {model: prune.model}\n")
+    assert "no earlier step makes 'prune.model'" in lines
 
 
 def test_check_reads_and_writes_nothing_besides(folder: Path) -> None:

@@ -87,9 +87,9 @@ def test_rows_of_one_batch_give_what_they_give_alone(architecture: str, tmp_path
         make_tokenizer(folder)
     vocabulary = min(SMALL["vocab_size"], int(open_config(folder)["vocab_size"]))
     ids, mask = make_rows(vocabulary)
-    found = score_text(open_folder(folder), ids, mask, make_context(tmp_path / "step"))
-    assert found["loss"] == pytest.approx(loss_alone(folder, ids, mask), rel=2e-5)
-    assert found["tokens"] == sum(length - 1 for length in LENGTHS)
+    scored = score_text(open_folder(folder), ids, mask, make_context(tmp_path / "step"))
+    assert scored["loss"] == pytest.approx(loss_alone(folder, ids, mask), rel=2e-5)
+    assert scored["tokens"] == sum(length - 1 for length in LENGTHS)
 
 
 def open_config(folder: Path) -> dict[str, Any]:

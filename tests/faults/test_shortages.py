@@ -270,17 +270,17 @@ def test_abort_under_a_limit_on_address_space(tmp_path: Path, llama: Path) -> No
     ],
 )
 def test_words_of_libraries(error: BaseException, resource: str | None, path: str | None) -> None:
-    found = find_shortage(error)
-    assert (found and found.resource, found and found.path) == (resource, path)
+    shortage = find_shortage(error)
+    assert (shortage and shortage.resource, shortage and shortage.path) == (resource, path)
     wrapped = StageError("the step failed")
     wrapped.__cause__ = error
-    found = find_shortage(wrapped)
-    assert (found and found.resource) == resource
+    shortage = find_shortage(wrapped)
+    assert (shortage and shortage.resource) == resource
 
 
 def test_words_of_other_processes() -> None:
     text = "Collecting x\nERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n\nhint\n"
-    found = find_shortage_in(text)
-    assert found is not None
-    assert (found.resource, found.detail) == ("disk", text.splitlines()[1])
+    shortage = find_shortage_in(text)
+    assert shortage is not None
+    assert (shortage.resource, shortage.detail) == ("disk", text.splitlines()[1])
     assert find_shortage_in("fine\n") is None

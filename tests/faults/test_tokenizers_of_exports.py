@@ -139,7 +139,7 @@ def test_a_vocabulary_in_another_file_comes_along(tmp_path: Path) -> None:
 
 def names_of_tokenizer_files() -> set[str]:
     """All that the tokenizers of transformers read, by their classes."""
-    found: set[str] = set()
+    files: set[str] = set()
     for part in pkgutil.walk_packages(transformers.models.__path__, "transformers.models."):
         if ".tokenization_" in part.name:
             try:
@@ -148,9 +148,9 @@ def names_of_tokenizer_files() -> set[str]:
                 continue
             for value in list(vars(module).values()):
                 names = getattr(value, "vocab_files_names", None)
-                found |= {name for name in (names or {}).values() if isinstance(name, str)} if isinstance(value, type) else set()
-            found |= {name for name in getattr(module, "VOCAB_FILES_NAMES", {}).values() if isinstance(name, str)}
-    return found
+                files |= {name for name in (names or {}).values() if isinstance(name, str)} if isinstance(value, type) else set()
+            files |= {name for name in getattr(module, "VOCAB_FILES_NAMES", {}).values() if isinstance(name, str)}
+    return files
 
 
 def test_all_files_that_tokenizers_of_transformers_name_are_known(tmp_path: Path) -> None:

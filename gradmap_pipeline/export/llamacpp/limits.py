@@ -49,11 +49,11 @@ def find_arrays(config: Config) -> dict[str, list[bool]]:
 
 def name_ignored_window(config: Config) -> int | None:
     """The window in tokens that llama.cpp leaves out of a model whose layers all have it; None where there is none."""
-    kind, window = config.get("model_type"), config.get("sliding_window")
-    if kind in WITH_WINDOWS or not isinstance(window, int) or not config.get("use_sliding_window", True):
+    model_type, window = config.get("model_type"), config.get("sliding_window")
+    if model_type in WITH_WINDOWS or not isinstance(window, int) or not config.get("use_sliding_window", True):
         return None
-    kinds = set(config.get("layer_types") or (["sliding_attention"] if kind in ALWAYS_WINDOWS else []))
-    return window if kinds and kinds <= _WINDOWS else None
+    layer_types = set(config.get("layer_types") or (["sliding_attention"] if model_type in ALWAYS_WINDOWS else []))
+    return window if layer_types and layer_types <= _WINDOWS else None
 
 
 def rounds_yarn(config: Config) -> bool:
@@ -77,10 +77,10 @@ def explain_deviations(config: Config) -> list[str]:
 
 
 def _check_windows(config: Config) -> str | None:
-    kind, kinds = config.get("model_type"), config.get("layer_types") or []
-    windows = [layer for layer, name in enumerate(kinds) if name in _WINDOWS]
-    if kind not in WITH_WINDOWS and 0 < len(windows) < len(kinds):
-        return f"llama.cpp runs {kind} without windows of attention, which layers {', '.join(map(str, windows))} have"
+    model_type, layer_types = config.get("model_type"), config.get("layer_types") or []
+    windows = [layer for layer, name in enumerate(layer_types) if name in _WINDOWS]
+    if model_type not in WITH_WINDOWS and 0 < len(windows) < len(layer_types):
+        return f"llama.cpp runs {model_type} without windows of attention, which layers {', '.join(map(str, windows))} have"
     return None
 
 
@@ -101,28 +101,28 @@ def _check_scale(config: Config) -> str | None:
 
 
 def _check_depth(config: Config) -> str | None:
-    kind, depth = config.get("model_type"), config.get("num_hidden_layers")
-    kinds = config.get("layer_types") or []
-    if kind == "exaone4" and depth != 64 and "sliding_attention" in kinds:
+    model_type, depth = config.get("model_type"), config.get("num_hidden_layers")
+    layer_types = config.get("layer_types") or []
+    if model_type == "exaone4" and depth != 64 and "sliding_attention" in layer_types:
         return f"llama.cpp gives exaone4 windows of attention only where it has 64 layers, and this model has {depth}"
     shared = config.get("num_kv_shared_layers") or 0
-    if kind == "gemma3n_text" and isinstance(depth, int) and depth - shared != 20:
+    if model_type == "gemma3n_text" and isinstance(depth, int) and depth - shared != 20:
         return (
             f"llama.cpp takes the first 20 layers of gemma3n for those with keys and values of their own, and this model has "
             f"{depth - shared}"
         )
-    if kind == "cohere" and isinstance(depth, int) and bool(config.get("use_qk_norm")) != (depth >= 64):
+    if model_type == "cohere" and isinstance(depth, int) and bool(config.get("use_qk_norm")) != (depth >= 64):
         has = "has" if config.get("use_qk_norm") else "has no"
         return (
             f"llama.cpp knows by the number of layers whether cohere normalises queries and keys, from 64 on, and this model {has} "
             f"such norms and {depth} layers"
         )
-    if kind in {"deepseek_v2", "deepseek_v3"}:
+    if model_type in {"deepseek_v2", "deepseek_v3"}:
         is_lite = depth in {26, 27} or (depth == 48 and config.get("vocab_size") == 128256)
         if is_lite != (config.get("q_lora_rank") is None):
             return (
-                f"llama.cpp knows by the number of layers whether the queries of {kind} are compressed, and takes one of {depth} "
-                f"layers for a model {'without' if is_lite else 'with'} that"
+                f"llama.cpp knows by the number of layers whether the queries of {model_type} are compressed, and takes one of "
+                f"{depth} layers for a model {'without' if is_lite else 'with'} that"
             )
     return None
 

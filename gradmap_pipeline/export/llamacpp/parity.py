@@ -94,10 +94,10 @@ def measure_parity(graph: ModelGraph, file: Path, weights: str, python: str, see
 
     with GgufSession(file, python) as session:
         prompts = make_prompts(graph, session.words, seed)
-        found = session.run(prompts, STEPS)
+        computed = session.run(prompts, STEPS)
     lengths = tuple(map(len, prompts))
     tolerance = max(TOLERANCE[weights], YARN_TOLERANCE if rounds_yarn(full_config(graph.base.folder)) else 0.0)
-    return compare_logits(compute_logits(graph, prompts), found, lengths, tolerance)
+    return compare_logits(compute_logits(graph, prompts), computed, lengths, tolerance)
 
 
 def compare_files(graph: ModelGraph, plain: Path, file: Path, python: str, seed: int) -> Parity:
@@ -106,8 +106,8 @@ def compare_files(graph: ModelGraph, plain: Path, file: Path, python: str, seed:
         prompts = make_prompts(graph, session.words, seed)
         meant = session.run(prompts, STEPS)
     with GgufSession(file, python) as session:
-        found = session.run(prompts, STEPS)
-    return compare_logits(meant, found, tuple(map(len, prompts)))
+        computed = session.run(prompts, STEPS)
+    return compare_logits(meant, computed, tuple(map(len, prompts)))
 
 
 def compute_logits(graph: ModelGraph, prompts: list[list[int]]) -> torch.Tensor:
@@ -125,14 +125,14 @@ def compute_logits(graph: ModelGraph, prompts: list[list[int]]) -> torch.Tensor:
     return torch.stack([logits[0].float() for logits in sweep.logits(last=STEPS + 1)])
 
 
-def compare_logits(meant: torch.Tensor, found: torch.Tensor, lengths: tuple[int, ...], tolerance: float | None = None) -> Parity:
+def compare_logits(meant: torch.Tensor, received: torch.Tensor, lengths: tuple[int, ...], tolerance: float | None = None) -> Parity:
     """Compare logits (prompts, positions, V). Numbers of tokens may differ: those that one side alone knows are left out.
 
     A file that finds a token likeliest which the model does not have does not agree there. `tolerance`: as in `TOLERANCE`; where
     that is exceeded, `StageError` is raised.
     """
-    shared = min(meant.shape[-1], found.shape[-1])
-    ours, theirs = meant[..., :shared], found[..., :shared]
+    shared = min(meant.shape[-1], received.shape[-1])
+    ours, theirs = meant[..., :shared], received[..., :shared]
     differences = (ours - theirs).abs().amax(dim=(1, 2))
     if tolerance is not None:
         accepted = tolerance * max(1.0, float(ours.abs().max()))
@@ -149,6 +149,6 @@ def compare_logits(meant: torch.Tensor, found: torch.Tensor, lengths: tuple[int,
         lengths=lengths,
         difference=float(differences.max()),
         log_probability_difference=float((expected.gather(-1, best) - computed.gather(-1, best)).abs().max()),
-        agreeing=float((found.argmax(dim=-1, keepdim=True) == best).double().mean()),
+        agreeing=float((received.argmax(dim=-1, keepdim=True) == best).double().mean()),
         lost=float(lost.max()),
     )

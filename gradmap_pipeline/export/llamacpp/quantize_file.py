@@ -11,13 +11,13 @@ import ctypes
 import sys
 
 
-def quantize(source: str, target: str, kind: str, threads: int) -> None:
+def quantize(source: str, target: str, file_type: str, threads: int) -> None:
     """Exits with llama.cpp's own message where it refuses."""
     import llama_cpp
 
-    number = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", None)
+    number = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}", None)
     if number is None:
-        raise SystemExit(f"this llama-cpp-python has no type {kind}")
+        raise SystemExit(f"this llama-cpp-python has no type {file_type}")
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype, options.nthread = number, threads
     code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(options))

@@ -91,7 +91,7 @@ class Runner:
 
         self.open_context(max(map(len, prompts)))
         rows = len(prompts[0]) if every else steps + 1
-        found = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(len(prompts), rows, self.words))
+        stored = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(len(prompts), rows, self.words))
         for number, prompt in enumerate(prompts):
             self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
             head = len(prompt) - steps
@@ -102,9 +102,9 @@ class Runner:
             done = 0
             for start, part in parts:
                 logits = self.decode(part, start, every)
-                found[number, done : done + len(logits)] = logits
+                stored[number, done : done + len(logits)] = logits
                 done += len(logits)
-        found.flush()
+        stored.flush()
 
     def _keep_error(self, level: int, text: bytes, _: Any) -> None:
         if level == _ERROR:

@@ -61,7 +61,7 @@ class GgufSession:
     def __enter__(self) -> GgufSession:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def _ask(self, prompts: Sequence[Sequence[int]], steps: int, *, every: bool) -> torch.Tensor:

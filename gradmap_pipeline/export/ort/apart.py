@@ -115,12 +115,12 @@ def _load_references(place: Path, cases: list[str]) -> list[Reference]:
     from safetensors.torch import load_file
 
     tensors = {name: tensor.clone() for name, tensor in load_file(place / _TENSORS).items()}
-    found = []
+    references = []
     for number, case in enumerate(cases):
         steps = sum(name.startswith(f"{number}.logits.") for name in tensors)
         logits = [tensors[f"{number}.logits.{step}"] for step in range(steps)]
-        found.append(Reference(case, tensors[f"{number}.ids"], tensors[f"{number}.mask"], logits))
-    return found
+        references.append(Reference(case, tensors[f"{number}.ids"], tensors[f"{number}.mask"], logits))
+    return references
 
 
 def main() -> None:

@@ -58,10 +58,10 @@ class Matrix:
 
 def find_matrices(model: onnx_ir.Model) -> list[Matrix]:
     """All of them, in the order in which the graph comes to them. A head tied to the embeddings is one with their table."""
-    found: dict[tuple[str, bool], Matrix] = {}
+    matrices: dict[tuple[str, bool], Matrix] = {}
 
     def matrix_of(value: onnx_ir.Value, is_transposed: bool) -> Matrix:
-        return found.setdefault((str(value.name), is_transposed), Matrix(value, is_transposed))
+        return matrices.setdefault((str(value.name), is_transposed), Matrix(value, is_transposed))
 
     for node in model.graph:
         product = find_product(node)
@@ -72,7 +72,7 @@ def find_matrices(model: onnx_ir.Model) -> list[Matrix]:
             table = node.inputs[0]
             assert table is not None
             matrix_of(table, False).tables.append(node)
-    return list(found.values())
+    return list(matrices.values())
 
 
 def count_left(model: onnx_ir.Model) -> dict[str, int]:

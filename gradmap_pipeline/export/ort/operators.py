@@ -80,7 +80,7 @@ def _compute(
     operator: str,
     inputs: list[onnx_ir.Value],
     name: str,
-    kind: onnx_ir.DataType,
+    data_type: onnx_ir.DataType,
     attributes: dict[str, Any] | None = None,
 ) -> onnx_ir.Value:
     """What an operator makes of constants; programs compute it once, when they open the graph."""
@@ -89,5 +89,5 @@ def _compute(
     node = onnx_ir.node(operator, inputs, attributes or {})
     model.graph.insert_before(model.graph[0], node)
     result = node.outputs[0]
-    result.name, result.type = name, onnx_ir.TensorType(kind)
+    result.name, result.type = name, onnx_ir.TensorType(data_type)
     return result

@@ -45,8 +45,8 @@ def check_parity(references: list[Reference], session: OnnxSession, dtype: str) 
     worst = 0.0
     for reference in references:
         scale = max(1.0, *(float(logits.abs().max()) for logits in reference.logits))
-        found = _run_graph(session, reference.input_ids, reference.mask)
-        for step, (ours, theirs) in enumerate(zip(found, reference.logits, strict=True)):
+        computed = _run_graph(session, reference.input_ids, reference.mask)
+        for step, (ours, theirs) in enumerate(zip(computed, reference.logits, strict=True)):
             real = reference.mask[:, : ours.shape[1]].bool() if step == 0 else slice(None)
             difference = float((ours.float() - theirs.float())[real].abs().max())
             if not difference <= TOLERANCE[dtype] * scale:
@@ -96,7 +96,7 @@ def _make_cases(model: PreTrainedModel, seed: int) -> Iterator[tuple[str, torch.
 def _run_torch(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     import torch
 
-    cache, found = make_cache(), []
+    cache, computed = make_cache(), []
     with torch.no_grad():
         for start, end in _cuts(ids):
             extra: dict[str, Any] = {}
@@ -106,16 +106,16 @@ def _run_torch(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) ->
                 input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **extra
             )
             cache = output.past_key_values
-            found.append(output.logits)
-    return found
+            computed.append(output.logits)
+    return computed
 
 
 def _run_graph(session: OnnxSession, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    cache, found = session.start(len(ids)), []
+    cache, outputs = session.start(len(ids)), []
     for start, end in _cuts(ids):
         logits, cache = session.run(ids[:, start:end], mask[:, :end], cache)
-        found.append(logits)
-    return found
+        outputs.append(logits)
+    return outputs
 
 
 def _cuts(ids: torch.Tensor) -> list[tuple[int, int]]:

@@ -109,7 +109,7 @@ def _quantise_to_4(
                 advance()
 
 
-def relative_error(numbers: torch.Tensor, found: torch.Tensor, squares: torch.Tensor | None) -> float:
+def relative_error(numbers: torch.Tensor, rounded: torch.Tensor, squares: torch.Tensor | None) -> float:
     """Squared error of the products with a matrix (N, K), relative to their squares; without `squares` (K, K), of its numbers."""
 
     def measure(matrix: torch.Tensor) -> float:
@@ -117,7 +117,7 @@ def relative_error(numbers: torch.Tensor, found: torch.Tensor, squares: torch.Te
         return float((weighted * matrix).sum(dtype=weighted.double().dtype))
 
     whole = measure(numbers)
-    return measure(numbers - found) / whole if whole > 0 else 0.0
+    return measure(numbers - rounded) / whole if whole > 0 else 0.0
 
 
 def _size(matrix: Matrix, how: Quantisation) -> int:

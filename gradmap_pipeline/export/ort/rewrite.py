@@ -32,7 +32,7 @@ def unify_products(model: onnx_ir.Model) -> int:
 
 
 Parts = tuple["onnx_ir.Value", bool, "onnx_ir.Value | None"]
-"""A constant matrix, whether its rows are the outputs, so that it is to be transposed, and what is to be added."""
+"""A constant matrix, whether its rows are the outputs, so that it must be transposed, and what is added to the product."""
 
 
 def find_product(node: onnx_ir.Node) -> Parts | None:
@@ -41,7 +41,7 @@ def find_product(node: onnx_ir.Node) -> Parts | None:
 
 
 def replace_product(model: onnx_ir.Model, node: onnx_ir.Node, new: onnx_ir.Node, bias: onnx_ir.Value | None) -> None:
-    """Put `new`, and the addition of what is to be added, in the place of a product."""
+    """Put `new`, and the addition after it, in the place of a product."""
     import onnx_ir
     from onnx_ir import convenience
 

@@ -47,18 +47,18 @@ class OnnxSession:
         """An empty cache."""
         import numpy as np
 
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        shapes = {name: (self._inputs[name].shape, kinds[self._inputs[name].type]) for name in self._names}
-        return {name: np.zeros((rows, shape[1], 0, shape[3]), kind) for name, (shape, kind) in shapes.items()}
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        shapes = {name: (self._inputs[name].shape, dtypes[self._inputs[name].type]) for name in self._names}
+        return {name: np.zeros((rows, shape[1], 0, shape[3]), dtype) for name, (shape, dtype) in shapes.items()}
 
     def run(self, input_ids: torch.Tensor, mask: torch.Tensor, cache: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Logits (B, T, V) of new tokens (B, T), and the cache with them. mask (B, P + T)."""
         import torch
 
         given = {**self._feed(input_ids, mask), **cache}
-        found = dict(zip(self._outputs, self._session.run(None, given), strict=True))
-        kept = {name: found["present." + name.removeprefix("past_key_values.")] for name in self._names}
-        return torch.from_numpy(found["logits"]), kept
+        outputs = dict(zip(self._outputs, self._session.run(None, given), strict=True))
+        kept = {name: outputs["present." + name.removeprefix("past_key_values.")] for name in self._names}
+        return torch.from_numpy(outputs["logits"]), kept
 
     def compute(self, batch: Batch) -> torch.Tensor:
         """Logits (B, T, V) of a batch, without any tokens before it."""
@@ -68,8 +68,8 @@ class OnnxSession:
         """Outputs by name, for tokens (B, T) without any before them. mask (B, T)."""
         import torch
 
-        found = self._session.run(names, {**self._feed(input_ids, mask), **self.start(len(input_ids))})
-        return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+        outputs = self._session.run(names, {**self._feed(input_ids, mask), **self.start(len(input_ids))})
+        return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}
 
     def _feed(self, input_ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]

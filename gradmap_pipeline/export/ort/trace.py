@@ -151,7 +151,7 @@ def _name_dimensions(model: onnx_ir.Model) -> None:
     def rename(size: Any) -> Any:
         if not isinstance(size, onnx_ir.SymbolicDim) or size.value is None:
             return size
-        text = re.sub(r"[su]\d+", lambda found: names.get(found[0], found[0]), str(size.value))
+        text = re.sub(r"[su]\d+", lambda match: names.get(match[0], match[0]), str(size.value))
         return int(text) if text.isdigit() else text
 
     values = [output for node in model.graph.all_nodes() for output in node.outputs]

@@ -14,11 +14,11 @@ def test_output_maps_before_the_cuts_are_scaled(tmp_path: Path) -> None:
     from gradmap_pipeline.checkpoint.checkpoint import load_tensor
 
     inputs = make_inputs(StageName, tmp_path)
-    found = run_stage(StageName(), tmp_path / "run", **inputs)
-    before, after = inputs["model"], found.model
+    outputs = run_stage(StageName(), tmp_path / "run", **inputs)
+    before, after = inputs["model"], outputs.model
     cuts = [layer for layer in before.layers if layer + 1 in before.removed]
-    assert [site.layer for site in found.compensation.sites] == cuts
-    assert all(0 <= site.missing_left < 1 for site in found.compensation.sites)
+    assert [site.layer for site in outputs.compensation.sites] == cuts
+    assert all(0 <= site.missing_left < 1 for site in outputs.compensation.sites)
     assert len(after.patches) == len(cuts)
     for name in after.patches:
         old, new = (load_tensor(model.stored_tensor(name)).double() for model in (before, after))

@@ -20,13 +20,13 @@ def test_accuracy_is_that_of_plain_transformers(tmp_path: Path) -> None:
     from gradmap_pipeline.data import load_tokenizer, make_sequences
 
     model = make_inputs(StageName, tmp_path)["model"].dense
-    found = run_stage(StageName(dataset=TEXT, samples=4, sequence_length=64), tmp_path / "run", model=model).accuracy
+    measured = run_stage(StageName(dataset=TEXT, samples=4, sequence_length=64), tmp_path / "run", model=model).accuracy
     ids, _ = make_sequences(load_tokenizer(model.base), TEXT.documents(), 64, 4)
     whole = AutoModelForCausalLM.from_pretrained(model.base.folder, dtype=torch.float32)
     with torch.no_grad():
         right = int((whole(input_ids=ids).logits[:, :-1].argmax(dim=-1) == ids[:, 1:]).sum())
-    assert found.tokens == 4 * 63
-    assert found.accuracy == pytest.approx(right / (4 * 63))
+    assert measured.tokens == 4 * 63
+    assert measured.accuracy == pytest.approx(right / (4 * 63))
 
 
 def test_limit_stops_the_run(tmp_path: Path) -> None:

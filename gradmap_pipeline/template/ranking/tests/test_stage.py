@@ -14,14 +14,14 @@ def test_scores_are_norms_and_the_smallest_goes_first(tmp_path: Path) -> None:
     from gradmap_pipeline.checkpoint.checkpoint import load_tensor
 
     inputs = make_inputs(StageName, tmp_path)
-    found = run_stage(StageName(layers=3, protect_first=0, protect_last=0), tmp_path / "run", **inputs).scores
+    scores = run_stage(StageName(layers=3, protect_first=0, protect_last=0), tmp_path / "run", **inputs).scores
     model = inputs["model"]
     norms = {
         layer: sum(float(load_tensor(tensor).double().norm()) ** 2 for tensor in model.layer_tensors(layer).values()) ** 0.5
         for layer in model.layers
     }
-    assert found.decisions[0].scores == pytest.approx(norms)
-    assert found.order == tuple(sorted(norms, key=norms.__getitem__)[:3])
+    assert scores.decisions[0].scores == pytest.approx(norms)
+    assert scores.order == tuple(sorted(norms, key=norms.__getitem__)[:3])
 
 
 def test_stage_keeps_the_contract(tmp_path: Path) -> None:
