@@ -18,7 +18,6 @@ from ..errors import ModelError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 _SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -77,8 +76,16 @@ def load_tensors(module: PreTrainedModel, tensors: Mapping[str, LateTensor], dty
         raise ModelError(f"{name!r} has shape {tuple(stored)} in the checkpoint, but its config requires {tuple(wanted)}")
     if report.conversion_errors:
         name, error = next(iter(report.conversion_errors.items()))
-        raise ModelError(f"the tensors that make {name!r} do not fit together: {str(error).strip().splitlines()[0][:200]}")
+        raise ModelError(f"the tensors that make {name!r} do not fit together: {_reason_of(str(error))}")
     return Loading(report)
+
+
+def _reason_of(error: str) -> str:
+    """What went wrong, out of a text of a traceback, the error's own words, and a line that says where."""
+    lines = error.strip().splitlines()
+    if len(lines) > 1 and lines[-1].startswith("Error"):
+        del lines[-1]
+    return lines[-1][:200]
 
 
 @contextmanager
@@ -193,11 +200,6 @@ def compute_buffers(module: PreTrainedModel) -> None:
 def prefix_on_disk(module: PreTrainedModel) -> str:
     """What the names of a decoder's parameters start with in a checkpoint of a causal LM, where the file leaves it out."""
     return f"{module.base_model_prefix}."
-
-
-def is_embedding(module: PreTrainedModel, part: nn.Module) -> bool:
-    """Whether a module is the matrix of token embeddings."""
-    return part is module.get_input_embeddings()
 
 
 def takes(module: PreTrainedModel, argument: str) -> bool:

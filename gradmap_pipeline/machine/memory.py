@@ -51,12 +51,14 @@ def prefer_huge_pages() -> None:
 
 
 def tune_allocator(*, tight: bool) -> None:
-    """Have the C library return large blocks to the system as soon as they are free, or, unless memory is `tight`, keep them
-    for later until `give_back`: to get them again costs more than many a computation on them.
+    """Have the C library return blocks to the system as soon as they are free, or, unless memory is `tight`, keep them for later.
+
+    To get a block again costs more than many a computation on it. But kept blocks of many sizes leave gaps between them that
+    nothing fits into: a tenth of what a sweep with hidden states of a few MiB takes.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, (16 if tight else 32) << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, (1 if tight else 32) << 20)
         if not tight:
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 

@@ -57,7 +57,9 @@ CASES: dict[str, Case] = {
     "backward, padded": Case("gradmap_score", {"layers": 2, "sample_share": 1.0}, padded=True),
     "weight gradients": Case("taylor_score", {"layers": 2}, room=260),
     "eager, windows": Case("gradmap_score", {"layers": 2, "sample_share": 1.0}, "gemma2", padded=True, room=220),
-    "eager, sinks": Case("gradmap_score", {"layers": 2, "sample_share": 1.0}, "gpt_oss", padded=True, room=300),
+    "eager, sinks": Case(
+        "gradmap_score", {"layers": 2, "sample_share": 1.0}, "gpt_oss", (("num_local_experts", 4),), padded=True, room=220
+    ),
     "experts": Case("gradmap_score", {"layers": 2, "sample_share": 1.0}, "qwen3_moe", tuple(EXPERTS.items()), room=300),
     "experts, forward": Case("shortgpt_score", {"layers": 2}, "mixtral", (("num_local_experts", 32),), samples=64, room=260),
     "search": Case("sleb_score", {"layers": 1}, samples=128),
