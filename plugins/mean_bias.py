@@ -39,7 +39,7 @@ class MeanBias(LayerCompensation):
 
 
 def _find_bias(sites: Sequence[Site]) -> Site | None:
-    return next((site for site in sites if site.kind != "attention" and site.bias), None)
+    return next((site for site in sites if site.role != "attention" and site.bias), None)
 
 
 def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:
@@ -67,7 +67,7 @@ def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Cont
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.bias",
-        kind="norm" if site.kind == "norm" else "output",
+        role="norm" if site.role == "norm" else "output",
         shift=drift.shift,
         relative_shift=drift.relative_shift,
         missing_left=1 - restored,

@@ -151,7 +151,7 @@ def correct_layer(
     from gradmap_pipeline.correction.sites import NoSiteError
 
     sites = sites_of(streams, layer, known)
-    writing = [site for site in sites if site.kind != "attention"]
+    writing = [site for site in sites if site.role != "attention"]
     chosen = sites if stage.attention or not writing else writing
     corrected: list[CorrectedSite] = []
     patches: dict[str, TensorFile] = {}

@@ -154,7 +154,7 @@ def test_sites_follow_the_options(text: Path, tmp_path: Path) -> None:
         assert compensation.shifts.keys() == ({0, 2, 3} if options["site"].startswith("largest") else set())
         if options["site"] == "largest_shift":
             assert compensation.sites[0].layer == max(compensation.shifts, key=compensation.shifts.__getitem__)
-        return [site.layer for site in compensation.sites if site.kind == "output"]
+        return [site.layer for site in compensation.sites if site.role == "output"]
 
     assert sites(site="every_layer") == [0, 2, 3]
     assert sites(site="before_cuts") == [0]
@@ -232,7 +232,7 @@ def test_sites_are_found_in_float32_whatever_is_computed_in(architecture: str, n
     stage = ProjectCompensate(attention=False)
     context = make_context(tmp_path / "out", dtype="bfloat16")
     result = stage.run(stage.Inputs(model=graph.without_layers([2]), calibration=calibration), context)
-    assert {(site.parameter, site.kind) for site in result.compensation.sites} == {(f"{name}.weight", kind)}
+    assert {(site.parameter, site.role) for site in result.compensation.sites} == {(f"{name}.weight", kind)}
 
 
 def test_gain_that_is_a_weight_is_noticed(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_norm_is_corrected_channel_by_channel(
     stage = ProjectCompensate(site="before_cuts", ridge=0.05, shrink=0.4)
     result = run_stage(stage, tmp_path / "out", model=pruned, calibration=calibration)
     (site,) = result.compensation.sites
-    assert (site.layer, site.parameter, site.kind) == (1, f"{norm}.weight", "norm")
+    assert (site.layer, site.parameter, site.role) == (1, f"{norm}.weight", "norm")
 
     seen = run_whole(model.base.folder, layers, calibration.load()[0])
     whole = AutoModelForCausalLM.from_pretrained(model.base.folder, dtype=torch.float64)

@@ -100,7 +100,7 @@ def walk(model_type: str, folder: Path) -> Outcome:
         done = run_stage(ProjectCompensate(), folder / "compensate", model=pruned, calibration=calibration)
         result = done.model
         outcome.sites = tuple(
-            sorted({f"{site.parameter.removesuffix('.weight')} ({site.kind})" for site in done.compensation.sites})
+            sorted({f"{site.parameter.removesuffix('.weight')} ({site.role})" for site in done.compensation.sites})
         )
     run_stage(ExportModel(to=folder / "out"), folder / "export", model=result)
     compare(result, base, folder / "out", outcome)

@@ -25,12 +25,12 @@ def find_layer_prefix(names: Collection[str], layers: int, beyond: int = 0) -> s
         match = re.match(r"(.*?)\.(\d+)\.", name)
         if match:
             numbers.setdefault(match[1], set()).add(int(match[2]))
-    candidates = [prefix for prefix, found in numbers.items() if set(range(layers)) <= found]
+    candidates = [prefix for prefix, indices in numbers.items() if set(range(layers)) <= indices]
     if len(candidates) > 1:  # one of text, among encoders of images or sound
         candidates = [prefix for prefix in candidates if any(part in _TEXT_PARTS for part in prefix.split("."))] or candidates
     if len(candidates) != 1:
-        found = ", ".join(f"{prefix}.* ({len(found)})" for prefix, found in sorted(numbers.items())) or "none"
-        raise ModelError(f"the checkpoint has no single list of {layers} layers, as its config says; numbered tensors: {found}")
+        listed = ", ".join(f"{prefix}.* ({len(indices)})" for prefix, indices in sorted(numbers.items())) or "none"
+        raise ModelError(f"the checkpoint has no single list of {layers} layers, as its config says; numbered tensors: {listed}")
     further = sorted(numbers[candidates[0]] - set(range(layers + beyond)))
     if further:
         raise ModelError(

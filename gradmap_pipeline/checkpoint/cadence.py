@@ -145,9 +145,9 @@ def choose_kept(
     values = [importance[layer] + bonus * (layer in fixed) for layer in layers]
     best: tuple[float, tuple[int, ...]] | None = None
     for wanted in _regular(config, depth, count) if regular else _expressible(config, count, kinds):
-        found = _best_subsequence(kinds, values, wanted)
-        if found is not None and (best is None or found[0] > best[0]):
-            best = found
+        chosen = _best_subsequence(kinds, values, wanted)
+        if chosen is not None and (best is None or chosen[0] > best[0]):
+            best = chosen
     kept = () if best is None else tuple(layers[place] for place in best[1])
     return kept if set(fixed) <= set(kept) else ()
 

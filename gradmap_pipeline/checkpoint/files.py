@@ -65,9 +65,9 @@ def check_folder(folder: Path) -> None:
     if adapter is not None:
         _refuse_adapter(folder, adapter, has_weights="config.json" in names and _has_weights(names))
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")]):
-        kind = describe_other(path)
-        if kind is not None and (path.suffix in _OF_FILES or not path.is_dir()) and _is_inside(folder, path):
-            raise ModelError(f"{str(path)!r} is {kind}, not a file")
+        other = describe_other(path)
+        if other is not None and (path.suffix in _OF_FILES or not path.is_dir()) and _is_inside(folder, path):
+            raise ModelError(f"{str(path)!r} is {other}, not a file")
         if path.is_symlink() and (path.name == TEMPLATES or not path.is_dir()):
             check_inside(folder, path)
 

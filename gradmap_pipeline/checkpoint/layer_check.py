@@ -75,43 +75,43 @@ def _differences(layer: nn.Module, twin: nn.Module, position: int, depth: int, k
             yield f"{where} is a {type(module).__name__} in one and a {type(other).__name__} in the other"
         yield from _tensor_differences(where, module, other)
         for setting in sorted(vars(module).keys() | vars(other).keys()):
-            found, made = vars(module).get(setting), vars(other).get(setting)
-            if setting.startswith("_") or _ONLY_WHEN_MADE in setting or not (_is_plain(found) and _is_plain(made)):
+            original, made = vars(module).get(setting), vars(other).get(setting)
+            if setting.startswith("_") or _ONLY_WHEN_MADE in setting or not (_is_plain(original) and _is_plain(made)):
                 continue
-            if not _is_same(found, made) and not _follows(setting, found, made, position, depth, kept):
-                yield f"{setting!r} of {where} changes from {found!r} to {made!r}"
+            if not _is_same(original, made) and not _follows(setting, original, made, position, depth, kept):
+                yield f"{setting!r} of {where} changes from {original!r} to {made!r}"
 
 
-def _is_same(found: Any, made: Any) -> bool:
-    if isinstance(found, float) and isinstance(made, float):
-        return math.isclose(found, made, rel_tol=1e-12)
-    return bool(found == made)
+def _is_same(original: Any, made: Any) -> bool:
+    if isinstance(original, float) and isinstance(made, float):
+        return math.isclose(original, made, rel_tol=1e-12)
+    return bool(original == made)
 
 
-def _follows(setting: str, found: Any, made: Any, position: int, depth: int, kept: Sequence[int]) -> bool:
+def _follows(setting: str, original: Any, made: Any, position: int, depth: int, kept: Sequence[int]) -> bool:
     """Whether a setting says where the layer is, how deep the model is, or which layers it has."""
     layer = kept[position]
-    if isinstance(found, int) and isinstance(made, int):
+    if isinstance(original, int) and isinstance(made, int):
         steps = (1, 2) if setting in _INDICES else (1,)  # some layers have two places in a cache
-        return (found - made) in [(layer - position) * step for step in steps] or (found, made) == (depth, len(kept))
-    if isinstance(found, list) and isinstance(made, list):
+        return (original - made) in [(layer - position) * step for step in steps] or (original, made) == (depth, len(kept))
+    if isinstance(original, list) and isinstance(made, list):
         number = {layer: place for place, layer in enumerate(kept)}
-        by_layer = len(found) == depth and made == [found[layer] for layer in kept]
-        return by_layer or made == [number[layer] for layer in found if layer in number]
+        by_layer = len(original) == depth and made == [original[layer] for layer in kept]
+        return by_layer or made == [number[layer] for layer in original if layer in number]
     return False
 
 
 def _tensor_differences(where: str, module: nn.Module, other: nn.Module) -> Iterator[str]:
     import torch
 
-    for kind in ("_parameters", "_buffers"):
-        found, made = getattr(module, kind), getattr(other, kind)
-        for name in sorted(found.keys() | made.keys()):
-            a, b = found.get(name), made.get(name)
+    for registry in ("_parameters", "_buffers"):
+        original, made = getattr(module, registry), getattr(other, registry)
+        for name in sorted(original.keys() | made.keys()):
+            a, b = original.get(name), made.get(name)
             if (None if a is None else a.shape) != (None if b is None else b.shape):
                 shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (a, b)]
                 yield f"{name!r} of {where} has shape {shapes[0]} in one and {shapes[1]} in the other"
-            elif kind == "_buffers" and a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
+            elif registry == "_buffers" and a is not None and b is not None and not a.is_meta and not torch.equal(a, b):
                 yield f"{name!r} of {where}, which is computed and not stored, has other values"
 
 

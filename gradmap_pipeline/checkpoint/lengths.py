@@ -22,8 +22,8 @@ def lengths_apart(config: Any) -> bool:
         return any(lengths_apart(part) for part in config)
     if not isinstance(config, dict):
         return False
-    kinds = [kind for name in ("rope_type", "type") if isinstance(kind := config.get(name), str)]
-    follows_rotary = any(kind in _ROTARY or "dynamic" in kind for kind in kinds)
+    rope_types = [rope_type for name in ("rope_type", "type") if isinstance(rope_type := config.get(name), str)]
+    follows_rotary = any(rope_type in _ROTARY or "dynamic" in rope_type for rope_type in rope_types)
     chooses_keys = any(isinstance(config.get(name), int) for name in _KEYS_CHOSEN)
     return follows_rotary or chooses_keys or any(lengths_apart(part) for part in config.values())
 

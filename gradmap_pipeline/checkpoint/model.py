@@ -22,20 +22,20 @@ _VALUES = ("label", "size_bytes", "graph")
 """Fields or properties of every model, besides its method `open`."""
 
 
-def _is_abstract(kind: type) -> bool:
-    return vars(kind).get("abstract") is True
+def _is_abstract(cls: type) -> bool:
+    return vars(cls).get("abstract") is True
 
 
-def find_lacking(kind: type) -> str | None:
+def find_lacking(cls: type) -> str | None:
     """What a class of artifacts lacks to be a model; None where it is one."""
-    if not issubclass(kind, Artifact):
+    if not issubclass(cls, Artifact):
         return "a base class Artifact"
     for name in _VALUES:
-        if isfunction(getattr(kind, name, None)):
+        if isfunction(getattr(cls, name, None)):
             return f"{name!r} as a property or field; it is a method"
-        if name not in kind.model_fields and not hasattr(kind, name):
+        if name not in cls.model_fields and not hasattr(cls, name):
             return f"a property or field {name!r}"
-    is_own = isfunction(getattr(kind, "open", None)) and kind.open is not Model.open  # type: ignore[attr-defined]
+    is_own = isfunction(getattr(cls, "open", None)) and cls.open is not Model.open  # type: ignore[attr-defined]
     return None if is_own else "a method 'open'"
 
 

@@ -51,5 +51,5 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
 def _older(parameters: dict[str, Any]) -> dict[str, Any]:
     """Of one set of rotary parameters."""
     scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    found: dict[str, Any] = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
-    return {**found, "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
+    kept: dict[str, Any] = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    return {**kept, "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}

@@ -139,16 +139,18 @@ def _check_known(config: Mapping[str, Any], folder: Path) -> None:
     """Raise `ModelError` where a config asks for code that is not in transformers, or for files elsewhere."""
     from transformers import CONFIG_MAPPING
 
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         if config.get("auto_map"):
             raise ModelError(
                 f"{str(folder)!r} needs custom code (auto_map of its config.json), which is not run: transformers itself has no "
-                f"model type {kind!r}"
+                f"model type {model_type!r}"
             )
-        if kind is None:
+        if model_type is None:
             raise ModelError(f"{str(folder / 'config.json')!r} names no 'model_type'")
-        raise ModelError(f"this transformers has no model type {str(kind)[:60]!r}, which {str(folder / 'config.json')!r} names")
+        raise ModelError(
+            f"this transformers has no model type {str(model_type)[:60]!r}, which {str(folder / 'config.json')!r} names"
+        )
     if "configuration_files" in config:
         raise ModelError(f"{str(folder / 'config.json')!r} names other files that hold the config; put the one to use in its place")
     for part in (config, *(part for part in config.values() if isinstance(part, dict))):
@@ -167,8 +169,8 @@ def _named_class(config: Mapping[str, Any]) -> type[PreTrainedModel] | None:
 
     names = config.get("architectures")
     named = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, named, None) if isinstance(named, str) else None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    cls = getattr(transformers, named, None) if isinstance(named, str) else None
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
 
 
 def name_generative_class(folder: Path) -> str | None:

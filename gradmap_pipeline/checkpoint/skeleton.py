@@ -100,7 +100,7 @@ def find_layer_list(module: PreTrainedModel, depth: int, layer_prefix: str, path
     from torch import nn
 
     leaf = layer_prefix.rpartition(".")[2]
-    found = [
+    candidates = [
         (name, child)
         for name, child in module.named_modules()
         if isinstance(child, nn.ModuleList)
@@ -108,9 +108,9 @@ def find_layer_list(module: PreTrainedModel, depth: int, layer_prefix: str, path
         and name.rpartition(".")[2] == leaf
         and (path is None or name == path)
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise ModelError(
-            f"{type(module).__name__} has {len(found)} lists of {depth} layers named {leaf!r}; "
+            f"{type(module).__name__} has {len(candidates)} lists of {depth} layers named {leaf!r}; "
             "a model whose layers form one list is needed"
         )
-    return found[0]
+    return candidates[0]

@@ -147,8 +147,8 @@ def check_model_folder(folder: Path) -> None:
     check_config(load_config(folder), str(folder))
     if not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f"only {others[0]!r}, which is a pickle and is never opened" if others else "no weights"
-        raise ModelError(f"{str(folder)!r} has {found}; weights must be in *.safetensors files (save_pretrained writes them)")
+        holds = f"only {others[0]!r}, which is a pickle and is never opened" if others else "no weights"
+        raise ModelError(f"{str(folder)!r} has {holds}; weights must be in *.safetensors files (save_pretrained writes them)")
     find_shards(folder)
     for name in _OBJECTS:
         if (folder / name).is_file():
@@ -165,8 +165,8 @@ def check_config(config: dict[str, Any], name: str) -> None:
         method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else "unknown method"
         raise ModelError(f"{name!r} is already quantised ({method}); prune the original model first, then quantise")
     if config.get("is_encoder_decoder") or "decoder_layers" in config or "num_decoder_layers" in config:
-        kind = config.get("model_type", "of no type")
-        raise ModelError(f"{name!r} is an encoder-decoder model ({kind}); only a decoder that stands alone can be pruned")
+        model_type = config.get("model_type", "of no type")
+        raise ModelError(f"{name!r} is an encoder-decoder model ({model_type}); only a decoder that stands alone can be pruned")
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(item, str) for item in named)):
         raise ModelError(

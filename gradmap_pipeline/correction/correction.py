@@ -37,7 +37,7 @@ class CorrectedSite(BaseModel):
     layer: int
     """Base layer whose weights take the correction."""
     parameter: str
-    kind: Literal["output", "norm", "attention"] = "output"
+    role: Literal["output", "norm", "attention"] = "output"
     """`output`: a linear map that writes to the layer's output; `norm`: a norm that does; `attention`: a linear map before the
     feed-forward part, corrected for what was missing when the layer began."""
     shift: float
@@ -58,10 +58,10 @@ class Compensation(Artifact):
 
 def layers_before_cuts(graph: ModelGraph) -> list[int]:
     """Kept layers right below removed ones. Raises `StageError` where there are none."""
-    found = [layer for layer in graph.layers if layer + 1 in graph.removed]
-    if not found:
+    below = [layer for layer in graph.layers if layer + 1 in graph.removed]
+    if not below:
         raise StageError("this correction needs a kept layer below a removed one, and none is")
-    return found
+    return below
 
 
 def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Sequence[Site]:
@@ -79,7 +79,7 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
 
 def find_output(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
     """The linear map that writes to a layer's output. Raises `StageError` where there is none."""
-    writing = [site for site in sites_of(streams, layer, known) if site.kind == "output"]
+    writing = [site for site in sites_of(streams, layer, known) if site.role == "output"]
     if not writing:
         raise StageError(f"layer {layer} has no linear map that writes to its output, which this correction needs")
     return writing[-1]
@@ -104,7 +104,7 @@ def correct_site(
     Raises `NoSiteError` where it has no place or no target there.
     """
     model = streams.pruned.model
-    if site.kind == "attention" and layer < streams.graph.removed[0]:
+    if site.role == "attention" and layer < streams.graph.removed[0]:
         raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
     moments, drift = collect_moments(streams, layer, site, space, context)
     new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
@@ -112,7 +112,7 @@ def correct_site(
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.weight",
-        kind=site.kind,
+        role=site.role,
         shift=drift.shift,
         relative_shift=drift.relative_shift,
         missing_left=left,
@@ -193,7 +193,7 @@ def collect_moments(
         return torch.zeros(shape, dtype=torch.float64, device=hidden.device)
 
     moments: Moments | ChannelMoments
-    if site.kind == "norm":
+    if site.role == "norm":
         moments = ChannelMoments(zeros(4, width))
     else:
         check_room(size, width, context.memory, context.device)
@@ -204,7 +204,7 @@ def collect_moments(
         with capture(pruned.model, layer, site, space) as captured:
             for visit in step:
                 drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
-                missing = target - drifted if site.kind != "attention" else streams.missing_before(layer, visit)
+                missing = target - drifted if site.role != "attention" else streams.missing_before(layer, visit)
                 moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], missing)
                 drift.add(drifted, target)
     streams.join(drift, layer)

@@ -43,7 +43,7 @@ class Site:
 
     name: str
     """Of the module, inside its layer."""
-    kind: Literal["output", "norm", "attention"]
+    role: Literal["output", "norm", "attention"]
     """`output` and `norm` write to the layer's output, `attention` to the residual stream before the feed-forward part."""
     inputs: int
     """Of a linear map (tokens, inputs) to (tokens, hidden); of a norm, the hidden size."""
@@ -67,19 +67,19 @@ def find_sites(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
     with torch.no_grad():
         linear = [site for site in search.linear_maps() if site.inputs * _NARROWEST >= hidden.shape[-1]]
         linear.sort(key=lambda site: site.inputs)  # stable: the last called of the widest comes last
-        found: list[Site] = []
+        sites: list[Site] = []
         for site in reversed(linear):
             gain = search.measure_gain_inside(site)
             if gain:
-                found.append(replace(site, kind="attention", gain=gain))
+                sites.append(replace(site, role="attention", gain=gain))
                 break
         for site in [*reversed(linear), *reversed(search.norms())]:
             gain = search.measure_gain(site)
             if gain:
-                found.append(replace(site, gain=gain))
+                sites.append(replace(site, gain=gain))
                 break
-    if found:
-        return tuple(found)
+    if sites:
+        return tuple(sites)
     raise NoSiteError(
         f"layer {index} of {type(model.module).__name__} has no linear map and no norm that writes to the residual stream "
         "unchanged; a correction cannot be folded into it"
@@ -90,18 +90,18 @@ def check_gain(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
     """Raise `NoSiteError` where the gain of base layer `index`, with its own weights, is not that of the structure."""
     import torch
 
-    if site.kind != "attention":
+    if site.role != "attention":
         with torch.no_grad():
-            found = _Search(model, index, hidden, arguments).estimate_gain(site)
-        if not math.isfinite(found):
+            measured = _Search(model, index, hidden, arguments).estimate_gain(site)
+        if not math.isfinite(measured):
             raise NotFiniteError(f"what leaves layer {index}")
-        if not abs(found / site.gain - 1) <= 0.05:
+        if not abs(measured / site.gain - 1) <= 0.05:
             raise NoSiteError(f"layer {index} scales what {site.name} adds by a weight; a correction cannot be folded into it")
 
 
-def share_sites(found: Mapping[int, Sequence[Site]], group: ProcessGroup) -> dict[int, tuple[Site, ...]]:
-    """The sites of layers as the leading process has found them, so that all correct the same ones."""
-    told = group.tell({str(layer): [asdict(site) for site in sites] for layer, sites in found.items()})
+def share_sites(sites_by_layer: Mapping[int, Sequence[Site]], group: ProcessGroup) -> dict[int, tuple[Site, ...]]:
+    """The sites of layers as the leading process found them, so that all correct the same ones."""
+    told = group.tell({str(layer): [asdict(site) for site in sites] for layer, sites in sites_by_layer.items()})
     return {int(layer): tuple(Site(**site) for site in sites) for layer, sites in told.items()}
 
 
@@ -139,12 +139,12 @@ class _Search:
         from torch import nn
 
         width = self.hidden.shape[-1]
-        found = []
+        sites = []
         for name in self._called_once((nn.Module,)):
             parameters = dict(self.layer.get_submodule(name).named_parameters())
             if {"weight"} <= parameters.keys() <= {"weight", "bias"} and all(p.shape == (width,) for p in parameters.values()):
-                found.append(Site(name, "norm", width, bias="bias" in parameters))
-        return found
+                sites.append(Site(name, "norm", width, bias="bias" in parameters))
+        return sites
 
     def measure_gain(self, site: Site) -> float:
         """The number times which a vector added to what a module returns reaches the layer's output; 0 if none does."""

@@ -137,17 +137,17 @@ class Streams:
     def measure_drift(self) -> dict[int, Drift]:
         """Drift at the output of every kept layer from the first removal up."""
         self.pruned.run_forward()
-        found = {}
+        drifts = {}
         for position, layer in enumerate(self.graph.layers):
             if layer + 1 >= self.graph.removed[0]:
-                found[layer] = Drift()
+                drifts[layer] = Drift()
                 for index, batch in enumerate(self.pruned.batches):
                     drifted, target = self.pruned.boundary(position + 1, index), self.target(position, index)
                     mask = batch.mask.to(target.device)
-                    found[layer].add(drifted[mask].double(), target[mask].double())
-                self.join(found[layer], layer)
-        self.measured = self.measured or found
-        return found
+                    drifts[layer].add(drifted[mask].double(), target[mask].double())
+                self.join(drifts[layer], layer)
+        self.measured = self.measured or drifts
+        return drifts
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def capture(model: LayerwiseModel, layer: int, site: Site, side: Literal["input"
     module = model.module.get_submodule(f"{model.layers_path}.{layer}.{site.name}")
 
     def listen(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if site.kind == "norm":
+        if site.role == "norm":
             scale = module.get_parameter("weight")
             before = scale.data
             scale.data = before + 1  # whatever is added to the scale, the output is linear in it

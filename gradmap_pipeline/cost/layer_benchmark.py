@@ -128,7 +128,7 @@ class LayerBenchmark:
                 plain = self._time(forward)
             with_graph = self._time(forward)
             output = forward()
-            found = Pass(
+            tried = Pass(
                 forward=plain / samples,
                 forward_for_backward=with_graph / samples,
                 backward=self._time(lambda: backward(output)) / samples,
@@ -137,7 +137,7 @@ class LayerBenchmark:
             )
             for parameter in wanted:
                 parameter.requires_grad_(False)
-        return found
+        return tried
 
     def _try_head(self, samples: int, tokens: int) -> Pass:
         from ..sweep.sample_pass import SamplePass

@@ -30,8 +30,8 @@ _PACKAGE = __name__.partition(".")[0]
 class WorkerCrash(Exception):  # noqa: N818 - whatever the stage raised, told by its own name
     """An unexpected exception inside the worker."""
 
-    def __init__(self, kind: str, message: str, traceback: str) -> None:
-        self.kind, self.traceback = kind, traceback
+    def __init__(self, error_type: str, message: str, traceback: str) -> None:
+        self.error_type, self.traceback = error_type, traceback
         super().__init__(message)
 
 
@@ -146,24 +146,24 @@ class _Relay:
     def _pump(self) -> Any:
         """Up to the next value that the worker has computed. Raises `_Ended` at its last message."""
         for text in self._messages:
-            (kind, value), *_ = json.loads(text).items()
-            if kind == "keep":
+            (message_type, value), *_ = json.loads(text).items()
+            if message_type == "keep":
                 return value
-            if kind == "note":
+            if message_type == "note":
                 self._context.note(value)
-            elif kind == "progress":
+            elif message_type == "progress":
                 number, *what = value
                 stack = ExitStack()
                 self._shown[number] = stack, stack.enter_context(self._context.progress(*what))
-            elif kind == "advance":
+            elif message_type == "advance":
                 number, units = value
                 self._shown[number][1](units)
-            elif kind == "progress_ended":
+            elif message_type == "progress_ended":
                 self._shown.pop(value)[0].close()
-            elif kind == "recall":
+            elif message_type == "recall":
                 self._recall(value)
             else:
-                raise _Ended({kind: value})
+                raise _Ended({message_type: value})
         raise _Ended({})
 
     def _recall(self, key: Any) -> None:
@@ -175,9 +175,9 @@ class _Relay:
             self._answer(None)
             return self._pump()
 
-        found = self._context.remember(key, compute)
+        kept = self._context.remember(key, compute)
         if not asked:
-            self._answer(found)
+            self._answer(kept)
 
     def _answer(self, value: Any) -> None:
         with suppress(BrokenPipeError):  # that it has died is told by the end of its messages
@@ -185,8 +185,8 @@ class _Relay:
             self._answers.flush()
 
 
-def _make_error(kind: str, message: str, option: str | None) -> GradmapError:
+def _make_error(name: str, message: str, option: str | None) -> GradmapError:
     if option is not None:
         return OptionError(option, message)
-    found = getattr(errors, kind, StageError)
-    return StageError(message) if found is errors.RecipeError else found(message)
+    cls = getattr(errors, name, StageError)
+    return StageError(message) if cls is errors.RecipeError else cls(message)

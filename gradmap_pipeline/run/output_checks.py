@@ -91,8 +91,8 @@ def _check_patch(graph: ModelGraph, tensor: str, file: TensorFile) -> Iterator[s
 
 
 def _artifacts_of(fields: BaseModel) -> dict[str, Artifact]:
-    found = {name: getattr(fields, name) for name in type(fields).model_fields}
-    return {name: value for name, value in found.items() if isinstance(value, Artifact)}
+    values = {name: getattr(fields, name) for name in type(fields).model_fields}
+    return {name: value for name, value in values.items() if isinstance(value, Artifact)}
 
 
 def _graphs_of(fields: BaseModel) -> Iterator[ModelGraph]:

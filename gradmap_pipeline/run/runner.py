@@ -174,13 +174,13 @@ def _run_step(
 
 def _find_inputs(step: PlannedStep, state: RunState) -> dict[str, Artifact]:
     """The artifacts a step takes, without those that a step before chose not to make."""
-    found = {name: state.outputs[source].get(output) for name, (source, output) in step.inputs.items()}
+    inputs = {name: state.outputs[source].get(output) for name, (source, output) in step.inputs.items()}
     for name, (_, required) in type(step.stage).input_fields().items():
-        if required and found[name] is None:
+        if required and inputs[name] is None:
             failure = StageError(f"needs {'.'.join(step.inputs[name])!r}, which that step did not make this time")
             failure.where = f"step {step.id!r}"
             raise failure
-    return {name: artifact for name, artifact in found.items() if artifact is not None}
+    return {name: artifact for name, artifact in inputs.items() if artifact is not None}
 
 
 def _at_base(artifact: Artifact, model: Artifact) -> Artifact:
@@ -229,7 +229,11 @@ def _call(
             failure = StageError(text_of(error)) if error.exit_code == RecipeError.exit_code else error
             failure.where = error.where or where
             raise failure from error
-        told = (error.kind, error.traceback) if isinstance(error, WorkerCrash) else (type(error).__name__, traceback.format_exc())
+        told = (
+            (error.error_type, error.traceback)
+            if isinstance(error, WorkerCrash)
+            else (type(error).__name__, traceback.format_exc())
+        )
         kept = store.save_traceback(told[1])
         failure = StageError(
             f"stage {step.stage.name!r} ({step.plugin}) failed: {told[0]}: {on_one_line(error)}; traceback in {kept}"

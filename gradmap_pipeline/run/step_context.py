@@ -28,10 +28,10 @@ def memory_of(
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
         whole = sha256_of_value([step.code.digest, dtype, versions, key])
-        found = group.tell(store.load_unit(step.stage.name, whole))
-        if found is not None:
-            found_finished.append(found["seconds"])
-            return found["value"]
+        unit = group.tell(store.load_unit(step.stage.name, whole))
+        if unit is not None:
+            found_finished.append(unit["seconds"])
+            return unit["value"]
         started = time.monotonic()
         value = group.tell(compute())
         if group.leads:

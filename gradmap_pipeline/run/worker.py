@@ -74,11 +74,11 @@ def make_worker_context(request: dict[str, Any], line: ParentChannel) -> Context
             line.tell(progress_ended=number)
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
-        found = line.ask(recall=key)
-        if found is None:
-            found = compute()
-            line.tell(keep=found)
-        return found
+        value = line.ask(recall=key)
+        if value is None:
+            value = compute()
+            line.tell(keep=value)
+        return value
 
     return Context(
         folder=Path(request["folder"]),

@@ -73,7 +73,7 @@ class LayerCompensation(Stage):
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
         sites = probe.find_sites()
-        if sites and not any(self.takes(found) for found in sites.values()):
+        if sites and not any(self.takes(each) for each in sites.values()):
             raise ModelError(f"no layer has a place that {self.name} could correct: {self.wanted}; use project_compensate")
 
     wanted: ClassVar[str] = "a linear map that writes to the layer's output"
@@ -81,7 +81,7 @@ class LayerCompensation(Stage):
 
     def takes(self, sites: Sequence[Site]) -> bool:
         """Whether a layer with these sites can be corrected."""
-        return any(site.kind == "output" for site in sites)
+        return any(site.role == "output" for site in sites)
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         text = inputs.of(CalibrationSet)
@@ -164,8 +164,8 @@ class LayerCompensation(Stage):
             shape = graph.stored_tensor(name).shape
             patch = read_header(file.path).get(name)
             if patch is None or patch.shape != shape:
-                found = "nothing of that name" if patch is None else f"shape {patch.shape}"
-                raise PluginError(f"stage {self.name!r}: the patch of {name!r} must have shape {shape}; its file has {found}")
+                held = "nothing of that name" if patch is None else f"shape {patch.shape}"
+                raise PluginError(f"stage {self.name!r}: the patch of {name!r} must have shape {shape}; its file has {held}")
 
     def _refuse(self, error: NotFiniteError, streams: Streams, context: Context) -> None:
         """Raise the error that tells why what a correction needs is not finite."""

@@ -51,7 +51,7 @@ class Forecasts(Mapping[str, BaseModel | None]):
     def has(self, artifact: type[Artifact]) -> bool:
         """Whether an input is there that will be of this class; tells which of several classes that `Inputs` accepts it is."""
         classes = ((self._classes[name],) if name in self._classes else self._types[name] for name in self._known)
-        return any(all(issubclass(kind, artifact) for kind in each) for each in classes)
+        return any(all(issubclass(cls, artifact) for cls in each) for each in classes)
 
     def of(self, artifact: _HasForecast[F_co], name: str | None = None) -> F_co:
         """The forecast of the input that is an `artifact`; empty where nothing is known of it, or no step makes it.
@@ -59,7 +59,7 @@ class Forecasts(Mapping[str, BaseModel | None]):
         `name`: of the input, where several are of this class. Raises `PluginError` where no input is, or several are.
         """
         wanted: Any = artifact
-        fitting = [each for each, types in self._types.items() if all(issubclass(kind, wanted) for kind in types)]
+        fitting = [each for each, types in self._types.items() if all(issubclass(cls, wanted) for cls in types)]
         if name is None and len(fitting) > 1:
             raise PluginError(
                 f"inputs {' and '.join(fitting)} of {self._stage} are of class {wanted.__name__}; "
@@ -67,7 +67,7 @@ class Forecasts(Mapping[str, BaseModel | None]):
             )
         if not fitting or name not in (None, *fitting):
             asked = f"no input {name!r}" if name is not None else "no input"
-            listed = ", ".join(f"{each}: {' or '.join(kind.__name__ for kind in types)}" for each, types in self._types.items())
+            listed = ", ".join(f"{each}: {' or '.join(cls.__name__ for cls in types)}" for each, types in self._types.items())
             raise PluginError(f"{self._stage} has {asked} of class {wanted.__name__}; inputs are {listed}")
         forecast = self._known.get(name or fitting[0])
         return forecast if isinstance(forecast, wanted.Forecast) else artifact.Forecast()

@@ -99,9 +99,9 @@ class LayerScoring(Stage):
         rounds: list[Round] = []
         with context.progress("score layers", count, "decision") as advance, closing(scorer):
             while len(decisions) < count:
-                found = context.remember({**base, "kept": list(kept)}, partial(scorer.score, set(kept)))
-                scores = {int(layer): score for layer, score in found["scores"].items()}
-                rounds.append(Round.model_validate(found["work"]))
+                ranking = context.remember({**base, "kept": list(kept)}, partial(scorer.score, set(kept)))
+                scores = {int(layer): score for layer, score in ranking["scores"].items()}
+                rounds.append(Round.model_validate(ranking["work"]))
                 new = self._decide(kept, scores, count - len(decisions), protected)
                 decisions += new
                 kept = [layer for layer in kept if layer not in {decision.removed for decision in new}]

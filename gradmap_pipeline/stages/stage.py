@@ -115,11 +115,13 @@ class Stage(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if is_abstract(cls):
             return
-        for required, kind in (("name", str), ("Inputs", type), ("Outputs", type)):
+        for required, expected in (("name", str), ("Inputs", type), ("Outputs", type)):
             if not hasattr(cls, required):
                 raise PluginError(f"stage {cls.__name__} in {cls.__module__} must define {required!r}")
-            if not isinstance(getattr(cls, required), kind) or (kind is type and not issubclass(getattr(cls, required), BaseModel)):
-                wanted = "text" if kind is str else "a class derived from pydantic's BaseModel"
+            if not isinstance(getattr(cls, required), expected) or (
+                expected is type and not issubclass(getattr(cls, required), BaseModel)
+            ):
+                wanted = "text" if expected is str else "a class derived from pydantic's BaseModel"
                 raise PluginError(f"stage {cls.__name__} in {cls.__module__}: {required!r} must be {wanted}")
         if cls.parallel and cls.environment is not None:
             raise PluginError(
@@ -154,18 +156,18 @@ def _check_ports(stage: type[Stage]) -> None:
 
 def _artifact_types(annotation: Any) -> tuple[type[Artifact], ...]:
     """The artifact classes in `X`, `X | None` or `X | Y`."""
-    found = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type) and issubclass(part, Artifact)]
-    if not found:
+    types = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type) and issubclass(part, Artifact)]
+    if not types:
         raise TypeError(annotation)
-    return tuple(found)
+    return tuple(types)
 
 
 def _artifact_type(annotation: Any) -> type[Artifact]:
     """Of several artifact classes, the nearest that all derive from."""
-    found = _artifact_types(annotation)
-    return next(base for base in found[0].__mro__ if all(issubclass(other, base) for other in found))
+    types = _artifact_types(annotation)
+    return next(base for base in types[0].__mro__ if all(issubclass(other, base) for other in types))
 
 
 def name_types(types: Sequence[type[Artifact]]) -> str:
     """`ModelGraph or OnnxFolder`, for messages."""
-    return " or ".join(kind.__name__ for kind in types)
+    return " or ".join(cls.__name__ for cls in types)

@@ -108,7 +108,7 @@ class StructureProbe:
         """
         from ..correction.sites import NoSiteError, find_sites
 
-        found: dict[int, tuple[Site, ...]] = {}
+        sites_by_layer: dict[int, tuple[Site, ...]] = {}
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
         suppliers = {user: source for source, users in self._sources.items() for user in users}
@@ -120,8 +120,8 @@ class StructureProbe:
                     sites = find_sites(self._model, layer, hidden, arguments[layer])
                 except NoSiteError:
                     sites = ()
-            found |= dict.fromkeys(alike, sites)
-        return found
+            sites_by_layer |= dict.fromkeys(alike, sites)
+        return sites_by_layer
 
     def _run_once(self, layer: int, hidden: torch.Tensor, arguments: dict[int, LayerArguments]) -> None:
         """Have a layer leave the keys and values that others take from it."""
@@ -137,11 +137,11 @@ class StructureProbe:
 
     def _kinds(self) -> dict[int, list[int]]:
         """Layers that are alike in the names and shapes of their tensors, by the first of them; those that fit into memory."""
-        kinds: dict[object, list[int]] = {}
+        by_signature: dict[object, list[int]] = {}
         elements = self.graph.layer_elements()
         start = len(self.graph.base.layer_prefix) + 1
         for layer in self.graph.layers:
             tensors = self.graph.layer_tensors(layer)
-            kind = tuple((name[start:].partition(".")[2], tensor.shape) for name, tensor in tensors.items())
-            kinds.setdefault(kind, []).append(layer)
-        return {alike[0]: alike for alike in kinds.values() if 4 * elements[alike[0]] < self._memory // 2}
+            signature = tuple((name[start:].partition(".")[2], tensor.shape) for name, tensor in tensors.items())
+            by_signature.setdefault(signature, []).append(layer)
+        return {alike[0]: alike for alike in by_signature.values() if 4 * elements[alike[0]] < self._memory // 2}

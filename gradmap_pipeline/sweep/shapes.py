@@ -28,10 +28,10 @@ def check_tensors(model: LayerwiseModel, fits: Callable[[int], bool]) -> None:
         layer = model.module.get_submodule(f"{model.layers_path}.{index}")
         stored_by_tail, unnamed = _compare(model, index, layer)
         own = tuple((tail, value.shape) for tail, value in layer.named_parameters())
-        kind = (own, tuple((tail, stored.shape, stored.is_float) for tail, stored in stored_by_tail.items()))
-        if kind not in tried and unnamed and fits(index):
+        signature = (own, tuple((tail, stored.shape, stored.is_float) for tail, stored in stored_by_tail.items()))
+        if signature not in tried and unnamed and fits(index):
             _try_layer(model, index, layer)
-        tried.add(kind)
+        tried.add(signature)
 
 
 def _check_others(model: LayerwiseModel) -> None:

@@ -66,7 +66,7 @@ REFUSE = """pass
 from gradmap_pipeline.correction import correction
 check_gain = correction.check_gain
 def refuse(model, index, hidden, arguments, site):
-    if SECOND and index == 2 and site.kind == "output":
+    if SECOND and index == 2 and site.role == "output":
         raise NoSiteError("this map has no place here")
     check_gain(model, index, hidden, arguments, site)
 correction.check_gain = refuse
