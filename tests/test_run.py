@@ -154,7 +154,7 @@ def test_a_result_from_the_store_has_the_name_of_now(folder: Path, text: Path, t
     ended = {event["step"]: event["outputs"] for event in events(result) if event["event"] == "step_finished"}
     assert ended["evaluate_dense"]["evaluation"]["dataset"] == str(other)
     table = next(event for event in events(result) if event["event"] == "run_finished")["summary"]["models"]
-    assert str(other) in table[0]["perplexity"]
+    assert table[0]["metrics"][f"perplexity on {other}"]["on"] == str(other)
 
 
 def test_what_a_step_depends_on_runs_it_again(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def run_elsewhere(
         "memory": max(0, context.memory - resident_bytes()),
         "lineage": [vars(step) for step in context.lineage],
         "step": context.step,
+        "metrics": [metric.model_dump() for metric in context.metrics],
     }
     with scratch_folder() as folder, _start(folder, request, stage, workplace, threads, log) as process:
         final = _Relay(process, context).run()

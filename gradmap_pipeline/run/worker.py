@@ -26,6 +26,7 @@ from ..context import Advance, Context, FinishedStep
 from ..errors import CapacityError, GradmapError, OptionError, describe_value, text_of
 from ..interruptions import is_interruption, note_interruption
 from ..machine.shortages import find_shortage
+from ..metrics import Metric
 from ..recipe.plugin_files import open_folder
 from ..stages.stage import Stage
 
@@ -91,6 +92,7 @@ def make_worker_context(request: dict[str, Any], line: ParentChannel) -> Context
         remember=remember,
         lineage=tuple(FinishedStep(**step) for step in request["lineage"]),
         step=request["step"],
+        metrics=tuple(Metric.model_validate(metric) for metric in request["metrics"]),
     )
 
 
