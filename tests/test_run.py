@@ -112,7 +112,11 @@ def test_json_events(folder: Path) -> None:
         "run_finished",
     ]
     finished = {event["step"]: event for event in told if event["event"] == "step_finished"}
-    assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "seconds", "computed_seconds", "outputs"}
+    figures = {"seconds", "computed_seconds", "metrics", "limits"}
+    assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "outputs", *figures}
+    assert finished["gradmap_score"]["metrics"] == []
+    (metric,) = finished["evaluate"]["metrics"]
+    assert metric["value"] == finished["evaluate"]["outputs"]["evaluation"]["perplexity"]
     decisions = finished["gradmap_score"]["outputs"]["scores"]["decisions"]
     assert [len(decision["scores"]) for decision in decisions] == [4, 3]
     assert finished["evaluate"]["outputs"]["evaluation"]["perplexity"] > 1
