@@ -68,7 +68,7 @@ def find_faults(
     for title, limit in step.limits.items():
         if known is not None and title.partition(" on ")[0] not in known and title not in known:
             advice = suggest(title, known) if known else "none of its outputs has metrics"
-            yield (title,), f"step {step.id!r} gives no metric {title!r}; {advice}"
+            yield (title, next(iter(limit.bounds))), f"step {step.id!r} gives no metric {title!r}; {advice}"
         elif limit.is_relative and measured is None:
             bound = next(name for name in limit.bounds if name.endswith("_ratio"))
             message = "compares with the unpruned model, which can take the place of one input, and the step has no such input"

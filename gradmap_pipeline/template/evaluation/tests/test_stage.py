@@ -36,7 +36,7 @@ def test_accuracy_is_that_of_plain_transformers(tmp_path: Path) -> None:
 
 def test_limit_stops_the_run(tmp_path: Path) -> None:
     recipe = Path(__file__).parent.parent / "recipe.yaml"
-    command = [sys.executable, "-m", "gradmap_pipeline", "run", str(recipe), "--set", "stage_name.limits.accuracy.min=1"]
+    command = [sys.executable, "-m", "gradmap_pipeline", "run", str(recipe), "--set", "measure_dense.limits.accuracy.min=1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 5
     assert "on 'builtin heldout' is under min 1 by 0." in done.stderr
