@@ -326,3 +326,38 @@ def test_option_of_a_stage_cannot_be_called_as_the_key_of_steps(folder: Path) ->
     result = gradmap("check")
     assert result.exit_code == 2
     assert "stage 'measure_length': option 'limits' has the name of a key of steps; give it another name" in result.stderr
+
+
+def test_what_was_measured_counts_for_the_card_of_an_export(folder: Path) -> None:
+    """An export is written again where an earlier step has measured something new, and only there."""
+    recipe = json.loads((folder / "r.yaml").read_text())
+    measure = recipe["steps"].pop()
+    recipe["steps"].append({"use": "export", "with": {"to": "out"}})
+    (folder / "r.yaml").write_text(json.dumps(recipe))
+    assert gradmap("run").exit_code == 0
+    assert "| metric |" not in (folder / "out" / "README.md").read_text()
+    recipe["steps"].insert(1, measure)
+    (folder / "r.yaml").write_text(json.dumps(recipe))
+    assert gradmap("run").exit_code == 0
+    card = (folder / "out" / "README.md").read_text()
+    assert "| length | text.txt | 40.000 characters |  | lower |\n| half |  | 20.000 |  | lower |\n" in card
+    lineage = json.loads((folder / "out" / "gradmap.json").read_text())
+    assert [step["id"] for step in lineage["steps"]] == ["prune", "length", "export"]
+    assert "export: done (from the store)" in gradmap("run").stdout
+
+
+def test_a_ratio_pays_for_the_unpruned_model(folder: Path) -> None:
+    recipe = json.loads((folder / "r.yaml").read_text())
+    (folder / "text.txt").write_text("some text " * 1000)
+    options = {"dataset": {"path": "text.txt"}, "samples": 8, "sequence_length": 32}
+    recipe["steps"][1] = {"use": "evaluate", "with": options}
+    (folder / "r.yaml").write_text(json.dumps(recipe))
+
+    def count_flops(*settings: str) -> float:
+        plan = json.loads(CliRunner().invoke(app, ["plan", "r.yaml", "--json", *settings]).stdout)
+        return next(float(step["estimate"]["flops"]) for step in plan["steps"] if step["step"] == "evaluate")
+
+    alone = count_flops("--set", "evaluate.limits.perplexity.max=9")
+    both = count_flops("--set", "evaluate.limits.perplexity.max_ratio=9")
+    assert both == pytest.approx(count_flops("--set", "evaluate.max_perplexity_ratio=9"))
+    assert both > 2 * alone
