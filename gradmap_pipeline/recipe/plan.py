@@ -167,8 +167,7 @@ def _plan_step(
             stage = make_stage(stage_class, options, step.id, plugin)
         except Invalid as invalid:
             for location, message in invalid.complaints:
-                said = _LIMITS_ELSEWHERE if location == ("limits",) else message
-                problems.append(recipe.problem(_place_of(at, location, written), _name_option(step, location, said)))
+                problems.append(recipe.problem(_place_of(at, location, written), _name_option(step, location, message)))
         inputs = wire_inputs(step, stage_class, at, recipe, catalog, board, problems)
         is_wired = not board.unknown or len(inputs) == len(stage_class.input_fields())
         if stage is not None and is_wired and len(problems) == before:
@@ -230,5 +229,7 @@ def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recip
 
 def _name_option(step: RecipeStep, location: Location, message: str) -> str:
     """Say which option of which step a complaint is about."""
+    if location == ("limits",):
+        message = _LIMITS_ELSEWHERE
     option = ".".join(map(str, location))
     return f"step {step.id!r}: option {option!r}: {message}" if option else f"step {step.id!r}: {message}"

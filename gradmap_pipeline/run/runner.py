@@ -10,6 +10,7 @@ from typing import Any
 
 from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
+from ..checkpoint.model import Model
 from ..context import Context, FinishedStep
 from ..errors import GradmapError, StageError, name_error
 from ..export.exports import Export
@@ -219,9 +220,8 @@ def _find_known(step: PlannedStep, inputs: Mapping[str, Artifact], state: RunSta
     """What earlier steps have measured of the models that a step takes, for stages that want to know."""
     if not step.stage.reads_metrics:
         return []
-    models = [artifact for artifact in inputs.values() if isinstance(artifact, ModelGraph | Export)]
-    models += [artifact.graph for artifact in models if isinstance(artifact, Export)]
-    digests = {model.digest for model in models}
+    models = [artifact for artifact in inputs.values() if isinstance(artifact, Model | Export)]
+    digests = {form.digest for model in models for form in (model, model.graph)}
     return [one for one in state.measured if one.metric.model in digests]
 
 
