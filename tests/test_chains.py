@@ -55,9 +55,9 @@ def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert code == 0, output
         assert "ONNX Runtime loads and runs it" in output
     steps = json.loads((tmp_path / "out" / "docs-llama-onnx-int8" / "gradmap.json").read_text())["steps"]
-    order = ["calibrate", "gradmap_score", "prune", "project_compensate", "evaluate", "export", "quantize_onnx"]
+    order = ["calibrate", "gradmap_score", "prune", "project_compensate", "evaluate", "export", "evaluate_onnx", "quantize_onnx"]
     assert [step["id"] for step in steps] == order
-    assert (steps[5]["options"]["format"], steps[6]["options"]["method"]) == ("onnx", "int8")
+    assert (steps[5]["options"]["format"], steps[7]["options"]["method"]) == ("onnx", "int8")
 
 
 def write_recipe(folder: Path, *steps: dict[str, Any]) -> str:
