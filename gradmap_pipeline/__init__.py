@@ -12,10 +12,10 @@ if TYPE_CHECKING:
         CalibrationForecast,
         CalibrationSet,
         Decision,
-        Evaluation,
         ExportedFile,
         LayerScores,
         ModelForecast,
+        NameOf,
         Round,
         ScoresForecast,
         TensorFile,
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
     from .export.exports import Export, OnnxFolder, TransformersFolder
     from .machine.environment import Environment
+    from .measurements import Evaluation, Measurement
+    from .metrics import Metric
     from .stages.compensating import LayerCompensation
     from .stages.exporting import FolderExport
     from .stages.forecasts import Forecasts, Outlook, known
@@ -51,10 +53,10 @@ _HOME = {
         "CalibrationForecast",
         "CalibrationSet",
         "Decision",
-        "Evaluation",
         "ExportedFile",
         "LayerScores",
         "ModelForecast",
+        "NameOf",
         "Round",
         "ScoresForecast",
         "TensorFile",
@@ -63,6 +65,8 @@ _HOME = {
     "stages.compensating": ("LayerCompensation",),
     "data": ("DatasetSource",),
     "machine.environment": ("Environment",),
+    "measurements": ("Evaluation", "Measurement"),
+    "metrics": ("Metric",),
     "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
     "cost.estimate": ("Estimate",),
     "stages.exporting": ("FolderExport",),
@@ -102,11 +106,14 @@ __all__ = [
     "LayerScores",
     "LayerScoring",
     "Measure",
+    "Measurement",
+    "Metric",
     "Model",
     "ModelCosts",
     "ModelError",
     "ModelForecast",
     "ModelGraph",
+    "NameOf",
     "OnnxFolder",
     "OptionError",
     "Outlook",

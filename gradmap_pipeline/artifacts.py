@@ -24,10 +24,12 @@ from .errors import PluginError, describe_value
 from .machine.digests import sha256_of, sha256_of_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from typing_extensions import Self
+
+    from .metrics import Metric
 
 
 def _relative_to_store(path: Path, info: SerializationInfo) -> str:
@@ -53,6 +55,12 @@ class NameOf:
     """
 
     option: str
+
+
+def name_in(options: BaseModel, option: str) -> str | None:
+    """The name of what an option gives, such as a data set; None where it has none."""
+    name = getattr(getattr(options, option, None), "name", None)
+    return name if isinstance(name, str) else None
 
 
 def _only_for_people(text: str, info: SerializationInfo) -> str:
@@ -125,10 +133,17 @@ class Artifact(BaseModel):
         names = {}
         for field, info in type(self).model_fields.items():
             for mark in info.metadata:
-                name = getattr(getattr(options, mark.option, None), "name", None) if isinstance(mark, NameOf) else None
-                if isinstance(name, str):
+                name = name_in(options, mark.option) if isinstance(mark, NameOf) else None
+                if name is not None:
                     names[field] = name
         return self.model_copy(update=names)
+
+    def list_metrics(self) -> Sequence[Metric]:
+        """What it says of how good models are: tables, limits, comparisons, model cards and JSON show it.
+
+        A metric that names no model is of the one whose digest is in the field `model` of this artifact.
+        """
+        return ()
 
     def files_by_path(self) -> dict[Path, str]:
         """SHA-256 of every file that belongs to it."""
@@ -300,28 +315,6 @@ class Work(Artifact):
     def layer_evaluations(self) -> float:
         """Layer forwards and backwards."""
         return sum(part.layer_forwards + part.layer_backwards for part in self.rounds)
-
-
-class Evaluation(Artifact):
-    """How well a model predicts a text."""
-
-    model: str
-    """Digest of the model."""
-    label: str
-    """What was done to the model last: dense, pruned, compensated."""
-    dataset: Annotated[str, NameOf("dataset")]
-    perplexity: float
-    loss: float
-    """Mean next-token cross-entropy in nats."""
-    samples: int
-    sequence_length: int
-    tokens: int
-    """Tokens predicted."""
-    layers: int
-    parameters: int
-    bytes: int
-    base_perplexity: float | None = None
-    """Perplexity of the unpruned model on the same text, where a limit asked for it."""
 
 
 class ExportedFile(BaseModel):

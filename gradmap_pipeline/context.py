@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .machine.distributed import ProcessGroup
+from .metrics import Metric
 
 
 class Advance(Protocol):
@@ -56,3 +57,6 @@ class Context:
     """The steps that led here, in order."""
     step: str | None = None
     """Id of this step in the recipe; None where there is no recipe."""
+    metrics: tuple[Metric, ...] = ()
+    """What earlier steps have measured of the models that this one takes, and of those they were made from, where the stage has
+    `reads_metrics`."""

@@ -42,6 +42,7 @@ class Evaluate(Stage):
 
     name = "evaluate"
     parallel = True
+    metric_names = ("perplexity",)
     libraries = ("torch", "transformers", "tokenizers", "datasets")
 
     dataset: DatasetSource = Field(description="Text to predict.")

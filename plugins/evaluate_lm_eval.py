@@ -16,10 +16,10 @@ from gradmap_pipeline import (
     Artifact,
     Context,
     Forecasts,
+    Metric,
     ModelGraph,
     OptionError,
     Outlook,
-    QualityError,
     Stage,
     StageError,
     StructureProbe,
@@ -46,7 +46,25 @@ class TaskScore(BaseModel):
     """Standard errors, where there are any."""
     higher_is_better: dict[str, bool]
     samples: int
+    fewshot: int | None = None
+    """Solved examples before each question."""
     version: str
+
+    def list_metrics(self) -> list[Metric]:
+        """Each with the task as what it was measured on."""
+        counts = [f"{self.samples} questions"] if self.samples else []  # a group has none of its own
+        setting = ", ".join(counts if self.fewshot is None else [*counts, f"{self.fewshot}-shot"])
+        return [
+            Metric(
+                name=name,
+                value=value,
+                better="higher" if self.higher_is_better.get(name, True) else "lower",
+                stderr=self.errors.get(name),
+                on=self.task,
+                setting=setting,
+            )
+            for name, value in self.metrics.items()
+        ]
 
 
 class TaskScores(Artifact):
@@ -57,9 +75,12 @@ class TaskScores(Artifact):
     label: str
     scores: tuple[TaskScore, ...]
 
+    def list_metrics(self) -> list[Metric]:
+        return [metric for score in self.scores for metric in score.list_metrics()]
+
 
 class EvaluateLmEval(Stage):
-    """Measure the model on lm-eval tasks, and stop the run when a limit is not met."""
+    """Measure the model on lm-eval tasks."""
 
     name = "evaluate_lm_eval"
     libraries = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
@@ -76,10 +97,6 @@ class EvaluateLmEval(Stage):
     fewshot: int | None = Field(None, ge=0, description="Solved examples before each question. Default: what the task says.")
     samples: int | None = Field(None, ge=1, description="Questions of each task, its first. Default: all.")
     batch_size: int = Field(8, ge=1, description="Sequences that go through the model together.")
-    limits: dict[str, float] = Field(
-        default_factory=dict,
-        description="Worst value that passes, by `task.metric`: the least where higher is better, else the largest.",
-    )
 
     class Inputs(BaseModel):
         model: ModelGraph | TransformersFolder
@@ -88,11 +105,6 @@ class EvaluateLmEval(Stage):
         task_scores: TaskScores
 
     def forecast(self, inputs: Forecasts) -> Outlook:
-        for limit in self.limits:
-            if not any(limit.startswith(f"{task}.") for task in self.tasks):
-                raise OptionError(
-                    "limits", f"found {limit!r}; accepted: a task of this step, a point and a metric, as {self.tasks[0]}.acc"
-                )
         if self.task_folder is not None:
             self._check_folder(self.task_folder)
         return {}
@@ -135,8 +147,7 @@ class EvaluateLmEval(Stage):
                 scores += [TaskScore.model_validate(score) for score in context.remember(key, measure)]
                 advance()
         for score in scores:
-            context.note(f"{score.task}: {', '.join(_show(score, metric) for metric in score.metrics)}")
-        self._check_limits(scores)
+            context.note(f"{score.task}: {', '.join(f'{metric.name} {metric.figure}' for metric in score.list_metrics())}")
         return self.Outputs(task_scores=TaskScores(model=model.digest, label=model.label, scores=tuple(scores)))
 
     def _check_folder(self, folder: TaskFolder) -> None:
@@ -195,20 +206,6 @@ class EvaluateLmEval(Stage):
         )
         return [make_score(name, found).model_dump() for name in found["results"]]
 
-    def _check_limits(self, scores: list[TaskScore]) -> None:
-        missed = []
-        for place, limit in self.limits.items():
-            score = next((score for score in scores if place.startswith(f"{score.task}.")), None)
-            metric = "" if score is None else place[len(score.task) + 1 :]
-            if score is None or metric not in score.metrics:
-                known = [f"{score.task}.{metric}" for score in scores for metric in score.metrics]
-                raise StageError(f"'limits' names {place!r}, which was not measured; measured: {', '.join(known)}")
-            value, higher = score.metrics[metric], score.higher_is_better.get(metric, True)
-            if not (value >= limit if higher else value <= limit):
-                missed.append(f"{place} is {value:.4g}, {'under' if higher else 'over'} the limit of {limit:g}")
-        if missed:
-            raise QualityError("; ".join(missed) + "; remove fewer layers, calibrate on more text, or change the limit")
-
 
 def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
     """One task's part of what `simple_evaluate` returns. Its keys are `metric,filter`; filter `none` is left out here."""
@@ -225,13 +222,16 @@ def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
     directions = found["higher_is_better"].get(task, {})
     higher = {key: directions[key.partition(",")[0]] for key in metrics if directions.get(key.partition(",")[0]) is not None}
     samples = found["n-samples"].get(task, {}).get("effective", 0)
-    version = str(found["versions"].get(task, ""))
-    return TaskScore(task=task, metrics=metrics, errors=errors, higher_is_better=higher, samples=samples, version=version)
-
-
-def _show(score: TaskScore, metric: str) -> str:
-    error = score.errors.get(metric)
-    return f"{metric} {score.metrics[metric]:.4g}{f' ± {error:.2g}' if error is not None else ''}"
+    fewshot = found.get("n-shot", {}).get(task)
+    return TaskScore(
+        task=task,
+        metrics=metrics,
+        errors=errors,
+        higher_is_better=higher,
+        samples=samples,
+        fewshot=fewshot if isinstance(fewshot, int) else None,
+        version=str(found["versions"].get(task, "")),
+    )
 
 
 def _digest(file: Path) -> str:

@@ -14,7 +14,6 @@ from gradmap_pipeline import (
     CapacityError,
     Context,
     Estimate,
-    Evaluation,
     ExportedFile,
     FolderExport,
     Forecasts,
@@ -78,7 +77,6 @@ class ExportModel(FolderExport):
 
     class Inputs(BaseModel):
         model: ModelGraph
-        evaluation: Evaluation | None = None
 
     class Outputs(BaseModel):
         exported: TransformersFolder | OnnxFolder = Field(discriminator="format")
@@ -145,14 +143,13 @@ class ExportModel(FolderExport):
         refusal = self._explain_refusal(explain_removal(full_config(model.base.folder), model.layers, self.programs))
         if refusal is not None:
             raise StageError(refusal)
-        evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == model.digest else None
         with self.new_folder(model.base.folder) as new:
             if self.format == "onnx":
-                files, difference = self._write_onnx(model, evaluation, new.path, context)
+                files, difference = self._write_onnx(model, new.path, context)
             else:
-                files = self._write(model, evaluation, new.path, context)
+                files = self._write(model, new.path, context)
                 difference = check_export(model, new.path, context)
-            files = new.finish(make_lineage(model, evaluation, files, difference, self, context), files)
+            files = new.finish(make_lineage(model, files, difference, self, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
         for line in explain_config(model, with_types=self.format != "onnx"):
@@ -175,9 +172,7 @@ class ExportModel(FolderExport):
             "leave the program out of 'programs'"
         )
 
-    def _write_onnx(
-        self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context
-    ) -> tuple[dict[str, ExportedFile], float]:
+    def _write_onnx(self, model: ModelGraph, folder: Path, context: Context) -> tuple[dict[str, ExportedFile], float]:
         """Trace, save, and run the graph beside the model; torch's weights are gone before ONNX Runtime reads its own."""
         from gradmap_pipeline.export.ort.apart import write_graph
         from gradmap_pipeline.export.ort.layout import place_graph, tell_programs
@@ -194,10 +189,10 @@ class ExportModel(FolderExport):
         (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
         write_companions(model, folder)
         tell_programs(folder, self.onnx.dtype)
-        write_card(folder, model, evaluation, "onnx")
+        write_card(folder, model, context.metrics, "onnx")
         return describe_folder(folder), difference
 
-    def _write(self, model: ModelGraph, evaluation: Evaluation | None, folder: Path, context: Context) -> dict[str, ExportedFile]:
+    def _write(self, model: ModelGraph, folder: Path, context: Context) -> dict[str, ExportedFile]:
         from gradmap_pipeline.checkpoint.checkpoint import split_shards, write_folder
 
         tensors = model.export_tensors()
@@ -208,7 +203,7 @@ class ExportModel(FolderExport):
                 files[name] = written
                 advance()
         write_companions(model, folder)
-        write_card(folder, model, evaluation, "safetensors")
+        write_card(folder, model, context.metrics, "safetensors")
         return describe_folder(folder, files)
 
 

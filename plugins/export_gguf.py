@@ -19,7 +19,6 @@ from pydantic import BaseModel, Field
 
 from gradmap_pipeline import (
     Context,
-    Evaluation,
     FolderExport,
     Forecasts,
     GgufFolder,
@@ -63,7 +62,6 @@ class ExportGguf(FolderExport):
 
     class Inputs(BaseModel):
         model: ModelGraph
-        evaluation: Evaluation | None = None
 
     class Outputs(BaseModel):
         exported: GgufFolder
@@ -105,7 +103,6 @@ class ExportGguf(FolderExport):
 
         graph = inputs.model
         config = self._check_config(full_config(graph.base.folder), graph.layers)
-        evaluation = inputs.evaluation if inputs.evaluation and inputs.evaluation.model == graph.digest else None
         runner = self._find_runner()
         with self.new_folder(graph.base.folder) as new:
             file = new.path / f"model-{self.type}.gguf"
@@ -114,10 +111,10 @@ class ExportGguf(FolderExport):
             for licence in find_licences(graph.base.folder):
                 shutil.copyfile(licence, new.path / licence.name)
             details = () if parity is None else (f"beside the model before quantisation: {parity}",)
-            write_card(new.path, graph, evaluation, "gguf", self._quantisation and self.type.upper(), details)
+            write_card(new.path, graph, context.metrics, "gguf", self._quantisation and self.type.upper(), details)
             files = describe_folder(new.path)
             difference = None if parity is None else parity.difference
-            lineage = make_lineage(graph, evaluation, files, difference, self, context)
+            lineage = make_lineage(graph, files, difference, self, context)
             files = new.finish(lineage | {"llama_cpp": None if parity is None else parity.as_json()}, files)
         if arrays:
             context.note(f"the file lists {', '.join(arrays)}, which llama.cpp would place by a period")

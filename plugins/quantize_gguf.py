@@ -32,7 +32,7 @@ from gradmap_pipeline import (
 )
 from gradmap_pipeline.artifacts import LINEAGE
 from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
-from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
+from gradmap_pipeline.export.folders import extend_lineage, write_card
 from gradmap_pipeline.export.llamacpp import pythons
 from gradmap_pipeline.export.llamacpp.parity import STEPS
 from gradmap_pipeline.machine.processes import explain_end, tie
@@ -152,7 +152,7 @@ class QuantizeGguf(FolderExport):
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.endswith(".gguf")), new.path)
             told = () if found is None else (str(found), f"logits differ by up to {difference:.2g}")
             details = (f"made from a file of type {source.type.upper()}", *told)
-            write_card(new.path, source.graph, read_evaluation(source.folder), "gguf", self.type.upper(), details)
+            write_card(new.path, source.graph, context.metrics, "gguf", self.type.upper(), details)
             files = describe_folder(new.path)
             lineage = extend_lineage(source.folder, files, difference, self, context)
             lineage["llama_cpp"] = None if found is None else found.model_dump()

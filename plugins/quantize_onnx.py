@@ -26,7 +26,7 @@ from gradmap_pipeline import (
 )
 from gradmap_pipeline.artifacts import LINEAGE
 from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
-from gradmap_pipeline.export.folders import extend_lineage, read_evaluation, write_card
+from gradmap_pipeline.export.folders import extend_lineage, write_card
 from gradmap_pipeline.stages.targets import copy_files, describe_folder
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class QuantizeOnnx(FolderExport):
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), new.path)
             tell_programs(new.path, source.dtype, self.method)
             details = self._describe(matrices)
-            write_card(new.path, source.graph, read_evaluation(source.folder), "onnx", self.method, details)
+            write_card(new.path, source.graph, context.metrics, "onnx", self.method, details)
             files = describe_folder(new.path)
             lineage = extend_lineage(source.folder, files, found.difference, self, context)
             files = new.finish(lineage, files)

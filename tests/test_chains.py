@@ -44,8 +44,8 @@ def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     rows = {row["label"]: row for row in events[-1]["summary"]["models"]}
     assert list(rows) == ["dense", "pruned", "compensated", "compensated, ONNX", "compensated, ONNX int8"]
-    (perplexities,) = {tuple(row["perplexity"]) for row in rows.values()}
-    perplexity = {label: row["perplexity"][perplexities[0]] for label, row in rows.items()}
+    (columns,) = {tuple(row["metrics"]) for row in rows.values()}
+    perplexity = {label: row["metrics"][columns[0]]["value"] for label, row in rows.items()}
     assert perplexity["dense"] < perplexity["compensated"] < perplexity["pruned"]
     assert perplexity["compensated, ONNX"] == pytest.approx(perplexity["compensated"], rel=1e-4)
     assert perplexity["compensated, ONNX int8"] == pytest.approx(perplexity["compensated"], rel=0.02)
@@ -55,9 +55,9 @@ def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert code == 0, output
         assert "ONNX Runtime loads and runs it" in output
     steps = json.loads((tmp_path / "out" / "docs-llama-onnx-int8" / "gradmap.json").read_text())["steps"]
-    order = ["calibrate", "gradmap_score", "prune", "project_compensate", "evaluate", "export", "quantize_onnx"]
+    order = ["calibrate", "gradmap_score", "prune", "project_compensate", "evaluate", "export", "evaluate_onnx", "quantize_onnx"]
     assert [step["id"] for step in steps] == order
-    assert (steps[5]["options"]["format"], steps[6]["options"]["method"]) == ("onnx", "int8")
+    assert (steps[5]["options"]["format"], steps[7]["options"]["method"]) == ("onnx", "int8")
 
 
 def write_recipe(folder: Path, *steps: dict[str, Any]) -> str:
@@ -150,15 +150,16 @@ def test_torchao_folder_loads_and_is_evaluated(method: str, tmp_path: Path) -> N
     code, output = invoke("run", recipe, "--store", str(tmp_path / "store"), "--json")
     assert code == 0, output
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    before, after = (row["perplexity"] for row in events[-1]["summary"]["models"][1:])
+    before, after = (row["metrics"] for row in events[-1]["summary"]["models"][1:])
     name = next(iter(before))
-    assert 0 < abs(math.log(after[name] / before[name])) < 0.02
+    assert 0 < abs(math.log(after[name]["value"] / before[name]["value"])) < 0.02
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
     assert "Int8" in type(model.model.layers[0].mlp.down_proj.weight).__name__
     assert model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
     assert invoke("verify", str(tmp_path / "small"))[0] == 0
     steps = json.loads((tmp_path / "small" / "gradmap.json").read_text())["steps"]
-    assert [(step["id"], step["stage"]) for step in steps] == [("prune", "prune"), ("smaller", "quantize_torchao")]
+    made_by = [("prune", "prune"), ("before", "evaluate"), ("smaller", "quantize_torchao")]
+    assert [(step["id"], step["stage"]) for step in steps] == made_by
     assert steps[-1]["options"]["method"] == method
 
 

@@ -16,9 +16,9 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradmap_pipeline import (
-    Evaluation,
     Export,
     Forecasts,
+    Metric,
     ModelForecast,
     ModelGraph,
     OptionError,
@@ -73,13 +73,9 @@ def test_folder_holds_all_that_belongs_to_a_model(tmp_path: Path) -> None:
     model = make_patched(tmp_path, "llama", torch.float32)
     (model.base.folder / "LICENSE").write_text("terms")
     (model.base.folder / "notes.txt").write_text("private")
-    evaluation = Evaluation(
-        model=model.digest, label="compensated", dataset="a text", perplexity=12.5, loss=2.5, tokens=99,
-        samples=1,
-        sequence_length=2,
-        layers=2, parameters=1, bytes=2,
-    )  # fmt: skip
-    result = run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model, evaluation=evaluation).exported
+    metric = Metric(name="perplexity", value=12.5, better="lower", on="a text", model=model.digest)
+    stage = ExportModel(to=tmp_path / "out")
+    result = run_stage(stage, tmp_path / "work", model=model, metrics=[metric, metric]).exported
     on_disk = {file.name for file in (tmp_path / "out").iterdir()}
     assert on_disk == set(result.files)
     assert on_disk >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md", "gradmap.json"}
@@ -90,23 +86,19 @@ def test_folder_holds_all_that_belongs_to_a_model(tmp_path: Path) -> None:
     lineage = json.loads((tmp_path / "out" / "gradmap.json").read_text())
     assert lineage["layers_removed"] == [0, 2]
     assert lineage["base"]["sha256"] == model.base.sha256
-    assert lineage["evaluation"]["perplexity"] == 12.5
+    assert [(found["name"], found["value"]) for found in lineage["metrics"]] == [("perplexity", 12.5)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Layers removed, counted from 0: 0, 2." in card
-    assert "| a text | 99 | 12.500 |" in card
+    assert card.count("| perplexity | a text | 12.500 |  | lower |") == 1
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("abc")["input_ids"]) == 4
 
 
-def test_evaluation_of_another_model_is_left_out(tmp_path: Path) -> None:
+def test_metrics_of_another_model_are_left_out(tmp_path: Path) -> None:
     model = make_patched(tmp_path, "llama", torch.float32)
-    evaluation = Evaluation(
-        model="0" * 64, label="dense", dataset="a text", perplexity=12.5, loss=2.5, samples=1,
-        sequence_length=2,
-        tokens=99,
-        layers=4, parameters=1, bytes=2,
-    )  # fmt: skip
-    run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model, evaluation=evaluation)
-    assert json.loads((tmp_path / "out" / "gradmap.json").read_text())["evaluation"] is None
+    metric = Metric(name="perplexity", value=12.5, better="lower", on="a text", model="0" * 64)
+    run_stage(ExportModel(to=tmp_path / "out"), tmp_path / "work", model=model, metrics=[metric])
+    assert json.loads((tmp_path / "out" / "gradmap.json").read_text())["metrics"] == []
+    assert "a text" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -159,8 +151,8 @@ def test_a_wrong_export_is_noticed_and_removed(broken: str, tmp_path: Path, monk
     model = make_patched(tmp_path, "llama", torch.float32)
     write = ExportModel._write
 
-    def write_wrongly(self: ExportModel, model: ModelGraph, evaluation: Any, folder: Path, context: Any) -> Any:
-        files = write(self, model, evaluation, folder, context)
+    def write_wrongly(self: ExportModel, model: ModelGraph, folder: Path, context: Any) -> Any:
+        files = write(self, model, folder, context)
         if broken == "weight":
             weights = bytearray((folder / "model.safetensors").read_bytes())
             weights[-2] ^= 0x40

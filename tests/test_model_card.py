@@ -10,7 +10,7 @@ import yaml
 from tiny import make_model
 from walk import make_model as make_any_model
 
-from gradmap_pipeline import Evaluation, ModelGraph
+from gradmap_pipeline import Metric, ModelGraph
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.export.base_card import carried_metadata
 from gradmap_pipeline.export.card_usage import Format
@@ -35,11 +35,9 @@ def metadata_of(card: str) -> dict[str, object]:
 
 
 def test_card_says_what_was_done(pruned: ModelGraph) -> None:
-    evaluation = Evaluation(
-        model=pruned.digest, label="pruned", dataset="text", perplexity=40.0, loss=3.7, tokens=100, samples=1, sequence_length=2,
-        layers=2, parameters=1, bytes=2,
-    )  # fmt: skip
-    card = make_model_card(pruned, evaluation, PLAIN)
+    perplexity = Metric(name="perplexity", value=40.0, better="lower", on="text", setting="1 x 2 tokens", model=pruned.digest)
+    accuracy = Metric(name="acc|em", value=0.25, better="higher", stderr=0.0123, unit="%", model=pruned.digest)
+    card = make_model_card(pruned, [perplexity, accuracy], PLAIN)
     assert metadata_of(card) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -48,22 +46,23 @@ def test_card_says_what_was_done(pruned: ModelGraph) -> None:
     assert f"# {pruned.base.folder.name}, 2 of 4 layers\n" in card
     assert "Layers removed, counted from 0: 1, 2." in card
     assert f"{pruned.count_parameters():,} parameters, 1,234 bytes in `model.safetensors`." in card
-    assert "| text | tokens | perplexity |" in card
-    assert "| text | 100 | 40.000 |" in card
-    local = evaluation.model_copy(update={"dataset": "/home/me/texts/prose.txt"})
-    assert "| prose.txt | 100 | 40.000 |" in make_model_card(pruned, local, PLAIN)
-    hub = evaluation.model_copy(update={"dataset": "owner/name train"})
-    assert "| owner/name train | 100 | 40.000 |" in make_model_card(pruned, hub, PLAIN)
+    assert "| metric | on | value | standard error | better |" in card
+    assert "| perplexity | text, 1 x 2 tokens | 40.000 |  | lower |" in card
+    assert "| acc\\|em |  | 0.2500 % | 0.012 % | higher |" in card
+    local = perplexity.model_copy(update={"on": "/home/me/texts/prose.txt"})
+    assert "| perplexity | prose.txt, 1 x 2 tokens | 40.000 |" in make_model_card(pruned, [local], PLAIN)
+    hub = perplexity.model_copy(update={"on": "owner/name train"})
+    assert "| perplexity | owner/name train, 1 x 2 tokens | 40.000 |" in make_model_card(pruned, [hub], PLAIN)
     assert "quantis" not in card
     assert str(pruned.base.folder.parent) not in card
 
 
 def test_relation_to_a_base_on_the_hub(pruned: ModelGraph) -> None:
-    card = make_model_card(from_hub(pruned), None, PLAIN)
+    card = make_model_card(from_hub(pruned), (), PLAIN)
     assert (metadata_of(card)["base_model"], metadata_of(card)["base_model_relation"]) == ("owner/name", "finetune")
-    assert "| tokens |" not in card
+    assert "| metric |" not in card
     small = Holding("onnx", {"model.onnx": 10, "model.onnx_data": 90}, "int4", ("the head stays in float32",))
-    quantised = make_model_card(from_hub(pruned), None, small)
+    quantised = make_model_card(from_hub(pruned), (), small)
     assert metadata_of(quantised)["base_model_relation"] == "quantized"
     assert "# owner/name, 2 of 4 layers, int4\n" in quantised
     assert "100 bytes in `model.onnx`, `model.onnx_data`." in quantised
@@ -77,7 +76,7 @@ def test_programs_that_compute_another_model_are_named(form: Format, tmp_path: P
     graph = open_folder(base)
     for name, removed in (("same", [6, 7, 8, 9, 10, 11]), ("other", [1])):
         (tmp_path / name).mkdir()
-        write_card(tmp_path / name, graph.without_layers(removed), None, form)
+        write_card(tmp_path / name, graph.without_layers(removed), (), form)
     told = "What programs compute otherwise:"
     assert told not in (tmp_path / "same" / "README.md").read_text()
     card = (tmp_path / "other" / "README.md").read_text()
@@ -88,7 +87,7 @@ def test_programs_that_compute_another_model_are_named(form: Format, tmp_path: P
 
 def test_the_card_of_a_gguf_file_names_what_llama_cpp_leaves_out(tmp_path: Path) -> None:
     base = make_any_model(tmp_path / "base", "mistral", sliding_window=64)
-    write_card(tmp_path, open_folder(base), None, "gguf")
+    write_card(tmp_path, open_folder(base), (), "gguf")
     told = "- llama.cpp has no windows for mistral: beyond 64 tokens it computes another model\n"
     assert told in (tmp_path / "README.md").read_text()
 
@@ -109,7 +108,7 @@ def test_how_to_run_each_format(
 ) -> None:
     (tmp_path / "out" / file).parent.mkdir(parents=True)
     (tmp_path / "out" / file).write_bytes(bytes(77))
-    write_card(tmp_path / "out", pruned, None, form)
+    write_card(tmp_path / "out", pruned, (), form)
     card = (tmp_path / "out" / "README.md").read_text()
     assert metadata_of(card)["library_name"] == library
     assert f"parameters, 77 bytes in `{file}`." in card
@@ -153,5 +152,5 @@ def test_a_card_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
 
 def test_the_base_s_licence_is_in_the_card(pruned: ModelGraph) -> None:
     (pruned.base.folder / "README.md").write_text("---\nlicense: gemma\nlanguage: en\n---\n")
-    metadata = metadata_of(make_model_card(pruned, None, PLAIN))
+    metadata = metadata_of(make_model_card(pruned, (), PLAIN))
     assert (metadata["license"], metadata["language"]) == ("gemma", "en")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,10 +87,43 @@ def test_same_file_without_packaging(recipe: Path) -> None:
     assert kept_layers(result.stdout) == [0, 3]
 
 
+def test_metric_of_a_plugin_is_shown_wherever_metrics_are(recipe: Path) -> None:
+    """In the table of a run, its JSON, a comparison and the model card."""
+    steps = "  - use: measure_depth\n    limits: {depth: {max: 2, max_ratio: 0.5}}\n  - use: export\n    with: {to: exported}\n"
+    recipe.write_text(recipe.read_text() + steps)
+    plugin = ["--plugin", str(THIRD_PARTY / "gradmap_top_layers.py")]
+    result = CliRunner().invoke(app, ["run", str(recipe), *plugin])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"bytes +depth \(layers\)", result.stdout)
+    assert re.search(r"dense .* 4\.000 ± 0\.25 *\n +pruned .* 2\.000 ± 0\.25 *\n", result.stdout)
+    assert "| depth |  | 2.000 layers | 0.25 layers | lower |" in Path("exported/README.md").read_text()
+    (kept,) = json.loads(Path("exported/gradmap.json").read_text())["metrics"]
+    assert (kept["name"], kept["value"], kept["stderr"]) == ("depth", 2.0, 0.25)
+
+    result = CliRunner().invoke(app, ["run", str(recipe), *plugin, "--json"])
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert found[-1]["summary"]["models"][-1]["metrics"]["depth (layers)"]["value"] == 2.0
+    (step,) = [event for event in found if event["event"] == "step_finished" and event["step"] == "measure_depth"]
+    assert [(metric["name"], metric["value"], metric["unit"]) for metric in step["metrics"]] == [("depth", 2.0, "layers")]
+    assert [(limit["bound"], limit["value"], limit["missed_by"]) for limit in step["limits"]] == [
+        ("max", 2.0, None),
+        ("max_ratio", 0.5, None),
+    ]
+
+    result = CliRunner().invoke(app, ["compare", str(recipe), *plugin, "--grid", "prune.layers=1,2"])
+    assert result.exit_code == 5, result.output
+    said = "error: measure_depth: depth 3 layers is over max 2 by 1; depth 3 layers is 0.750 times that of the unpruned model (4),"
+    assert said.replace("measure_depth: ", "step 'measure_depth': layers 1: ") in result.stderr
+    with Path("out/comparison/comparison.csv").open() as file:
+        compared = [(row["layers"], row["depth (layers)"], row["depth (layers), standard error"]) for row in csv.DictReader(file)]
+    assert compared == [("4", "4.000", "0.25"), ("2", "2.000", "0.25")]
+    assert "2.000 ± 0.25" in Path("out/comparison/comparison.md").read_text()
+
+
 @pytest.mark.full
 def test_broken_plugin_is_reported_and_stops_only_its_users(recipe: Path, installed: dict[str, str]) -> None:
     shown = run_gradmap(installed, "stages").stdout
-    assert "top_layers_score: from plugin gradmap_top_layers, gradmap-top-layers 1.0\n" in shown
+    assert "top_layers_score, measure_depth: from plugin gradmap_top_layers, gradmap-top-layers 1.0\n" in shown
     reason = "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"
     assert f"left out: plugin broken_plugin: {reason}" in shown
     assert run_gradmap(installed, "check", str(recipe)).returncode == 0

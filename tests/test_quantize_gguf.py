@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_export_gguf import exporting, make_converter, plan
 from tiny import make_model
 from typer.testing import CliRunner
 
-from gradmap_pipeline import DatasetSource, Evaluation, Forecasts, GgufFolder, OptionError, QualityError, StageError
+from gradmap_pipeline import DatasetSource, Forecasts, GgufFolder, Metric, OptionError, QualityError, StageError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data import load_tokenizer, make_sequences
@@ -89,12 +90,12 @@ def test_the_program_gets_file_and_type(source: GgufFolder, tmp_path: Path, monk
         run_stage(stage.model_copy(update={"to": tmp_path / "again"}), tmp_path / "step2", exported=made.exported)
 
 
-def quantise(source: GgufFolder, tmp_path: Path, **options: Any) -> tuple[Any, list[str]]:
+def quantise(source: GgufFolder, tmp_path: Path, metrics: Sequence[Metric] = (), **options: Any) -> tuple[Any, list[str]]:
     """With the stand-in for the program; outputs and notes."""
     notes: list[str] = []
     given = {"to": tmp_path / "out", "program": make_program(tmp_path, HALVES), **options}
     stage = QuantizeGguf.model_validate(given)
-    context = make_context(tmp_path / "step", notes=notes)
+    context = make_context(tmp_path / "step", notes=notes, metrics=metrics)
     return stage.run(stage.Inputs(exported=source), context), notes
 
 
@@ -154,24 +155,22 @@ def test_the_card_is_of_the_quantised_file(tmp_path: Path, monkeypatch: pytest.M
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
     graph = open_folder(base).without_layers([1])
     hub = graph.model_copy(update={"base": graph.base.model_copy(update={"from_hub": True, "name": "owner/name"})})
-    evaluation = Evaluation(
-        model=hub.digest, label="pruned", dataset="text", perplexity=40.0, loss=3.7, tokens=100, samples=1, sequence_length=2,
-        layers=3, parameters=1, bytes=2,
-    )  # fmt: skip
+    metric = Metric(name="perplexity", value=40.0, better="lower", on="text", model=hub.digest)
     action = 'open(options["--outfile"], "wb").write(b"GGUF" + b"0" * 100)'
     stage = ExportGguf(to=tmp_path / "plain", converter=make_converter(tmp_path, action))
-    exported = run_stage(stage, tmp_path / "export", model=hub, evaluation=evaluation).exported
+    exported = run_stage(stage, tmp_path / "export", model=hub, metrics=[metric]).exported
     plain = (tmp_path / "plain" / "README.md").read_text()
     assert "base_model_relation: finetune" in plain
-    assert "| text | tokens | perplexity |" in plain
-    quantise(exported, tmp_path)
+    assert "| metric | on | value |" in plain
+    quantise(exported, tmp_path, metrics=[metric])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: owner/name\nbase_model_relation: quantized\n" in card
     assert "\nlicense: mit\n" in card
     assert "# owner/name, 3 of 4 layers, Q4_K_M\n" in card
     assert " 14 bytes in `model-q4_k_m.gguf`." in card
     assert "llama-cli -m model-q4_k_m.gguf" in card
-    assert "| text | tokens | perplexity before quantisation |" in card
+    assert "| metric before quantisation | on | value |" in card
+    assert "| perplexity | text | 40.000 |" in card
     assert "model-f16" not in card
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradmap_pipeline import Evaluation, ModelGraph, TensorFile
+from gradmap_pipeline import Artifact, Evaluation, ModelGraph, TensorFile
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.report import reporters
 from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_seconds, print_summary
 from gradmap_pipeline.run.events import Progress, RunFinished, RunStarted, StepFinished
-from gradmap_pipeline.run.summary import Summary, summarise
+from gradmap_pipeline.run.measured import Measured, read_metrics
+from gradmap_pipeline.run.summary import ModelRow, Summary, summarise
 
 
 @pytest.fixture
@@ -45,6 +46,15 @@ def evaluate(model: ModelGraph, perplexity: float, dataset: str = "text") -> Eva
     )
 
 
+def summarise_outputs(outputs: dict[str, dict[str, Artifact]], finished: list[StepFinished]) -> Summary:
+    measured = [Measured(step, metric) for step, artifacts in outputs.items() for metric in read_metrics(artifacts)]
+    return summarise(outputs, measured, finished)
+
+
+def values_of(row: ModelRow) -> dict[str, float]:
+    return {column: metric.value for column, metric in row.metrics.items()}
+
+
 @pytest.fixture
 def summary(dense: ModelGraph, tmp_path: Path) -> Summary:
     """Dense 10, pruned 40, compensated 20 on one text; two of the three on another."""
@@ -52,7 +62,7 @@ def summary(dense: ModelGraph, tmp_path: Path) -> Summary:
     name = "model.layers.0.mlp.down_proj.weight"
     patch = TensorFile.save({name: torch.zeros(32, 64)}, tmp_path / "patch.safetensors")
     corrected = pruned.with_patches({name: patch}, "compensated")
-    outputs = {
+    outputs: dict[str, dict[str, Artifact]] = {
         "model": {"model": dense},
         "evaluate_dense": {"evaluation": evaluate(dense, 10.0)},
         "again": {"evaluation": evaluate(dense, 12.0, "other")},
@@ -62,7 +72,7 @@ def summary(dense: ModelGraph, tmp_path: Path) -> Summary:
         "evaluate": {"evaluation": evaluate(corrected, 20.0)},
         "last": {"evaluation": evaluate(corrected, 24.0, "other")},
     }
-    return summarise(
+    return summarise_outputs(
         outputs, [StepFinished("prune", "prune", False, 0.25, 0.25, {}), StepFinished("evaluate", "evaluate", True, 0.0, 0.5, {})]
     )
 
@@ -73,8 +83,9 @@ def test_summary_has_one_row_a_model(summary: Summary, dense: ModelGraph) -> Non
         ("pruned", "prune", 3),
         ("compensated", "project_compensate", 3),
     ]
-    assert [row.perplexity for row in summary.models] == [{"text": 10, "other": 12}, {"text": 40}, {"text": 20, "other": 24}]
-    assert summary.datasets == ["text", "other"]
+    text, other = "perplexity on text", "perplexity on other"
+    assert [values_of(row) for row in summary.models] == [{text: 10, other: 12}, {text: 40}, {text: 20, other: 24}]
+    assert summary.columns == [text, other]
     assert summary.models[0].parameters == dense.count_parameters()
 
 
@@ -87,21 +98,26 @@ def test_closed_gap_is_a_share_of_log_perplexity(summary: Summary) -> None:
 def test_alternatives_are_no_repairs(dense: ModelGraph) -> None:
     """Two prunings side by side, and a pruned model without a dense one beside it, close no gap."""
     first, second = dense.without_layers([1]), dense.without_layers([2])
-    evaluated = {
+    evaluated: dict[str, dict[str, Artifact]] = {
         "model": {"model": dense},
         "dense": {"evaluation": evaluate(dense, 10.0)},
         "first": {"model": first, "evaluation": evaluate(first, 20.0)},
         "second": {"model": second, "evaluation": evaluate(second, 15.0)},
     }
-    assert summarise(evaluated, []).closed_gaps() == []
+    assert summarise_outputs(evaluated, []).closed_gaps() == []
     del evaluated["dense"]
-    assert summarise(evaluated, []).closed_gaps() == []
+    assert summarise_outputs(evaluated, []).closed_gaps() == []
 
 
 def test_settings_of_one_data_set_are_told_apart(dense: ModelGraph) -> None:
     short = evaluate(dense, 30.0).model_copy(update={"sequence_length": 8})
-    summary = summarise({"model": {"model": dense}, "a": {"evaluation": evaluate(dense, 10.0)}, "b": {"evaluation": short}}, [])
-    assert summary.models[0].perplexity == {"text, 4 x 26 tokens": 10.0, "text, 4 x 8 tokens": 30.0}
+    outputs: dict[str, dict[str, Artifact]] = {
+        "model": {"model": dense},
+        "a": {"evaluation": evaluate(dense, 10.0)},
+        "b": {"evaluation": short},
+    }
+    found = summarise_outputs(outputs, [])
+    assert values_of(found.models[0]) == {"perplexity on text, 4 x 26 tokens": 10.0, "perplexity on text, 4 x 8 tokens": 30.0}
 
 
 def test_summary_as_people_read_it(summary: Summary) -> None:
@@ -148,7 +164,7 @@ def test_json_is_one_object_a_line_and_progress_is_thinned(summary: Summary, mon
     reporter.error(4, "broken", "step 'prune'")
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [event["event"] for event in events] == ["run_started", "progress", "progress", "run_finished", "error"]
-    assert events[3]["summary"]["models"][1]["perplexity"] == {"text": 40.0}
+    assert events[3]["summary"]["models"][1]["metrics"]["perplexity on text"]["value"] == 40.0
     assert events[4] == {"event": "error", "exit_code": 4, "message": "broken", "where": "step 'prune'"}
 
 

@@ -112,7 +112,11 @@ def test_json_events(folder: Path) -> None:
         "run_finished",
     ]
     finished = {event["step"]: event for event in told if event["event"] == "step_finished"}
-    assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "seconds", "computed_seconds", "outputs"}
+    figures = {"seconds", "computed_seconds", "metrics", "limits"}
+    assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "outputs", *figures}
+    assert finished["gradmap_score"]["metrics"] == []
+    (metric,) = finished["evaluate"]["metrics"]
+    assert metric["value"] == finished["evaluate"]["outputs"]["evaluation"]["perplexity"]
     decisions = finished["gradmap_score"]["outputs"]["scores"]["decisions"]
     assert [len(decision["scores"]) for decision in decisions] == [4, 3]
     assert finished["evaluate"]["outputs"]["evaluation"]["perplexity"] > 1
@@ -154,7 +158,7 @@ def test_a_result_from_the_store_has_the_name_of_now(folder: Path, text: Path, t
     ended = {event["step"]: event["outputs"] for event in events(result) if event["event"] == "step_finished"}
     assert ended["evaluate_dense"]["evaluation"]["dataset"] == str(other)
     table = next(event for event in events(result) if event["event"] == "run_finished")["summary"]["models"]
-    assert str(other) in table[0]["perplexity"]
+    assert table[0]["metrics"][f"perplexity on {other}"]["on"] == str(other)
 
 
 def test_what_a_step_depends_on_runs_it_again(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
-    "interruptions", "errors", "text", "machine", "batches", "artifacts", "context", "builtin", "checkpoint", "sweep", "data",
+    "interruptions", "errors", "text", "machine", "batches", "metrics", "artifacts", "measurements", "context", "builtin",
+    "checkpoint", "sweep", "data",
     "correction", "cost", "stages", "recipe", "export", "tasks", "run", "report", "testing", "template", "cli", "__main__",
 ]  # fmt: skip
 """Lowest first: a module imports, wherever the import stands, only from those before it, and from its own package."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..artifacts import LINEAGE, Evaluation, ExportedFile
+from ..artifacts import LINEAGE, ExportedFile
 from ..context import Context, FinishedStep
 from ..errors import StageError
 from .exports import WEIGHTS, load_folder
@@ -17,6 +18,7 @@ from .model_card import Holding, make_model_card
 
 if TYPE_CHECKING:
     from ..checkpoint.graph import ModelGraph
+    from ..metrics import Metric
     from ..stages.stage import Stage
     from .card_usage import Format
 
@@ -82,16 +84,16 @@ def _explain_types(model: ModelGraph) -> str | None:
 def write_card(
     folder: Path,
     model: ModelGraph,
-    evaluation: Evaluation | None,
+    metrics: Sequence[Metric],
     form: Format,
     quantisation: str | None = None,
     details: tuple[str, ...] = (),
 ) -> None:
-    """The model card of a folder that has its weights: sizes are those of the files there."""
+    """The model card of a folder that has its weights: sizes are those of the files there. It has the model's `metrics`."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
     sizes = {name: file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)}
     deviations = tuple(find_deviations(model, form))
-    card = make_model_card(model, evaluation, Holding(form, sizes, quantisation, details, deviations))
+    card = make_model_card(model, _select_metrics(model, metrics), Holding(form, sizes, quantisation, details, deviations))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -112,7 +114,6 @@ def find_deviations(model: ModelGraph, form: Format) -> list[str]:
 
 def make_lineage(
     model: ModelGraph,
-    evaluation: Evaluation | None,
     files: dict[str, ExportedFile],
     difference: float | None,
     stage: Stage,
@@ -127,7 +128,7 @@ def make_lineage(
         "layers_removed": model.removed,
         "patched": {name: file.sha256 for name, file in model.patches.items()},
         "steps": _list_steps(stage, context),
-        "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
+        "metrics": [metric.model_dump() for metric in _select_metrics(model, context.metrics)],
         "max_logit_difference": difference,
         "files": {name: file.model_dump() for name, file in sorted(files.items())},
     }
@@ -150,10 +151,9 @@ def extend_lineage(
     return lineage | {"files": {name: file.model_dump() for name, file in sorted(files.items())}}
 
 
-def read_evaluation(source: Path) -> Evaluation | None:
-    """That of the model in an export, if it was evaluated before it was written."""
-    evaluation = _read_lineage(source)["evaluation"]
-    return None if evaluation is None else Evaluation.model_validate(evaluation)
+def _select_metrics(model: ModelGraph, metrics: Sequence[Metric]) -> list[Metric]:
+    """Those of the model, each once."""
+    return list(dict.fromkeys(metric for metric in metrics if metric.model == model.digest))
 
 
 def _read_lineage(folder: Path) -> dict[str, Any]:

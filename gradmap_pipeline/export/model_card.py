@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifacts import Evaluation
 from ..checkpoint.graph import ModelGraph
-from ..text import name_without_place, show
+from ..metrics import Metric, show_number
+from ..text import show
 from .base_card import carried_metadata
 from .card_usage import Format, library_of, usage_lines
 
@@ -28,8 +28,8 @@ class Holding:
     """What programs compute otherwise, a sentence each."""
 
 
-def make_model_card(model: ModelGraph, evaluation: Evaluation | None, holding: Holding) -> str:
-    """Markdown with the metadata block that the Hugging Face hub reads. `evaluation`: of the model before any quantisation."""
+def make_model_card(model: ModelGraph, metrics: Sequence[Metric], holding: Holding) -> str:
+    """Markdown with the metadata block that the Hugging Face hub reads. `metrics`: of the model before any quantisation."""
     base = show(model.base.name if model.base.from_hub else Path(model.base.name).name)
     files = tuple(holding.sizes)
     quantised = f", {show(holding.quantisation)}" if holding.quantisation else ""
@@ -50,14 +50,10 @@ def make_model_card(model: ModelGraph, evaluation: Evaluation | None, holding: H
         lines += [f"- {show(detail)}" for detail in holding.details]
     if holding.deviations:
         lines += ["", "What programs compute otherwise:", "", *(f"- {show(deviation)}" for deviation in holding.deviations)]
-    if evaluation:
+    if metrics:
         before = " before quantisation" if holding.quantisation else ""
-        lines += [
-            "",
-            f"| text | tokens | perplexity{before} |",
-            "|---|---|---|",
-            f"| {show(name_without_place(evaluation.dataset))} | {evaluation.tokens:,} | {evaluation.perplexity:.3f} |",
-        ]
+        lines += ["", f"| metric{before} | on | value | standard error | better |", "|---|---|---:|---:|---|"]
+        lines += [f"| {' | '.join(_as_cell(cell) for cell in _list_cells(metric))} |" for metric in metrics]
     lines += [
         "",
         *usage_lines(holding.format, files),
@@ -66,6 +62,16 @@ def make_model_card(model: ModelGraph, evaluation: Evaluation | None, holding: H
         "",
     ]
     return "\n".join(lines)
+
+
+def _list_cells(metric: Metric) -> list[str]:
+    unit = f" {metric.unit}" if metric.unit else ""
+    stderr = "" if metric.stderr is None else f"{metric.stderr:.2g}{unit}"
+    return [metric.name, metric.place, f"{show_number(metric.value)}{unit}", stderr, metric.better]
+
+
+def _as_cell(text: str) -> str:
+    return show(text).replace("|", r"\|")
 
 
 def _metadata(model: ModelGraph, base: str, holding: Holding) -> list[str]:

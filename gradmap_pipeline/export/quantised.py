@@ -71,9 +71,9 @@ def write_quantised(
             )
         difference = float((again - before).abs().max())
         told = f"Logits of random tokens differ by up to {difference:.2g} from those of the model before quantisation."
-        write_card(draft, graph, None, form, quantisation, (told,))
+        write_card(draft, graph, context.metrics, form, quantisation, (told,))
         files = describe_folder(draft)
-        lineage = make_lineage(graph, None, files, difference, stage, context) | {"quantisation": quantisation}
+        lineage = make_lineage(graph, files, difference, stage, context) | {"quantisation": quantisation}
         files = new.finish(lineage, files)
         advance()
     shutil.rmtree(plain)

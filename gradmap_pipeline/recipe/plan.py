@@ -6,29 +6,28 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..artifacts import Artifact, ModelForecast
+from ..artifacts import ModelForecast
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.source import ModelSource
 from ..errors import ModelError, OptionError, Problem, RecipeError, StageError
 from ..machine.environment import Environment, check_python, find_program
 from ..machine.extras import OURS, explain_missing
 from ..stages.forecasts import Forecasts, Outlook
-from ..stages.stage import Stage, name_types
+from ..stages.stage import Stage
 from ..stages.targets import find_clashing_export, overlaps
 from .asking import ask, make_stage
 from .catalog import Catalog
+from .limits import Limit, find_faults, find_measured_input
 from .places import DEFAULT_STORE, Place, find_machine_places, find_model_places, find_read_places
-from .plugin_files import name_apart
 from .recipe import MODEL_STEP, Recipe, RecipeStep
 from .renames import find_notices, find_present_names
 from .stage_code import StageCode
-from .validation import Invalid, suggest
+from .validation import Invalid
+from .wiring import Board, wire_inputs
 from .yaml_positions import Location
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+_LIMITS_ELSEWHERE = "stands beside 'with', not in it: `limits: {perplexity: {max: 30}}`"
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,10 @@ class PlannedStep:
     """By option, the part of the command line that set it."""
     notices: tuple[str, ...] = ()
     """What the recipe should say instead of what it does, a line each with its place."""
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+    """By metric."""
+    measured: str | None = None
+    """The input whose place the unpruned model takes for limits that are relative to it."""
 
 
 @dataclass(frozen=True)
@@ -73,30 +76,13 @@ class Plan:
     """What is known of the recipe's model; None where it cannot be read."""
 
 
-@dataclass
-class _Board:
-    """What the steps planned so far offer to those after them."""
-
-    types: dict[tuple[str, str], type[Artifact]] = field(default_factory=dict)
-    """By step id and output."""
-    forecasts: dict[tuple[str, str], BaseModel | None] = field(default_factory=dict)
-    codes: dict[str, StageCode] = field(default_factory=dict)
-    """By step id: the code of its stage."""
-    unknown: set[str] = field(default_factory=set)
-    """Ids of steps whose stage is not known, nor, therefore, what they make."""
-
-    def latest(self, name: str) -> tuple[str, str] | None:
-        """The last output of this name."""
-        return next((at for at in reversed(self.types) if at[1] == name), None)
-
-
 def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> Plan:
     """Check everything that can be checked before the run. Raises `RecipeError` with every problem found, in order of place.
 
     `store`: the folder for results, which no step may write over.
     """
     problems = list(recipe.problems)
-    board = _Board(types={(MODEL_STEP, "model"): ModelGraph})
+    board = Board(types={(MODEL_STEP, "model"): ModelGraph})
     board.forecasts[MODEL_STEP, "model"] = forecast = _forecast_model(recipe, problems)
     steps = []
     seen: set[str] = {MODEL_STEP}
@@ -158,7 +144,7 @@ def _find_option(stage: Stage, path: Path) -> Location:
 
 
 def _plan_step(
-    step: RecipeStep, at: Location, recipe: Recipe, catalog: Catalog, board: _Board, problems: list[Problem]
+    step: RecipeStep, at: Location, recipe: Recipe, catalog: Catalog, board: Board, problems: list[Problem]
 ) -> PlannedStep | None:
     stage_class = catalog.find(step.stage)
     if stage_class is None:
@@ -182,7 +168,7 @@ def _plan_step(
         except Invalid as invalid:
             for location, message in invalid.complaints:
                 problems.append(recipe.problem(_place_of(at, location, written), _name_option(step, location, message)))
-        inputs = _wire(step, stage_class, at, recipe, catalog, board, problems)
+        inputs = wire_inputs(step, stage_class, at, recipe, catalog, board, problems)
         is_wired = not board.unknown or len(inputs) == len(stage_class.input_fields())
         if stage is not None and is_wired and len(problems) == before:
             classes = {name: board.types[source] for name, source in inputs.items()}
@@ -193,7 +179,10 @@ def _plan_step(
             except OptionError as error:
                 place = _place_of(at, tuple(error.option.split(".")), written)
                 problems.append(recipe.problem(place, _name_option(step, (error.option,), str(error))))
+    measured = find_measured_input(stage_class, inputs, board.types)
     output_types = stage_class.output_fields() if stage is None else ask("output_types", stage, step.id, plugin)
+    faults = () if stage is None else find_faults(step, stage, output_types, measured)
+    problems += [recipe.problem((*at, "limits", *place), message) for place, message in faults]
     for name, output_type in output_types.items():
         board.types.pop((step.id, name), None)
         board.types[step.id, name] = output_type
@@ -210,7 +199,7 @@ def _plan_step(
     places = {present: recipe.where((*at, "with", name)) for present, name in written.items()}
     overrides = {name: place for name, place in places.items() if place.startswith("--set ")}
     notices = tuple(find_notices(stage_class, step, written, at, recipe))
-    settings = (environment, python, writes, plugin, overrides, notices)
+    settings = (environment, python, writes, plugin, overrides, notices, step.limits, measured)
     return PlannedStep(step.id, stage, inputs, code, known, dict(forecasts), advice, *settings)
 
 
@@ -238,62 +227,9 @@ def _check_place(step: RecipeStep, at: Location, stage_class: type[Stage], recip
             yield recipe.problem(place, f"step {step.id!r}: {error}")
 
 
-def _wire(
-    step: RecipeStep,
-    stage_class: type[Stage],
-    at: Location,
-    recipe: Recipe,
-    catalog: Catalog,
-    board: _Board,
-    problems: list[Problem],
-) -> dict[str, tuple[str, str]]:
-    """Give each input the output named by `from`, else the latest of its name."""
-    inputs = stage_class.input_fields()
-    for name in step.sources:
-        if name not in inputs:
-            message = f"stage {step.stage!r} has no input {name!r}; {suggest(name, inputs)}"
-            problems.append(recipe.problem((*at, "from", name), message))
-    wired: dict[str, tuple[str, str]] = {}
-    for name, (wanted, required) in inputs.items():
-        chosen = step.sources.get(name)
-        if chosen is None:
-            source = board.latest(name)
-            if source is not None and issubclass(board.types[source], wanted):
-                wired[name] = source
-            elif source is not None and required:
-                taken, given = name_apart(wanted, board.types[source])
-                message = (
-                    f"step {step.id!r} takes a {taken} as {name!r}, but after step {source[0]!r} it is a {given}; "
-                    f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
-                )
-                problems.append(recipe.problem((*at, "use"), message))
-            elif required and not board.unknown:  # a step whose stage is not known may have been meant to make it
-                producers = catalog.producers(name, wanted)
-                advice = f"put {' or '.join(producers)} before it" if producers else "no installed stage makes one"
-                message = (
-                    f"step {step.id!r} needs an input {name!r} ({name_types(wanted)}), and no earlier step makes one; {advice}"
-                )
-                problems.append(recipe.problem((*at, "use"), message))
-            continue
-        from_step, _, output = chosen.partition(".")
-        source = (from_step, output or name)
-        place = (*at, "from", name)
-        if source not in board.types and from_step in board.unknown:
-            continue
-        if source not in board.types:
-            offered = [".".join(known) for known in board.types]
-            problems.append(
-                recipe.problem(place, f"no earlier step makes {'.'.join(source)!r}; {suggest('.'.join(source), offered)}")
-            )
-        elif not issubclass(board.types[source], wanted):
-            taken, given = name_apart(wanted, board.types[source])
-            problems.append(recipe.problem(place, f"input {name!r} takes a {taken}, but {chosen!r} is a {given}"))
-        else:
-            wired[name] = source
-    return wired
-
-
 def _name_option(step: RecipeStep, location: Location, message: str) -> str:
     """Say which option of which step a complaint is about."""
+    if location == ("limits",):
+        message = _LIMITS_ELSEWHERE
     option = ".".join(map(str, location))
     return f"step {step.id!r}: option {option!r}: {message}" if option else f"step {step.id!r}: {message}"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..checkpoint.source import ModelSource
 from ..errors import Problem, RecipeError
 from ..machine.input_files import read_input
+from .limits import Limit
 from .validation import LARGEST_INTEGER, Invalid, suggest, validate
 from .yaml_positions import Document, Location, load_yaml
 
@@ -44,6 +45,10 @@ class RecipeStep(BaseModel):
         default_factory=dict,
         alias="from",
         description="Input name to `step.output`. Default: the latest output of the input's name.",
+    )
+    limits: dict[str, Limit] = Field(
+        default_factory=dict,
+        description="Values that pass, by metric: `{perplexity: {max: 30}}`. The run ends with exit code 5 where one does not.",
     )
     run: RecipePlace | None = Field(
         None, description="Another Python for this step. Default: for stages that need one, an environment in the store, made once."
@@ -193,14 +198,14 @@ def _apply(data: dict[str, Any], override: str) -> Location:
             raise RecipeError([Problem(where, f"no step {keys[0]!r} in this recipe; {suggest(keys[0], [*ids, 'model', 'seed'])}")])
         if len(keys) == 1:
             raise RecipeError([Problem(where, f"names no option of step {keys[0]!r}; write {keys[0]}.OPTION=VALUE")])
-        location = ("steps", ids.index(keys[0]), "with", *keys[1:])
+        location = ("steps", ids.index(keys[0]), *(() if keys[1] == "limits" else ("with",)), *keys[1:])
     inner: Any = data
     for depth, key in enumerate(location[:-1]):
         if isinstance(inner, dict) and inner.get(str(key)) is None:
             inner[str(key)] = {}
         inner = inner[key]
         if not isinstance(inner, dict) and not isinstance(location[depth + 1], int):
-            written = ".".join(map(str, location[3 : depth + 1])) or keys[0]
+            written = ".".join(map(str, location[2 if location[2:3] == ("limits",) else 3 : depth + 1])) or keys[0]
             shown = "a list" if isinstance(inner, list) else "no mapping"
             raise RecipeError([Problem(where, f"{written!r} is {shown}; replace the whole of it")])
     inner[location[-1]] = value

@@ -197,17 +197,28 @@ def _without_branches(raw: tuple[int | str, ...], model: type[BaseModel]) -> tup
         if isinstance(part, int):
             location.append(part)
             continue
-        fields = _fields_of(current)
-        if fields is None:
+        values, fields = _values_of(current), _fields_of(current)
+        if values is not None:
+            location.append(part)
+            current = values
+        elif fields is None:
             return tuple(location), True
-        if part in fields or len(location) + 1 == len(raw):
+        elif part in fields or len(location) + 1 == len(raw):
             location.append(part)
             current = fields.get(part)
     return tuple(location), len(location) < len(raw)
 
 
+def _values_of(annotation: Any) -> Any:
+    """The annotation of the values of a mapping whose keys are free; None of anything else."""
+    members = [member for member in _members(annotation) if member is not type(None)]
+    return get_args(members[0])[1] if len(members) == 1 and get_origin(members[0]) is dict else None
+
+
 def _fields_of(annotation: Any) -> dict[str, Any] | None:
     """Keys and annotations of the model inside an annotation; None where there is no model in it."""
+    if get_origin(annotation) is dict:
+        return None
     if isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, RootModel):
         return {info.alias or name: info.annotation for name, info in annotation.model_fields.items()}
     for member in annotation if isinstance(annotation, tuple) else get_args(annotation):
@@ -221,7 +232,7 @@ def _annotation_at(model: type[BaseModel], location: Location) -> Any:
     annotation: Any = model
     for part in location:
         if isinstance(part, str):
-            annotation = (_fields_of(annotation) or {}).get(part)
+            annotation = _values_of(annotation) or (_fields_of(annotation) or {}).get(part)
     return annotation
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..machine.extras import explain_missing
+from ..metrics import show_number
 from ..stages.targets import describe_folder, new_folder
 from ..text import add_row, make_console, make_table, show
 
@@ -19,15 +20,14 @@ if TYPE_CHECKING:
 
 
 def _headings(comparison: Comparison) -> list[str]:
-    perplexities = [f"perplexity on {name}" for name in comparison.datasets]
-    return ["variant", "model", "layers", "parameters", "bytes", *perplexities, "seconds", "layer evaluations"]
+    return ["variant", "model", "layers", "parameters", "bytes", *comparison.columns, "seconds", "layer evaluations"]
 
 
 def _cells(row: Row, comparison: Comparison) -> list[str]:
-    perplexities = [f"{row.perplexity[name]:.3f}" if name in row.perplexity else "" for name in comparison.datasets]
+    figures = [row.metrics[column].figure if column in row.metrics else "" for column in comparison.columns]
     work = "" if row.layer_evaluations is None else f"{row.layer_evaluations:g}"
     sizes = [str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}"]
-    return [row.name, row.label, *sizes, *perplexities, f"{row.seconds:.1f}", work]
+    return [row.name, row.label, *sizes, *figures, f"{row.seconds:.1f}", work]
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
@@ -62,26 +62,47 @@ def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:
 def _write_tables(comparison: Comparison, folder: Path) -> None:
     headings, rows = _headings(comparison), [_cells(row, comparison) for row in comparison.rows]
     with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(headings)
-        writer.writerows([cell.replace(",", "") if place >= 2 else cell for place, cell in enumerate(row)] for row in rows)
+        csv.writer(file).writerows(_list_numbers(comparison))
     lines = [headings, ["---"] * 2 + ["---:"] * (len(headings) - 2), *rows]
     text = "".join(f"| {' | '.join(show(cell).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
     (folder / "comparison.md").write_text(text, encoding="utf-8")
 
 
+def _list_numbers(comparison: Comparison) -> Iterator[list[str]]:
+    """Headings and rows for programs: numbers without commas between digits, and standard errors in columns of their own."""
+    columns = comparison.columns
+    uncertain = {column for row in comparison.rows for column, metric in row.metrics.items() if metric.stderr is not None}
+    headings = _headings(comparison)
+    before, after = headings[: headings.index("bytes") + 1], headings[-2:]
+    yield [
+        *before,
+        *(part for column in columns for part in (column, f"{column}, standard error")[: 1 + (column in uncertain)]),
+        *after,
+    ]
+    for row in comparison.rows:
+        cells = _cells(row, comparison)
+        figures: list[str] = []
+        for column in columns:
+            metric = row.metrics.get(column)
+            figures.append("" if metric is None else show_number(metric.value))
+            if column in uncertain:
+                figures.append("" if metric is None or metric.stderr is None else f"{metric.stderr:.4g}")
+        yield [*cells[:2], *(cell.replace(",", "") for cell in cells[2 : len(before)]), *figures, *cells[-2:]]
+
+
 def _draw(comparison: Comparison, file: Path) -> None:
-    """Perplexity against seconds, and against size; one row of plots for each data set."""
+    """Each metric against seconds, and against size."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    datasets = comparison.datasets
-    figure = Figure(figsize=(11, 4.2 * len(datasets)), layout="constrained")
+    columns = comparison.columns
+    figure = Figure(figsize=(11, 4.2 * len(columns)), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.subplots(len(datasets), 2, squeeze=False)
-    for (by_seconds, by_size), name in zip(axes, datasets, strict=True):
-        rows = [row for row in comparison.rows if name in row.perplexity]
+    axes = figure.subplots(len(columns), 2, squeeze=False)
+    for (by_seconds, by_size), column in zip(axes, columns, strict=True):
+        rows = [row for row in comparison.rows if column in row.metrics]
         for number, row in enumerate(rows):
+            metric = row.metrics[column]
             style = {
                 "color": f"C{number % 10}",
                 "marker": "os^Dv"[number // 10 % 5],
@@ -89,14 +110,14 @@ def _draw(comparison: Comparison, file: Path) -> None:
                 "linestyle": "none",
             }
             if row.seconds:
-                by_seconds.plot([row.seconds], [row.perplexity[name]], **style)
+                by_seconds.errorbar([row.seconds], [metric.value], yerr=metric.stderr, **style)
             else:
-                by_seconds.axhline(row.perplexity[name], color="grey", linewidth=0.8, linestyle="--")
-            by_size.plot([row.bytes / 1e6], [row.perplexity[name]], **style)
+                by_seconds.axhline(metric.value, color="grey", linewidth=0.8, linestyle="--")
+            by_size.errorbar([row.bytes / 1e6], [metric.value], yerr=metric.stderr, **style)
         by_seconds.set_xlabel("seconds to make")
         by_size.set_xlabel("size in MB (10⁶ bytes)")
         for plot in (by_seconds, by_size):
-            plot.set_ylabel(_as_label(f"perplexity on {name}"))
+            plot.set_ylabel(_as_label(column))
             plot.grid(alpha=0.3)
         by_size.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, metadata={"Date": None})

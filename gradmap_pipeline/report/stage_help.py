@@ -116,7 +116,8 @@ def list_options(model: type[BaseModel], prefix: str = "") -> list[tuple[str, st
         )
         for member in (info.annotation, *get_args(info.annotation)):
             if isinstance(member, type) and issubclass(member, BaseModel):
-                rows += list_options(member, f"{prefix}{info.alias or name}.")
+                entry = "*." if get_origin(info.annotation) is dict else ""
+                rows += list_options(member, f"{prefix}{info.alias or name}.{entry}")
     return rows
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import Evaluation, Work
+from ..artifacts import Work
 from ..checkpoint.model import Model
 from ..errors import CommandError, GradmapError, OptionError, Problem, RecipeError, StageError
 from ..export.exports import Export
 from ..machine.machine import Machine
+from ..metrics import Metric
 from ..recipe.catalog import Catalog
 from ..recipe.places import Place, find_model_places, find_read_places
 from ..recipe.plan import Plan, make_plan
@@ -21,9 +22,9 @@ from ..recipe.recipe import MODEL_STEP, load_recipe
 from ..recipe.yaml_positions import load_yaml
 from ..stages.targets import check_target, find_foreign_files
 from .events import Reporter
+from .measured import name_columns
 from .runner import RunState, run_plan
 from .store import Store
-from .summary import name_settings, setting_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Row:
     layers: int
     parameters: int
     bytes: int
-    perplexity: dict[str, float] = field(default_factory=dict)
-    """By data set, with samples and length where it was cut in several ways."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    """By column, as `name_columns` names them: `perplexity on text`."""
     seconds: float = 0.0
     """Of the steps that led to the model, when they were computed."""
     layer_evaluations: float | None = None
@@ -134,8 +135,9 @@ class Comparison:
     """Variant, and what went wrong."""
 
     @property
-    def datasets(self) -> list[str]:
-        return list(dict.fromkeys(name for row in self.rows for name in row.perplexity))
+    def columns(self) -> list[str]:
+        """Columns of all metrics that some model has."""
+        return list(dict.fromkeys(column for row in self.rows for column in row.metrics))
 
 
 def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, reporter: Reporter) -> Comparison:
@@ -147,13 +149,17 @@ def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, re
             ended.append((variant, run_plan(variant.plan, store, machine, reporter)))
         except GradmapError as error:
             found.failures.append((variant.name, error))
-    names = name_settings([evaluation for _, ran in ended for evaluation in _evaluations(ran)])
+    measured = [replace(one, run=variant.name) for variant, ran in ended for one in ran.measured]
+    by_run: dict[str, dict[str, dict[str, Metric]]] = {}
+    for column, one in zip(name_columns(measured), measured, strict=True):
+        by_run.setdefault(one.run, {}).setdefault(one.metric.model, {})[column] = one.metric
     dense: dict[tuple[Any, ...], Row] = {}
     for variant, ran in ended:
-        rows = list(_measured(ran, variant.name, names))
+        rows = list(_list_rows(ran, variant.name, by_run.get(variant.name, {})))
         for row in rows:
             if row.label == "dense":
-                dense.setdefault((row.parameters, tuple(row.perplexity.items())), replace(row, name=variant.plan.model.name))
+                figures = tuple((column, metric.value) for column, metric in row.metrics.items())
+                dense.setdefault((row.parameters, figures), replace(row, name=variant.plan.model.name))
         made = [row for row in rows if row.label != "dense"]
         if not made:
             advice = "put evaluate before the step that writes"
@@ -163,13 +169,8 @@ def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, re
     return found
 
 
-def _evaluations(ran: RunState) -> list[Evaluation]:
-    return [artifact for given in ran.outputs.values() for artifact in given.values() if isinstance(artifact, Evaluation)]
-
-
-def _measured(ran: RunState, name: str, names: Mapping[tuple[str, int, int], str]) -> Iterator[Row]:
-    """Each model of a run that was evaluated, in order. `names`: of the settings of evaluations."""
-    evaluations = _evaluations(ran)
+def _list_rows(ran: RunState, name: str, metrics: Mapping[str, dict[str, Metric]]) -> Iterator[Row]:
+    """Each model of a run that was measured, in order. `metrics`: by digest of the model and column."""
     seen: set[str] = set()
     seconds = {step.step: step.computed_seconds for step in ran.finished}
     for step, given in ran.outputs.items():
@@ -177,8 +178,7 @@ def _measured(ran: RunState, name: str, names: Mapping[tuple[str, int, int], str
             if not isinstance(model, Model | Export) or model.digest in seen:
                 continue
             seen.add(model.digest)
-            measured = {names[setting_of(found)]: found.perplexity for found in evaluations if found.model == model.digest}
-            if not measured:
+            if model.digest not in metrics:
                 continue
             graph = model.graph
             path = [] if step == MODEL_STEP else [finished.id for finished in ran.lineage[step]]
@@ -189,7 +189,7 @@ def _measured(ran: RunState, name: str, names: Mapping[tuple[str, int, int], str
                 layers=len(graph.layers),
                 parameters=graph.count_parameters(),
                 bytes=model.size_bytes,
-                perplexity=measured,
+                metrics=metrics[model.digest],
                 seconds=sum(seconds[before] for before in path),
                 layer_evaluations=sum(work.layer_evaluations for work in works) if works else None,
             )

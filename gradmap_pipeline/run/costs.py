@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..checkpoint.graph import ModelGraph
 from ..cost.estimate import Estimate
 from ..cost.model_costs import ModelCosts
 from ..errors import CapacityError, GradmapError, ModelError, first_line
@@ -14,6 +15,7 @@ from ..machine.shortages import find_shortage
 from ..recipe.asking import ask
 from ..recipe.plan import Plan, PlannedStep
 from ..recipe.recipe import MODEL_STEP
+from ..stages.forecasts import Forecasts
 from ..sweep.memory_plan import format_size
 from .inspection import inspect_steps
 
@@ -74,6 +76,11 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         parameters = None if made is None else costs.count_parameters(made)
         try:
             estimate: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, step.known, costs)
+            if step.measured is not None and any(limit.is_relative for limit in step.limits.values()):
+                at_base = {**step.known, step.measured: plan.model_forecast}
+                whole = Forecasts(type(step.stage), {step.measured: ModelGraph}, **at_base)
+                other: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, whole, costs)
+                estimate = estimate + other if estimate is not None and other is not None else None
         except CapacityError as error:
             steps.append(StepCost(step.id, parameters, None, str(error)))
             continue

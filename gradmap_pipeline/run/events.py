@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from ..metrics import Metric
+    from .limits import CheckedLimit
     from .summary import Summary
 
 
@@ -44,6 +46,10 @@ class StepFinished:
     """What the result took when it was computed, in this run or before."""
     outputs: dict[str, Any]
     """Each artifact's JSON."""
+    metrics: list[Metric] = field(default_factory=list)
+    """Those that the outputs carry."""
+    limits: list[CheckedLimit] = field(default_factory=list)
+    """Those that the recipe sets, kept or missed."""
 
 
 @dataclass(frozen=True)

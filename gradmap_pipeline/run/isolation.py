@@ -57,6 +57,7 @@ def run_elsewhere(
         "memory": max(0, context.memory - resident_bytes()),
         "lineage": [vars(step) for step in context.lineage],
         "step": context.step,
+        "metrics": [metric.model_dump() for metric in context.metrics],
     }
     with scratch_folder() as folder, _start(folder, request, stage, workplace, threads, log) as process:
         final = _Relay(process, context).run()
@@ -185,8 +186,8 @@ class _Relay:
             self._answers.flush()
 
 
-def _make_error(name: str, message: str, option: str | None) -> GradmapError:
+def _make_error(error_type: str, message: str, option: str | None) -> GradmapError:
     if option is not None:
         return OptionError(option, message)
-    cls = getattr(errors, name, StageError)
+    cls = getattr(errors, error_type, StageError)
     return StageError(message) if cls is errors.RecipeError else cls(message)

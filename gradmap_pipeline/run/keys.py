@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,14 +12,24 @@ from pydantic_core import to_jsonable_python
 from ..artifacts import Artifact
 from ..machine.digests import sha256_of_value
 from ..machine.environment import Workplace
+from ..metrics import Metric
 from ..recipe.plan import PlannedStep
 from .store import Store
 
 
 def make_key(
-    step: PlannedStep, inputs: dict[str, Artifact], seed: int, dtype: str, store: Store, workplace: Workplace | None = None
+    step: PlannedStep,
+    inputs: dict[str, Artifact],
+    seed: int,
+    dtype: str,
+    store: Store,
+    workplace: Workplace | None = None,
+    known: Sequence[Metric] = (),
 ) -> str:
-    """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content."""
+    """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content.
+
+    `known`: earlier metrics that the stage reads.
+    """
     options = {name: _fingerprint(value, store) for name, value in step.stage}
     return sha256_of_value(
         {
@@ -30,6 +41,7 @@ def make_key(
             "seed": seed,
             "dtype": dtype,
             "versions": versions_of(step, workplace),
+            "metrics": [metric.model_dump() for metric in known],
         }
     )
 

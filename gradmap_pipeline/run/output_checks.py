@@ -12,9 +12,11 @@ from pydantic_core import PydanticSerializationError
 from ..artifacts import Artifact, TensorFile
 from ..checkpoint.checkpoint import read_chunks, read_header
 from ..checkpoint.graph import ModelGraph
+from ..checkpoint.model import Model
 from ..errors import ModelError, StageError
 from ..export.exports import Export
 from ..machine.digests import sha256_of
+from .measured import read_metrics
 
 
 def dump_outputs(outputs: BaseModel, store: Path | None = None) -> str:
@@ -54,6 +56,24 @@ def find_output_faults(outputs: BaseModel, inputs: BaseModel, folder: Path, writ
         for tensor, file in graph.patches.items():
             if file.path not in known and file.path.is_file():
                 yield from _check_patch(graph, tensor, file)
+    yield from _check_metrics(outputs, inputs)
+
+
+def _check_metrics(outputs: BaseModel, inputs: BaseModel) -> Iterator[str]:
+    """Whether each metric is told apart from the others, and is of a model that the stage takes or gives."""
+    try:
+        metrics = read_metrics(_artifacts_of(outputs))
+    except StageError as error:
+        yield str(error)
+        return
+    artifacts = [artifact for fields in (inputs, outputs) for artifact in _artifacts_of(fields).values()]
+    known = {artifact.digest for artifact in artifacts if isinstance(artifact, Model | Export)}
+    known |= {str(getattr(artifact, "model", "")) for artifact in _artifacts_of(inputs).values()}
+    known |= {graph.digest for fields in (inputs, outputs) for one in _graphs_of(fields) for graph in (one, one.dense)}
+    for metric in metrics:
+        if metric.model not in known:
+            advice = "give the digest of a model that it takes or gives, as inputs.model.digest"
+            yield f"it gives the metric {metric.title!r} of a model {metric.model[:12]!r}, which nobody knows; {advice}"
 
 
 def _check_file(output: str, path: Path, digest: str, folder: Path, places: Collection[Path]) -> Iterator[str]:

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel
-
 from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
+from ..checkpoint.model import Model
 from ..context import Context, FinishedStep
-from ..errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, name_error, on_one_line, text_of
+from ..errors import GradmapError, StageError, name_error
 from ..export.exports import Export
 from ..interruptions import is_interruption
-from ..machine.atomic_folder import scratch_folder
 from ..machine.distributed import ProcessGroup
 from ..machine.environment import Workplace
 from ..machine.machine import ALONE, Machine
 from ..machine.memory import give_back, tune_allocator
-from ..machine.shortages import find_shortage
-from ..machine.streams import plugin_code
-from ..recipe.asking import name_method
+from ..metrics import Metric
 from ..recipe.plan import Plan, PlannedStep
 from .events import Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .inspection import inspect_steps
-from .isolation import WorkerCrash, run_elsewhere
 from .keys import make_key
+from .limits import check_limits, raise_missed
 from .listening import heard
-from .output_checks import find_output_faults
+from .measured import Measured, read_metrics
+from .stage_call import call_stage, check_outputs, keep_outputs, noticing_loss, scratch_step
 from .step_context import memory_of, progress_of
-from .store import StepFolder, Store
+from .store import Store
 from .summary import summarise
 
 
@@ -46,6 +42,8 @@ class RunState:
     lineage: dict[str, tuple[FinishedStep, ...]] = field(default_factory=dict)
     """By step id: the steps that led to it, itself last."""
     finished: list[StepFinished] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+    """Metrics that the steps have given, in order."""
     inspected: bool = False
     """Whether the stages of all steps that are to run have looked at the model."""
     heard: set[str] = field(default_factory=set)
@@ -92,7 +90,7 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
             failure.where = f"step {step.id!r}"
             group.agree(failure)
             raise failure from error
-    tables = summarise(state.outputs, state.finished)
+    tables = summarise(state.outputs, state.measured, state.finished)
     reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
     return state
 
@@ -105,9 +103,58 @@ def _run_step(
     for notice in step.notices:
         reporter.note(step.id, notice)
     inputs = _find_inputs(step, state)
+    known = _find_known(step, inputs, state)
+    sources = [source for source, _ in step.inputs.values()] + [one.step for one in known]
+    lineage = _join(state.lineage[source] for source in sources)
+    parts = (plan, store, machine, reporter, state, group)
+    outputs, key, cached = _get_outputs(step, inputs, [one.metric for one in known], lineage, *parts)
+    state.outputs[step.id] = outputs
+    options = step.stage.model_dump(mode="json")
+    this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
+    state.lineage[step.id] = (*lineage, this)
+    with _naming(step):
+        metrics = read_metrics(outputs)
+    state.measured += [Measured(step.id, metric) for metric in metrics]
+    whole: list[Metric] = []
+    if step.measured is not None and any(limit.is_relative for limit in step.limits.values()):
+        base = state.outputs["model"]["model"]
+        others, _, _ = _get_outputs(step, {**inputs, step.measured: base}, [], lineage, *parts)
+        whole = [metric for metric in read_metrics(others) if metric.model == base.digest]
+        state.measured += [Measured(step.id, metric) for metric in whole]
+    with _naming(step):
+        limits = check_limits(metrics, step.limits, whole)
+    finished = StepFinished(
+        step=step.id,
+        stage=name,
+        cached=cached,
+        seconds=time.monotonic() - started,
+        computed_seconds=store.seconds_of(name, key),
+        outputs={output: artifact.model_dump(mode="json") for output, artifact in outputs.items()},
+        metrics=metrics,
+        limits=limits,
+    )
+    state.finished.append(finished)
+    reporter.step_finished(finished)
+    with _naming(step):
+        raise_missed(limits)
+
+
+def _get_outputs(
+    step: PlannedStep,
+    inputs: dict[str, Artifact],
+    known: Sequence[Metric],
+    lineage: tuple[FinishedStep, ...],
+    plan: Plan,
+    store: Store,
+    machine: Machine,
+    reporter: Reporter,
+    state: RunState,
+    group: ProcessGroup,
+) -> tuple[dict[str, Artifact], str, bool]:
+    """What a step gives for these inputs, its key in the store, and whether it was there. `known`: earlier metrics."""
+    name = step.stage.name
     workplace = _workplace_of(step, store)
-    key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace)
-    lineage = _join(state.lineage[source] for source, _ in step.inputs.values())
+    key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace, known)
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
     if not cached:
@@ -121,7 +168,7 @@ def _run_step(
             state.inspected = True
         together = group if step.stage.parallel else ALONE
         if group.leads or step.stage.parallel:
-            with store.step(name, key) if group.leads else _scratch_step() as folder, _noticing_loss(step, store, folder):
+            with store.step(name, key) if group.leads else scratch_step() as folder, noticing_loss(step, store, folder):
                 device = machine.prepare_torch(group)
                 found_finished: list[float] = []
                 context = Context(
@@ -136,16 +183,17 @@ def _run_step(
                     group=together,
                     lineage=lineage,
                     step=step.id,
+                    metrics=tuple(known),
                 )
                 called = time.monotonic()
                 taken = step.stage.Inputs.model_validate(inputs)
                 with heard(context.note, state.heard):
-                    result = _call(step, taken, context, store, workplace, machine.threads)
+                    result = call_stage(step, taken, context, store, workplace, machine.threads)
                 if group.leads:
-                    _check_outputs(step, result, taken, folder)
+                    check_outputs(step, result, taken, folder)
                     record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
                     record["seconds"] = time.monotonic() - called + sum(found_finished)
-                    result = _keep(result, step, store, folder, key, record)
+                    result = keep_outputs(result, step, store, folder, key, record)
             give_back(between_steps=True)
         group.tell("the result is in the store")
     if not group.leads:
@@ -155,21 +203,26 @@ def _run_step(
     base = state.outputs["model"]["model"]
     given = {output: getattr(result, output) for output in type(result).model_fields}
     made = {output: artifact.with_names_of(step.stage) for output, artifact in given.items() if artifact is not None}
-    outputs = {output: _at_base(artifact, base) for output, artifact in made.items()}
-    state.outputs[step.id] = outputs
-    options = step.stage.model_dump(mode="json")
-    this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
-    state.lineage[step.id] = (*lineage, this)
-    finished = StepFinished(
-        step=step.id,
-        stage=name,
-        cached=cached,
-        seconds=time.monotonic() - started,
-        computed_seconds=store.seconds_of(name, key),
-        outputs={output: artifact.model_dump(mode="json") for output, artifact in outputs.items()},
-    )
-    state.finished.append(finished)
-    reporter.step_finished(finished)
+    return {output: _at_base(artifact, base) for output, artifact in made.items()}, key, cached
+
+
+@contextmanager
+def _naming(step: PlannedStep) -> Iterator[None]:
+    """What goes wrong meanwhile is told with the step."""
+    try:
+        yield
+    except GradmapError as error:
+        error.where = error.where or f"step {step.id!r}"
+        raise
+
+
+def _find_known(step: PlannedStep, inputs: Mapping[str, Artifact], state: RunState) -> list[Measured]:
+    """What earlier steps have measured of the models that a step takes, for stages that want to know."""
+    if not step.stage.reads_metrics:
+        return []
+    models = [artifact for artifact in inputs.values() if isinstance(artifact, Model | Export)]
+    digests = {form.digest for model in models for form in (model, model.graph)}
+    return [one for one in state.measured if one.metric.model in digests]
 
 
 def _find_inputs(step: PlannedStep, state: RunState) -> dict[str, Artifact]:
@@ -204,89 +257,6 @@ def _prepare(workplace: Workplace, step: PlannedStep, reporter: Reporter) -> Non
     except GradmapError as error:
         error.where = f"step {step.id!r}"
         raise
-
-
-def _call(
-    step: PlannedStep, inputs: BaseModel, context: Context, store: Store, workplace: Workplace | None, threads: int | None
-) -> BaseModel:
-    """Run the stage; turn whatever goes wrong into an error that names the step."""
-    where = f"step {step.id!r}"
-    try:
-        if workplace is None:
-            with plugin_code():
-                result = step.stage.run(inputs, context)
-        else:
-            result = run_elsewhere(step.stage, inputs, context, workplace, threads, store.log)
-    except BaseException as error:
-        if is_interruption(error):
-            raise
-        shortage = None if isinstance(error, CapacityError) else find_shortage(error)
-        if shortage is not None:
-            shortage_error = CapacityError(f"stage {step.stage.name!r} {shortage.explain([context.folder, *step.writes])}")
-            shortage_error.where = where
-            raise shortage_error from error
-        if isinstance(error, GradmapError):
-            failure = StageError(text_of(error)) if error.exit_code == RecipeError.exit_code else error
-            failure.where = error.where or where
-            raise failure from error
-        told = (
-            (error.error_type, error.traceback)
-            if isinstance(error, WorkerCrash)
-            else (type(error).__name__, traceback.format_exc())
-        )
-        kept = store.save_traceback(told[1])
-        failure = StageError(
-            f"stage {step.stage.name!r} ({step.plugin}) failed: {told[0]}: {on_one_line(error)}; traceback in {kept}"
-        )
-        failure.where = where
-        raise failure from error
-    if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):
-        name = name_method("run", step.stage, step.plugin)
-        failure = StageError(f"{name} must return its Outputs, got {describe_value(result)}")
-        failure.where = where
-        raise failure
-    return result
-
-
-def _check_outputs(step: PlannedStep, result: BaseModel, inputs: BaseModel, folder: StepFolder) -> None:
-    """Raise `StageError` where files or replaced tensors are not what they should be."""
-    for fault in find_output_faults(result, inputs, folder.path, step.writes):
-        failure = StageError(f"stage {step.stage.name!r}: {fault}")
-        failure.where = f"step {step.id!r}"
-        raise failure
-
-
-def _keep(result: BaseModel, step: PlannedStep, store: Store, folder: StepFolder, key: str, record: dict[str, Any]) -> BaseModel:
-    """Put outputs into the store; return them as stored."""
-    try:
-        if not step.code.is_current():
-            raise StageError("its source files have changed while it ran, so its result is of neither code; run again")
-        return store.finish(folder, key, record, result)
-    except StageError as error:
-        failure = StageError(f"stage {step.stage.name!r}: {error}")
-        failure.where = f"step {step.id!r}"
-        raise failure from error
-
-
-@contextmanager
-def _noticing_loss(step: PlannedStep, store: Store, folder: StepFolder) -> Iterator[None]:
-    """Whatever fails because somebody has deleted the store or the step's folder: that is what is told."""
-    try:
-        yield
-    except Exception as error:
-        loss = store.find_loss(folder)
-        if loss is None:
-            raise
-        failure = StageError(f"stage {step.stage.name!r}: {loss}")
-        failure.where = f"step {step.id!r}"
-        raise failure from error
-
-
-@contextmanager
-def _scratch_step() -> Iterator[StepFolder]:
-    """A folder for what another process writes into the store."""
-    with scratch_folder() as folder:
-        yield StepFolder(folder, folder)
 
 
 def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, ...]:

@@ -26,6 +26,7 @@ from ..context import Advance, Context, FinishedStep
 from ..errors import CapacityError, GradmapError, OptionError, describe_value, text_of
 from ..interruptions import is_interruption, note_interruption
 from ..machine.shortages import find_shortage
+from ..metrics import Metric
 from ..recipe.plugin_files import open_folder
 from ..stages.stage import Stage
 
@@ -91,6 +92,7 @@ def make_worker_context(request: dict[str, Any], line: ParentChannel) -> Context
         remember=remember,
         lineage=tuple(FinishedStep(**step) for step in request["lineage"]),
         step=request["step"],
+        metrics=tuple(Metric.model_validate(metric) for metric in request["metrics"]),
     )
 
 
@@ -111,12 +113,12 @@ def work(request: dict[str, Any], line: ParentChannel) -> None:
         shortage = None if isinstance(error, CapacityError) else find_shortage(error)
         if shortage is not None:
             message = f"stage {request['stage']!r} {shortage.explain([Path(request['folder'])])}"
-            line.tell(error={"kind": CapacityError.__name__, "message": message, "option": None})
+            line.tell(error={"error_type": CapacityError.__name__, "message": message, "option": None})
         elif isinstance(error, GradmapError):
             option = error.option if isinstance(error, OptionError) else None
-            line.tell(error={"kind": type(error).__name__, "message": text_of(error), "option": option})
+            line.tell(error={"error_type": type(error).__name__, "message": text_of(error), "option": option})
         else:
-            line.tell(crash={"kind": type(error).__name__, "message": text_of(error), "traceback": traceback.format_exc()})
+            line.tell(crash={"error_type": type(error).__name__, "message": text_of(error), "traceback": traceback.format_exc()})
     else:
         line.tell(outputs=result.model_dump(mode="json"))
 

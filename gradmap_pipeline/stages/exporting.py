@@ -20,6 +20,7 @@ class FolderExport(Stage):
     """Base of stages that write a folder: `class MyExport(FolderExport)` fills `self.new_folder(...)` in `run`, and finishes it."""
 
     abstract = True
+    reads_metrics = True
 
     to: Path = Field(description="Folder to write.")
     overwrite: bool = Field(

@@ -51,6 +51,11 @@ class Stage(BaseModel):
     requires_api: ClassVar[str] = ""
     """Versions of the plugin API that the stage works with: `>=1`. A plugin's module may have one for all its stages."""
 
+    metric_names: ClassVar[tuple[str, ...] | None] = None
+    """Names of the metrics that its outputs carry: `gradmap check` refuses limits on others. None: known when it has run."""
+    reads_metrics: ClassVar[bool] = False
+    """Whether it uses `context.metrics`: what earlier steps have measured of the models that it takes. They count as an input."""
+
     abstract: ClassVar[bool]
     """True on a class that is no stage but what several stages have in common. Classes derived from it are stages again."""
 
@@ -129,6 +134,8 @@ class Stage(BaseModel):
             )
         if not cls.__doc__:
             raise PluginError(f"stage {cls.name!r} needs a docstring: its first line is shown by `gradmap stages`")
+        if "limits" in cls.model_fields:
+            raise PluginError(f"stage {cls.name!r}: option 'limits' has the name of a key of steps; give it another name")
         for option, info in cls.model_fields.items():
             if not info.description:
                 raise PluginError(f"stage {cls.name!r}: option {option!r} needs a Field(description=...)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,41 @@ from ..artifacts import Artifact
 from ..context import Advance, Context
 from ..errors import PluginError
 from ..machine.memory import default_budget
+from ..metrics import Metric
 from ..run.output_checks import dump_outputs
 from ..stages.stage import Stage
 
 
 def make_context(
-    folder: Path, *, seed: int = 0, dtype: str = "float32", memory: int | None = None, notes: list[str] | None = None
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    memory: int | None = None,
+    notes: list[str] | None = None,
+    metrics: Sequence[Metric] = (),
 ) -> Context:
     """A context on the CPU that keeps nothing and appends what the stage tells the user to `notes`.
 
-    `memory`: bytes the process may have resident; None: 80 % of what is free.
+    `memory`: bytes the process may have resident; None: 80 % of what is free. `metrics`: what earlier steps have measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
     said: list[str] = [] if notes is None else notes
     memory = default_budget() if memory is None else memory
-    return Context(folder, seed, "cpu", dtype, memory, _silent_progress, said.append, _remember_nothing)
+    known = tuple(metrics)
+    return Context(folder, seed, "cpu", dtype, memory, _silent_progress, said.append, _remember_nothing, metrics=known)
 
 
-def run_stage(stage: Stage, folder: Path, *, seed: int = 0, dtype: str = "float32", **inputs: Artifact) -> Any:
+def run_stage(
+    stage: Stage, folder: Path, *, seed: int = 0, dtype: str = "float32", metrics: Sequence[Metric] = (), **inputs: Artifact
+) -> Any:
     """Run a stage in `folder` and return its outputs, after checking that they survive being stored.
+
+    `metrics`: what earlier steps have measured of the inputs.
 
     Raises `PluginError` when the outputs are of another type, and `StageError` when they change on the way through JSON.
     """
-    result = stage.run(type(stage).Inputs.model_validate(inputs), make_context(folder, seed=seed, dtype=dtype))
+    result = stage.run(type(stage).Inputs.model_validate(inputs), make_context(folder, seed=seed, dtype=dtype, metrics=metrics))
     if not isinstance(result, stage.Outputs):
         raise PluginError(f"stage {stage.name!r} must return its Outputs, got {type(result).__name__}")
     dump_outputs(result)

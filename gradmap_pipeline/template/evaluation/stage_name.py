@@ -5,13 +5,13 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from gradmap_pipeline import (
-    Artifact,
     Context,
     DatasetSource,
     Forecasts,
+    Measurement,
+    Metric,
     ModelGraph,
     Outlook,
-    QualityError,
     Stage,
     StageError,
     StructureProbe,
@@ -19,32 +19,22 @@ from gradmap_pipeline import (
 )
 
 
-class Accuracy(Artifact):
-    """How often a model's first choice is the next token."""
-
-    model: str
-    """Digest of the model."""
-    accuracy: float
-    tokens: int
-    """Tokens predicted."""
-
-
 class StageName(Stage):
     """Measure how often the model's first choice is the next token of a text."""
 
     name = "stage_name"
+    metric_names = ("accuracy",)
     libraries = ("torch", "transformers", "tokenizers", "datasets")
 
     dataset: DatasetSource = Field(description="Text to predict.")
     samples: int = Field(128, ge=1, description="Number of sequences, the first of the data set.")
     sequence_length: int = Field(256, ge=2, description="Tokens in a sequence.")
-    min_accuracy: float | None = Field(None, ge=0, le=1, description="Smallest share that passes.")
 
     class Inputs(BaseModel):
         model: ModelGraph
 
     class Outputs(BaseModel):
-        accuracy: Accuracy
+        measurement: Measurement
 
     def forecast(self, inputs: Forecasts) -> Outlook:
         self.dataset.check_amount(self.samples, self.sequence_length, "documents")
@@ -77,9 +67,16 @@ class StageName(Stage):
                 advance()
         accuracy = right / tokens
         context.note(f"the first choice is right for {accuracy:.1%} of {tokens} tokens of {self.dataset.name}")
-        if self.min_accuracy is not None and accuracy < self.min_accuracy:
-            raise QualityError(f"accuracy {accuracy:.4f} is under min_accuracy {self.min_accuracy:g}")
-        return self.Outputs(accuracy=Accuracy(model=inputs.model.digest, accuracy=accuracy, tokens=tokens))
+        metric = Metric(
+            name="accuracy",
+            value=accuracy,
+            better="higher",
+            stderr=(accuracy * (1 - accuracy) / tokens) ** 0.5,
+            on=self.dataset.name,
+            on_option="dataset",
+            setting=f"{self.samples} x {self.sequence_length} tokens",
+        )
+        return self.Outputs(measurement=Measurement(model=inputs.model.digest, metrics=(metric,)))
 
 
 @hookimpl

@@ -54,7 +54,7 @@ class StageName(FolderExport):
                     advance()
             write_companions(model, new.path)
             files = describe_folder(new.path)
-            files = new.finish(make_lineage(model, None, files, None, self, context), files)
+            files = new.finish(make_lineage(model, files, None, self, context), files)
         context.note(f"wrote {self.to}: {len(tensors)} arrays of {self.dtype}")
         return self.Outputs(exported=NumpyFolder(graph=model, folder=new.target, files=files))
 

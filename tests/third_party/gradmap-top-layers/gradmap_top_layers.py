@@ -1,8 +1,8 @@
-"""Score layers by depth: the last go first. A stage as a stranger would publish it."""
+"""Score layers by depth: the last go first; and measure depth. Stages as a stranger would publish them."""
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Decision, LayerScores, ModelGraph, ScoresForecast, Stage, hookimpl
+from gradmap_pipeline import Context, Decision, LayerScores, Measurement, Metric, ModelGraph, ScoresForecast, Stage, hookimpl
 
 
 class TopLayersScore(Stage):
@@ -31,6 +31,23 @@ class TopLayersScore(Stage):
         return self.Outputs(scores=scores)
 
 
+class MeasureDepth(Stage):
+    """Measure how many layers a model has."""
+
+    name = "measure_depth"
+    metric_names = ("depth",)
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+
+    class Outputs(BaseModel):
+        depth: Measurement
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        metric = Metric(name="depth", value=len(inputs.model.layers), unit="layers", better="lower", stderr=0.25)
+        return self.Outputs(depth=Measurement(model=inputs.model.digest, metrics=(metric,)))
+
+
 @hookimpl
 def gradmap_stages():
-    return [TopLayersScore]
+    return [TopLayersScore, MeasureDepth]

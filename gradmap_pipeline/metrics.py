@@ -1,0 +1,65 @@
+"""Metric: one figure that was measured of a model."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .errors import StageError
+from .text import name_without_place
+
+
+class Metric(BaseModel):
+    """One figure that was measured of a model. Tables, limits, comparisons, model cards and JSON show it.
+
+    Raises `StageError` where a number is not finite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    """What was measured, in a few words: `perplexity`, `acc_norm`."""
+    value: float
+    better: Literal["lower", "higher"]
+    """Which way is better."""
+    unit: str = ""
+    """Of the value and the standard error: `s`, `%`. Empty for a plain number."""
+    stderr: Annotated[float | None, Field(ge=0)] = None
+    """Standard error of the value, where it is known."""
+    on: str = ""
+    """What it was measured on: the name of a data set or of a task. Tables have a column for each `name` and `on`."""
+    on_option: str = ""
+    """The option of the stage that names `on`. A result from the store then gets the name that the recipe has now."""
+    setting: str = ""
+    """How it was measured: `128 x 256 tokens`. Tables show it where one metric was measured in several ways."""
+    model: str = ""
+    """Digest of the model. Empty: the artifact that carries the metric says it in its field `model`."""
+
+    @model_validator(mode="after")
+    def _check_finite(self) -> Metric:
+        for number, part in ((self.value, ""), (self.stderr, "the standard error of ")):
+            if number is not None and not math.isfinite(number):
+                raise StageError(f"{part}metric {self.title!r} is {number}; a metric is a finite number")
+        return self
+
+    @property
+    def title(self) -> str:
+        """`perplexity on builtin heldout`: the name by which limits and tables find it."""
+        return f"{self.name} on {self.on}" if self.on else self.name
+
+    @property
+    def place(self) -> str:
+        """What it was measured on and how, without folders of this machine, for what is passed on."""
+        return ", ".join(filter(None, (name_without_place(self.on), self.setting)))
+
+    @property
+    def figure(self) -> str:
+        """The value with its standard error, as tables show it: `0.4312 ± 0.012`."""
+        return show_number(self.value) + ("" if self.stderr is None else f" ± {self.stderr:.2g}")
+
+
+def show_number(value: float) -> str:
+    """A number as tables show it: three decimals, or four significant digits below 1."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 1 else f"{value:#.4g}"
