@@ -47,20 +47,20 @@ def loss_alone(folder: Path, ids: torch.Tensor, mask: torch.Tensor) -> float:
     return total / tokens
 
 
-def make_rope_model(folder: Path, kind: str) -> Path:
+def make_rope_model(folder: Path, rope_type: str) -> Path:
     """A model whose rotary factors change at 16 tokens."""
-    rope = ROPES[kind] | {"original_max_position_embeddings": 16}
-    positions = 64 if kind == "longrope" else 16
-    architecture = "phi3" if kind == "longrope" else "llama"
+    rope = ROPES[rope_type] | {"original_max_position_embeddings": 16}
+    positions = 64 if rope_type == "longrope" else 16
+    architecture = "phi3" if rope_type == "longrope" else "llama"
     changes: dict[str, Any] = {"rope_parameters": rope, "max_position_embeddings": positions}
-    if kind == "longrope":
+    if rope_type == "longrope":
         changes["original_max_position_embeddings"] = 16
     return make_model(folder, architecture, **changes)
 
 
-@pytest.mark.parametrize("kind", ROPES)
-def test_padding_decides_no_rope_factors(kind: str, tmp_path: Path) -> None:
-    folder = make_rope_model(tmp_path / "model", kind)
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_padding_decides_no_rope_factors(rope_type: str, tmp_path: Path) -> None:
+    folder = make_rope_model(tmp_path / "model", rope_type)
     ids, mask = make_rows(300)
     wanted = loss_alone(folder, ids, mask)
     context = make_context(tmp_path / "step")
