@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradmap_plugins.evaluate import score_export, score_text
+from gradmap_plugins.evaluate import score_opened, score_text
 from tiny import CONFIGS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 from walk import ARCHITECTURES
@@ -70,7 +70,7 @@ def test_padding_decides_no_rope_factors(rope_type: str, tmp_path: Path) -> None
         one, all_rows = together(ids[1:2, :7]).logits, together(ids, attention_mask=mask).logits[1:2, :7]
     assert float((one - all_rows).abs().max()) > 1e-3, "this model does not show the fault"
     export = TransformersFolder(graph=open_folder(folder), folder=folder, files={})
-    assert score_export(export, ids, mask, context)["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert score_opened(export, ids, mask, context)["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
