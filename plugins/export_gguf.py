@@ -200,7 +200,7 @@ class ExportGguf(FolderExport):
         if pythons.takes_name(converter):
             options.append(f"{pythons.NAME_OPTION}={name}")  # one word, as a name may start with a hyphen
         self._start("llama.cpp's converter", str(converter), str(folder), *options)
-        if not made.is_file() or not made.open("rb").read(4) == _MAGIC:
+        if not made.is_file() or not _starts_as_gguf(made):
             raise StageError("llama.cpp's converter ended without an error, and without a GGUF file; nothing was written")
         if arrays:
             self._start(
@@ -218,6 +218,11 @@ class ExportGguf(FolderExport):
         done = subprocess.run(tie([self._python, *arguments]), capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise explain_end(name, done.returncode, done.stderr or "it said nothing")
+
+
+def _starts_as_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(_MAGIC)) == _MAGIC
 
 
 @hookimpl

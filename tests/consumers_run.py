@@ -89,8 +89,8 @@ def find_model(asked: argparse.Namespace, folder: Path) -> Path:
         return Path(asked.model)
     test_llama_cpp.LLAMA_CPP = str(asked.converter.absolute())
     asked.converter = test_llama_cpp.make_converter(folder)
-    kind = asked.model.removeprefix("random:")
-    return make_model(folder / "base", kind, **test_llama_cpp.SIZES, **test_llama_cpp.MODELS[kind])
+    architecture = asked.model.removeprefix("random:")
+    return make_model(folder / "base", architecture, **test_llama_cpp.SIZES, **test_llama_cpp.MODELS[architecture])
 
 
 def make_row(asked: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ that greedy decoding gives the same tokens. Prompts are random, which is hard on
 READ = """
 ## Layers placed by index
 
-These programs take layers for those of a kind by index, whatever `layer_types` and other lists of a config say. An export
+These programs derive the role of a layer from its index, and ignore `layer_types` and other lists of a config. An export
 whose layers are elsewhere is another model there. `gradmap check` and the notes of `export` name the layers; `prune` with
 `among: regular` chooses layers that leave the pattern as it is, and `export` with `programs: [mlx-lm]` refuses a folder that
 mlx-lm would misread. `read` rows come from the program's source and were not run.

@@ -78,7 +78,7 @@ def test_every_placing_has_a_value_to_be_held_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "kind", "marks"),
+    ("config", "role", "marks"),
     [
         ({"layer_types": ["sliding_attention", "full_attention"]}, "full attention", (False, True)),
         ({"layer_types": ["linear_attention", "full_attention"]}, "full attention", (False, True)),
@@ -90,8 +90,8 @@ def test_every_placing_has_a_value_to_be_held_to() -> None:
         ({}, "full attention", None),
     ],
 )
-def test_what_a_config_lists(config: dict[str, Any], kind: Any, marks: tuple[bool, ...] | None) -> None:
-    assert read_marks(config, kind) == marks
+def test_what_a_config_lists(config: dict[str, Any], role: Any, marks: tuple[bool, ...] | None) -> None:
+    assert read_marks(config, role) == marks
 
 
 GEMMA3 = {"model_type": "gemma3_text", "num_hidden_layers": 18, "layer_types": windows(6, 18)}

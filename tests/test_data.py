@@ -31,30 +31,30 @@ def tokenizer(llama: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(open_folder(llama).base)
 
 
-def write(folder: Path, kind: str, texts: list[str] = TEXTS, column: str = "text") -> Path:
-    file = folder / f"data{kind}"
-    if kind == ".txt":
+def write(folder: Path, suffix: str, texts: list[str] = TEXTS, column: str = "text") -> Path:
+    file = folder / f"data{suffix}"
+    if suffix == ".txt":
         file.write_text(texts[0])
-    elif kind in (".jsonl", ".json"):
+    elif suffix in (".jsonl", ".json"):
         file.write_text("".join(json.dumps({column: text, "other": 1}) + "\n" for text in texts))
-    elif kind == ".csv":
+    elif suffix == ".csv":
         with file.open("w", newline="") as stream:
             csv.writer(stream).writerows([[column, "other"], *([text, 1] for text in texts)])
-    elif kind == ".parquet":
+    elif suffix == ".parquet":
         from datasets import Dataset
 
         Dataset.from_dict({column: texts, "other": [1] * len(texts)}).to_parquet(file)
     return file
 
 
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
-def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
-    texts = TEXTS[:1] if kind == ".txt" else TEXTS
-    file = write(tmp_path, kind)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_every_kind_of_file(suffix: str, tmp_path: Path) -> None:
+    texts = TEXTS[:1] if suffix == ".txt" else TEXTS
+    file = write(tmp_path, suffix)
     assert list(DatasetSource(path=file).documents()) == texts
     assert list(DatasetSource(path=tmp_path).documents()) == texts
-    if kind != ".txt":
-        write(tmp_path, kind, column="body")
+    if suffix != ".txt":
+        write(tmp_path, suffix, column="body")
         assert list(DatasetSource(path=file, column="body").documents()) == texts
         with pytest.raises(StageError, match=r"has no column 'text'; its columns are \['body', 'other'\]; set 'column'"):
             list(DatasetSource(path=file).documents())

@@ -77,7 +77,31 @@ def test_reference_is_current(name: str) -> None:
     assert (ROOT / "docs" / "reference" / name).read_text() == make_pages()[name], "run `make docs`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name)
 def test_links(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    """Each names a file that is there and, after `#`, a heading in it."""
+    for target in links_of(page):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors_of(file), f"{page.name} links to {target}; {file.name} has {anchors_of(file)}"
+
+
+def test_the_readme_works_on_a_package_page() -> None:
+    """A package index shows the page alone, where a relative link leads nowhere: pages are named instead, and all of them."""
+    page = ROOT / "README.md"
+    assert links_of(page) == []
+    named = set(re.findall(r"`(docs/[^`]+)`", page.read_text()))
+    assert all((ROOT / name).exists() for name in named)
+    assert named >= {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+
+
+def links_of(page: Path) -> list[str]:
+    """Relative links, and those to headings of the same page, outside blocks of code."""
+    return re.findall(r"\]\((?!https?://)([^)\s]+)\)", BLOCK.sub("", page.read_text()))
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Headings as a Git host names them: lower case, hyphens for spaces, no punctuation but those and `_`."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}

@@ -120,46 +120,46 @@ def test_hub_cache_serves_without_a_network(llama: Path, tmp_path: Path, monkeyp
     assert graph.digest == open_folder(llama).digest
 
 
-@pytest.mark.parametrize("kind", ["shard", "tokenizer", "quantised"])
-def test_hub_cache_that_is_not_whole(kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage_done", ["shard", "tokenizer", "quantised"])
+def test_hub_cache_that_is_not_whole(damage_done: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted download is fetched again, and a quantised model is refused from the cache too."""
     snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
     shutil.copytree(llama, snapshot)
     (tmp_path / "models--owner--name" / "refs").mkdir()
     (tmp_path / "models--owner--name" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    if kind == "shard":
+    if damage_done == "shard":
         index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
         (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif kind == "tokenizer":
+    elif damage_done == "tokenizer":
         for file in snapshot.glob("tokenizer*"):
             file.unlink()
     else:
-        damage(snapshot, kind)
+        damage(snapshot, damage_done)
         with pytest.raises(ModelError, match="is already quantised"):
             ModelSource(id="owner/name").find_folder()
         return
     assert ModelSource(id="owner/name").find_folder() is None
 
 
-def damage(folder: Path, kind: str) -> None:
+def damage(folder: Path, damage_done: str) -> None:
     config = json.loads((folder / "config.json").read_text())
-    if kind == "no config":
+    if damage_done == "no config":
         (folder / "config.json").unlink()
-    elif kind == "broken config":
+    elif damage_done == "broken config":
         (folder / "config.json").write_text("{")
-    elif kind == "list":
+    elif damage_done == "list":
         (folder / "config.json").write_text("[]")
-    elif kind == "quantised":
+    elif damage_done == "quantised":
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    elif kind == "pickle":
+    elif damage_done == "pickle":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    elif kind == "no weights":
+    elif damage_done == "no weights":
         (folder / "model.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("damage_done", "message"),
     [
         ("no config", "is not a model folder: it has no config.json"),
         ("broken config", r"config.json' cannot be read: Expecting property name"),
@@ -169,9 +169,9 @@ def damage(folder: Path, kind: str) -> None:
         ("no weights", "has no weights; weights must be in"),
     ],
 )
-def test_folder_that_is_no_model(kind: str, message: str, tmp_path: Path) -> None:
+def test_folder_that_is_no_model(damage_done: str, message: str, tmp_path: Path) -> None:
     make_model(tmp_path / "model")
-    damage(tmp_path / "model", kind)
+    damage(tmp_path / "model", damage_done)
     with pytest.raises(ModelError, match=message):
         ModelSource(path=tmp_path / "model").forecast()
 

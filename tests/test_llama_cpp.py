@@ -189,14 +189,14 @@ def test_a_quantised_file_is_run_beside_its_source(by_program: bool, tmp_path: P
         program.write_text(f'#!/bin/sh\nexec {PYTHON} {pythons.QUANTIZER} "$@"\n')
         program.chmod(0o755)
         options["program"] = program
-    for kind, agreeing, share in (("q8_0", 0.95, 0.3), ("q4_k_m", 0.7, 0.2)):
-        stage = QuantizeGguf.model_validate({"to": tmp_path / kind, "type": kind, **options})
-        made = run_stage(stage, tmp_path / f"step-{kind}", exported=source)
+    for file_type, agreeing, share in (("q8_0", 0.95, 0.3), ("q4_k_m", 0.7, 0.2)):
+        stage = QuantizeGguf.model_validate({"to": tmp_path / file_type, "type": file_type, **options})
+        made = run_stage(stage, tmp_path / f"step-{file_type}", exported=source)
         assert made.agreement.lengths == (12, 100, 500)
         assert made.agreement.agreeing >= agreeing
         assert 0 < made.agreement.difference == made.exported.max_logit_difference
         assert made.exported.file.stat().st_size < share * source.file.stat().st_size
-        lineage = json.loads((tmp_path / kind / "gradmap.json").read_text())
+        lineage = json.loads((tmp_path / file_type / "gradmap.json").read_text())
         assert lineage["llama_cpp"]["agreeing"] == made.agreement.agreeing
         assert lineage["steps"][-1]["stage"] == "quantize_gguf"
     with pytest.raises(

@@ -217,7 +217,7 @@ def test_sites_are_found_by_structure(architecture: str, changes: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "name", "kind"),
+    ("architecture", "name", "role"),
     [
         ("llama", "mlp.down_proj", "output"),
         ("mixtral", "self_attn.o_proj", "attention"),
@@ -225,14 +225,14 @@ def test_sites_are_found_by_structure(architecture: str, changes: dict[str, Any]
         ("phi", "mlp.fc2", "output"),
     ],
 )
-def test_sites_are_found_in_float32_whatever_is_computed_in(architecture: str, name: str, kind: str, tmp_path: Path) -> None:
+def test_sites_are_found_in_float32_whatever_is_computed_in(architecture: str, name: str, role: str, tmp_path: Path) -> None:
     """In bfloat16, what experts make of a vector is lost in rounding, and attention would seem to write to the output."""
     graph = open_folder(make_any_model(tmp_path / "model", architecture))
     calibration = make_calibration(graph, tmp_path / "calibration")
     stage = ProjectCompensate(attention=False)
     context = make_context(tmp_path / "out", dtype="bfloat16")
     result = stage.run(stage.Inputs(model=graph.without_layers([2]), calibration=calibration), context)
-    assert {(site.parameter, site.role) for site in result.compensation.sites} == {(f"{name}.weight", kind)}
+    assert {(site.parameter, site.role) for site in result.compensation.sites} == {(f"{name}.weight", role)}
 
 
 def test_gain_that_is_a_weight_is_noticed(tmp_path: Path) -> None:

@@ -106,3 +106,9 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
 def test_every_file_says_what_it_is_for() -> None:
     for file in modules(PACKAGE) + modules(PLUGINS) + modules(ROOT / "tests"):
         assert ast.get_docstring(ast.parse(file.read_text())) or file.stat().st_size == 0, file
+
+
+def test_every_file_of_tests_holds_some() -> None:
+    """An empty file passes without a sign."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert [file.name for file in files if "def test_" not in file.read_text()] == []

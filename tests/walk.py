@@ -160,7 +160,7 @@ def load(folder: Path) -> Any:
     """The model of a folder by plain transformers; nothing may be missing or left over."""
     whole = AutoModelForImageTextToText if (folder / "whole").exists() else AutoModelForCausalLM
     model, report = whole.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert not any(report[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return model.eval()
 
 

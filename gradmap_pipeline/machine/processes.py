@@ -27,6 +27,8 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """PR_SET_PDEATHSIG, SIGKILL: the kernel kills the program when its parent ends. It outlives exec; only Linux has it."""
 _INTERRUPTIONS = ("SIGINT", "SIGTERM", "SIGHUP")
 _LINES_SEARCHED = 200
+_PATIENCE = 1.0
+"""Seconds until the output of a killed program has ended."""
 _MOST_SAID = 1 << 18
 """Bytes that a program which is asked something may print."""
 
@@ -39,7 +41,7 @@ def tie(command: Sequence[str]) -> list[str]:
 
 
 def ask_program(command: Sequence[str], seconds: float, variables: Mapping[str, str] | None = None) -> tuple[int | None, str]:
-    """Run a program that is to answer at once; return its exit code and all that it printed.
+    """Run a program that must answer at once; return its exit code and all that it printed.
 
     None as the code: it took too long, or printed without end. Then it is killed, with all that it has started. Raises `OSError`
     where it cannot be started.
@@ -64,6 +66,9 @@ def ask_program(command: Sequence[str], seconds: float, variables: Mapping[str, 
         code = None
     finally:
         _kill_session(process)
+        reader.join(_PATIENCE)
+        if not reader.is_alive():  # else a process that left the session holds the pipe, and closing would wait for it
+            process.stdout.close()
     return code, b"".join(said).decode("utf-8", "replace")
 
 

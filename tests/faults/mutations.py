@@ -56,30 +56,30 @@ def mutate_config(file: Path, source: random.Random) -> str:
     """Spoil config.json; say how."""
     config = json.loads(file.read_text())
     text = file.read_text()
-    kind = source.choice(("value",) * 10 + ("delete", "add", "add", "add", "type", "nest", "several", "bits", "cut", "repeat"))
-    if kind == "bits":
+    way = source.choice(("value",) * 10 + ("delete", "add", "add", "add", "type", "nest", "several", "bits", "cut", "repeat"))
+    if way == "bits":
         data = bytearray(text.encode())
         for _ in range(source.randint(1, 4)):
             data[source.randrange(len(data))] ^= 1 << source.randrange(8)
         file.write_bytes(bytes(data))
         return "bits"
-    if kind == "cut":
+    if way == "cut":
         file.write_text(text[: source.randrange(len(text))])
         return "cut"
-    if kind == "repeat":
+    if way == "repeat":
         field, value = source.choice(list(config)), source.choice(ODD)
         file.write_text("{" + f"{json.dumps(field)}: {json.dumps(value)}," + text.strip()[1:])
         return f"repeat {field} {value!r}"
     said = []
-    for _ in range(3 if kind == "several" else 1):
-        field = source.choice(list(config) if kind in ("value", "delete", "nest", "several") else FIELDS)
+    for _ in range(3 if way == "several" else 1):
+        field = source.choice(list(config) if way in ("value", "delete", "nest", "several") else FIELDS)
         value: Any = copy.deepcopy(source.choice(ODD))
-        if kind == "delete":
+        if way == "delete":
             config.pop(field, None)
-        elif kind == "type":
+        elif way == "type":
             field, value = "model_type", source.choice(TYPES)
             config[field] = value
-        elif kind == "nest":
+        elif way == "nest":
             for _ in range(source.choice((1, 3, 70, 900))):
                 value = [value] if source.random() < 0.5 else {"a": value}
             config[field] = value
@@ -89,7 +89,7 @@ def mutate_config(file: Path, source: random.Random) -> str:
             )
         else:
             config[field] = value
-        said.append(f"{kind} {field} {str(value)[:60]!r}")
+        said.append(f"{way} {field} {str(value)[:60]!r}")
     file.write_text(json.dumps(config))
     return "; ".join(said)
 
@@ -102,24 +102,24 @@ def mutate_header(file: Path, source: random.Random) -> str:  # noqa: PLR0912 - 
     name = source.choice([name for name in header if name != "__metadata__"])
     other = source.choice([name for name in header if name != "__metadata__"])
     entry = header[name]
-    kind = source.choice(WAYS)
+    way = source.choice(WAYS)
     raw: bytes | None = None
     size: int | None = None
-    if kind == "bits":
+    if way == "bits":
         spoilt = bytearray(data)
         for _ in range(source.randint(1, 3)):
             spoilt[source.randrange(8 + length)] ^= 1 << source.randrange(8)
         file.write_bytes(bytes(spoilt))
-        return kind
-    if kind == "length":
+        return way
+    if way == "length":
         size = source.choice((0, 1, length - 1, length + 1, length + 8, len(data), 10**8, 10**8 + 1, 2**63, 2**64 - 1))
-    elif kind == "cut":
+    elif way == "cut":
         values = values[: source.randrange(len(values))]
-    elif kind == "longer":
+    elif way == "longer":
         values += bytes(source.choice((1, 8, 4096)))
-    elif kind == "dtype":
+    elif way == "dtype":
         entry["dtype"] = source.choice(("F16", "BF16", "I32", "U32", "F64", "F8_E4M3", "F4", "C64", "f32", "", 3, None, "BOOL"))
-    elif kind == "shape":
+    elif way == "shape":
         entry["shape"] = source.choice(
             (
                 [],
@@ -137,7 +137,7 @@ def mutate_header(file: Path, source: random.Random) -> str:  # noqa: PLR0912 - 
                 [entry["shape"][0] * 2, *entry["shape"][1:]],
             )
         )
-    elif kind == "offset":
+    elif way == "offset":
         place = source.randrange(2)
         entry["data_offsets"][place] = source.choice(
             (
@@ -153,51 +153,51 @@ def mutate_header(file: Path, source: random.Random) -> str:  # noqa: PLR0912 - 
                 float(entry["data_offsets"][place]),
             )
         )
-    elif kind == "swap":
+    elif way == "swap":
         header[name]["data_offsets"], header[other]["data_offsets"] = header[other]["data_offsets"], header[name]["data_offsets"]
-    elif kind == "same":
+    elif way == "same":
         entry["data_offsets"] = list(header[other]["data_offsets"])
-    elif kind == "rename":
+    elif way == "rename":
         header[source.choice((name.upper(), "", "a" * 300, name + "\0", other, "../" + name, "model.layers.9.x", "ü"))] = (
             header.pop(name)
         )
-    elif kind == "delete":
+    elif way == "delete":
         del header[name]
-    elif kind == "metadata":
+    elif way == "metadata":
         header["__metadata__"] = source.choice(
             ({}, {"format": "np"}, {"format": 3}, [], None, "x", {"a": None}, {"format": "pt", "a": "b" * 1000})
         )
-    elif kind == "add":
+    elif way == "add":
         at = source.choice((0, len(values), -1))
         header[source.choice(("extra", "model.layers.1.extra"))] = {
             "dtype": "F32",
             "shape": source.choice(([0], [1], [0, 5])),
             "data_offsets": [at, at],
         }
-    elif kind in ("repeat", "repeat_entry"):
+    elif way in ("repeat", "repeat_entry"):
         part = json.dumps(entry)
         whole = json.dumps(header)
         raw = (
             f"{{{json.dumps(name)}: {part}," + whole[1:]
-            if kind == "repeat"
+            if way == "repeat"
             else whole.replace('"dtype"', '"shape": [1], "dtype"', 1)
         ).encode()
-    elif kind == "spaces":
+    elif way == "spaces":
         raw = source.choice((b" ", b"\n", b"\0", b"\xef\xbb\xbf")) * source.randint(1, 9) + json.dumps(header).encode()
         raw += source.choice((b"", b" ", b"\0", b"}"))
-    elif kind == "odd":
+    elif way == "odd":
         header[name] = source.choice((None, 3, [], "x", {}, [entry["dtype"], entry["shape"], entry["data_offsets"]]))
-    elif kind == "field":
+    elif way == "field":
         entry[source.choice(("x", "Dtype", "name"))] = source.choice((1, None, [1, [2]], "y"))
-    elif kind == "list":
+    elif way == "list":
         raw = source.choice((b"[]", b"3", b"null", b"{}", b'"x"', b"[" * 5000, b"{" * 200, b'{"a":' * 500))
-    elif kind == "reorder":
+    elif way == "reorder":
         names = list(header)
         source.shuffle(names)
         header = {name: header[name] for name in names}
-    elif kind == "empty":
+    elif way == "empty":
         raw = b""
-    elif kind == "turned":
+    elif way == "turned":
         raw = (
             json.dumps(header)
             .encode("utf-16" if source.random() < 0.5 else "latin-1")
@@ -205,7 +205,7 @@ def mutate_header(file: Path, source: random.Random) -> str:  # noqa: PLR0912 - 
         )
     encoded = json.dumps(header).encode() if raw is None else raw
     file.write_bytes(struct.pack("<Q", len(encoded) if size is None else size) + encoded + values)
-    return f"{kind} {name}"
+    return f"{way} {name}"
 
 
 def is_sound(file: Path, original: dict[str, tuple[int, ...]]) -> bool:
@@ -296,7 +296,7 @@ def main() -> None:
     from safetensors import safe_open
     from tiny import make_model, make_text
 
-    kind, first, last, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    subject, first, last, place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     model, text = make_model(place / "sound"), make_text(place / "text.txt")
     with safe_open(model / "model.safetensors", framework="np") as opened:
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.offset_keys()}
@@ -304,9 +304,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     os.chdir(place)
     for number in range(first, last):
-        source, folder = random.Random(f"{kind} {number}"), place / str(number)
+        source, folder = random.Random(f"{subject} {number}"), place / str(number)
         shutil.copytree(model, folder / "model")
-        if kind == "config":
+        if subject == "config":
             mutation = mutate_config(folder / "model" / "config.json", source)
             sound = None
         else:

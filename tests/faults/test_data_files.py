@@ -44,19 +44,19 @@ NAMES = [
 ]
 
 
-def write(file: Path, kind: str, texts: list[Any] = TEXTS, column: str = "text") -> Path:
+def write(file: Path, ending: str, texts: list[Any] = TEXTS, column: str = "text") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({column: texts})
-    if kind == ".txt":
+    if ending == ".txt":
         file.write_text(texts[0])
-    elif kind == ".jsonl":
+    elif ending == ".jsonl":
         file.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
-    elif kind == ".json":
+    elif ending == ".json":
         file.write_text(json.dumps([{column: text} for text in texts], indent=1))
-    elif kind == ".csv":
+    elif ending == ".csv":
         quoted = ['"' + str(text).replace('"', '""') + '"' for text in [column, *texts]]
         file.write_text("\n".join(quoted))
-    elif kind == ".parquet":
+    elif ending == ".parquet":
         with file.open("wb") as sink:  # pyarrow takes some names for addresses
             parquet.write_table(table, sink)
     else:
@@ -81,19 +81,19 @@ def refusal(path: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_that_is_named_is_read(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_that_is_named_is_read(name: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     compressed = Path(f"{name}.jsonl.zst")
     compressed.write_bytes(pa.compress(b'{"text": "x"}', "zstd", asbytes=True))
     assert read(compressed) == ["x"]
     for other in ("part1", "ab", "axb", "a", "b", "100 "):
-        write(tmp_path / f"{other}{kind}", kind, ["wrong"])
-        write(tmp_path / other / f"x{kind}", kind, ["wrong"])
-    wanted = TEXTS[:1] if kind == ".txt" else TEXTS
-    assert read(write(Path(f"{name}{kind}"), kind)) == wanted
-    write(Path(name, f"{name}{kind}"), kind)
+        write(tmp_path / f"{other}{ending}", ending, ["wrong"])
+        write(tmp_path / other / f"x{ending}", ending, ["wrong"])
+    wanted = TEXTS[:1] if ending == ".txt" else TEXTS
+    assert read(write(Path(f"{name}{ending}"), ending)) == wanted
+    write(Path(name, f"{name}{ending}"), ending)
     assert read(Path(name)) == wanted
 
 
@@ -113,15 +113,15 @@ def test_brackets_in_a_recipe(llama: Path, text: Path, tmp_path: Path, monkeypat
     assert perplexities["part[1].txt"] == perplexities["plain.txt"] != perplexities["part1.txt"]
 
 
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_compressed_files_are_read(kind: str, suffix: str, tmp_path: Path) -> None:
-    plain = write(tmp_path / f"plain{kind}", kind).read_bytes()
+def test_compressed_files_are_read(ending: str, suffix: str, tmp_path: Path) -> None:
+    plain = write(tmp_path / f"plain{ending}", ending).read_bytes()
     packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
     packed = pa.compress(plain, "zstd", asbytes=True) if suffix == ".zst" else packers[suffix](plain)
-    file = tmp_path / f"data{kind}{suffix}"
+    file = tmp_path / f"data{ending}{suffix}"
     file.write_bytes(packed)
-    assert read(file) == read(tmp_path / f"plain{kind}")
+    assert read(file) == read(tmp_path / f"plain{ending}")
     file.write_bytes(packed[: len(packed) // 2])
     assert str(file) in refusal(file)
 
@@ -221,19 +221,19 @@ def test_long_field_of_csv(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv") == ["x " * 200_000]
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
-def test_columns_of_tables_that_hold_no_text(kind: str, tmp_path: Path) -> None:
-    file = tmp_path / f"a{kind}"
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_columns_of_tables_that_hold_no_text(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"a{ending}"
     for values, said in (
         ([1, 2], "found a number (1)"),
         ([b"x"], "found bytes"),
         ([["x"]], "found a list of 1 that starts with text"),
     ):
-        write(file, kind, values)
+        write(file, ending, values)
         assert f"row 1: {said}, where text is wanted" in refusal(file)
-    write(file, kind, ["x"], column="body")
+    write(file, ending, ["x"], column="body")
     assert "has no column 'text'; its columns are ['body']; set 'column'" in refusal(file)
-    write(file, kind, [None, "x"])
+    write(file, ending, [None, "x"])
     assert read(file) == ["x"]
 
 
@@ -287,9 +287,9 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ strftime_now('%Y-%m-%d') }}"
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".parquet", ".arrow"])
-def test_chats_go_through_the_chat_template(kind: str, llama: Path, tmp_path: Path) -> None:
-    file = write(tmp_path / f"a{kind}", kind, [CHAT, CHAT], column="messages")
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".arrow"])
+def test_chats_go_through_the_chat_template(ending: str, llama: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / f"a{ending}", ending, [CHAT, CHAT], column="messages")
     source = DatasetSource(path=file, column="messages")
     assert all(isinstance(document, Chat) for document in source.documents())
     tokenizer = load_tokenizer(open_folder(llama).base)
@@ -306,7 +306,7 @@ def test_chats_go_through_the_chat_template(kind: str, llama: Path, tmp_path: Pa
 
 def test_draws_do_not_depend_on_how_rows_are_stored(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(3000)]
-    files = [write(tmp_path / f"a{kind}", kind, texts) for kind in (".jsonl", ".json", ".csv", ".parquet", ".arrow")]
+    files = [write(tmp_path / f"a{ending}", ending, texts) for ending in (".jsonl", ".json", ".csv", ".parquet", ".arrow")]
     drawn = [list(DatasetSource(path=file).documents(shuffle_seed=3)) for file in files]
     assert all(documents == drawn[0] for documents in drawn)
     assert drawn[0] != texts

@@ -18,7 +18,7 @@ AT_ONCE = 100
 """Cases in one process."""
 
 
-def run_cases(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
+def run_cases(subject: str, count: int, folder: Path) -> list[dict[str, Any]]:
     """What became of each case. A process that dies takes its case with it, and is a failure."""
     results: list[dict[str, Any]] = []
     for first in range(0, count, AT_ONCE):
@@ -26,7 +26,7 @@ def run_cases(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
         place.mkdir()
         last = min(first + AT_ONCE, count)
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), kind, str(first), str(last), str(place)],
+            [sys.executable, str(SCRIPT), subject, str(first), str(last), str(place)],
             capture_output=True,
             text=True,
             check=False,
@@ -36,7 +36,7 @@ def run_cases(kind: str, count: int, folder: Path) -> list[dict[str, Any]]:
         )
         outcomes = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(outcomes) == last - first, (
-            f"{kind} {first + len(outcomes)} ended the process ({done.returncode}): {done.stderr[-2000:]}"
+            f"{subject} {first + len(outcomes)} ended the process ({done.returncode}): {done.stderr[-2000:]}"
         )
         results += outcomes
     return results
@@ -75,6 +75,6 @@ def test_three_hundred_spoilt_headers(tmp_path: Path) -> None:
     assert sum(result["sound"] for result in results) > 20
 
 
-@pytest.mark.parametrize("kind", ["config", "header"])
-def test_a_few_spoilt_models(kind: str, tmp_path: Path) -> None:
-    assert_ended_well(run_cases(kind, 6, tmp_path))
+@pytest.mark.parametrize("subject", ["config", "header"])
+def test_a_few_spoilt_models(subject: str, tmp_path: Path) -> None:
+    assert_ended_well(run_cases(subject, 6, tmp_path))

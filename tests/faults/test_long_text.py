@@ -112,13 +112,13 @@ def words() -> Tokenizer:
     return train(tokenizer, trainers.WordLevelTrainer(vocab_size=2000, special_tokens=SPECIAL))
 
 
-KINDS = {kind.__name__: kind for kind in (gpt2, llama3, llama2, unigram, wordpiece, words)}
+KINDS = {tokenizer_type.__name__: tokenizer_type for tokenizer_type in (gpt2, llama3, llama2, unigram, wordpiece, words)}
 
 
 @cache
-def make(kind: str) -> PreTrainedTokenizerBase:
+def make(tokenizer_type: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
-        tokenizer_object=KINDS[kind](), bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=10**30
+        tokenizer_object=KINDS[tokenizer_type](), bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=10**30
     )
 
 
@@ -133,9 +133,9 @@ def differs_at(ids: list[int], wanted: list[int]) -> int | None:
     return next((index for index, pair in enumerate(zip(ids, wanted, strict=False)) if pair[0] != pair[1]), len(wanted))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_windows_give_the_ids_of_the_whole_text(kind: str) -> None:
-    tokenizer = make(kind)
+@pytest.mark.parametrize("tokenizer_type", KINDS)
+def test_windows_give_the_ids_of_the_whole_text(tokenizer_type: str) -> None:
+    tokenizer = make(tokenizer_type)
     text = long_text()
     assert len(text) > 7 * ENCODE_TOGETHER
     encoded = [token for ids in encode_long(tokenizer, parts_of(text)) for token in ids]
@@ -143,25 +143,25 @@ def test_windows_give_the_ids_of_the_whole_text(kind: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, ENCODE_TOGETHER - 1, ENCODE_TOGETHER, ENCODE_TOGETHER + 1, 2 * ENCODE_TOGETHER])
-@pytest.mark.parametrize("kind", ["gpt2", "wordpiece"])
-def test_lengths_around_a_window(kind: str, length: int) -> None:
-    tokenizer = make(kind)
+@pytest.mark.parametrize("tokenizer_type", ["gpt2", "wordpiece"])
+def test_lengths_around_a_window(tokenizer_type: str, length: int) -> None:
+    tokenizer = make(tokenizer_type)
     text = long_text()[:length]
     encoded = [token for ids in encode_long(tokenizer, parts_of(text, 1000)) for token in ids]
     assert differs_at(encoded, tokenizer(text)["input_ids"]) is None
 
 
-@pytest.mark.parametrize(("kind", "packing"), [("gpt2", "documents"), ("llama3", "documents"), ("wordpiece", "none")])
-def test_samples_of_a_long_file_are_those_of_its_text(kind: str, packing: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tokenizer_type", "packing"), [("gpt2", "documents"), ("llama3", "documents"), ("wordpiece", "none")])
+def test_samples_of_a_long_file_are_those_of_its_text(tokenizer_type: str, packing: Any, tmp_path: Path) -> None:
     text = long_text()
     assert len(text.encode()) > LONG_BYTES
     (tmp_path / "a.txt").write_text(text)
-    tokenizer = make(kind)
+    tokenizer = make(tokenizer_type)
     sequences, mask = make_sequences(tokenizer, DatasetSource(path=tmp_path / "a.txt").documents(), 512, None, packing)
     ids = tokenizer(text)["input_ids"]
     if packing == "none":
         assert sequences.tolist() == [ids[:512]]
-    elif kind == "llama3":
+    elif tokenizer_type == "llama3":
         assert sequences[:, 0].unique().tolist() == [1]
         assert differs_at(sequences[:, 1:].flatten().tolist(), ids[1:][: 511 * len(sequences)]) is None
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradmap_plugins.evaluate import score_export, score_text
+from gradmap_plugins.evaluate import score_opened, score_text
 from tiny import CONFIGS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 from walk import ARCHITECTURES
@@ -47,20 +47,20 @@ def loss_alone(folder: Path, ids: torch.Tensor, mask: torch.Tensor) -> float:
     return total / tokens
 
 
-def make_rope_model(folder: Path, kind: str) -> Path:
+def make_rope_model(folder: Path, rope_type: str) -> Path:
     """A model whose rotary factors change at 16 tokens."""
-    rope = ROPES[kind] | {"original_max_position_embeddings": 16}
-    positions = 64 if kind == "longrope" else 16
-    architecture = "phi3" if kind == "longrope" else "llama"
+    rope = ROPES[rope_type] | {"original_max_position_embeddings": 16}
+    positions = 64 if rope_type == "longrope" else 16
+    architecture = "phi3" if rope_type == "longrope" else "llama"
     changes: dict[str, Any] = {"rope_parameters": rope, "max_position_embeddings": positions}
-    if kind == "longrope":
+    if rope_type == "longrope":
         changes["original_max_position_embeddings"] = 16
     return make_model(folder, architecture, **changes)
 
 
-@pytest.mark.parametrize("kind", ROPES)
-def test_padding_decides_no_rope_factors(kind: str, tmp_path: Path) -> None:
-    folder = make_rope_model(tmp_path / "model", kind)
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_padding_decides_no_rope_factors(rope_type: str, tmp_path: Path) -> None:
+    folder = make_rope_model(tmp_path / "model", rope_type)
     ids, mask = make_rows(300)
     wanted = loss_alone(folder, ids, mask)
     context = make_context(tmp_path / "step")
@@ -70,7 +70,7 @@ def test_padding_decides_no_rope_factors(kind: str, tmp_path: Path) -> None:
         one, all_rows = together(ids[1:2, :7]).logits, together(ids, attention_mask=mask).logits[1:2, :7]
     assert float((one - all_rows).abs().max()) > 1e-3, "this model does not show the fault"
     export = TransformersFolder(graph=open_folder(folder), folder=folder, files={})
-    assert score_export(export, ids, mask, context)["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert score_opened(export, ids, mask, context)["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(

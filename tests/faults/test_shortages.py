@@ -154,11 +154,11 @@ def gradmap(folder: Path, *arguments: str, prefix: str = "", **variables: str) -
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("kind", ["store", pytest.param("out", marks=pytest.mark.slow)])
-def test_whole_run_on_a_small_disk(kind: str, tmp_path: Path, llama: Path, text: Path) -> None:
+@pytest.mark.parametrize("place", ["store", pytest.param("out", marks=pytest.mark.slow)])
+def test_whole_run_on_a_small_disk(place: str, tmp_path: Path, llama: Path, text: Path) -> None:
     for disk in mount(tmp_path / "disk", "64k"):
         write_recipe(tmp_path, llama, text)
-        places = {"store": "store", "out": "out", kind: str(disk / "here")}
+        places = {"store": "store", "out": "out", place: str(disk / "here")}
         options = ["--store", places["store"], "--set", f"export.to={places['out']}"]
         code, err = gradmap(tmp_path, "run", "r.yaml", *options, "--quiet")
         assert code == 3, err

@@ -239,7 +239,7 @@ def test_a_tied_program_runs_as_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "kind", "message"),
+    ("code", "said", "cls", "message"),
     [
         (-9, "", CapacityError, "it was killed by signal 9, as the system does when memory runs out"),
         (-11, "last words\n", StageError, "it crashed (SIGSEGV): last words"),
@@ -255,11 +255,11 @@ def test_a_tied_program_runs_as_itself(tmp_path: Path) -> None:
         (3, "", StageError, "it ended with code 3"),
     ],
 )
-def test_how_another_process_ended(code: int, said: str, kind: type[GradmapError], message: str) -> None:
+def test_how_another_process_ended(code: int, said: str, cls: type[GradmapError], message: str) -> None:
     error = explain_end("it", code, said, "; see log")
-    assert type(error) is kind
+    assert type(error) is cls
     assert str(error).startswith(message)
-    assert error.exit_code == {CapacityError: 3, StageError: 4, Interruption: 130}[kind]
+    assert error.exit_code == {CapacityError: 3, StageError: 4, Interruption: 130}[cls]
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,11 @@ def test_resized_embeddings_take_the_token(added: Path, tmp_path: Path) -> None:
     run_stage(Evaluate.model_validate(options), tmp_path / "step", model=open_folder(folder))
 
 
-@pytest.mark.parametrize("kind", ["template", "roberta"])
-def test_an_id_of_the_post_processor_alone_is_told_as_such(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processor", ["template", "roberta"])
+def test_an_id_of_the_post_processor_alone_is_told_as_such(processor: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", vocab_size=259)
     content = json.loads((model / "tokenizer.json").read_text())
-    if kind == "template":
+    if processor == "template":
         content["post_processor"] = {
             "type": "TemplateProcessing",
             "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],

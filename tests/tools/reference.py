@@ -41,7 +41,7 @@ def make_stages_page(catalog: Catalog) -> str:
             f"`{port}` ({name_types(kinds)}{'' if required else ', optional'})"
             for port, (kinds, required) in stage.input_fields().items()
         ]
-        gives = [f"`{port}` ({kind.__name__})" for port, kind in stage.output_fields().items()]
+        gives = [f"`{port}` ({cls.__name__})" for port, cls in stage.output_fields().items()]
         lines += ["", f"## {name}", "", inspect.cleandoc(stage.__doc__ or ""), ""]
         lines += [f"Takes {', '.join(takes)}. Gives {', '.join(gives)}.", ""]
         lines += _options_table(list_options(stage))
