@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     loaded = set(done.stderr.split())
     assert "gradmap_pipeline.cli.commands" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "numpy"}
+
+
+PRIVATE = re.compile(
+    r"transformers\.(?:conversion_mapping|core_model_loading|modeling_utils|cache_utils|pytorch_utils)|DynamicCache|logits_to_keep"
+    r"|_is_hf_initialized|_get_dtype_plan|all_tied_weights_keys|\.tie_weights\(missing|_adjust_missing|\.initialize_weights\("
+)
+
+
+def test_one_file_knows_what_is_private_in_transformers() -> None:
+    users = [file.relative_to(ROOT) for file in modules(PACKAGE) + modules(PLUGINS) if PRIVATE.search(file.read_text())]
+    assert users == [Path("gradmap_pipeline/checkpoint/adapter.py")]
 
 
 def test_every_file_says_what_it_is_for() -> None:

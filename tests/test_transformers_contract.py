@@ -214,6 +214,14 @@ def test_a_cache_that_cannot_count_says_so() -> None:
     assert "can only be called on Attention layers" in str(adapter.refuse_cache(no_attention))
 
 
+def test_some_linear_maps_are_transposed() -> None:
+    """Otherwise a correction is written to the wrong side of a matrix."""
+    attention = make("gpt2", n_layer=2, n_embd=32, n_head=4).get_submodule("transformer.h.0.attn.c_proj")
+    assert adapter.is_transposed(attention)
+    assert isinstance(attention, adapter.linear_classes())
+    assert not adapter.is_transposed(torch.nn.Linear(2, 3))
+
+
 def test_keys_and_values_go_into_a_cache_and_come_out() -> None:
     """Otherwise the parity of an exported graph is that of another continuation."""
     model, ids = make(), torch.arange(6)[None]

@@ -18,6 +18,7 @@ from ..errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 _SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -218,6 +219,21 @@ def call_without_cache(
 def can_keep_positions(module: PreTrainedModel) -> bool:
     """Whether logits can be computed at some positions alone."""
     return takes(module, "logits_to_keep")
+
+
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """Classes of modules that are one linear map."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Linear, Conv1D
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear map holds its matrix as (inputs, outputs)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
 def silence_progress() -> None:

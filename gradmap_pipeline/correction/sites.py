@@ -122,12 +122,11 @@ class _Search:
 
     def linear_maps(self) -> list[Site]:
         """Linear maps to the hidden size that are called exactly once for every token, in the order of the calls."""
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
+        from ..checkpoint.adapter import is_transposed, linear_classes
 
         maps = []
-        for name in self._called_once((nn.Linear, Conv1D)):
-            transposed = isinstance(self.layer.get_submodule(name), Conv1D)
+        for name in self._called_once(linear_classes()):
+            transposed = is_transposed(self.layer.get_submodule(name))
             weight = self.layer.get_parameter(f"{name}.weight")
             if weight.ndim == 2:
                 bias = self.layer.get_submodule(name).bias is not None
