@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from ..machine.distributed import ProcessGroup
 
 _COLUMNS = 512  # solved for at a time
+_BLOCK = 256  # columns of a Gram matrix that are summed at a time
 
 
 def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
     """X (F, D) minimising ‖A X - R‖² + λ‖X‖², from gram = AᵀA (F, F) and cross = AᵀR (F, D), both fp64; and its value less ‖R‖².
 
+    Of `gram` the upper triangle is read.
     λ is `ridge` times the mean of the diagonal of AᵀA. Both matrices are overwritten, `cross` by X, so that these two
     and a block of columns are all there is in memory.
     """
@@ -52,22 +54,30 @@ def hold_back(missing: float, along: float, squares: float, shrink: float) -> tu
     return factor, (missing - 2 * factor * along + factor**2 * squares) / total
 
 
+def _mirror(gram: torch.Tensor) -> None:
+    """Fill what lies below the diagonal blocks from above them."""
+    for start in range(0, len(gram), _BLOCK):
+        end = start + _BLOCK
+        gram[end:, start:end] = gram[start:end, end:].T
+
+
 @dataclass
 class Moments:
     """Sums over tokens, fp64, from which a correction at one layer follows."""
 
     gram: torch.Tensor
-    """AᵀA (F, F), A the inputs (or, in output space, the outputs) of the down-projection in the pruned model."""
+    """AᵀA (F, F), its upper triangle; A are the inputs (or, in output space, the outputs) of the map in the pruned model."""
     cross: torch.Tensor
     """AᵀR (F, D), R the residual that is missing."""
     missing: float
     """‖R‖²"""
 
     def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
-        """a (n, F), r (n, D). Goes through fp64 a thousand tokens at a time."""
+        """a (n, F), r (n, D). Goes through fp64 a thousand tokens at a time; below the diagonal blocks nothing is summed."""
         for some_a, some_r in zip(a.split(1024), r.double().split(1024), strict=True):
             wide = some_a.double()
-            self.gram.addmm_(wide.T, wide)
+            for start in range(0, wide.shape[1], _BLOCK):
+                self.gram[start : start + _BLOCK, start:].addmm_(wide[:, start : start + _BLOCK].T, wide[:, start:])
             self.cross.addmm_(wide.T, some_r)
         self.missing += float(r.double().square().sum())
 
@@ -96,6 +106,7 @@ class Moments:
         """
         penalty = ridge * float(self.gram.diagonal().mean())
         squares = self.missing + 2 * float(self.cross.diagonal().sum()) + float(self.gram.diagonal().sum())  # ‖R + A‖²
+        _mirror(self.gram)
         self.cross += self.gram
         factor, value = solve_ridge(self.gram, self.cross, ridge)
         self.gram = self.gram.new_empty(0)
