@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradmap_pipeline.sweep.kept_tensors import KeptTensors
+from gradmap_pipeline.sweep.kept_tensors import GRADIENTS, KeptTensors
+from gradmap_pipeline.sweep.ledger import Ledger
 
 
 def make_hidden(boundary: int, batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,3 +63,43 @@ def test_dropped_boundaries_are_gone() -> None:
     with pytest.raises(KeyError):
         boundaries.get(0, 0)
     assert torch.equal(boundaries.get(1, 0), make_hidden(1, 0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_moves_the_lowest_to_the_machine_and_then_to_the_file(tmp_path: Path) -> None:
+    size = make_hidden(0, 0).nbytes
+    kept = KeptTensors(2 * size, tmp_path, host_bytes=size)
+    for boundary in range(5):
+        kept.put(boundary, 0, make_hidden(boundary, 0).cuda())
+    assert kept.bytes_written == 2 * size
+    for boundary in range(5):
+        assert kept.get(boundary, 0).is_cuda
+        assert torch.equal(kept.get(boundary, 0).cpu(), make_hidden(boundary, 0))
+
+
+def test_a_tensor_takes_the_place_of_another() -> None:
+    ledger = Ledger()
+    kept = KeptTensors(0, ledger=ledger)
+    for value in (1.0, 2.0, 3.0):
+        kept.put(GRADIENTS, 0, torch.full((4,), value))
+        kept.put(0, 0, torch.zeros(2))
+    assert torch.equal(kept.get(GRADIENTS, 0), torch.full((4,), 3.0))
+    assert ledger.peaks["gradients"] == 16
+    kept.clear()
+    assert ledger.held == {"gradients": 0, "hidden states": 0}
+
+
+def test_parts_of_the_file_that_are_free_are_joined() -> None:
+    """A larger tensor fits where two smaller ones were; the file is as long as what is held at a time."""
+    kept = KeptTensors(0)
+    for batch in range(3):
+        kept.put(0, batch, torch.full((4,), float(batch)))
+    kept.put(1, 0, torch.zeros(1))  # pushes the last of them into the file
+    kept.forget(0, 0)
+    kept.forget(0, 1)
+    kept.put(2, 0, torch.arange(8.0))
+    kept.put(3, 0, torch.zeros(1))
+    assert kept._file is not None
+    assert kept._file.seek(0, 2) == 3 * 16 + 4  # eight numbers where eight were, and the single one
+    assert torch.equal(kept.get(2, 0), torch.arange(8.0))
+    assert torch.equal(kept.get(0, 2), torch.full((4,), 2.0))

@@ -11,6 +11,7 @@ import torch
 from walk import make_model
 
 from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.errors import PluginError
 from gradmap_pipeline.sweep import sweep as door
 from gradmap_pipeline.sweep.ledger import Ledger
 from gradmap_pipeline.sweep.memory_plan import SweepNeeds, SweepPlan, plan_sweep
@@ -107,3 +108,15 @@ def test_a_pass_that_keeps_nothing_holds_one_boundary(tmp_path: Path, monkeypatc
                     pass
             sizes[keep] = sweep.ledger.peaks["hidden states"] / (SAMPLES * needs.boundary_bytes)
     assert sizes == {"none": 1.0, "all": needs.layers + 1}
+
+
+def test_what_is_not_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, _ = open_tight(tmp_path, monkeypatch, "llama", "forward", padded=False, keep="none")
+    with sweep:
+        samples = sweep.open_only_pass()
+        samples.run_forward()
+        with pytest.raises(PluginError, match=r"hidden states before layer 2 are not kept: open the sweep with keep='all'"):
+            samples.boundary(2, 0)
+        with pytest.raises(PluginError, match="a loss without a layer starts from hidden states below it, which are not kept"):
+            samples.loss_without(1)
+        assert samples.boundary(6, 0).shape == (3, TOKENS, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -86,6 +87,11 @@ class KeptTensors:
             return tensor.to(device, non_blocking=True)
         return self._read(self._spilled[place])
 
+    def has(self, level: int, batch: int) -> bool:
+        """Whether there is a tensor of a batch at a level."""
+        place = level, batch
+        return place in self._held or place in self._host or place in self._spilled
+
     def drop(self, level: int) -> None:
         """Forget a level that nothing reads again."""
         for place in [place for place in self._places() if place[0] == level]:
@@ -143,7 +149,8 @@ class KeptTensors:
 
     def _spill(self, place: Place, tensor: torch.Tensor, device: torch.device) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115 - lives as long as this object; has no name
+            self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115 - closed with this object; has no name
+            weakref.finalize(self, self._file.close)
         offset = self._take(tensor.nbytes)
         write_from(self._file, offset, tensor.contiguous().cpu())
         self._spilled[place] = _Spilled(offset, tuple(tensor.shape), tensor.dtype, device)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted, next_token_losses
-from ..errors import ModelError
+from ..errors import ModelError, PluginError
 from .kept_tensors import ARGUMENTS, CANDIDATE, GRADIENTS, KeptTensors
 from .layer_arguments import LayerArguments, PackedArguments
 from .layerwise import LayerwiseModel
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..context import Advance
+
+
+_KEEP_ALL = "open the sweep with keep='all', or say so in the stage's Measure"
 
 
 class SamplePass:
@@ -76,7 +79,12 @@ class SamplePass:
         self._scale = 2.0 ** round(math.log2(max(self.predicted, 1))) if str(model.dtype) == "torch.float16" else 1.0
 
     def boundary(self, position: int, batch: int) -> torch.Tensor:
-        """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm."""
+        """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm.
+
+        Raises `PluginError` where the sweep has gone on from there and keeps none.
+        """
+        if not self.keep_boundaries and not self._kept.has(position, batch):
+            raise PluginError(f"the hidden states before layer {position} are not kept: {_KEEP_ALL}")
         return self._kept.get(position, batch)
 
     def arguments(self, batch: int, layer: int) -> LayerArguments:
@@ -153,10 +161,12 @@ class SamplePass:
     def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
         """Sum of the losses of all tokens with one base layer left out; what lies below it is not computed again.
 
-        `from_bottom`: compute it again all the same.
+        `from_bottom`: compute it again all the same. Raises `PluginError` where the sweep keeps no hidden states.
         """
         import torch
 
+        if not self.keep_boundaries:
+            raise PluginError(f"a loss without a layer starts from hidden states below it, which are not kept: {_KEEP_ALL}")
         self.run_up_to(layer)
         position = self.layers.index(layer)
         start = 0 if from_bottom else position
