@@ -86,7 +86,7 @@ def test_folder_holds_all_that_belongs_to_a_model(tmp_path: Path) -> None:
     lineage = json.loads((tmp_path / "out" / "gradmap.json").read_text())
     assert lineage["layers_removed"] == [0, 2]
     assert lineage["base"]["sha256"] == model.base.sha256
-    assert [(found["name"], found["value"]) for found in lineage["metrics"]] == [("perplexity", 12.5)]
+    assert [(entry["name"], entry["value"]) for entry in lineage["metrics"]] == [("perplexity", 12.5)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Layers removed, counted from 0: 0, 2." in card
     assert card.count("| perplexity | a text | 12.500 |  | lower |") == 1

@@ -146,8 +146,8 @@ def test_what_artifacts_say_must_be_plain(artifact: Artifact, message: str) -> N
 
 
 def test_metrics_get_the_model_of_their_artifact() -> None:
-    found = read_metrics({"a": Measurement(model="one", metrics=(make_metric(model=""), make_metric(model="other")))})
-    assert [metric.model for metric in found] == ["one", "other"]
+    metrics = read_metrics({"a": Measurement(model="one", metrics=(make_metric(model=""), make_metric(model="other")))})
+    assert [metric.model for metric in metrics] == ["one", "other"]
 
 
 def test_columns_tell_apart_what_cannot_be_compared() -> None:

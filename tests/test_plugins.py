@@ -101,9 +101,9 @@ def test_metric_of_a_plugin_is_shown_wherever_metrics_are(recipe: Path) -> None:
     assert (kept["name"], kept["value"], kept["stderr"]) == ("depth", 2.0, 0.25)
 
     result = CliRunner().invoke(app, ["run", str(recipe), *plugin, "--json"])
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert found[-1]["summary"]["models"][-1]["metrics"]["depth (layers)"]["value"] == 2.0
-    (step,) = [event for event in found if event["event"] == "step_finished" and event["step"] == "measure_depth"]
+    told = [json.loads(line) for line in result.stdout.splitlines()]
+    assert told[-1]["summary"]["models"][-1]["metrics"]["depth (layers)"]["value"] == 2.0
+    (step,) = [event for event in told if event["event"] == "step_finished" and event["step"] == "measure_depth"]
     assert [(metric["name"], metric["value"], metric["unit"]) for metric in step["metrics"]] == [("depth", 2.0, "layers")]
     assert [(limit["bound"], limit["value"], limit["missed_by"]) for limit in step["limits"]] == [
         ("max", 2.0, None),

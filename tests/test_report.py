@@ -116,8 +116,8 @@ def test_settings_of_one_data_set_are_told_apart(dense: ModelGraph) -> None:
         "a": {"evaluation": evaluate(dense, 10.0)},
         "b": {"evaluation": short},
     }
-    found = summarise_outputs(outputs, [])
-    assert values_of(found.models[0]) == {"perplexity on text, 4 x 26 tokens": 10.0, "perplexity on text, 4 x 8 tokens": 30.0}
+    summary = summarise_outputs(outputs, [])
+    assert values_of(summary.models[0]) == {"perplexity on text, 4 x 26 tokens": 10.0, "perplexity on text, 4 x 8 tokens": 30.0}
 
 
 def test_summary_as_people_read_it(summary: Summary) -> None:

@@ -64,7 +64,7 @@ def find_faults(
 
     `types`: of the step's outputs. `measured`: its input that is measured, as `find_measured_input` gives it.
     """
-    known = stage.metric_names if any(has_metrics(kind) for kind in types.values()) else ()
+    known = stage.metric_names if any(has_metrics(cls) for cls in types.values()) else ()
     for title, limit in step.limits.items():
         if known is not None and title.partition(" on ")[0] not in known and title not in known:
             advice = suggest(title, known) if known else "none of its outputs has metrics"
@@ -75,9 +75,9 @@ def find_faults(
             yield (title, bound), f"step {step.id!r}: {bound!r} {message}, or several; use min or max"
 
 
-def has_metrics(kind: type[Artifact]) -> bool:
+def has_metrics(cls: type[Artifact]) -> bool:
     """Whether artifacts of this class can carry metrics."""
-    return kind.list_metrics is not Artifact.list_metrics
+    return cls.list_metrics is not Artifact.list_metrics
 
 
 def find_measured_input(
@@ -88,9 +88,9 @@ def find_measured_input(
     `types`: of all outputs of earlier steps.
     """
     accepted = stage.input_fields()
-    found = [
+    candidates = [
         name
         for name, source in inputs.items()
-        if issubclass(types[source], Model) and any(issubclass(ModelGraph, kind) for kind in accepted[name][0])
+        if issubclass(types[source], Model) and any(issubclass(ModelGraph, cls) for cls in accepted[name][0])
     ]
-    return found[0] if len(found) == 1 else None
+    return candidates[0] if len(candidates) == 1 else None

@@ -84,9 +84,9 @@ class StageCode:
         return sha256_of_value([*own, *(code.digest for code in self.behind)])
 
     @staticmethod
-    def is_shipped(kind: type) -> bool:
+    def is_shipped(stage_class: type) -> bool:
         """Whether a class is of this package, or of the stages that come with it."""
-        return kind.__module__.partition(".")[0] in (_PACKAGE, _OURS)
+        return stage_class.__module__.partition(".")[0] in (_PACKAGE, _OURS)
 
     def is_current(self) -> bool:
         """Whether the sources are still what they were when `digest` was first asked for."""
