@@ -95,9 +95,9 @@ def test_parts_of_the_file_that_are_free_are_joined() -> None:
     for batch in range(3):
         kept.put(0, batch, torch.full((4,), float(batch)))
     kept.put(1, 0, torch.zeros(1))  # pushes the last of them into the file
+    kept.put(2, 0, torch.arange(8.0))
     kept.forget(0, 0)
     kept.forget(0, 1)
-    kept.put(2, 0, torch.arange(8.0))
     kept.put(3, 0, torch.zeros(1))
     assert kept._file is not None
     assert kept._file.seek(0, 2) == 3 * 16 + 4  # eight numbers where eight were, and the single one
