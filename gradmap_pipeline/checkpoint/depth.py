@@ -1,7 +1,7 @@
 """Which config fields speak of single layers, and what they become when layers are removed. The one place that knows.
 
 A field of a model's depth that no rule here knows is an error. What rules miss is found by comparing the layers of the two
-configs (`twins`).
+configs (`layer_check`).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def prune_fields(written: dict[str, Any], meant: dict[str, Any], kept: Sequence[
             )
         pruned |= fields
     if "attention_types" in whole and isinstance(pruned.get("attention_layers"), list):
-        pruned["attention_types"] = [[[kind], 1] for kind in pruned["attention_layers"]]
+        pruned["attention_types"] = [[[name], 1] for name in pruned["attention_layers"]]
     return pruned
 
 

@@ -35,9 +35,9 @@ def check_same_layers(base: BaseCheckpoint, kept: Sequence[int]) -> None:
     pruned = build_skeleton(read_config(base.folder, prune_config(base.folder, kept)), base.tensors)
     _check_cache(original, pruned)
     path, layers = find_layer_list(original, depth, base.layer_prefix)
-    _, twins = find_layer_list(pruned, len(kept), base.layer_prefix, path)
+    _, remade = find_layer_list(pruned, len(kept), base.layer_prefix, path)
     for position, layer in enumerate(kept):
-        for difference in _differences(layers[layer], twins[position], position, depth, kept):
+        for difference in _differences(layers[layer], remade[position], position, depth, kept):
             raise ModelError(
                 f"layer {layer} would be another layer at place {position} of the pruned model: {difference}, "
                 "which no field of the config prevents"
@@ -64,8 +64,8 @@ def _check_cache(original: PreTrainedModel, pruned: PreTrainedModel) -> None:
         )
 
 
-def _differences(layer: nn.Module, twin: nn.Module, position: int, depth: int, kept: Sequence[int]) -> Iterator[str]:
-    modules, others = dict(layer.named_modules()), dict(twin.named_modules())
+def _differences(layer: nn.Module, remade: nn.Module, position: int, depth: int, kept: Sequence[int]) -> Iterator[str]:
+    modules, others = dict(layer.named_modules()), dict(remade.named_modules())
     for name in sorted(modules.keys() ^ others.keys()):
         yield f"{name!r} is in only one of them"
     for name, module in modules.items():

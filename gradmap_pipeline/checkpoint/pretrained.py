@@ -136,7 +136,7 @@ def check_generation_config(folder: Path) -> None:
 
 
 def _check_known(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise `ModelError` where a config asks for code that is not in transformers, or for files elsewhere."""
+    """Raise `ModelError` where a config requires code that is not in transformers, or for files elsewhere."""
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -158,7 +158,7 @@ def _check_known(config: Mapping[str, Any], folder: Path) -> None:
             for name in (key, f"_{key}", f"_{key}_internal"):
                 if "/" in str(part.get(name) or ""):
                     raise ModelError(
-                        f"{str(folder / 'config.json')!r} asks for code from the hub ({name}: {str(part[name])[:60]!r}), which is "
+                        f"{str(folder / 'config.json')!r} requires code from the hub ({name}: {str(part[name])[:60]!r}), which is "
                         "not run; remove that field"
                     )
 

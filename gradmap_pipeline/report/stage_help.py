@@ -47,7 +47,7 @@ def _name_origin(catalog: Catalog, name: str) -> str:
 def print_json(catalog: Catalog, name: str | None, stream: IO[str]) -> None:
     """All that is known of one stage, or of all, as one JSON list; on standard error, the plugins that are left out."""
     names = list(catalog.stages) if name is None else [_find(catalog, name)]
-    print(dump_json([_as_data(catalog, found) for found in names], indent=2), file=stream, flush=True)
+    print(dump_json([_as_data(catalog, name) for name in names], indent=2), file=stream, flush=True)
     for plugin, reason in catalog.broken.items():
         print(show(f"left out: plugin {plugin}: {reason}"), file=sys.stderr)
 
@@ -69,10 +69,10 @@ def _as_data(catalog: Catalog, name: str) -> dict[str, Any]:
         "module": show_module(stage.__module__),
         "plugin": catalog.plugin_of[name],
         "inputs": {
-            port: {"types": [kind.__name__ for kind in kinds], "required": required}
-            for port, (kinds, required) in stage.input_fields().items()
+            port: {"types": [cls.__name__ for cls in classes], "required": required}
+            for port, (classes, required) in stage.input_fields().items()
         },
-        "outputs": {port: kind.__name__ for port, kind in stage.output_fields().items()},
+        "outputs": {port: cls.__name__ for port, cls in stage.output_fields().items()},
         "options": make_options_schema(stage),
         "deprecated": stage.deprecated or None,
         "aliases": list(stage.aliases),
@@ -92,13 +92,13 @@ def describe_stage(catalog: Catalog, name: str) -> str:
     lines += [
         "",
         "takes:   " + _describe_ports(stage.input_fields()),
-        "gives:   " + ", ".join(f"{port} ({kind.__name__})" for port, kind in stage.output_fields().items()),
+        "gives:   " + ", ".join(f"{port} ({cls.__name__})" for port, cls in stage.output_fields().items()),
     ]
     rows = list_options(stage)
     if rows:
         lines += ["", "options:"]
-        for option, kind, default, description in rows:
-            lines += [f"  {option}: {kind}{f' = {default}' if default else ''}", f"      {description}"]
+        for option, type_name, default, description in rows:
+            lines += [f"  {option}: {type_name}{f' = {default}' if default else ''}", f"      {description}"]
             former = [old for old, new in stage.renamed.items() if new == option]
             lines += [f"      Formerly: {', '.join(former)}."] if former else []
     return show_lines("\n".join(lines))
@@ -130,7 +130,9 @@ def _summarise(stage: type[Stage]) -> str:
 
 
 def _describe_ports(ports: dict[str, tuple[tuple[type[Artifact], ...], bool]]) -> str:
-    return ", ".join(f"{port} ({name_types(kinds)}{'' if required else ', optional'})" for port, (kinds, required) in ports.items())
+    return ", ".join(
+        f"{port} ({name_types(classes)}{'' if required else ', optional'})" for port, (classes, required) in ports.items()
+    )
 
 
 def _describe_type(annotation: Any) -> str:
@@ -150,8 +152,8 @@ def _describe_type(annotation: Any) -> str:
 
 def _describe_limits(metadata: list[Any]) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    found = [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
-    return f" {', '.join(found)}" if found else ""
+    bounds = [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
+    return f" {', '.join(bounds)}" if bounds else ""
 
 
 def _literal(value: Any) -> str:

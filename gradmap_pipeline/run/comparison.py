@@ -142,13 +142,13 @@ class Comparison:
 
 def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, reporter: Reporter) -> Comparison:
     """Run each; what they share is computed once. A variant that fails is told at the end, and the others go on."""
-    found = Comparison()
+    comparison = Comparison()
     ended: list[tuple[Variant, RunState]] = []
     for variant in variants:
         try:
             ended.append((variant, run_plan(variant.plan, store, machine, reporter)))
         except GradmapError as error:
-            found.failures.append((variant.name, error))
+            comparison.failures.append((variant.name, error))
     measured = [replace(one, run=variant.name) for variant, ran in ended for one in ran.measured]
     by_run: dict[str, dict[str, dict[str, Metric]]] = {}
     for column, one in zip(name_columns(measured), measured, strict=True):
@@ -163,10 +163,12 @@ def run_variants(variants: Sequence[Variant], store: Store, machine: Machine, re
         made = [row for row in rows if row.label != "dense"]
         if not made:
             advice = "put evaluate before the step that writes"
-            found.failures.append((variant.name, StageError(f"evaluates no model that it makes, besides those left out; {advice}")))
-        found.rows += made[-1:]
-    found.rows[:0] = dense.values()
-    return found
+            comparison.failures.append(
+                (variant.name, StageError(f"evaluates no model that it makes, besides those left out; {advice}"))
+            )
+        comparison.rows += made[-1:]
+    comparison.rows[:0] = dense.values()
+    return comparison
 
 
 def _list_rows(ran: RunState, name: str, metrics: Mapping[str, dict[str, Metric]]) -> Iterator[Row]:

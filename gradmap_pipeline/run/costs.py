@@ -98,15 +98,15 @@ def _find_full_disk(step: PlannedStep, estimate: Estimate, store: Path) -> str |
     free = shutil.disk_usage(above).free
     if needed <= free:
         return None
-    what = "what it writes needs" if step.writes else "hidden states in a file need"
+    need = "what it writes needs" if step.writes else "hidden states in a file need"
     elsewhere = "use fewer samples, allow more with --memory, or name another disk with --store"
     advice = "name a folder on another disk" if step.writes else elsewhere
-    return f"{what} {format_size(needed)}, and {str(above)!r} has {format_size(free)} free; {advice}"
+    return f"{need} {format_size(needed)}, and {str(above)!r} has {format_size(free)} free; {advice}"
 
 
-def _explain(error: BaseException, what: str) -> GradmapError:
+def _explain(error: BaseException, context: str) -> GradmapError:
     """One line for an error that nobody foresaw."""
     shortage = find_shortage(error)
     if shortage is not None:
-        return CapacityError(f"{what}: {shortage.explain()}")
-    return ModelError(f"{what}: {type(error).__name__}: {first_line(error)}")
+        return CapacityError(f"{context}: {shortage.explain()}")
+    return ModelError(f"{context}: {type(error).__name__}: {first_line(error)}")

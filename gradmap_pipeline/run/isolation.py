@@ -153,9 +153,9 @@ class _Relay:
             if message_type == "note":
                 self._context.note(value)
             elif message_type == "progress":
-                number, *what = value
+                number, *description = value
                 stack = ExitStack()
-                self._shown[number] = stack, stack.enter_context(self._context.progress(*what))
+                self._shown[number] = stack, stack.enter_context(self._context.progress(*description))
             elif message_type == "advance":
                 number, units = value
                 self._shown[number][1](units)

@@ -136,9 +136,9 @@ class Store:
         gone = next((path for path in (self.root, folder.path) if not path.is_dir()), None)
         if gone is None:
             return None
-        what = "the store" if gone == self.root else "the folder of the step in the making,"
+        place = "the store" if gone == self.root else "the folder of the step in the making,"
         who = "by its stage or by another program"
-        return f"{what} {str(gone)!r} was deleted while the step ran, {who}; nothing of it is kept: run again"
+        return f"{place} {str(gone)!r} was deleted while the step ran, {who}; nothing of it is kept: run again"
 
     def seconds_of(self, stage: str, key: str) -> float:
         """What a finished step took when it ran, with the units it found finished."""

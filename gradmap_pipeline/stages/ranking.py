@@ -107,10 +107,10 @@ class Scorer:
         batches, context = self._sweep.batches, self.context
         self.close()
         left = self.model.without_layers(set(self.model.layers) - kept) if kept < set(self.model.layers) else self.model
-        what = f"the score of layer {layer}"
-        error = not_finite(what, [left], batches, context.device, context.dtype, context.folder)
+        name = f"the score of layer {layer}"
+        error = not_finite(name, [left], batches, context.device, context.dtype, context.folder)
         wider = "; use --dtype float32 or bfloat16" if context.dtype == "float16" else ""
-        vague = StageError(f"{what} is not a finite number in {context.dtype}, though all logits are{wider}")
+        vague = StageError(f"{name} is not a finite number in {context.dtype}, though all logits are{wider}")
         context.group.agree(error or vague, is_vague=error is None)
 
     def close(self) -> None:

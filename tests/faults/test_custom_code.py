@@ -100,7 +100,7 @@ def test_kernels_from_the_hub_are_refused(field: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, field: "someone/kernel"}))
-    with pytest.raises(ModelError, match=rf"asks for code from the hub \({field}: 'someone/kernel'\), which is not run"):
+    with pytest.raises(ModelError, match=rf"requires code from the hub \({field}: 'someone/kernel'\), which is not run"):
         read_config(model)
 
 
