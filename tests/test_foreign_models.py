@@ -112,8 +112,8 @@ def test_it_is_evaluated_and_shown(folder: Path, llama: Path, text: Path) -> Non
     row, _ = run()
     size = open_folder(llama).without_layers([1]).size_bytes
     assert (row["label"], row["layers"], row["bytes"]) == ("pruned, sharpened", 3, size + 8)
-    (measured,) = row["perplexity"].values()
-    assert measured == pytest.approx(perplexity(llama, text, 2.0), rel=1e-5)
+    (measured,) = row["metrics"].values()
+    assert measured["value"] == pytest.approx(perplexity(llama, text, 2.0), rel=1e-5)
     shown = gradmap("run", "r.yaml", "--set", "sharpen_model.factor=1")
     assert "pruned, sharpened" in shown.stdout
     assert f"{perplexity(llama, text, 1.0):.3f}"[:5] in shown.stdout
@@ -132,7 +132,7 @@ def test_its_own_code_counts(folder: Path, llama: Path, text: Path) -> None:
     assert [step["cached"] for step in events[-1]["summary"]["steps"]] == [True, True, True]
     (folder / "sharp.py").write_text(PLUGIN.replace("run(batch) * self.factor", "run(batch) * (self.factor + 1)"))
     row, _ = run()
-    assert next(iter(row["perplexity"].values())) == pytest.approx(perplexity(llama, text, 3.0), rel=1e-5)
+    assert next(iter(row["metrics"].values()))["value"] == pytest.approx(perplexity(llama, text, 3.0), rel=1e-5)
 
 
 def test_plan_says_its_layers_and_no_cost_of_another_program(folder: Path) -> None:

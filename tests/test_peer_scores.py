@@ -140,8 +140,7 @@ def test_angle_across_a_window(tokens: str, model: ModelGraph, calibration: Cali
 def test_a_window_is_removed_whole(model: ModelGraph, calibration: CalibrationSet, tmp_path: Path) -> None:
     scores = run(AngularScore(layers=3), tmp_path, model, calibration).scores
     assert scores.all_or_nothing
-    scores = ScoresForecast(decisions=3, all_or_nothing=True)
-    known = Forecasts(Prune, model=ModelForecast(layers=6), scores=scores)
+    known = Forecasts(Prune, model=ModelForecast(layers=6), scores=ScoresForecast(decisions=3, all_or_nothing=True))
     with pytest.raises(OptionError, match="removes 2 of 6 layers, but 3 were chosen to go together; set the same 'layers'"):
         Prune(layers=2).forecast(known)
     with pytest.raises(OptionError, match="the scored layers were chosen to go together, and 'expressible' would choose among"):
@@ -156,7 +155,7 @@ def test_taylor_is_weight_times_gradient(model: ModelGraph, calibration: Calibra
     whole.zero_grad()
     mean_loss(whole, calibration, []).backward()
     expected = {
-        index: sum(float((weight * weight.grad).abs().sum()) for weight in layer.parameters())
+        index: sum(float((weight.detach() * weight.grad).abs().sum()) for weight in layer.parameters())
         for index, layer in enumerate(whole.model.layers)
     }
     stage = TaylorScore(layers=2, protect_first=0, protect_last=0)
@@ -224,7 +223,7 @@ def test_scores_in_parts_are_those_of_the_whole(model: ModelGraph, calibration: 
 def test_magnitude(power: int, model: ModelGraph, whole: Any, tmp_path: Path) -> None:
     scores = run_stage(MagnitudeScore(layers=2, power=power), tmp_path, model=model).scores
     expected = {
-        index: sum(float((weight.abs() ** power).sum()) for weight in layer.parameters())
+        index: sum(float((weight.detach().abs() ** power).sum()) for weight in layer.parameters())
         for index, layer in enumerate(whole.model.layers)
     }
     assert scores.decisions[0].scores == pytest.approx(expected, rel=1e-6)

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.metrics import Metric
 from gradmap_pipeline.report.comparison_files import print_comparison, save_comparison
 from gradmap_pipeline.report.reporters import CompareReporter, LineReporter, QuietReporter, print_summary
 from gradmap_pipeline.run.comparison import Comparison, Row
@@ -44,13 +45,18 @@ def is_clean(text: str) -> bool:
     return all(character == "\n" or character.isprintable() for character in text)
 
 
+def measure(column: str, value: float) -> dict[str, Metric]:
+    """The metrics of a row, by their column."""
+    return {column: Metric(name="perplexity", on=column, value=value, better="lower")}
+
+
 def test_every_table_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    row = ModelRow(NASTY, NASTY, 1, (0,), 0, 0, 1, 1, {NASTY: 1.0})
-    pruned = ModelRow("p", "p", 1, (0,), 1, 0, 1, 1, {NASTY: 3.0})
-    corrected = ModelRow("c", NASTY, 1, (0,), 1, 1, 1, 1, {NASTY: 2.0})
+    row = ModelRow(NASTY, NASTY, 1, (0,), 0, 0, 1, 1, measure(NASTY, 1.0))
+    pruned = ModelRow("p", "p", 1, (0,), 1, 0, 1, 1, measure(NASTY, 3.0))
+    corrected = ModelRow("c", NASTY, 1, (0,), 1, 1, 1, 1, measure(NASTY, 2.0))
     stream = io.StringIO()
     print_summary(Console(file=stream, width=400), Summary([row, pruned, corrected], [StepRow(NASTY, NASTY, 1.0, False)]), 1.0)
-    comparison = Comparison([Row(NASTY, NASTY, 1, 1, 1, {NASTY: 1.0})])
+    comparison = Comparison([Row(NASTY, NASTY, 1, 1, 1, measure(NASTY, 1.0))])
     print_comparison(comparison, Console(file=stream, width=400))
     assert stream.getvalue().count(SHOWN) == 9
     assert is_clean(stream.getvalue())
@@ -65,7 +71,7 @@ def test_every_table_and_line(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 def test_comparison_files_and_plot(tmp_path: Path) -> None:
     names = ["a|b\nc", "$x", "$\\frac$", "_hidden", "[/x]"]
-    comparison = Comparison([Row(name, name, 1, 1, 1, {"$y$ ^": 1.0 + place}, 1.0) for place, name in enumerate(names)])
+    comparison = Comparison([Row(name, name, 1, 1, 1, measure("$y$ ^", 1.0 + place), 1.0) for place, name in enumerate(names)])
     list(save_comparison(comparison, tmp_path))
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     assert len(lines) == 2 + len(names)
