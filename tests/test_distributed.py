@@ -134,7 +134,8 @@ def test_a_process_that_dies_ends_the_run(llama: Path, tmp_path: Path) -> None:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))  # type: ignore[call-overload]
     _, message = processes[0].communicate(timeout=60)
-    assert processes[1].wait() == -signal.SIGKILL
+    processes[1].communicate(timeout=60)
+    assert processes[1].returncode == -signal.SIGKILL
     assert processes[0].returncode == 4
     assert "error: step 'lose_process': another process of this run has ended; its own message says why" in message
     assert time.monotonic() - started < 60

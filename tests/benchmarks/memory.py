@@ -42,7 +42,7 @@ class Case:
     options: dict[str, Any]
     architecture: str = "llama"
     changes: tuple[tuple[str, Any], ...] = ()
-    samples: int = 256
+    samples: int = 128
     tokens: int = 256
     padded: bool = False
     pruned: bool = False
@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
     "experts": Case("gradmap_score", {"layers": 2, "sample_share": 1.0}, "qwen3_moe", tuple(EXPERTS.items()), room=300),
     "experts, forward": Case("shortgpt_score", {"layers": 2}, "mixtral", (("num_local_experts", 32),), samples=64, room=260),
     "search": Case("sleb_score", {"layers": 1}, samples=128),
-    "correction": Case("project_compensate", {}, pruned=True, samples=256, room=220),
+    "correction": Case("project_compensate", {}, pruned=True, room=220),
     "merge": Case("mka_merge", {"layers": 2}),
     "evaluate": Case("evaluate", {"samples": 256, "sequence_length": 256}, samples=8),
 }
