@@ -216,7 +216,7 @@ def check_export(model: ModelGraph, folder: Path, context: Context) -> float:
 
     from gradmap_pipeline.checkpoint.graph import open_folder
     from gradmap_pipeline.checkpoint.pretrained import read_config
-    from gradmap_pipeline.sweep.finite import find_weights
+    from gradmap_pipeline.sweep.finite import find_nonfinite_weights
     from gradmap_pipeline.sweep.sweep import open_sweep
 
     check_loading(folder)
@@ -232,7 +232,7 @@ def check_export(model: ModelGraph, folder: Path, context: Context) -> float:
 
     ours, theirs = compute_logits(model), compute_logits(reloaded)
     if not theirs.isfinite().all():
-        cause = find_weights(model) or f"its weights are finite in {dtype}; set another 'dtype' under 'model'"
+        cause = find_nonfinite_weights(model) or f"its weights are finite in {dtype}; set another 'dtype' under 'model'"
         raise StageError(f"the model computes values that are not finite: {cause}")
     difference = float((ours - theirs).abs().max())
     if not difference == 0.0:

@@ -22,6 +22,8 @@ from gradmap_pipeline import (
     LayerScoring,
     Measure,
     ModelCosts,
+    ProcessGroup,
+    SamplePass,
     Stage,
     StructureProbe,
     hookimpl,
@@ -30,9 +32,6 @@ from gradmap_pipeline import (
 
 if TYPE_CHECKING:
     import torch
-
-    from gradmap_pipeline.machine.distributed import ProcessGroup
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def gate_importance(gradient: torch.Tensor, update: torch.Tensor, mask: torch.Tensor) -> float:

@@ -77,7 +77,7 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
     return share_sites({layer: sites}, group)[layer]
 
 
-def find_output(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
+def find_output_site(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
     """The linear map that writes to a layer's output. Raises `StageError` where there is none."""
     writing = [site for site in sites_of(streams, layer, known) if site.role == "output"]
     if not writing:
@@ -181,7 +181,7 @@ def collect_moments(
     import torch
 
     from .ridge import ChannelMoments, Moments, check_room
-    from .streams import Drift, capture
+    from .streams import Drift, capture_site
 
     position = streams.graph.layers.index(layer)
     pruned = streams.pruned
@@ -201,7 +201,7 @@ def collect_moments(
     drift = Drift()
     with pruned.look(layer) as step:
         check_gain(pruned.model, layer, hidden, pruned.arguments(0, layer), site)
-        with capture(pruned.model, layer, site, space) as captured:
+        with capture_site(pruned.model, layer, site, space) as captured:
             for visit in step:
                 drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
                 missing = target - drifted if site.role != "attention" else streams.missing_before(layer, visit)

@@ -151,7 +151,7 @@ class Streams:
 
 
 @contextmanager
-def capture(model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"]) -> Iterator[list[torch.Tensor]]:
+def capture_site(model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"]) -> Iterator[list[torch.Tensor]]:
     """Collect, each time its layer runs, what a correction of a site multiplies, times the site's gain.
 
     That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies.

@@ -33,7 +33,7 @@ def find_tensor(graph: ModelGraph, names: Iterable[str]) -> str | None:
     return None
 
 
-def find_weights(graph: ModelGraph) -> str | None:
+def find_nonfinite_weights(graph: ModelGraph) -> str | None:
     """The same of all tensors of a model: those of layers that are left out are not looked at."""
     return find_tensor(graph, names_of(graph))
 
@@ -63,7 +63,7 @@ def find_cause(graph: ModelGraph, batches: Sequence[Batch], device: str, dtype: 
     return f"{where} not finite in {dtype}, though the weights there are{wider}"
 
 
-def not_finite(
+def explain_nonfinite(
     what: str, graphs: Sequence[ModelGraph], batches: Sequence[Batch], device: str, dtype: str, folder: Path | None = None
 ) -> StageError | None:
     """The error that tells why `what` is not finite, by the first of the graphs that says; None where all logits are finite."""

@@ -1,0 +1,108 @@
+"""Which names plugins may use, in groups: the root package exports them, and `docs/api.md` describes them."""
+
+from __future__ import annotations
+
+from textwrap import wrap
+
+GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
+    "Stages and artifacts": {
+        "stages.stage": ("Stage",),
+        "stages.hookspecs": ("hookimpl",),
+        "context": ("Context",),
+        "machine.environment": ("Environment",),
+        "machine.extras": ("explain_missing",),
+        "artifacts": (
+            "Artifact",
+            "TensorFile",
+            "CalibrationSet",
+            "LayerScores",
+            "Decision",
+            "Round",
+            "Work",
+            "ExportedFile",
+            "ModelForecast",
+            "CalibrationForecast",
+            "ScoresForecast",
+            "NameOf",
+        ),
+        "measurements": ("Measurement", "Evaluation"),
+        "metrics": ("Metric",),
+        "stages.forecasts": ("Forecasts", "Outlook", "known"),
+        "stages.structure_probe": ("StructureProbe",),
+        "cost.estimate": ("Estimate",),
+        "cost.model_costs": ("ModelCosts",),
+        "errors": ("OptionError", "ModelError", "StageError", "QualityError", "CapacityError"),
+    },
+    "Models": {
+        "checkpoint.model": ("Model",),
+        "checkpoint.graph": ("ModelGraph", "open_model"),
+        "checkpoint.source": ("ModelSource",),
+        "checkpoint.checkpoint": ("load_tensor",),
+        "checkpoint.architecture": ("full_config",),
+        "checkpoint.layer_check": ("check_same_layers",),
+        "checkpoint.lengths": ("lengths_apart_in",),
+    },
+    "Rankings": {
+        "stages.scoring": ("LayerScoring", "take_lowest"),
+        "stages.ranking": ("Measure",),
+        "stages.removal": ("count_removed",),
+    },
+    "Sweeps": {
+        "sweep.sweep": ("open_sweep",),
+        "sweep.sample_pass": ("SamplePass",),
+        "machine.distributed": ("ProcessGroup",),
+        "batches": ("make_batches", "next_token_losses", "predicted_tokens", "count_predicted"),
+        "sweep.finite": ("find_nonfinite_weights", "explain_nonfinite"),
+        "stages.perplexity": ("perplexity_of",),
+    },
+    "Corrections": {
+        "stages.compensating": ("LayerCompensation",),
+        "correction.streams": ("Streams", "Drift", "capture_site"),
+        "correction.sites": ("Site", "NoSiteError", "check_gain"),
+        "correction.ridge": ("Moments", "room_for", "check_room"),
+        "correction.correction": (
+            "Compensation",
+            "CorrectedSite",
+            "layers_before_cuts",
+            "sites_of",
+            "find_output_site",
+            "collect_moments",
+            "solve_site",
+            "correct_site",
+            "write_patches",
+        ),
+    },
+    "Exports": {
+        "stages.exporting": ("FolderExport",),
+        "export.exports": ("Export", "TransformersFolder", "OnnxFolder", "GgufFolder", "load_folder"),
+        "export.quantised": ("write_quantised",),
+        "export.folders": ("write_companions", "write_card", "make_lineage"),
+        "stages.targets": ("describe_folder",),
+        "export.consumers": ("explain_forecast",),
+    },
+    "Texts": {
+        "data": (
+            "DatasetSource",
+            "SHUFFLE_POOL",
+            "check_length",
+            "load_tokenizer",
+            "check_tokenizer",
+            "count_embeddings",
+            "make_sequences",
+            "digest_sequences",
+        ),
+    },
+}
+"""By title of a group and by module of this package: its public names."""
+
+HOMES = {name: module for group in GROUPS.values() for module, names in group.items() for name in names}
+"""By public name: the module that defines it."""
+
+
+def list_groups() -> str:
+    """The groups with their names, for `help`."""
+    lines = []
+    for title, modules in GROUPS.items():
+        names = ", ".join(name for listed in modules.values() for name in listed)
+        lines += [title, *(f"    {line}" for line in wrap(names, 100)), ""]
+    return "\n".join(lines)
