@@ -10,10 +10,11 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .api import HOMES, list_groups
+from .api import HOMES, RENAMED, list_groups
 
 if TYPE_CHECKING:
     from .artifacts import (
+        LINEAGE as LINEAGE,
         Artifact as Artifact,
         CalibrationForecast as CalibrationForecast,
         CalibrationSet as CalibrationSet,
@@ -74,7 +75,18 @@ if TYPE_CHECKING:
         QualityError as QualityError,
         StageError as StageError,
     )
-    from .export.consumers import explain_forecast as explain_forecast
+    from .export.agreement import (
+        Agreement as Agreement,
+        TextAgreement as TextAgreement,
+        check_text as check_text,
+        compare_models as compare_models,
+        read_text as read_text,
+    )
+    from .export.consumers import (
+        explain_forecast as explain_forecast,
+        explain_removal as explain_removal,
+        find_index_programs as find_index_programs,
+    )
     from .export.exports import (
         Export as Export,
         GgufFolder as GgufFolder,
@@ -82,8 +94,25 @@ if TYPE_CHECKING:
         TransformersFolder as TransformersFolder,
         load_folder as load_folder,
     )
-    from .export.folders import make_lineage as make_lineage, write_card as write_card, write_companions as write_companions
+    from .export.folders import (
+        explain_config as explain_config,
+        extend_lineage as extend_lineage,
+        find_deviations as find_deviations,
+        make_lineage as make_lineage,
+        write_card as write_card,
+        write_companions as write_companions,
+    )
+    from .export.llamacpp.converter import GgufConverter as GgufConverter
+    from .export.llamacpp.quantiser import FileAgreement as FileAgreement, GgufQuantiser as GgufQuantiser
+    from .export.ort.apart import estimate_tracing_memory as estimate_tracing_memory
+    from .export.ort.folder import (
+        QuantisedGraph as QuantisedGraph,
+        check_onnx_exportable as check_onnx_exportable,
+        write_onnx_folder as write_onnx_folder,
+    )
+    from .export.ort.quantise import OnnxQuantisation as OnnxQuantisation
     from .export.quantised import write_quantised as write_quantised
+    from .export.transformers_folder import check_export as check_export, write_transformers_folder as write_transformers_folder
     from .machine.distributed import ProcessGroup as ProcessGroup
     from .machine.environment import Environment as Environment
     from .machine.extras import explain_missing as explain_missing
@@ -95,14 +124,21 @@ if TYPE_CHECKING:
     from .stages.hookspecs import hookimpl as hookimpl
     from .stages.perplexity import perplexity_of as perplexity_of
     from .stages.ranking import Measure as Measure
-    from .stages.removal import count_removed as count_removed
+    from .stages.removal import (
+        check_regular_removal as check_regular_removal,
+        check_removal_by_config as check_removal_by_config,
+        choose_expressible as choose_expressible,
+        count_removed as count_removed,
+    )
     from .stages.scoring import LayerScoring as LayerScoring, take_lowest as take_lowest
     from .stages.stage import Stage as Stage
     from .stages.structure_probe import StructureProbe as StructureProbe
-    from .stages.targets import describe_folder as describe_folder
+    from .stages.targets import copy_files as copy_files, describe_folder as describe_folder
     from .sweep.finite import explain_nonfinite as explain_nonfinite, find_nonfinite_weights as find_nonfinite_weights
     from .sweep.sample_pass import SamplePass as SamplePass
     from .sweep.sweep import open_sweep as open_sweep
+    from .tasks import TaskFolder as TaskFolder
+    from .tasks.task_harness import TaskHarness as TaskHarness
 
 __version__ = "0.1.0"
 
@@ -112,13 +148,10 @@ API_VERSION = 1
 __all__ = list(HOMES)
 __doc__ += list_groups()
 
-_RENAMED = {"Rehearsal": "ModelCosts", "Survey": "StructureProbe"}
-"""Public names of before, and what they are called now."""
-
 
 def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        raise ImportError(f"{name!r} is called {_RENAMED[name]!r} now", name=name)
+    if name in RENAMED:
+        raise ImportError(f"{name!r} is called {RENAMED[name]!r} now", name=name)
     if name in HOMES:
         return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])

@@ -45,7 +45,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Rankings": {
         "stages.scoring": ("LayerScoring", "take_lowest"),
         "stages.ranking": ("Measure",),
-        "stages.removal": ("count_removed",),
+        "stages.removal": ("count_removed", "check_removal_by_config", "check_regular_removal", "choose_expressible"),
     },
     "Sweeps": {
         "sweep.sweep": ("open_sweep",),
@@ -76,9 +76,28 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "stages.exporting": ("FolderExport",),
         "export.exports": ("Export", "TransformersFolder", "OnnxFolder", "GgufFolder", "load_folder"),
         "export.quantised": ("write_quantised",),
-        "export.folders": ("write_companions", "write_card", "make_lineage"),
-        "stages.targets": ("describe_folder",),
-        "export.consumers": ("explain_forecast",),
+        "export.transformers_folder": ("write_transformers_folder", "check_export"),
+        "export.ort.folder": ("write_onnx_folder", "check_onnx_exportable", "QuantisedGraph"),
+        "export.ort.apart": ("estimate_tracing_memory",),
+        "export.ort.quantise": ("OnnxQuantisation",),
+        "export.llamacpp.converter": ("GgufConverter",),
+        "export.llamacpp.quantiser": ("GgufQuantiser", "FileAgreement"),
+        "export.agreement": ("Agreement", "TextAgreement", "check_text", "read_text", "compare_models"),
+        "export.folders": (
+            "write_companions",
+            "write_card",
+            "make_lineage",
+            "extend_lineage",
+            "explain_config",
+            "find_deviations",
+        ),
+        "stages.targets": ("describe_folder", "copy_files"),
+        "artifacts": ("LINEAGE",),
+        "export.consumers": ("explain_forecast", "explain_removal", "find_index_programs"),
+    },
+    "Tasks of lm-eval": {
+        "tasks": ("TaskFolder",),
+        "tasks.task_harness": ("TaskHarness",),
     },
     "Texts": {
         "data": (
@@ -97,6 +116,22 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 
 HOMES = {name: module for group in GROUPS.values() for module, names in group.items() for name in names}
 """By public name: the module that defines it."""
+
+
+RENAMED = {
+    "Group": "ProcessGroup",
+    "POOL": "SHUFFLE_POOL",
+    "Quantisation": "OnnxQuantisation",
+    "Rehearsal": "ModelCosts",
+    "Survey": "StructureProbe",
+    "capture": "capture_site",
+    "check_twins": "check_same_layers",
+    "estimate_memory": "estimate_tracing_memory",
+    "find_output": "find_output_site",
+    "find_weights": "find_nonfinite_weights",
+    "not_finite": "explain_nonfinite",
+}
+"""Names of before, and what they are called now."""
 
 
 def list_groups() -> str:

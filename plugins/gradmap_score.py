@@ -55,7 +55,8 @@ def weight_importance(gradients: list[torch.Tensor], weights: list[torch.Tensor]
     ]
     if norm == "l1":
         return float(sum(value.abs().sum() for value in values))
-    return float(sum(value.square().sum() for value in values)) ** 0.5
+    norm_of_all: float = float(sum(value.square().sum() for value in values)) ** 0.5
+    return norm_of_all
 
 
 class GradmapScore(LayerScoring):

@@ -63,7 +63,8 @@ def diffusion_map(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     values, vectors = np.linalg.eigh(kernel / np.sqrt(np.outer(degree, degree)))
     order = np.argsort(values)[::-1][1 : _DIMENSIONS + 1]
     coordinates: np.ndarray[Any, Any] = vectors[:, order] / np.sqrt(degree)[:, None] * values[order]
-    return coordinates / np.maximum(coordinates.std(0), 1e-12)
+    coordinates /= np.maximum(coordinates.std(0), 1e-12)
+    return coordinates
 
 
 def information(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:

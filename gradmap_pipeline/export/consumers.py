@@ -188,6 +188,14 @@ def explain_forecast(model: ModelForecast | None, programs: Collection[str] | No
     return explain_removal(complete_config(model.config, model.folder), model.kept, programs)
 
 
+def find_index_programs(config: Config, folder: Path | None) -> list[str]:
+    """Programs that place layers of a model with several kinds of layers by their index, which most removals break.
+
+    `config`: as written, of the decoder. `folder`: of the checkpoint, where it is on this machine.
+    """
+    return name_programs(complete_config(config, folder))
+
+
 def complete_config(written: Config, folder: Path | None) -> Config:
     """A decoder's config with what its class derives, where a program places its layers by index and it does not list them."""
     placed: set[LayerRole] = {placing.role for placing in PLACINGS if written.get("model_type") in placing.types}
