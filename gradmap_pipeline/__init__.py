@@ -58,15 +58,13 @@ if TYPE_CHECKING:
     from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
-    from .data import (
-        SHUFFLE_POOL as SHUFFLE_POOL,
-        DatasetSource as DatasetSource,
+    from .data.sequences import SHUFFLE_POOL as SHUFFLE_POOL, digest_sequences as digest_sequences, make_sequences as make_sequences
+    from .data.sources import DatasetSource as DatasetSource
+    from .data.tokenizer import (
         check_length as check_length,
         check_tokenizer as check_tokenizer,
         count_embeddings as count_embeddings,
-        digest_sequences as digest_sequences,
         load_tokenizer as load_tokenizer,
-        make_sequences as make_sequences,
     )
     from .errors import (
         CapacityError as CapacityError,
@@ -136,8 +134,8 @@ if TYPE_CHECKING:
     from .stages.targets import copy_files as copy_files, describe_folder as describe_folder
     from .sweep.finite import explain_nonfinite as explain_nonfinite, find_nonfinite_weights as find_nonfinite_weights
     from .sweep.sample_pass import SamplePass as SamplePass
-    from .sweep.sweep import open_sweep as open_sweep
-    from .tasks import TaskFolder as TaskFolder
+    from .sweep.sweep import Sweep as Sweep, open_sweep as open_sweep
+    from .tasks.folder import TaskFolder as TaskFolder
     from .tasks.task_harness import TaskHarness as TaskHarness
 
 __version__ = "0.1.0"

@@ -48,7 +48,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "stages.removal": ("count_removed", "check_removal_by_config", "check_regular_removal", "choose_expressible"),
     },
     "Sweeps": {
-        "sweep.sweep": ("open_sweep",),
+        "sweep.sweep": ("open_sweep", "Sweep"),
         "sweep.sample_pass": ("SamplePass",),
         "machine.distributed": ("ProcessGroup",),
         "batches": ("make_batches", "next_token_losses", "predicted_tokens", "count_predicted"),
@@ -96,20 +96,13 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "export.consumers": ("explain_forecast", "explain_removal", "find_index_programs"),
     },
     "Tasks of lm-eval": {
-        "tasks": ("TaskFolder",),
+        "tasks.folder": ("TaskFolder",),
         "tasks.task_harness": ("TaskHarness",),
     },
     "Texts": {
-        "data": (
-            "DatasetSource",
-            "SHUFFLE_POOL",
-            "check_length",
-            "load_tokenizer",
-            "check_tokenizer",
-            "count_embeddings",
-            "make_sequences",
-            "digest_sequences",
-        ),
+        "data.sources": ("DatasetSource",),
+        "data.tokenizer": ("check_length", "load_tokenizer", "check_tokenizer", "count_embeddings"),
+        "data.sequences": ("make_sequences", "digest_sequences", "SHUFFLE_POOL"),
     },
 }
 """By title of a group and by module of this package: its public names."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools.reference import make_pages
+from tools.reference import make_api_page, make_pages
 
 from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.recipe.plan import make_plan
@@ -75,6 +75,10 @@ def run_console(text: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["recipe.md", "stages.md", "command-line.md"])
 def test_reference_is_current(name: str) -> None:
     assert (ROOT / "docs" / "reference" / name).read_text() == make_pages()[name], "run `make docs`"
+
+
+def test_the_page_of_the_plugin_api_is_current() -> None:
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == make_api_page(), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name)

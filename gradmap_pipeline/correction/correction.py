@@ -121,7 +121,11 @@ def correct_site(
 
 
 def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor], context: Context) -> dict[str, TensorFile]:
-    """Write new values of a layer's parameters, in the type of the checkpoint, and use them in the pruned stream from now on."""
+    """Write new values of a layer's parameters, in the type of the checkpoint, and use them in the pruned stream from now on.
+
+    `new`: by the parameter's name inside the layer. Returns the files by the tensor's name in the checkpoint. Raises `StageError`
+    where a value is not finite, or does not fit into the type.
+    """
     import torch
 
     patches = {}
@@ -149,7 +153,11 @@ def solve_site(
     shrink: float = 0.0,
     towards: Towards = "identity",
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums."""
+    """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums.
+
+    `space`: `input` adds a matrix to the map, `output` multiplies it by one. `ridge`: relative to the mean diagonal of the Gram
+    matrix. `towards`: what the solution shrinks to, no change (`identity`) or a map that writes nothing (`zero`).
+    """
     from .ridge import ChannelMoments
 
     name = f"{site.name}.weight"
@@ -177,7 +185,10 @@ def solve_site(
 def collect_moments(
     streams: Streams, layer: int, site: Site, space: Space, context: Context
 ) -> tuple[Moments | ChannelMoments, Drift]:
-    """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
+    """Run the layer once more in the pruned stream and sum what the ridge problem needs: `ChannelMoments` for a norm.
+
+    Raises `NoSiteError` where the site's gain is not as it was found, `CapacityError` where the sums do not fit into memory.
+    """
     import torch
 
     from .ridge import ChannelMoments, Moments, check_room

@@ -100,7 +100,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
 @dataclass
 class Streams:
-    """The same tokens inside the original and the pruned model."""
+    """Tokens inside the original and the pruned model: what enters layers of the first, and a pass through the second."""
 
     targets: KeptTensors
     """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""

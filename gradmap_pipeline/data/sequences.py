@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Packing = Literal["documents", "none"]
 
 SHUFFLE_POOL = 8
-"""Sequences looked at for each one drawn."""
+"""Sequences that are read for each one drawn, where samples are drawn at random."""
 
 
 def make_sequences(

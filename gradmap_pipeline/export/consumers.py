@@ -182,7 +182,10 @@ def explain_removal(config: Config, kept: Sequence[int], programs: Collection[st
 
 
 def explain_forecast(model: ModelForecast | None, programs: Collection[str] | None = None) -> list[str]:
-    """The same of a model as a plan knows it; none where it does not know which layers are left."""
+    """Programs that would misread a model as a plan knows it, a line each; none where it does not know which layers are left.
+
+    `programs`: those alone.
+    """
     if model is None or model.config is None or model.kept is None or len(model.kept) == model.config.get("num_hidden_layers"):
         return []
     return explain_removal(complete_config(model.config, model.folder), model.kept, programs)

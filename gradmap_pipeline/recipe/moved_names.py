@@ -44,7 +44,7 @@ REPLACED = {
     "write_folder": "write_transformers_folder",
     "write_graph": "write_onnx_folder",
 }
-"""Internal names that plugins have imported, and the public name that does their work."""
+"""Internal names that plugins have imported, and the public name that does their work; `Sweep` was another class."""
 
 MODULES = {
     "group": "ProcessGroup",
@@ -74,7 +74,7 @@ def suggest_imports(error: BaseException, module: str, name: str | None) -> str 
 
 
 def _find_public(name: str) -> str | None:
-    return name if name in HOMES else RENAMED.get(name) or REPLACED.get(name)
+    return REPLACED.get(name) or RENAMED.get(name) or (name if name in HOMES else None)
 
 
 def _find_imported(error: BaseException) -> list[str]:

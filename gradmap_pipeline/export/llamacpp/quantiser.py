@@ -100,7 +100,7 @@ class GgufQuantiser:
         return agreement
 
     def compare_on_text(self, source: GgufFolder, file: Path, runner: str, batches: list[Batch], context: Context) -> Agreement:
-        """The same on a text."""
+        """Run a quantised file beside the one that it is made from, on a text."""
         with (
             GgufSession(source.file, runner) as plain,
             GgufSession(file, runner) as quantised,
