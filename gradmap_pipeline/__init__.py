@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Work as Work,
     )
     from .batches import (
+        Batch as Batch,
         count_predicted as count_predicted,
         make_batches as make_batches,
         next_token_losses as next_token_losses,

@@ -51,7 +51,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "sweep.sweep": ("open_sweep", "Sweep"),
         "sweep.sample_pass": ("SamplePass",),
         "machine.distributed": ("ProcessGroup",),
-        "batches": ("make_batches", "next_token_losses", "predicted_tokens", "count_predicted"),
+        "batches": ("Batch", "make_batches", "next_token_losses", "predicted_tokens", "count_predicted"),
         "sweep.finite": ("find_nonfinite_weights", "explain_nonfinite"),
         "stages.perplexity": ("perplexity_of",),
     },

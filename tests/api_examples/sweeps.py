@@ -1,11 +1,13 @@
 """Batches pushed through a model with one layer in memory, forward and backward."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from gradmap_pipeline import (
+    Batch,
     ModelSource,
     ProcessGroup,
     SamplePass,
@@ -41,7 +43,7 @@ def sum_updates(sweep: Sweep | SamplePass) -> dict[int, float]:
 
 
 with open_sweep(model, (ids, mask), context) as sweep:
-    batches = sweep.batches
+    batches: Sequence[Batch] = sweep.batches
     updates = sum_updates(sweep)
     total = sum(float(losses.double().sum()) for losses in sweep.losses())
 assert list(updates) == list(model.layers)
