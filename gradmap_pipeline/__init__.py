@@ -1,4 +1,8 @@
-"""Everything a plugin author needs. Names are imported when first used, so that the command line starts at once."""
+"""Everything that a plugin needs. `docs/api.md` says what each name does.
+
+Names are imported when they are first used, so that the command line starts at once.
+
+"""
 
 from __future__ import annotations
 
@@ -6,140 +10,151 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .api import HOMES, RENAMED, list_groups
+
 if TYPE_CHECKING:
     from .artifacts import (
-        Artifact,
-        CalibrationForecast,
-        CalibrationSet,
-        Decision,
-        ExportedFile,
-        LayerScores,
-        ModelForecast,
-        NameOf,
-        Round,
-        ScoresForecast,
-        TensorFile,
-        Work,
+        LINEAGE as LINEAGE,
+        Artifact as Artifact,
+        CalibrationForecast as CalibrationForecast,
+        CalibrationSet as CalibrationSet,
+        Decision as Decision,
+        ExportedFile as ExportedFile,
+        LayerScores as LayerScores,
+        ModelForecast as ModelForecast,
+        NameOf as NameOf,
+        Round as Round,
+        ScoresForecast as ScoresForecast,
+        TensorFile as TensorFile,
+        Work as Work,
     )
-    from .checkpoint.graph import ModelGraph
-    from .checkpoint.model import Model
-    from .context import Context
-    from .correction.correction import Compensation, CorrectedSite
-    from .cost.estimate import Estimate
-    from .cost.model_costs import ModelCosts
-    from .data import DatasetSource
-    from .errors import CapacityError, ModelError, OptionError, QualityError, StageError
-    from .export.exports import Export, OnnxFolder, TransformersFolder
-    from .machine.environment import Environment
-    from .measurements import Evaluation, Measurement
-    from .metrics import Metric
-    from .stages.compensating import LayerCompensation
-    from .stages.exporting import FolderExport
-    from .stages.forecasts import Forecasts, Outlook, known
-    from .stages.hookspecs import hookimpl
-    from .stages.ranking import Measure
-    from .stages.scoring import LayerScoring, take_lowest
-    from .stages.stage import Stage
-    from .stages.structure_probe import StructureProbe
+    from .batches import (
+        Batch as Batch,
+        count_predicted as count_predicted,
+        make_batches as make_batches,
+        next_token_losses as next_token_losses,
+        predicted_tokens as predicted_tokens,
+    )
+    from .checkpoint.architecture import full_config as full_config
+    from .checkpoint.checkpoint import load_tensor as load_tensor
+    from .checkpoint.graph import ModelGraph as ModelGraph, open_model as open_model
+    from .checkpoint.layer_check import check_same_layers as check_same_layers
+    from .checkpoint.lengths import lengths_apart_in as lengths_apart_in
+    from .checkpoint.model import Model as Model
+    from .checkpoint.source import ModelSource as ModelSource
+    from .context import Context as Context
+    from .correction.correction import (
+        Compensation as Compensation,
+        CorrectedSite as CorrectedSite,
+        collect_moments as collect_moments,
+        correct_site as correct_site,
+        find_output_site as find_output_site,
+        layers_before_cuts as layers_before_cuts,
+        sites_of as sites_of,
+        solve_site as solve_site,
+        write_patches as write_patches,
+    )
+    from .correction.ridge import Moments as Moments, check_room as check_room, room_for as room_for
+    from .correction.sites import NoSiteError as NoSiteError, Site as Site, check_gain as check_gain
+    from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
+    from .cost.estimate import Estimate as Estimate
+    from .cost.model_costs import ModelCosts as ModelCosts
+    from .data.sequences import SHUFFLE_POOL as SHUFFLE_POOL, digest_sequences as digest_sequences, make_sequences as make_sequences
+    from .data.sources import DatasetSource as DatasetSource
+    from .data.tokenizer import (
+        check_length as check_length,
+        check_tokenizer as check_tokenizer,
+        count_embeddings as count_embeddings,
+        load_tokenizer as load_tokenizer,
+    )
+    from .errors import (
+        CapacityError as CapacityError,
+        ModelError as ModelError,
+        OptionError as OptionError,
+        QualityError as QualityError,
+        StageError as StageError,
+    )
+    from .export.agreement import (
+        Agreement as Agreement,
+        TextAgreement as TextAgreement,
+        check_text as check_text,
+        compare_models as compare_models,
+        read_text as read_text,
+    )
+    from .export.consumers import (
+        explain_forecast as explain_forecast,
+        explain_removal as explain_removal,
+        find_index_programs as find_index_programs,
+    )
+    from .export.exports import (
+        Export as Export,
+        GgufFolder as GgufFolder,
+        OnnxFolder as OnnxFolder,
+        TransformersFolder as TransformersFolder,
+        load_folder as load_folder,
+    )
+    from .export.folders import (
+        explain_config as explain_config,
+        extend_lineage as extend_lineage,
+        find_deviations as find_deviations,
+        make_lineage as make_lineage,
+        write_card as write_card,
+        write_companions as write_companions,
+    )
+    from .export.llamacpp.converter import GgufConverter as GgufConverter
+    from .export.llamacpp.quantiser import FileAgreement as FileAgreement, GgufQuantiser as GgufQuantiser
+    from .export.ort.apart import estimate_tracing_memory as estimate_tracing_memory
+    from .export.ort.folder import (
+        QuantisedGraph as QuantisedGraph,
+        check_onnx_exportable as check_onnx_exportable,
+        write_onnx_folder as write_onnx_folder,
+    )
+    from .export.ort.quantise import OnnxQuantisation as OnnxQuantisation
+    from .export.quantised import write_quantised as write_quantised
+    from .export.transformers_folder import check_export as check_export, write_transformers_folder as write_transformers_folder
+    from .machine.distributed import ProcessGroup as ProcessGroup
+    from .machine.environment import Environment as Environment
+    from .machine.extras import explain_missing as explain_missing
+    from .measurements import Evaluation as Evaluation, Measurement as Measurement
+    from .metrics import Metric as Metric
+    from .stages.compensating import LayerCompensation as LayerCompensation
+    from .stages.exporting import FolderExport as FolderExport
+    from .stages.forecasts import Forecasts as Forecasts, Outlook as Outlook, known as known
+    from .stages.hookspecs import hookimpl as hookimpl
+    from .stages.perplexity import perplexity_of as perplexity_of
+    from .stages.ranking import Measure as Measure
+    from .stages.removal import (
+        check_regular_removal as check_regular_removal,
+        check_removal_by_config as check_removal_by_config,
+        choose_expressible as choose_expressible,
+        count_removed as count_removed,
+    )
+    from .stages.scoring import LayerScoring as LayerScoring, take_lowest as take_lowest
+    from .stages.stage import Stage as Stage
+    from .stages.structure_probe import StructureProbe as StructureProbe
+    from .stages.targets import copy_files as copy_files, describe_folder as describe_folder
+    from .sweep.finite import explain_nonfinite as explain_nonfinite, find_nonfinite_weights as find_nonfinite_weights
+    from .sweep.sample_pass import SamplePass as SamplePass
+    from .sweep.sweep import Sweep as Sweep, open_sweep as open_sweep
+    from .tasks.folder import TaskFolder as TaskFolder
+    from .tasks.task_harness import TaskHarness as TaskHarness
 
 __version__ = "0.1.0"
 
 API_VERSION = 1
 """Version of what plugins may use; docs/write-a-plugin.md says what stays as it is within one."""
 
-_HOME = {
-    "artifacts": (
-        "Artifact",
-        "CalibrationForecast",
-        "CalibrationSet",
-        "Decision",
-        "ExportedFile",
-        "LayerScores",
-        "ModelForecast",
-        "NameOf",
-        "Round",
-        "ScoresForecast",
-        "TensorFile",
-        "Work",
-    ),
-    "stages.compensating": ("LayerCompensation",),
-    "data": ("DatasetSource",),
-    "machine.environment": ("Environment",),
-    "measurements": ("Evaluation", "Measurement"),
-    "metrics": ("Metric",),
-    "errors": ("CapacityError", "ModelError", "OptionError", "QualityError", "StageError"),
-    "cost.estimate": ("Estimate",),
-    "stages.exporting": ("FolderExport",),
-    "export.exports": ("Export", "GgufFolder", "OnnxFolder", "TransformersFolder"),
-    "stages.hookspecs": ("hookimpl",),
-    "correction.correction": ("Compensation", "CorrectedSite"),
-    "checkpoint.graph": ("ModelGraph",),
-    "checkpoint.model": ("Model",),
-    "stages.forecasts": ("Forecasts", "Outlook", "known"),
-    "stages.structure_probe": ("StructureProbe",),
-    "cost.model_costs": ("ModelCosts",),
-    "stages.ranking": ("Measure",),
-    "stages.scoring": ("LayerScoring", "take_lowest"),
-    "context": ("Context",),
-    "stages.stage": ("Stage",),
-}
-
-__all__ = [
-    "Artifact",
-    "CalibrationForecast",
-    "CalibrationSet",
-    "CapacityError",
-    "Compensation",
-    "Context",
-    "CorrectedSite",
-    "DatasetSource",
-    "Decision",
-    "Environment",
-    "Estimate",
-    "Evaluation",
-    "Export",
-    "ExportedFile",
-    "FolderExport",
-    "Forecasts",
-    "GgufFolder",
-    "LayerCompensation",
-    "LayerScores",
-    "LayerScoring",
-    "Measure",
-    "Measurement",
-    "Metric",
-    "Model",
-    "ModelCosts",
-    "ModelError",
-    "ModelForecast",
-    "ModelGraph",
-    "NameOf",
-    "OnnxFolder",
-    "OptionError",
-    "Outlook",
-    "QualityError",
-    "Round",
-    "ScoresForecast",
-    "Stage",
-    "StageError",
-    "StructureProbe",
-    "TensorFile",
-    "TransformersFolder",
-    "Work",
-    "hookimpl",
-    "known",
-    "take_lowest",
-]
-
-
-_RENAMED = {"Rehearsal": "ModelCosts", "Survey": "StructureProbe"}
-"""Public names of before, and what they are called now."""
+__all__ = list(HOMES)
+__doc__ += list_groups()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        raise ImportError(f"{name!r} is called {_RENAMED[name]!r} now", name=name)
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    if name in RENAMED:
+        raise ImportError(f"{name!r} is called {RENAMED[name]!r} now", name=name)
+    if name in HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Decision, LayerScoring, Measure, Stage, StageError, hookimpl
+from gradmap_pipeline import Context, Decision, LayerScoring, Measure, SamplePass, Stage, StageError, hookimpl
 
 if TYPE_CHECKING:
     import torch
-
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def angular_distance(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, tokens: str) -> float:

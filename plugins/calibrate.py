@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from gradmap_pipeline import (
+    SHUFFLE_POOL,
     CalibrationForecast,
     CalibrationSet,
     Context,
@@ -18,10 +19,13 @@ from gradmap_pipeline import (
     Outlook,
     Stage,
     TensorFile,
+    check_length,
+    count_embeddings,
     hookimpl,
     known,
+    load_tokenizer,
+    make_sequences,
 )
-from gradmap_pipeline.data import POOL, check_length
 
 
 class Calibrate(Stage):
@@ -54,12 +58,10 @@ class Calibrate(Stage):
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         length = check_length(self.sequence_length, inputs.of(ModelGraph))
         tokens = self.samples * known(length)
-        return costs.text(tokens * (POOL if self.shuffle else 1), least=tokens)
+        return costs.text(tokens * (SHUFFLE_POOL if self.shuffle else 1), least=tokens)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import torch
-
-        from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
 
         base = inputs.model.base
         seed = context.seed if self.shuffle else None

@@ -25,11 +25,22 @@ from gradmap_pipeline import (
     Stage,
     StageError,
     StructureProbe,
+    check_length,
+    count_embeddings,
+    count_predicted,
+    digest_sequences,
+    explain_nonfinite,
+    find_nonfinite_weights,
     hookimpl,
     known,
+    lengths_apart_in,
+    load_tokenizer,
+    make_batches,
+    make_sequences,
+    next_token_losses,
+    open_sweep,
+    perplexity_of,
 )
-from gradmap_pipeline.data import check_length
-from gradmap_pipeline.stages.perplexity import perplexity_of
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +104,6 @@ class Evaluate(Stage):
         return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import count_embeddings, digest_sequences, load_tokenizer, make_sequences
-
         model = inputs.model
         graph = model.graph
         base = graph.base
@@ -150,10 +159,6 @@ class Evaluate(Stage):
 
 def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """Mean next-token loss in nats over all tokens that are predicted, each once, and their number. ids, mask (samples, tokens)."""
-    from gradmap_pipeline.batches import count_predicted
-    from gradmap_pipeline.sweep.finite import not_finite
-    from gradmap_pipeline.sweep.sweep import open_sweep
-
     loss = 0.0
     with open_sweep(model, (ids, mask), context) as sweep:
         batches = sweep.batches
@@ -163,17 +168,13 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     total = context.group.sum_values({"loss": loss, "tokens": count_predicted(batches)})
     if not math.isfinite(total["loss"]):
         what = f"the loss of the {model.label} model"
-        cause = not_finite(what, [model], batches, context.device, context.dtype, context.folder)
+        cause = explain_nonfinite(what, [model], batches, context.device, context.dtype, context.folder)
         context.group.agree(cause or StageError(f"{what} is not a finite number"), is_vague=cause is None)
     return _mean_loss(total)
 
 
 def score_opened(model: Model, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
     """The same of a model in another form, by the program that `open` of its class starts."""
-    from gradmap_pipeline.batches import count_predicted, make_batches, next_token_losses
-    from gradmap_pipeline.checkpoint.lengths import lengths_apart_in
-    from gradmap_pipeline.sweep.finite import find_weights
-
     apart = lengths_apart_in(model.graph.base.folder)
     batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS, lengths_apart=apart)
     run = model.open(context.device)
@@ -185,7 +186,8 @@ def score_opened(model: Model, ids: torch.Tensor, mask: torch.Tensor, context: C
     total = context.group.sum_values({"loss": loss, "tokens": count_predicted(batches)})
     if not math.isfinite(total["loss"]):
         cause = (
-            find_weights(model.graph) or "its weights are finite, what it computes in its own types is not; export it in float32"
+            find_nonfinite_weights(model.graph)
+            or "its weights are finite, what it computes in its own types is not; export it in float32"
         )
         place = f" in {str(model.folder)!r}" if isinstance(model, Export) else ""
         raise StageError(f"the loss of the {model.label} model{place} is not a finite number: {cause}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,20 +17,15 @@ from gradmap_pipeline import (
     Forecasts,
     Metric,
     ModelGraph,
-    OptionError,
     Outlook,
     Stage,
     StageError,
     StructureProbe,
+    TaskFolder,
+    TaskHarness,
     TransformersFolder,
     hookimpl,
 )
-from gradmap_pipeline.tasks import TaskFolder
-
-_RESAMPLES = 1000  # of documents, for the standard error of metrics that have no formula for it
-
-
-_SHOWN = 5  # faults of tasks told at once
 
 
 class TaskScore(BaseModel):
@@ -105,42 +99,33 @@ class EvaluateLmEval(Stage):
         task_scores: TaskScores
 
     def forecast(self, inputs: Forecasts) -> Outlook:
-        if self.task_folder is not None:
-            self._check_folder(self.task_folder)
+        self._harness.check_folder()
         return {}
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
-        from gradmap_pipeline.tasks.harness import try_tasks
-
-        tasks, manager = self._find_tasks()
-        if self.task_folder is not None:
-            try_tasks(manager, self.task_folder, tasks, allow_code=self.allow_code)
+        self._harness.try_tasks()
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import load_tokenizer
-        from gradmap_pipeline.tasks.guard import guarded
-        from gradmap_pipeline.tasks.harness import make_harness, quietly
-
         model = inputs.model
-        graph = model.graph
-        tasks, manager = self._find_tasks()
-        harness: Any = None
+        harness = self._harness
+        manager = harness.find_manager()
+        loaded: Any = None
         scores: list[TaskScore] = []
-        with context.progress("lm-eval", len(tasks), "task") as advance:
-            for task in tasks:
+        with context.progress("lm-eval", len(self.tasks), "task") as advance:
+            for task in self.tasks:
 
                 def measure(task: str = task) -> list[dict[str, Any]]:
-                    nonlocal harness
-                    with quietly(), guarded(self.task_folder, allow_code=self.allow_code):
-                        harness = harness or make_harness(model, load_tokenizer(graph.base), self.batch_size, context)
-                        return self._measure(harness, task, manager, context.seed)
+                    nonlocal loaded
+                    loaded = loaded or harness.load(model, self.batch_size, context)
+                    results = harness.measure(loaded, task, manager, self.fewshot, self.samples, context.seed)
+                    return [make_score(name, results).model_dump() for name in results["results"]]
 
                 key = {
-                    "model": model.model_copy(update={"label": ""}).content() if model is graph else model.content(),
+                    "model": model.model_copy(update={"label": ""}).content() if model is model.graph else model.content(),
                     "task": task,
                     "fewshot": self.fewshot,
                     "samples": self.samples,
-                    "folder": None if self.task_folder is None else self.task_folder.fingerprint(_digest),
+                    "folder": harness.fingerprint(),
                     "seed": context.seed,
                     "allow_code": self.allow_code,
                 }
@@ -150,61 +135,9 @@ class EvaluateLmEval(Stage):
             context.note(f"{score.task}: {', '.join(f'{metric.name} {metric.figure}' for metric in score.list_metrics())}")
         return self.Outputs(task_scores=TaskScores(model=model.digest, label=model.label, scores=tuple(scores)))
 
-    def _check_folder(self, folder: TaskFolder) -> None:
-        """Raise `OptionError` where the folder cannot be read, or would have Python run that nobody allowed."""
-        from gradmap_pipeline.tasks.checks import find_faults
-
-        try:
-            code = [] if self.allow_code else list(folder.find_code())
-            faults = [] if code else list(find_faults(folder, self.tasks, allow_code=self.allow_code))
-            folder.outside_files()
-        except (ValueError, OSError) as error:
-            raise OptionError("task_folder", str(error)) from error
-        if code:
-            others = f" (and {len(code) - 1} more)" if len(code) > 1 else ""
-            advice = "read it, and set `allow_code: true` if it may run"
-            raise OptionError("task_folder", f"would run Python code: {code[0]}{others}; {advice}")
-        if faults:
-            others = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-            raise OptionError("task_folder", "; ".join(faults[:_SHOWN]) + others)
-
-    def _find_tasks(self) -> tuple[list[str], Any]:
-        """The tasks that the names stand for, and lm-eval's manager of them. Raises `OptionError`."""
-        from gradmap_pipeline.machine.digests import sha256_of_value
-        from gradmap_pipeline.recipe.validation import suggest
-        from gradmap_pipeline.tasks.harness import open_manager
-
-        if self.task_folder is not None:
-            self._check_folder(self.task_folder)
-        folder = None if self.task_folder is None else str(self.task_folder.root.resolve())
-        content = None if self.task_folder is None else sha256_of_value(self.task_folder.fingerprint(_digest))
-        manager = None if folder is None else open_manager(folder, content, defaults=False)
-        if manager is None or not set(self.tasks) <= set(manager.all_tasks):
-            manager = open_manager(folder, content, defaults=True)
-        for task in self.tasks:
-            if task not in manager.all_tasks:
-                near = suggest(task, manager.all_tasks)
-                advice = near if near.startswith("did") else "`lm-eval ls tasks` lists those it has; yours go into 'task_folder'"
-                raise OptionError("tasks", f"lm-eval has no task {task!r}; {advice}")
-        return list(self.tasks), manager
-
-    def _measure(self, harness: Any, task: str, manager: Any, seed: int) -> list[dict[str, Any]]:
-        import lm_eval
-
-        found = lm_eval.simple_evaluate(
-            model=harness,
-            tasks=[task],
-            task_manager=manager,
-            num_fewshot=self.fewshot,
-            limit=self.samples,
-            bootstrap_iters=_RESAMPLES,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed % 2**32,  # it takes no more
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-        return [make_score(name, found).model_dump() for name in found["results"]]
+    @property
+    def _harness(self) -> TaskHarness:
+        return TaskHarness(self.tasks, self.task_folder, self.allow_code)
 
 
 def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
@@ -232,12 +165,6 @@ def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
         fewshot=fewshot if isinstance(fewshot, int) else None,
         version=str(found["versions"].get(task, "")),
     )
-
-
-def _digest(file: Path) -> str:
-    from gradmap_pipeline.machine.digests import sha256_of
-
-    return sha256_of(file)
 
 
 @hookimpl

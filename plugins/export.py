@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,20 +25,21 @@ from gradmap_pipeline import (
     StageError,
     StructureProbe,
     TransformersFolder,
+    check_export,
+    check_onnx_exportable,
+    estimate_tracing_memory,
+    explain_config,
+    explain_forecast,
+    explain_missing,
+    explain_removal,
+    find_deviations,
+    full_config,
     hookimpl,
     known,
-)
-from gradmap_pipeline.export.consumers import explain_forecast, explain_removal
-from gradmap_pipeline.export.folders import (
-    check_loading,
-    explain_config,
-    find_deviations,
     make_lineage,
-    write_card,
-    write_companions,
+    write_onnx_folder,
+    write_transformers_folder,
 )
-from gradmap_pipeline.machine.extras import explain_missing
-from gradmap_pipeline.stages.targets import describe_folder
 
 _CHECK_SHAPE = (2, 48)  # sequences, tokens
 
@@ -112,20 +112,15 @@ class ExportModel(FolderExport):
         if refusal is not None:
             raise OptionError("programs", refusal)
         if self.format == "onnx":
-            from gradmap_pipeline.checkpoint.pretrained import read_config
-            from gradmap_pipeline.export.ort.trace import check_exportable
-
-            check_exportable(read_config(probe.graph.base.folder))
+            check_onnx_exportable(probe.graph)
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         layers = known(inputs.of(ModelGraph).layers)
         size = costs.count_bytes(layers)
         rates = costs.speed
         if self.format == "onnx":
-            from gradmap_pipeline.export.ort.apart import estimate_memory
-
             weights = costs.count_parameters(layers) * (4 if self.onnx.dtype == "float32" else 2)
-            needed = estimate_memory(weights, costs.program_bytes)
+            needed = estimate_tracing_memory(weights, costs.program_bytes)
             if needed > costs.memory:
                 raise CapacityError(
                     f"tracing holds the weights once and a second program: {needed / 2**30:.2f} GiB, over the "
@@ -137,8 +132,6 @@ class ExportModel(FolderExport):
         return copying + costs.forward_sweep(layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.checkpoint.architecture import full_config
-
         model = inputs.model
         refusal = self._explain_refusal(explain_removal(full_config(model.base.folder), model.layers, self.programs))
         if refusal is not None:
@@ -148,7 +141,7 @@ class ExportModel(FolderExport):
                 files, difference = self._write_onnx(model, new.path, context)
             else:
                 files = self._write(model, new.path, context)
-                difference = check_export(model, new.path, context)
+                difference = check_export(model, new.path, context, _CHECK_SHAPE)
             files = new.finish(make_lineage(model, files, difference, self, context), files)
         made: dict[str, Any] = {"graph": model, "folder": new.target, "files": files, "max_logit_difference": difference}
         size = sum(file.size for file in files.values()) / 1e6
@@ -173,74 +166,10 @@ class ExportModel(FolderExport):
         )
 
     def _write_onnx(self, model: ModelGraph, folder: Path, context: Context) -> tuple[dict[str, ExportedFile], float]:
-        """Trace, save, and run the graph beside the model; torch's weights are gone before ONNX Runtime reads its own."""
-        from gradmap_pipeline.export.ort.apart import write_graph
-        from gradmap_pipeline.export.ort.layout import place_graph, tell_programs
-        from gradmap_pipeline.export.ort.parity import check_parity
-        from gradmap_pipeline.export.ort.session import OnnxSession
-
-        with context.progress("export to ONNX", 2, "step") as advance:
-            graph = folder / place_graph(self.onnx.layout, self.onnx.dtype)
-            graph.parent.mkdir(exist_ok=True)
-            references, genai = write_graph(model, self.onnx.dtype, context.seed, graph)
-            advance()
-            difference = check_parity(references, OnnxSession(folder, fast=False), self.onnx.dtype)
-            advance()
-        (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
-        write_companions(model, folder)
-        tell_programs(folder, self.onnx.dtype)
-        write_card(folder, model, context.metrics, "onnx")
-        return describe_folder(folder), difference
+        return write_onnx_folder(model, folder, self.onnx.dtype, self.onnx.layout, context)
 
     def _write(self, model: ModelGraph, folder: Path, context: Context) -> dict[str, ExportedFile]:
-        from gradmap_pipeline.checkpoint.checkpoint import split_shards, write_folder
-
-        tensors = model.export_tensors()
-        shard_bytes = int(self.max_shard_gigabytes * 1e9)
-        files: dict[str, ExportedFile] = {}
-        with context.progress("write weights", len(split_shards(tensors, model.dtype, shard_bytes)), "shard") as advance:
-            for name, written in write_folder(tensors, folder, model.dtype, shard_bytes):
-                files[name] = written
-                advance()
-        write_companions(model, folder)
-        write_card(folder, model, context.metrics, "safetensors")
-        return describe_folder(folder, files)
-
-
-def check_export(model: ModelGraph, folder: Path, context: Context) -> float:
-    """Load the folder back; raise `StageError` unless every weight finds its place and the logits equal the model's.
-
-    Both run layer by layer in the exported type, so no more than a layer and the embeddings are in memory.
-    """
-    import torch
-
-    from gradmap_pipeline.checkpoint.graph import open_folder
-    from gradmap_pipeline.checkpoint.pretrained import read_config
-    from gradmap_pipeline.sweep.finite import find_weights
-    from gradmap_pipeline.sweep.sweep import open_sweep
-
-    check_loading(folder)
-    reloaded = open_folder(folder, digest_of=lambda _: "")
-    stored = next(iter(model.layer_tensors(model.layers[0]).values())).torch_dtype
-    dtype = model.dtype or stored
-
-    def compute_logits(graph: ModelGraph) -> torch.Tensor:
-        words = int(read_config(graph.base.folder).get_text_config().vocab_size)
-        ids = torch.randint(words, _CHECK_SHAPE, generator=torch.Generator().manual_seed(context.seed))
-        with open_sweep(graph, (ids, torch.ones_like(ids)), context, dtype=dtype) as sweep:
-            return torch.cat([logits.float() for logits in sweep.logits()])
-
-    ours, theirs = compute_logits(model), compute_logits(reloaded)
-    if not theirs.isfinite().all():
-        cause = find_weights(model) or f"its weights are finite in {dtype}; set another 'dtype' under 'model'"
-        raise StageError(f"the model computes values that are not finite: {cause}")
-    difference = float((ours - theirs).abs().max())
-    if not difference == 0.0:
-        raise StageError(
-            f"the exported folder does not compute what the model does: logits differ by {difference:.3g}; "
-            "nothing was written. Please report this with the name of the model"
-        )
-    return difference
+        return write_transformers_folder(model, folder, context, shard_bytes=int(self.max_shard_gigabytes * 1e9))
 
 
 @hookimpl

@@ -22,6 +22,8 @@ from gradmap_pipeline import (
     LayerScoring,
     Measure,
     ModelCosts,
+    ProcessGroup,
+    SamplePass,
     Stage,
     StructureProbe,
     hookimpl,
@@ -30,9 +32,6 @@ from gradmap_pipeline import (
 
 if TYPE_CHECKING:
     import torch
-
-    from gradmap_pipeline.machine.distributed import ProcessGroup
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def gate_importance(gradient: torch.Tensor, update: torch.Tensor, mask: torch.Tensor) -> float:
@@ -56,7 +55,8 @@ def weight_importance(gradients: list[torch.Tensor], weights: list[torch.Tensor]
     ]
     if norm == "l1":
         return float(sum(value.abs().sum() for value in values))
-    return float(sum(value.square().sum() for value in values)) ** 0.5
+    norm_of_all: float = float(sum(value.square().sum() for value in values)) ** 0.5
+    return norm_of_all
 
 
 class GradmapScore(LayerScoring):

@@ -14,13 +14,32 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelGraph, Stage, StageError, TensorFile, hookimpl
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    Drift,
+    LayerCompensation,
+    ModelGraph,
+    Moments,
+    Site,
+    Stage,
+    StageError,
+    Streams,
+    TensorFile,
+    capture_site,
+    check_gain,
+    check_room,
+    find_output_site,
+    hookimpl,
+    layers_before_cuts,
+    room_for,
+    solve_site,
+    write_patches,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from gradmap_pipeline.correction.sites import Site
-    from gradmap_pipeline.correction.streams import Streams
 
 _RIDGE = 1e-6  # for the fold alone, which is to reproduce a known matrix
 
@@ -84,32 +103,24 @@ class LinearpatchCompensate(LayerCompensation):
     )
 
     def room(self, graph: ModelGraph) -> int:
-        from gradmap_pipeline.correction.ridge import room_for
-
         return room_for(*graph.map_sizes())
 
     def tell(self, site: CorrectedSite) -> str:
         return f"layer {site.layer}: {1 - site.missing_left:.1%} of the patch folded into {site.parameter}"
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         layers_before_cuts(graph)
         make_hadamard(graph.map_sizes()[1])
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         yield from layers_before_cuts(streams.graph)
 
     def correct(
         self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
     ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
-        from gradmap_pipeline.correction.correction import find_output
-
         width = streams.graph.map_sizes()[1]
         patch = find_patch(streams, layer, make_hadamard(width) / width**0.5)
-        done, patches = fold_patch(streams, layer, find_output(streams, layer, known), patch, context)
+        done, patches = fold_patch(streams, layer, find_output_site(streams, layer, known), patch, context)
         if done.missing_left > self.tolerance:
             raise StageError(
                 f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
@@ -140,11 +151,6 @@ def fold_patch(
     """Fit x(P - I) by the inputs of the layer's down-projection, and add it there."""
     import torch
 
-    from gradmap_pipeline.correction.correction import solve_site, write_patches
-    from gradmap_pipeline.correction.ridge import Moments, check_room
-    from gradmap_pipeline.correction.sites import check_gain
-    from gradmap_pipeline.correction.streams import Drift, capture
-
     position, width = streams.graph.layers.index(layer), len(patch)
     check_room(site.inputs, width, context.memory, context.device)
 
@@ -156,7 +162,7 @@ def fold_patch(
     pruned = streams.pruned
     with pruned.look(layer) as step:
         check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
-        with capture(pruned.model, layer, site, "input") as captured:
+        with capture_site(pruned.model, layer, site, "input") as captured:
             for visit in step:
                 leaving = visit.output[visit.mask].double()
                 moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], leaving @ change)

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Estimate, Forecasts, LayerScores, LayerScoring, ModelCosts, ModelGraph, Stage, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Estimate,
+    Forecasts,
+    LayerScores,
+    LayerScoring,
+    ModelCosts,
+    ModelGraph,
+    Stage,
+    hookimpl,
+    load_tensor,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +54,6 @@ class MagnitudeScore(LayerScoring):
         return Estimate(costs.program_bytes, bytes_read=size, seconds=size * costs.speed.read_again())
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.checkpoint.checkpoint import load_tensor
-
         model = inputs.model
         scores: dict[int, float] = {}
         with context.progress("read layers", len(model.layers), "layer") as advance:

@@ -8,13 +8,20 @@ Sizes: N tokens that are not padding, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, Stage, TensorFile, hookimpl
-
-if TYPE_CHECKING:
-    from gradmap_pipeline.correction.sites import Site
-    from gradmap_pipeline.correction.streams import Streams
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    Drift,
+    LayerCompensation,
+    Site,
+    Stage,
+    Streams,
+    TensorFile,
+    check_gain,
+    hookimpl,
+    write_patches,
+)
 
 
 class MeanBias(LayerCompensation):
@@ -44,10 +51,6 @@ def _find_bias(sites: Sequence[Site]) -> Site | None:
 
 def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:
     """b ← b + E[h - h'] / gain at one layer, in the pruned stream and in a file."""
-    from gradmap_pipeline.correction.correction import write_patches
-    from gradmap_pipeline.correction.sites import check_gain
-    from gradmap_pipeline.correction.streams import Drift
-
     site = _find_bias(sites)
     assert site is not None
     position, drift, missing = streams.graph.layers.index(layer), Drift(), 0.0

@@ -31,10 +31,14 @@ from gradmap_pipeline import (
     StructureProbe,
     TensorFile,
     Work,
+    check_same_layers,
+    check_tokenizer,
+    count_removed,
     hookimpl,
     known,
+    load_tensor,
+    open_sweep,
 )
-from gradmap_pipeline.stages.removal import count_removed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +63,8 @@ def diffusion_map(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     values, vectors = np.linalg.eigh(kernel / np.sqrt(np.outer(degree, degree)))
     order = np.argsort(values)[::-1][1 : _DIMENSIONS + 1]
     coordinates: np.ndarray[Any, Any] = vectors[:, order] / np.sqrt(degree)[:, None] * values[order]
-    return coordinates / np.maximum(coordinates.std(0), 1e-12)
+    coordinates /= np.maximum(coordinates.std(0), 1e-12)
+    return coordinates
 
 
 def information(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
@@ -140,9 +145,6 @@ class MkaMerge(Stage):
         return costs.forward_sweep(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.checkpoint.layer_check import check_same_layers
-        from gradmap_pipeline.data import check_tokenizer
-
         check_tokenizer(inputs.calibration, inputs.model)
         graph = inputs.model
         count = self._count(len(graph.layers))
@@ -182,8 +184,6 @@ class MkaMerge(Stage):
         """Coordinates of every sample by layer, from the mean over tokens of what leaves the layer."""
         import torch
 
-        from gradmap_pipeline.sweep.sweep import open_sweep
-
         started = time.perf_counter()
         found: dict[int, list[torch.Tensor]] = {layer: [] for layer in graph.layers}
         with open_sweep(graph, calibration.load(), context) as sweep:
@@ -198,8 +198,6 @@ class MkaMerge(Stage):
 def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> dict[str, TensorFile]:
     """θ_low ← Sθ_low + (1 - S)θ_high, one merge after another, for all tensors of a layer, written as the checkpoint is."""
     import torch
-
-    from gradmap_pipeline.checkpoint.checkpoint import load_tensor
 
     values: dict[int, dict[str, torch.Tensor]] = {}
 

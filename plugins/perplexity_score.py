@@ -5,12 +5,7 @@ Source: https://arxiv.org/abs/2402.02834 (Shortened LLaMA), the perplexity crite
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, ModelCosts, Stage, hookimpl
-
-if TYPE_CHECKING:
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
+from gradmap_pipeline import Context, Estimate, LayerScoring, Measure, ModelCosts, SamplePass, Stage, hookimpl
 
 
 class PerplexityScore(LayerScoring):

@@ -7,7 +7,7 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -21,16 +21,19 @@ from gradmap_pipeline import (
     ModelCosts,
     ModelError,
     ModelGraph,
+    NoSiteError,
+    Site,
     Stage,
     StageError,
+    Streams,
     StructureProbe,
     TensorFile,
+    correct_site,
     hookimpl,
+    layers_before_cuts,
+    room_for,
+    sites_of,
 )
-
-if TYPE_CHECKING:
-    from gradmap_pipeline.correction.sites import Site
-    from gradmap_pipeline.correction.streams import Streams
 
 
 class ProjectCompensate(LayerCompensation):
@@ -95,8 +98,6 @@ class ProjectCompensate(LayerCompensation):
         return both + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         drifting = sum(layer + 1 >= graph.removed[0] for layer in graph.layers)
         if self.site == "before_cuts":
             layers_before_cuts(graph)
@@ -104,13 +105,9 @@ class ProjectCompensate(LayerCompensation):
             raise StageError(f"'sites' is {self.sites}, but the model has only {drifting} layers that drift")
 
     def room(self, graph: ModelGraph) -> int:
-        from gradmap_pipeline.correction.ridge import room_for
-
         return room_for(*self._size(graph))
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         graph = streams.graph
         if self.site == "every_layer":
             yield from (layer for layer in graph.layers if layer + 1 >= graph.removed[0])
@@ -147,9 +144,6 @@ def correct_layer(
 
     Raises `NoSiteError` where the layer has no place for it.
     """
-    from gradmap_pipeline.correction.correction import correct_site, sites_of
-    from gradmap_pipeline.correction.sites import NoSiteError
-
     sites = sites_of(streams, layer, known)
     writing = [site for site in sites if site.role != "attention"]
     chosen = sites if stage.attention or not writing else writing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -13,7 +13,6 @@ from gradmap_pipeline import (
     Forecasts,
     LayerScores,
     ModelCosts,
-    ModelError,
     ModelForecast,
     ModelGraph,
     OptionError,
@@ -22,10 +21,16 @@ from gradmap_pipeline import (
     Stage,
     StageError,
     StructureProbe,
+    check_regular_removal,
+    check_removal_by_config,
+    check_same_layers,
+    choose_expressible,
+    count_removed,
+    find_index_programs,
+    full_config,
     hookimpl,
     known,
 )
-from gradmap_pipeline.stages.removal import count_removed
 
 
 class Prune(Stage):
@@ -85,36 +90,18 @@ class Prune(Stage):
         if depth is not None and count >= depth:
             raise OptionError(self._option, f"removing {count} of {depth} layers leaves none")
         if model.config is not None and model.kept is not None:
-            self._check_expressible(model.config, model.kept, count, kept)
-            self._check_regular(model.config, model.kept, count, kept)
+            check_removal_by_config(model.config, model.kept, count, kept, self._option, is_free=self.among == "any")
+            if self.among == "regular":
+                check_regular_removal(model.config, model.kept, count, kept)
         layers = None if depth is None else depth - count
         return model.model_copy(update={"layers": layers, "kept": kept})
 
-    def _check_regular(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
-        """Raise `OptionError` where `among: regular` cannot be had, or the layers that are listed break it."""
-        from gradmap_pipeline.checkpoint.cadence import choose_kept, find_period, is_regular
-        from gradmap_pipeline.checkpoint.depth import count_layers
-
-        if self.among != "regular":
-            return
-        depth = count_layers(config) or len(layers)
-        if find_period(config, depth) is None:
-            raise OptionError(
-                "among", f"the kinds of the model's {depth} layers have no period to keep; use `any` or `expressible`"
-            )
-        if kept is not None and not is_regular(config, depth, kept):
-            found = choose_kept(config, depth, len(layers) - count, _prefer_ends(layers), regular=True)
-            example = f"; possible, for instance: remove {_name_others(layers, found)}" if found else ""
-            raise OptionError("layers", f"the layers that would be left do not keep the period of their kinds{example}")
-
     def advise(self, inputs: Forecasts) -> Sequence[str]:
-        from gradmap_pipeline.export.consumers import complete_config, name_programs
-
         model = inputs.of(ModelGraph)
         if self.among == "regular" or isinstance(self.layers, list):
             return ()
-        config = complete_config(known(model.config), model.folder)
-        programs = name_programs(config)
+        config = known(model.config)
+        programs = find_index_programs(config, model.folder)
         if not programs:
             return ()
         return (
@@ -122,39 +109,12 @@ class Prune(Stage):
             "which most removals break; `among: regular` chooses among those that do not",
         )
 
-    def _check_expressible(self, config: dict[str, Any], layers: tuple[int, ...], count: int, kept: tuple[int, ...] | None) -> None:
-        """Raise `OptionError`, with the removals that are possible, where the config cannot say what would be left."""
-        from gradmap_pipeline.checkpoint.cadence import choose_kept, strict_cadences_of
-        from gradmap_pipeline.checkpoint.depth import check_removable, count_layers, prune_fields
-
-        depth = count_layers(config) or len(layers)
-        try:
-            check_removable(config)
-            if kept is not None:
-                prune_fields(config, config, kept)
-        except ModelError as error:
-            raise OptionError(self._option, f"{error}{_name_possible(config, depth, layers, count)}") from None
-        if kept is not None or not strict_cadences_of(config):
-            return
-        if not choose_kept(config, depth, len(layers) - count, dict.fromkeys(layers, 1.0)):
-            found = f"no removal of {count} of {len(layers)} layers leaves a model that its config can express"
-            raise OptionError(self._option, f"{found}{_name_possible(config, depth, layers, count)}")
-        if self.among == "any":
-            fields = ", ".join(repr(field) for cadence in strict_cadences_of(config) for field in cadence.fields)
-            raise OptionError(
-                self._option,
-                f"config fields {fields} place layers by a cadence, which most removals break; set `among: expressible` to choose "
-                f"only among those that do not{_name_possible(config, depth, layers, count)}",
-            )
-
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
-        from gradmap_pipeline.checkpoint.architecture import full_config
-
         kept = self._forecast_model(inputs).kept
         if self.among == "regular":
             layers = inputs.of(ModelGraph).kept or probe.graph.layers
             count = len(self.layers) if isinstance(self.layers, list) else self._count(len(layers), None)
-            self._check_regular(full_config(probe.graph.base.folder), layers, count, kept)
+            check_regular_removal(full_config(probe.graph.base.folder), layers, count, kept)
         if kept is not None:
             probe.check_removal(kept)
         elif self.among == "any":
@@ -164,8 +124,6 @@ class Prune(Stage):
         return Estimate(costs.program_bytes)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.checkpoint.layer_check import check_same_layers
-
         model = inputs.model
         removed = self.layers if isinstance(self.layers, list) else self._choose(model, inputs.scores)
         pruned = model.without_layers(removed)
@@ -175,30 +133,13 @@ class Prune(Stage):
 
     def _choose(self, model: ModelGraph, scores: LayerScores | None) -> list[int]:
         """Base layers to remove, by their scores."""
-        from gradmap_pipeline.checkpoint.architecture import full_config
-        from gradmap_pipeline.checkpoint.cadence import choose_kept
-        from gradmap_pipeline.checkpoint.depth import find_sources
-
         assert scores is not None
         if scores.model != model.digest:
             raise StageError("the scores were made on another model than the one to prune; score this model first")
         count = self._count(len(model.layers), None)
         if self.among == "any":
             return list(scores.order[:count])
-        config = full_config(model.base.folder)
-        fixed = {*scores.protected, *find_sources(config)} & set(model.layers)
-        importance = {
-            layer: scores.decisions[0].scores.get(layer, 0.0) for layer in model.layers
-        }  # some leave protected layers out
-        regular = self.among == "regular"
-        kept = choose_kept(config, model.base.layers, len(model.layers) - count, importance, fixed, regular=regular)
-        if not kept:
-            kind = "keeps the period of their kinds" if regular else "a config can express"
-            raise StageError(
-                f"every removal of {count} of {len(model.layers)} layers that {kind} takes one of layers "
-                f"{', '.join(map(str, sorted(fixed)))}, which are protected; protect fewer in the step that scores"
-            )
-        return [layer for layer in model.layers if layer not in kept]
+        return choose_expressible(model, scores, count, regular=self.among == "regular")
 
     @property
     def _option(self) -> str:
@@ -234,28 +175,6 @@ def _name_layers(layers: tuple[int, ...]) -> str:
     """`0 to 11`, or the list where some are missing."""
     whole = layers == tuple(range(layers[0], layers[-1] + 1))
     return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
-
-
-def _name_possible(config: dict[str, Any], depth: int, layers: tuple[int, ...], count: int) -> str:
-    """What a cadence leaves possible, as the end of a message; nothing where there is no cadence."""
-    from gradmap_pipeline.checkpoint.cadence import choose_kept, count_removable, strict_cadences_of
-
-    if not strict_cadences_of(config):
-        return ""
-    kept = choose_kept(config, depth, len(layers) - count, _prefer_ends(layers))
-    if kept:
-        return f"; possible, for instance: remove {_name_others(layers, kept)}"
-    counts = count_removable(config, depth, layers)
-    return f"; possible: removals of {', '.join(map(str, counts))} layers" if counts else "; no removal does"
-
-
-def _prefer_ends(layers: tuple[int, ...]) -> dict[int, float]:
-    """Importance that spares the first and the last layer, for examples."""
-    return dict.fromkeys(layers, 1.0) | {layers[0]: 2.0, layers[-1]: 2.0}
-
-
-def _name_others(layers: tuple[int, ...], kept: tuple[int, ...]) -> str:
-    return ", ".join(str(layer) for layer in layers if layer not in kept)
 
 
 @hookimpl

@@ -6,68 +6,40 @@ llama-cpp-python, and never copied.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from pydantic import BaseModel, Field, model_validator
 
 from gradmap_pipeline import (
-    Artifact,
+    LINEAGE,
     Context,
     DatasetSource,
+    FileAgreement,
     FolderExport,
     Forecasts,
     GgufFolder,
+    GgufQuantiser,
     OptionError,
     Outlook,
     QualityError,
     Stage,
-    StageError,
+    TextAgreement,
+    check_text,
+    copy_files,
+    describe_folder,
+    extend_lineage,
     hookimpl,
     known,
+    read_text,
+    write_card,
 )
-from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
-from gradmap_pipeline.export.folders import extend_lineage, write_card
-from gradmap_pipeline.export.llamacpp import pythons
-from gradmap_pipeline.export.llamacpp.parity import STEPS
-from gradmap_pipeline.machine.processes import explain_end, tie
-from gradmap_pipeline.stages.targets import copy_files, describe_folder
 
-if TYPE_CHECKING:
-    from gradmap_pipeline.export.agreement import Run
-    from gradmap_pipeline.export.llamacpp.session import GgufSession
-
-PROGRAM = "llama-quantize"
 Kind = Literal[
     "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "iq4_nl", "q3_k_m", "q3_k_s", "q2_k"
 ]
 PLAIN = ("f32", "f16", "bf16")
-
-
-class FileAgreement(Artifact):
-    """What running the quantised file beside the one it was made from gave, at the last nine positions of random prompts."""
-
-    lengths: tuple[int, ...]
-    """Of the prompts, in tokens."""
-    difference: float
-    """Largest absolute difference of logits."""
-    log_probability_difference: float
-    """Largest absolute difference of the log-probability of the likeliest token, in nats."""
-    agreeing: float
-    """Share of positions at which both find the same token likeliest."""
-    lost: float
-    """Most that the log-probability loses, in nats, where the likeliest token of the quantised file is taken."""
-
-    def __str__(self) -> str:
-        return (
-            f"at {len(self.lengths) * (STEPS + 1)} positions of random prompts, {self.agreeing:.0%} of likeliest tokens are those "
-            "of the file before quantisation"
-        )
 
 
 class QuantizeGguf(FolderExport):
@@ -79,7 +51,7 @@ class QuantizeGguf(FolderExport):
     type: Kind = Field("q4_k_m", description="Type of the weights in the file, by llama.cpp's name.")
     program: Path | None = Field(
         None,
-        description=f"llama.cpp's `{PROGRAM}`. Default: the one that is found on the search path for programs, else the "
+        description="llama.cpp's `llama-quantize`. Default: the one that is found on the search path for programs, else the "
         "quantiser within llama-cpp-python.",
     )
     python: Path | None = Field(
@@ -120,34 +92,27 @@ class QuantizeGguf(FolderExport):
 
     def forecast(self, inputs: Forecasts) -> Outlook:
         super().forecast(inputs)
-        pythons.check_program("program", self.program)
-        pythons.check_program("python", self.python)
-        if self._find_program() is None and self._find_runner() is None:
-            raise OptionError(
-                "program",
-                f"{PROGRAM} is not on the search path for programs, and {self._python!r} lacks {pythons.BINDINGS}, which holds the "
-                f"same quantiser: {self._python} -m pip install {pythons.BINDINGS}",
-            )
+        self._quantiser.check()
         for option in ("dataset", "min_agreement"):
-            if getattr(self, option) is not None and self._find_runner() is None:
-                raise OptionError(option, pythons.explain_no_runner(self._python))
+            if getattr(self, option) is not None and self._quantiser.runner is None:
+                raise OptionError(option, self._quantiser.explain_no_runner())
         source = inputs.of(GgufFolder)
         if self.dataset is not None:
             check_text(self.dataset, self.samples, self.sequence_length, source)
         self._check_source(known(source.type))
-        python = self._find_runner() or (str(self.python) if self.python else source.python)
+        python = self._quantiser.runner or (str(self.python) if self.python else source.python)
         return {"exported": source.model_copy(update={"type": self.type, "quantisation": self.type, "python": python})}
 
     def advise(self, inputs: Forecasts) -> Sequence[str]:
-        return () if self._find_runner() else (pythons.explain_no_runner(self._python),)
+        return () if self._quantiser.runner else (self._quantiser.explain_no_runner(),)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         source = inputs.exported
         self._check_source(source.type)
-        runner = self._find_runner()
+        runner = self._quantiser.runner
         with self.new_folder(source.folder, source.graph.base.folder) as new:
             file = new.path / f"model-{self.type}.gguf"
-            self._quantise(source.file, file)
+            self._quantiser.quantise(source.file, file, self.type)
             found, difference = (None, None) if runner is None else self._compare(source, file, runner, context)
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.endswith(".gguf")), new.path)
             told = () if found is None else (str(found), f"logits differ by up to {difference:.2g}")
@@ -158,7 +123,7 @@ class QuantizeGguf(FolderExport):
             lineage["llama_cpp"] = None if found is None else found.model_dump()
             files = new.finish(lineage, files)
         size = sum(written.size for written in files.values()) / 1e6
-        context.note(f"wrote {self.to}: {size:.1f} MB, {', '.join(told) or pythons.explain_no_runner(self._python)}")
+        context.note(f"wrote {self.to}: {size:.1f} MB, {', '.join(told) or self._quantiser.explain_no_runner()}")
         update = {"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.type}
         exported = source.model_copy(update={**update, "type": self.type, "python": runner or source.python})
         if isinstance(found, TextAgreement):
@@ -175,11 +140,7 @@ class QuantizeGguf(FolderExport):
         """What quantisation costs, and the largest difference of logits."""
         if self.dataset is not None:
             return self._compare_on_text(source, file, runner, self.dataset, context)
-        from gradmap_pipeline.export.llamacpp.parity import compare_files
-
-        with context.progress("run both GGUF files", 1, "pair") as advance:
-            agreement = FileAgreement(**compare_files(source.graph, source.file, file, runner, context.seed).as_json())
-            advance()
+        agreement = self._quantiser.compare_on_prompts(source, file, runner, context)
         if self.min_agreement is not None and agreement.agreeing < self.min_agreement:
             self._refuse(
                 f"{self.type} finds the same token likeliest at {agreement.agreeing:.3f} of positions of random prompts, under "
@@ -190,15 +151,8 @@ class QuantizeGguf(FolderExport):
     def _compare_on_text(
         self, source: GgufFolder, file: Path, runner: str, dataset: DatasetSource, context: Context
     ) -> tuple[TextAgreement, float]:
-        from gradmap_pipeline.export.llamacpp.session import GgufSession
-
         batches = read_text(source.graph.base, dataset, self.samples, self.sequence_length)
-        with (
-            GgufSession(source.file, runner) as plain,
-            GgufSession(file, runner) as quantised,
-            context.progress("compare both GGUF files", len(batches), "batch") as advance,
-        ):
-            found = compare_models(_run_in(plain), _run_in(quantised), batches, advance)
+        found = self._quantiser.compare_on_text(source, file, runner, batches, context)
         missed = found.find_missed(dataset.name, self.max_perplexity_ratio, self.min_agreement)
         if missed:
             self._refuse("; ".join(missed))
@@ -207,40 +161,9 @@ class QuantizeGguf(FolderExport):
     def _refuse(self, missed: str) -> NoReturn:
         raise QualityError(f"{missed}; choose a type of more bits, or change the limit; nothing was written")
 
-    def _quantise(self, source: Path, target: Path) -> None:
-        program = self._find_program()
-        command = [program] if program else [self._find_runner() or self._python, str(pythons.QUANTIZER)]
-        said = subprocess.run(
-            tie([*command, str(source), str(target), self.type.upper(), str(_count_threads())]),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if said.returncode:
-            raise explain_end("llama.cpp's quantiser", said.returncode, said.stderr or said.stdout or "it said nothing")
-        if not target.is_file():
-            raise StageError("llama.cpp's quantiser ended without an error, and without a file; nothing was written")
-
     @property
-    def _python(self) -> str:
-        return str(self.python or sys.executable)
-
-    def _find_runner(self) -> str | None:
-        return pythons.find_runner((self._python, sys.executable))
-
-    def _find_program(self) -> str | None:
-        return str(self.program) if self.program is not None else shutil.which(PROGRAM)
-
-
-def _run_in(session: GgufSession) -> Run:
-    return lambda batch: session.run_batch(batch.input_ids)
-
-
-def _count_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+    def _quantiser(self) -> GgufQuantiser:
+        return GgufQuantiser(self.program, self.python)
 
 
 @hookimpl

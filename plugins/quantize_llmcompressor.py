@@ -23,11 +23,12 @@ from gradmap_pipeline import (
     Outlook,
     Stage,
     TransformersFolder,
+    check_tokenizer,
+    explain_forecast,
     hookimpl,
+    load_folder,
+    write_quantised,
 )
-from gradmap_pipeline.export.consumers import explain_forecast
-from gradmap_pipeline.export.exports import load_folder
-from gradmap_pipeline.export.quantised import write_quantised
 
 _GROUP_SIZES = (128, 64, 32, 16)
 _ROUNDING = 0.02
@@ -107,8 +108,6 @@ class QuantizeLlmcompressor(FolderExport):
         return explain_forecast(inputs.of(ModelGraph))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import check_tokenizer
-
         if inputs.calibration is not None:
             check_tokenizer(inputs.calibration, inputs.model)
 

@@ -5,33 +5,33 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from gradmap_pipeline import (
+    Agreement,
     CalibrationSet,
     Context,
     DatasetSource,
     FolderExport,
     Forecasts,
     OnnxFolder,
+    OnnxQuantisation,
     OptionError,
     Outlook,
     QualityError,
+    QuantisedGraph,
     Stage,
-    StageError,
+    TextAgreement,
+    check_text,
+    check_tokenizer,
+    describe_folder,
+    extend_lineage,
     hookimpl,
+    read_text,
+    write_card,
 )
-from gradmap_pipeline.artifacts import LINEAGE
-from gradmap_pipeline.export.agreement import TextAgreement, check_text, compare_models, read_text
-from gradmap_pipeline.export.folders import extend_lineage, write_card
-from gradmap_pipeline.stages.targets import copy_files, describe_folder
-
-if TYPE_CHECKING:
-    from gradmap_pipeline.export.agreement import Agreement
-    from gradmap_pipeline.export.ort.quantise import Quantisation, Rounding
 
 _EIGHT_BITS = 0.05
 _ADVICE = {"int4": "keep more in 8 bits", "int8": "use a smaller block_size", "int8_dynamic": "use method int8"}
@@ -123,28 +123,19 @@ class QuantizeOnnx(FolderExport):
         return {"exported": source.model_copy(update={"quantisation": self.method})}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.data import check_tokenizer
-        from gradmap_pipeline.export.ort.layout import find_graph, is_graph, layout_of, place_graph, tell_programs
-        from gradmap_pipeline.export.ort.quantise import quantise_graph
-
         source = inputs.exported
         self._check_source(source.quantisation)
         if inputs.calibration is not None:
             check_tokenizer(inputs.calibration, source.graph)
         with self.new_folder(source.folder, source.graph.base.folder) as new:
-            graph = new.path / place_graph(layout_of(source.folder), source.dtype, self.method)
-            graph.parent.mkdir(exist_ok=True)
-            quantised = quantise_graph(find_graph(source.folder), graph, self._plan(inputs.calibration), context)
-            if not quantised.count:
-                raise StageError(
-                    "the graph has no product with a constant matrix that ONNX Runtime can quantise; nothing was written"
-                )
-            found = self._compare(source, new.path, context)
+            graph = QuantisedGraph(source, new.path)
+            quantised = graph.write_graph(self._plan(inputs.calibration), context)
+            batches = read_text(source.graph.base, self.dataset, self.samples, self.sequence_length)
+            found = graph.compare(batches, context)
             counts = {"quantised": quantised.count, "in_8_bits": quantised.in_8_bits, "left": quantised.left}
             matrices = QuantizedMatrices.of(found, self.dataset.name, **counts)
             self._check_limits(found, is_calibrated=inputs.calibration is not None)
-            copy_files(source.folder, (name for name in source.files if name != LINEAGE and not is_graph(name)), new.path)
-            tell_programs(new.path, source.dtype, self.method)
+            graph.write_companions(self.method)
             details = self._describe(matrices)
             write_card(new.path, source.graph, context.metrics, "onnx", self.method, details)
             files = describe_folder(new.path)
@@ -162,26 +153,16 @@ class QuantizeOnnx(FolderExport):
         if quantisation is not None:
             raise OptionError("method", f"the graph is quantised already ({quantisation}); quantise the export it was made from")
 
-    def _plan(self, calibration: CalibrationSet | None) -> Quantisation:
-        from gradmap_pipeline.export.ort.quantise import Quantisation
-
-        default: Rounding = "gptq" if self.method == "int4" and calibration is not None else "least_squares"
+    def _plan(self, calibration: CalibrationSet | None) -> OnnxQuantisation:
+        default: Literal["least_squares", "gptq"] = "gptq" if self.method == "int4" and calibration is not None else "least_squares"
         uses_text = self.method == "int4" and calibration is not None
-        return Quantisation(
+        return OnnxQuantisation(
             self.method,
             self.block_size or _BLOCK_SIZES[self.method],
             self.rounding or default,
             _EIGHT_BITS if self.eight_bits is None else self.eight_bits,
             calibration.load() if uses_text and calibration is not None else None,
         )
-
-    def _compare(self, source: OnnxFolder, folder: Path, context: Context) -> Agreement:
-        """Run both graphs on the text."""
-        from gradmap_pipeline.export.ort.session import OnnxSession
-
-        batches = read_text(source.graph.base, self.dataset, self.samples, self.sequence_length)
-        with context.progress("compare both graphs", len(batches), "batch") as advance:
-            return compare_models(OnnxSession(source.folder, fast=False).compute, OnnxSession(folder).compute, batches, advance)
 
     def _describe(self, matrices: QuantizedMatrices) -> tuple[str, ...]:
         """What was done and what it costs, in sentences."""

@@ -11,10 +11,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, FolderExport, Forecasts, ModelGraph, Outlook, Stage, TransformersFolder, hookimpl
-from gradmap_pipeline.export.consumers import explain_forecast
-from gradmap_pipeline.export.exports import load_folder
-from gradmap_pipeline.export.quantised import write_quantised
+from gradmap_pipeline import (
+    Context,
+    FolderExport,
+    Forecasts,
+    ModelGraph,
+    Outlook,
+    Stage,
+    TransformersFolder,
+    explain_forecast,
+    hookimpl,
+    load_folder,
+    write_quantised,
+)
 
 
 class QuantizeTorchao(FolderExport):

@@ -8,7 +8,6 @@ model with those below it in place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -19,14 +18,16 @@ from gradmap_pipeline import (
     LayerCompensation,
     ModelCosts,
     ModelGraph,
+    Site,
     Stage,
+    Streams,
     TensorFile,
+    correct_site,
+    find_output_site,
     hookimpl,
+    layers_before_cuts,
+    room_for,
 )
-
-if TYPE_CHECKING:
-    from gradmap_pipeline.correction.sites import Site
-    from gradmap_pipeline.correction.streams import Streams
 
 
 class ReplacemeCompensate(LayerCompensation):
@@ -37,8 +38,6 @@ class ReplacemeCompensate(LayerCompensation):
     ridge: float = Field(0.0, ge=0, description="λ over the mean diagonal of MᵀM; the factor shrinks towards zero. Published: 0.")
 
     def room(self, graph: ModelGraph) -> int:
-        from gradmap_pipeline.correction.ridge import room_for
-
         _, width = graph.map_sizes()
         return room_for(width, width)
 
@@ -49,21 +48,15 @@ class ReplacemeCompensate(LayerCompensation):
         return passes + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         layers_before_cuts(graph)
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         yield from layers_before_cuts(streams.graph)
 
     def correct(
         self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
     ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
-        from gradmap_pipeline.correction.correction import correct_site, find_output
-
-        site = find_output(streams, layer, known)
+        site = find_output_site(streams, layer, known)
         done, patches = correct_site(streams, layer, site, context, space="output", ridge=self.ridge, towards="zero")
         return [done], patches
 

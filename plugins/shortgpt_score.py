@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, LayerScoring, Measure, Stage, hookimpl
+from gradmap_pipeline import Context, LayerScoring, Measure, SamplePass, Stage, hookimpl
 
 if TYPE_CHECKING:
     import torch
-
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def block_influence(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> float:

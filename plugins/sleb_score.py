@@ -6,14 +6,22 @@ Source: https://arxiv.org/abs/2402.09025. The first and the last layer stay.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Decision, Estimate, LayerScoring, Measure, ModelCosts, Stage, hookimpl, take_lowest
-
-if TYPE_CHECKING:
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
+from gradmap_pipeline import (
+    Context,
+    Decision,
+    Estimate,
+    LayerScoring,
+    Measure,
+    ModelCosts,
+    SamplePass,
+    Stage,
+    hookimpl,
+    take_lowest,
+)
 
 
 class SlebScore(LayerScoring):

@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, Estimate, Forecasts, LayerScoring, Measure, ModelCosts, Stage, StructureProbe, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Estimate,
+    Forecasts,
+    LayerScoring,
+    Measure,
+    ModelCosts,
+    ProcessGroup,
+    SamplePass,
+    Stage,
+    StructureProbe,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     import torch
-
-    from gradmap_pipeline.machine.distributed import ProcessGroup
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
 
 
 def taylor_importance(gradients: list[torch.Tensor], weights: list[torch.Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -9,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools.reference import make_pages
+from tools.reference import make_api_page, make_pages
 
+from gradmap_pipeline.api import HOMES
 from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.recipe.plan import make_plan
 from gradmap_pipeline.recipe.recipe import load_recipe
@@ -77,6 +79,10 @@ def test_reference_is_current(name: str) -> None:
     assert (ROOT / "docs" / "reference" / name).read_text() == make_pages()[name], "run `make docs`"
 
 
+def test_the_page_of_the_plugin_api_is_current() -> None:
+    assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == make_api_page(), "run `make docs`"
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name)
 def test_links(page: Path) -> None:
     """Each names a file that is there and, after `#`, a heading in it."""
@@ -105,3 +111,36 @@ def anchors_of(page: Path) -> set[str]:
     """Headings as a Git host names them: lower case, hyphens for spaces, no punctuation but those and `_`."""
     titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+def write_python_blocks(folder: Path) -> list[Path]:
+    """Python of all pages, in files; the generated page shows files that are tested where they lie."""
+    files = []
+    for page in PAGES:
+        if page.name != "api.md":
+            blocks = [text for language, text in BLOCK.findall(page.read_text()) if language == "python"]
+            for number, text in enumerate(blocks):
+                named = re.match(r"# ([\w./-]+\.py)\n", text)
+                files.append(folder / (named[1] if named else f"{page.stem.replace('-', '_')}_{number}.py"))
+                files[-1].parent.mkdir(parents=True, exist_ok=True)
+                files[-1].write_text(text)
+    return files
+
+
+def test_python_in_the_docs_imports_public_names_only(tmp_path: Path) -> None:
+    files = write_python_blocks(tmp_path)
+    assert {"keep_ends.py", "drop_top.py", "influence.py"} <= {file.name for file in files}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradmap"):
+                assert node.module in ("gradmap_pipeline", "gradmap_pipeline.testing"), f"{file.name}: {ast.unparse(node)}"
+                assert node.module != "gradmap_pipeline" or {alias.name for alias in node.names} <= set(HOMES), file.name
+
+
+@pytest.mark.full
+def test_python_in_the_docs_is_typed(tmp_path: Path) -> None:
+    files = [file for file in write_python_blocks(tmp_path) if "gradmap_pipeline" in file.read_text()]
+    command = [sys.executable, "-m", "mypy", "--strict", f"--config-file={ROOT / 'pyproject.toml'}", *map(str, files)]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

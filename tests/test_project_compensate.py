@@ -15,8 +15,7 @@ from gradmap_plugins.project_compensate import ProjectCompensate
 from pydantic import ValidationError
 from tiny import make_model
 from transformers import AutoModelForCausalLM
-from walk import make_calibration
-from walk import make_model as make_any_model
+from walk import make_calibration, make_model as make_any_model
 
 from gradmap_pipeline import CalibrationSet, CapacityError, ModelError, ModelGraph, StageError
 from gradmap_pipeline.batches import make_batches

@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import gradmap_pipeline
+from gradmap_pipeline.api import HOMES, RENAMED
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import PluginError
+from gradmap_pipeline.recipe import moved_names
 from gradmap_pipeline.recipe.catalog import load_catalog
 
 PLUGIN = '''
@@ -186,6 +188,51 @@ def test_what_a_plugin_may_not_be_called(change: tuple[str, str], message: str, 
         load_catalog([Path("p.py")])
     assert message in str(caught.value)
     assert "p.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("from gradmap_pipeline.machine.group import Group",
+         "no module 'gradmap_pipeline.machine.group' in this version (plugin API 1); import ProcessGroup (for Group) from"),
+        ("from gradmap_pipeline.model.checkpoint import load_tensor",
+         "no module 'gradmap_pipeline.model' in this version (plugin API 1); import load_tensor from gradmap_pipeline; docs/"),
+        ("from gradmap_pipeline.model.finite import (\n    find_weights,\n    not_finite,\n)",
+         "import find_nonfinite_weights (for find_weights), explain_nonfinite (for not_finite) from gradmap_pipeline; docs/"),
+        ("from gradmap_pipeline.sweep.parts import PartedSweep", "import SamplePass (for PartedSweep) from gradmap_pipeline;"),
+        ("from gradmap_pipeline.cost.rehearsal import Rehearsal", "import ModelCosts (for Rehearsal) from gradmap_pipeline; docs/"),
+        ("from gradmap_pipeline.stages.survey import Survey", "import StructureProbe (for Survey) from gradmap_pipeline; docs/"),
+        ("from gradmap_pipeline.checkpoint.twins import check_twins", "import check_same_layers (for check_twins) from gradmap"),
+        ("from gradmap_pipeline.model.sweep import Sweep", "import open_sweep (for Sweep) from gradmap_pipeline; docs/"),
+        ("import gradmap_pipeline.machine.partial as partial", "1); import FolderExport from gradmap_pipeline; docs/"),
+        ("from gradmap_pipeline.correction.correction import find_output",
+         "there is no 'find_output' in 'gradmap_pipeline.correction.correction' in this version (plugin API 1); "
+         "import find_output_site (for find_output) from gradmap_pipeline; docs/write-a-plugin.md says what plugins may use"),
+        ("from gradmap_pipeline.nonsense import Nonsense",
+         "(plugin API 1); docs/write-a-plugin.md says what plugins may use; a newer gradmap-pipeline may have it"),
+        ("from gradmap_pipeline import Survey", "'Survey' is called 'StructureProbe' now"),
+    ],
+)  # fmt: skip
+def test_a_plugin_is_told_the_public_name_of_what_has_moved(statement: str, message: str, folder: Path) -> None:
+    Path("p.py").write_text(PLUGIN.replace("class Told", f"{statement}\nclass Told"))
+    result = gradmap("stages", "new_work")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    indented = statement.replace("\n", "\n        ")
+    Path("p.py").write_text(
+        PLUGIN.replace("def run(self, inputs, context):", f"def run(self, inputs, context):\n        {indented}")
+    )
+    write_recipe(folder, "new_work", "{speed: 2}")
+    result = gradmap("run")
+    assert result.exit_code == 4
+    assert "stage 'new_work' (p.py) failed: " in result.stderr
+    assert message.rstrip(";") in result.stderr
+
+
+def test_every_name_that_takes_the_place_of_another_is_public() -> None:
+    replacing = {**moved_names.REPLACED, **moved_names.MODULES, **RENAMED}
+    assert set(replacing.values()) <= set(HOMES)
+    assert set(HOMES) & {*moved_names.REPLACED, *RENAMED} == {"Sweep"}
 
 
 @pytest.mark.parametrize("place", ["    renamed", "class Told"])

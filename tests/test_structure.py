@@ -15,9 +15,9 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
-    "interruptions", "errors", "text", "machine", "batches", "metrics", "artifacts", "measurements", "context", "builtin",
-    "checkpoint", "sweep", "data",
-    "correction", "cost", "stages", "recipe", "export", "tasks", "run", "report", "testing", "template", "cli", "__main__",
+    "api", "interruptions", "errors", "text", "machine", "batches", "metrics", "artifacts", "measurements", "context",
+    "builtin", "checkpoint", "sweep", "data", "correction", "cost", "stages", "recipe", "export", "tasks",
+    "run", "report", "testing", "template", "cli", "__main__",
 ]  # fmt: skip
 """Lowest first: a module imports, wherever the import stands, only from those before it, and from its own package."""
 
@@ -85,14 +85,60 @@ def test_package_does_not_know_the_plugins() -> None:
         assert not any("gradmap_plugins" in name for name in imports_of(file, early=False)), file
 
 
-def test_public_names_are_listed_once_and_exist() -> None:
+def test_public_names_are_in_one_group_and_exist() -> None:
     import gradmap_pipeline
+    from gradmap_pipeline.api import GROUPS
 
-    listed = sorted(name for names in gradmap_pipeline._HOME.values() for name in names)
-    assert listed == sorted(gradmap_pipeline.__all__)
-    assert all(getattr(gradmap_pipeline, name) is not None for name in gradmap_pipeline.__all__)
+    listed = [name for group in GROUPS.values() for names in group.values() for name in names]
+    assert len(set(listed)) == len(listed)
+    assert sorted(listed) == sorted(gradmap_pipeline.__all__)
+    assert all(getattr(gradmap_pipeline, name) is not None for name in listed)
     with pytest.raises(AttributeError, match="has no attribute 'Stag'"):
         _ = gradmap_pipeline.Stag
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    from gradmap_pipeline.api import HOMES
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    seen = {
+        alias.asname: (node.module, alias.name)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {name: (module, name) for name, module in HOMES.items()}
+
+
+def test_help_lists_every_public_name() -> None:
+    import pydoc
+
+    import gradmap_pipeline
+
+    text = pydoc.plain(pydoc.render_doc(gradmap_pipeline)).partition("PACKAGE CONTENTS")[0]
+    shown = set(re.findall(r"\w+", text))
+    assert not set(gradmap_pipeline.__all__) - shown
+    assert text.index("Sweeps") < text.index("open_sweep") < text.index("Corrections") < text.index("correct_site")
+
+
+@pytest.mark.parametrize(
+    "file",
+    modules(PLUGINS) + modules(PACKAGE / "template"),
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_plugins_import_only_public_names(file: Path) -> None:
+    from gradmap_pipeline.api import HOMES
+
+    allowed = {"gradmap_pipeline", "gradmap_pipeline.testing"} if "tests" in file.parts else {"gradmap_pipeline"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("gradmap_pipeline") for alias in node.names), ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradmap_pipeline"):
+            assert node.module in allowed, ast.unparse(node)
+            if node.module == "gradmap_pipeline":
+                assert {alias.name for alias in node.names} <= set(HOMES), ast.unparse(node)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["stages"], ["schema"]])

@@ -48,7 +48,10 @@ def layer_of(name: str, prefix: str) -> int | None:
 
 
 def full_config(folder: Path) -> dict[str, Any]:
-    """The config of the text decoder, with all that its class derives."""
+    """The config of the text decoder in a folder as JSON, with all that its class derives.
+
+    Raises `ModelError` where transformers does not read it.
+    """
     return text_config(read_config(folder).to_dict())
 
 

@@ -179,7 +179,10 @@ class ModelGraph(Model):
 
 
 def open_model(source: ModelSource, digest_of: Callable[[Path], str] = sha256_of) -> ModelGraph:
-    """The whole model of a recipe, downloaded if it must be. `digest_of` gives the SHA-256 of a file."""
+    """The whole model that a recipe starts from, downloaded if it must be. Tensors stay on disk until they are used.
+
+    `digest_of` gives the SHA-256 of a file. Raises `ModelError` where there is no such model, or it is none that can be pruned.
+    """
     graph = open_folder(source.fetch_folder(), source.name, source.dtype, digest_of)
     return graph.model_copy(update={"base": graph.base.model_copy(update={"from_hub": source.id is not None})})
 

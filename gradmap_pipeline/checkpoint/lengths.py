@@ -29,5 +29,8 @@ def lengths_apart(config: Any) -> bool:
 
 
 def lengths_apart_in(folder: Path) -> bool:
-    """The same of the model in a folder."""
+    """Whether the length of one row of a batch changes what the model in a folder computes of the others.
+
+    Then only rows of one length may go together: `make_batches(..., lengths_apart=True)`.
+    """
     return lengths_apart(load_config(folder))

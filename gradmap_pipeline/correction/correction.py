@@ -77,7 +77,7 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
     return share_sites({layer: sites}, group)[layer]
 
 
-def find_output(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
+def find_output_site(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
     """The linear map that writes to a layer's output. Raises `StageError` where there is none."""
     writing = [site for site in sites_of(streams, layer, known) if site.role == "output"]
     if not writing:
@@ -121,7 +121,11 @@ def correct_site(
 
 
 def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor], context: Context) -> dict[str, TensorFile]:
-    """Write new values of a layer's parameters, in the type of the checkpoint, and use them in the pruned stream from now on."""
+    """Write new values of a layer's parameters, in the type of the checkpoint, and use them in the pruned stream from now on.
+
+    `new`: by the parameter's name inside the layer. Returns the files by the tensor's name in the checkpoint. Raises `StageError`
+    where a value is not finite, or does not fit into the type.
+    """
     import torch
 
     patches = {}
@@ -149,7 +153,11 @@ def solve_site(
     shrink: float = 0.0,
     towards: Towards = "identity",
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums."""
+    """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums.
+
+    `space`: `input` adds a matrix to the map, `output` multiplies it by one. `ridge`: relative to the mean diagonal of the Gram
+    matrix. `towards`: what the solution shrinks to, no change (`identity`) or a map that writes nothing (`zero`).
+    """
     from .ridge import ChannelMoments
 
     name = f"{site.name}.weight"
@@ -177,11 +185,14 @@ def solve_site(
 def collect_moments(
     streams: Streams, layer: int, site: Site, space: Space, context: Context
 ) -> tuple[Moments | ChannelMoments, Drift]:
-    """Run the layer once more in the pruned stream and sum what the ridge problem needs."""
+    """Run the layer once more in the pruned stream and sum what the ridge problem needs: `ChannelMoments` for a norm.
+
+    Raises `NoSiteError` where the site's gain is not as it was found, `CapacityError` where the sums do not fit into memory.
+    """
     import torch
 
     from .ridge import ChannelMoments, Moments, check_room
-    from .streams import Drift, capture
+    from .streams import Drift, capture_site
 
     position = streams.graph.layers.index(layer)
     pruned = streams.pruned
@@ -201,7 +212,7 @@ def collect_moments(
     drift = Drift()
     with pruned.look(layer) as step:
         check_gain(pruned.model, layer, hidden, pruned.arguments(0, layer), site)
-        with capture(pruned.model, layer, site, space) as captured:
+        with capture_site(pruned.model, layer, site, space) as captured:
             for visit in step:
                 drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
                 missing = target - drifted if site.role != "attention" else streams.missing_before(layer, visit)

@@ -164,7 +164,7 @@ def room_for(inputs: int, width: int) -> int:
 
 
 def check_room(inputs: int, width: int, memory: int, device: str) -> None:
-    """Raise `CapacityError` unless one correction fits into memory."""
+    """Raise `CapacityError` unless the sums of one correction fit into what is left of `memory` bytes on a device."""
     needed = room_for(inputs, width)
     if needed > memory - resident_bytes(device):
         give_back()

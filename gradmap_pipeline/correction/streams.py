@@ -100,7 +100,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
 @dataclass
 class Streams:
-    """The same tokens inside the original and the pruned model."""
+    """Tokens inside the original and the pruned model: what enters layers of the first, and a pass through the second."""
 
     targets: KeptTensors
     """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
@@ -151,7 +151,7 @@ class Streams:
 
 
 @contextmanager
-def capture(model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"]) -> Iterator[list[torch.Tensor]]:
+def capture_site(model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"]) -> Iterator[list[torch.Tensor]]:
     """Collect, each time its layer runs, what a correction of a site multiplies, times the site's gain.
 
     That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .sequences import POOL, digest_sequences, make_sequences
+from .sequences import SHUFFLE_POOL, digest_sequences, make_sequences
 from .sources import DatasetSource
 from .tokenizer import check_length, check_tokenizer, count_embeddings, load_tokenizer
 
 __all__ = [
-    "POOL",
+    "SHUFFLE_POOL",
     "DatasetSource",
     "check_length",
     "check_tokenizer",

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Packing = Literal["documents", "none"]
 
-POOL = 8
-"""Sequences looked at for each one drawn."""
+SHUFFLE_POOL = 8
+"""Sequences that are read for each one drawn, where samples are drawn at random."""
 
 
 def make_sequences(
@@ -48,7 +48,7 @@ def make_sequences(
         heads = (list(islice(chain.from_iterable(parts), length)) for parts in encode(tokenizer, documents))
         sequences = (ids for ids in heads if len(ids) > 1)
     if samples is not None:
-        sequences = islice(sequences, min(samples if seed is None else samples * POOL, sys.maxsize))
+        sequences = islice(sequences, min(samples if seed is None else samples * SHUFFLE_POOL, sys.maxsize))
     rows = [array("i", ids) for ids in sequences]
     if samples is not None and len(rows) < samples:
         raise StageError(

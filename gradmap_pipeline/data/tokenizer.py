@@ -37,7 +37,7 @@ def load_tokenizer(base: BaseCheckpoint) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(calibration: CalibrationSet, model: ModelGraph) -> None:
-    """Refuse token ids that another model's tokenizer made."""
+    """Raise `StageError` where another tokenizer than the model's made the token ids of a calibration set."""
     if calibration.tokenizer != model.base.tokenizer_sha256:
         raise StageError(f"the calibration set was made with another tokenizer than that of {model.base.name!r}; calibrate on it")
 

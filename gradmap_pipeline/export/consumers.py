@@ -182,10 +182,21 @@ def explain_removal(config: Config, kept: Sequence[int], programs: Collection[st
 
 
 def explain_forecast(model: ModelForecast | None, programs: Collection[str] | None = None) -> list[str]:
-    """The same of a model as a plan knows it; none where it does not know which layers are left."""
+    """Programs that would misread a model as a plan knows it, a line each; none where it does not know which layers are left.
+
+    `programs`: those alone.
+    """
     if model is None or model.config is None or model.kept is None or len(model.kept) == model.config.get("num_hidden_layers"):
         return []
     return explain_removal(complete_config(model.config, model.folder), model.kept, programs)
+
+
+def find_index_programs(config: Config, folder: Path | None) -> list[str]:
+    """Programs that place layers of a model with several kinds of layers by their index, which most removals break.
+
+    `config`: as written, of the decoder. `folder`: of the checkpoint, where it is on this machine.
+    """
+    return name_programs(complete_config(config, folder))
 
 
 def complete_config(written: Config, folder: Path | None) -> Config:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def write_companions(model: ModelGraph, folder: Path) -> None:
-    """Config, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
+    """Write a model's config, tokenizer and licence. Raises `StageError` unless the tokenizer gives what the base's does."""
     from ..checkpoint.architecture import prune_config
     from ..checkpoint.companions import CODE_KEY, copy_companions
     from ..checkpoint.infinities import to_json

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import API_VERSION
 from ..artifacts import Artifact
 from ..cost.estimate import Estimate
-from ..errors import CapacityError, GradmapError, NotKnownError, PluginError, describe_value, name_error
+from ..errors import CapacityError, GradmapError, NotKnownError, PluginError, describe_value
 from ..interruptions import is_interruption
 from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code
 from ..stages.forecasts import explain_wrong
 from ..stages.stage import Stage
+from .plugin_contract import explain_failure
 from .validation import Invalid, validate
 
 
@@ -99,7 +101,7 @@ def _failures(name: str, step: str) -> Iterator[None]:
             raise
         shortage = find_shortage(error)
         if shortage is None:
-            failure = PluginError(f"{name} failed: {name_error(error)}")
+            failure = PluginError(f"{name} failed: {explain_failure(error, API_VERSION)}")
         else:
             failure = CapacityError(f"{name} {shortage.explain()}")
         failure.__cause__ = error

@@ -8,10 +8,12 @@ from types import ModuleType
 
 from ..errors import PluginError, name_error
 from ..stages.stage import Stage
+from .moved_names import suggest_imports
 from .plugin_files import show_module
 
 _PACKAGE = __name__.partition(".")[0]
 _GUIDE = "docs/write-a-plugin.md"
+_NOWHERE = f"{_GUIDE} says what plugins may use; a newer gradmap-pipeline may have it"
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _CANNOT_IMPORT = re.compile(r"cannot import name '([^']*)' from '([^']*)'")
 
@@ -72,13 +74,19 @@ def _check_api(plugin: str, wanted: object, api: int) -> None:
 
 
 def explain_failure(error: BaseException, api: int) -> str:
-    """Why a plugin cannot be imported. Where it asks this package for a name that it lacks: for which, and where to look."""
+    """Why code of a plugin fails. Where it imports what this package lacks: what, and what to import instead."""
+    return explain_lack(error, api) or name_error(error)
+
+
+def explain_lack(error: BaseException, api: int) -> str | None:
+    """What code of a plugin takes from this package that is not there, and what to take instead; None of any other failure."""
     missing = _find_missing(error)
     if missing is None:
-        return name_error(error)
+        return None
     home, name = missing
     asked = f"module {home!r}" if name is None else f"{name!r} in {home!r}"
-    advice = f"{_GUIDE} says what plugins may use; a newer gradmap-pipeline may have it"
+    moved = suggest_imports(error, home, name)
+    advice = f"{moved}; {_GUIDE} says what plugins may use" if moved else _NOWHERE
     return f"there is no {asked} in this version (plugin API {api}); {advice}"
 
 

@@ -16,6 +16,7 @@ from importlib.metadata import Distribution
 from itertools import accumulate
 from pathlib import Path
 
+from ..api import HOMES
 from ..machine.digests import sha256_of, sha256_of_value
 from .plugin_files import find_neighbours, folder_of, name_module
 
@@ -157,5 +158,5 @@ def _nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
 
 def _find_home(public_name: str) -> list[str]:
     """The module of this package that a public name comes from."""
-    homes: dict[str, tuple[str, ...]] = sys.modules[_PACKAGE]._HOME
-    return [f"{_PACKAGE}.{home}" for home, names in homes.items() if public_name in (*names, "*")]
+    home = HOMES.get(public_name)
+    return [f"{_PACKAGE}.{module}" for module in ([home] if home else HOMES.values() if public_name == "*" else [])]

@@ -14,8 +14,7 @@ from ..text import add_row, dump_json, make_console, make_table, say, show
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
-    from rich.progress import TaskID
+    from rich.progress import Progress as Bars, TaskID
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_EVENTS = 0.5
@@ -167,8 +166,7 @@ class TerminalReporter(LineReporter):
         super().error(exit_code, message, where)
 
     def _start_bar(self, event: Progress) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
 
         columns = (
             TextColumn("{task.description}", markup=False),

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from .. import API_VERSION
 from ..context import Context
 from ..errors import CapacityError, GradmapError, RecipeError, StageError, describe_value, on_one_line, text_of
 from ..interruptions import is_interruption
@@ -18,6 +19,7 @@ from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code
 from ..recipe.asking import name_method
 from ..recipe.plan import PlannedStep
+from ..recipe.plugin_contract import explain_lack
 from .isolation import WorkerCrash, run_elsewhere
 from .output_checks import find_output_faults
 from .store import StepFolder, Store
@@ -52,9 +54,8 @@ def call_stage(
             else (type(error).__name__, traceback.format_exc())
         )
         kept = store.save_traceback(told[1])
-        failure = StageError(
-            f"stage {step.stage.name!r} ({step.plugin}) failed: {told[0]}: {on_one_line(error)}; traceback in {kept}"
-        )
+        why = explain_lack(error, API_VERSION) or f"{told[0]}: {on_one_line(error)}"
+        failure = StageError(f"stage {step.stage.name!r} ({step.plugin}) failed: {why}; traceback in {kept}")
         failure.where = where
         raise failure from error
     if not isinstance(result, BaseModel) or not isinstance(result, step.stage.Outputs):

@@ -170,11 +170,11 @@ class LayerCompensation(Stage):
     def _refuse(self, error: NotFiniteError, streams: Streams, context: Context) -> None:
         """Raise the error that tells why what a correction needs is not finite."""
         from ..machine.memory import give_back
-        from ..sweep.finite import not_finite
+        from ..sweep.finite import explain_nonfinite
 
         batches = streams.pruned.batches
         give_back()
         graphs = [streams.graph.dense, streams.graph]
-        told = not_finite(str(error), graphs, batches, context.device, context.dtype, context.folder)
+        told = explain_nonfinite(str(error), graphs, batches, context.device, context.dtype, context.folder)
         vague = StageError(f"{error} is not a finite number in {context.dtype}")
         context.group.agree(told or vague, is_vague=told is None)

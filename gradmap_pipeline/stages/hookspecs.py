@@ -8,6 +8,7 @@ from .stage import Stage
 
 hookspec = pluggy.HookspecMarker("gradmap")
 hookimpl = pluggy.HookimplMarker("gradmap")
+"""Decorator of the function `gradmap_stages()`, which returns the stage classes that a plugin provides."""
 
 
 @hookspec

@@ -101,14 +101,14 @@ class Scorer:
 
     def _refuse(self, layer: int, kept: set[int]) -> None:
         """Raise the error that tells why the score of a layer is not finite."""
-        from ..sweep.finite import not_finite
+        from ..sweep.finite import explain_nonfinite
 
         assert self._sweep is not None
         batches, context = self._sweep.batches, self.context
         self.close()
         left = self.model.without_layers(set(self.model.layers) - kept) if kept < set(self.model.layers) else self.model
         name = f"the score of layer {layer}"
-        error = not_finite(name, [left], batches, context.device, context.dtype, context.folder)
+        error = explain_nonfinite(name, [left], batches, context.device, context.dtype, context.folder)
         wider = "; use --dtype float32 or bfloat16" if context.dtype == "float16" else ""
         vague = StageError(f"{name} is not a finite number in {context.dtype}, though all logits are{wider}")
         context.group.agree(error or vague, is_vague=error is None)

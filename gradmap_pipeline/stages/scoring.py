@@ -110,13 +110,13 @@ class LayerScoring(Stage):
 
     def rank(self, model: ModelGraph, scores: Scores, context: Context) -> LayerScores:
         """Decisions by scores that need no sweep. Raises `StageError` where one is not finite."""
-        from ..sweep.finite import find_weights
+        from ..sweep.finite import find_nonfinite_weights
 
         count, protected = self.count_decisions(len(model.layers)), self.protected(model.layers)
         scores = check_scores(self.name, scores, model.layers)
         broken = next((layer for layer, score in scores.items() if not math.isfinite(score)), None)
         if broken is not None:
-            cause = find_weights(model) or f"what stage {self.name!r} makes of finite weights is not"
+            cause = find_nonfinite_weights(model) or f"what stage {self.name!r} makes of finite weights is not"
             raise StageError(f"the score of layer {broken} is not a finite number: {cause}")
         kept = list(model.layers)
         decisions: list[Decision] = []

@@ -33,8 +33,11 @@ def find_tensor(graph: ModelGraph, names: Iterable[str]) -> str | None:
     return None
 
 
-def find_weights(graph: ModelGraph) -> str | None:
-    """The same of all tensors of a model: those of layers that are left out are not looked at."""
+def find_nonfinite_weights(graph: ModelGraph) -> str | None:
+    """What to say of the first tensor of a model that holds a number that is not finite; None where all are finite.
+
+    Tensors of layers that are left out are not looked at.
+    """
     return find_tensor(graph, names_of(graph))
 
 
@@ -63,10 +66,14 @@ def find_cause(graph: ModelGraph, batches: Sequence[Batch], device: str, dtype: 
     return f"{where} not finite in {dtype}, though the weights there are{wider}"
 
 
-def not_finite(
+def explain_nonfinite(
     what: str, graphs: Sequence[ModelGraph], batches: Sequence[Batch], device: str, dtype: str, folder: Path | None = None
 ) -> StageError | None:
-    """The error that tells why `what` is not finite, by the first of the graphs that says; None where all logits are finite."""
+    """The error that tells why `what` is not finite, by the first of the models that says; None where all logits are finite.
+
+    `batches`: the tokens on which it is not. `device`, `dtype`: to compute in, as `Context` has them. `folder`: for hidden states
+    that do not fit into memory.
+    """
     for graph in graphs:
         cause = find_cause(graph, batches, device, dtype, folder)
         if cause is not None:

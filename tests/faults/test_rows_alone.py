@@ -10,8 +10,7 @@ import torch
 from gradmap_plugins.evaluate import score_opened, score_text
 from tiny import CONFIGS, SMALL, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
-from walk import ARCHITECTURES
-from walk import make_model as make_any_model
+from walk import ARCHITECTURES, make_model as make_any_model
 from zoo import make_config
 
 from gradmap_pipeline import StageError, TransformersFolder

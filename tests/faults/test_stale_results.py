@@ -36,7 +36,7 @@ def gradmap_stages():
     return [Swap]
 '''
 MACHINERY = (
-    "__main__", "cli", "cost", "errors", "export.verify", "interruptions", "machine.extras", "machine.input_files",
+    "__main__", "api", "cli", "cost", "errors", "export.verify", "interruptions", "machine.extras", "machine.input_files",
     "machine.machine", "machine.processes", "machine.shortages", "machine.streams", "machine.supervision", "recipe", "report",
     "run", "stages.exporting", "stages.removal", "testing", "text",
 )  # fmt: skip

@@ -39,7 +39,7 @@ _TRACER = 1 << 28
 """Bytes of a traced graph of some dozens of layers, without its weights."""
 
 
-def estimate_memory(weights: int, program: int) -> int:
+def estimate_tracing_memory(weights: int, program: int) -> int:
     """Bytes resident at the peak, in all processes, for so many bytes of weights; `program`: of a process without a model."""
     return weights + _TRACER + program * (1 if weights < ROOM else 2)
 

@@ -26,11 +26,12 @@ Rounding = Literal["nearest", "least_squares", "gptq"]
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """What to do."""
+class OnnxQuantisation:
+    """How the matrices of a graph are quantised."""
 
     method: Literal["int4", "int8", "int8_dynamic"]
     block_size: int
+    """Numbers that share a scale, of `int4` and `int8`."""
     rounding: Rounding
     eight_bits: float
     """Largest share of all numbers that stays in 8 bits where the others get 4."""
@@ -49,7 +50,7 @@ class Quantised:
     """Numbers in each matrix that stays as it was, by name."""
 
 
-def quantise_graph(source: Path, target: Path, how: Quantisation, context: Context) -> Quantised:
+def quantise_graph(source: Path, target: Path, how: OnnxQuantisation, context: Context) -> Quantised:
     """Write the quantised graph and its weights beside it."""
     import onnx_ir
 
@@ -71,7 +72,7 @@ def quantise_graph(source: Path, target: Path, how: Quantisation, context: Conte
     return Quantised(wide + sum(blocks.bits == 4 for blocks in chosen), wide, left)
 
 
-def _choose(model: onnx_ir.Model, matrices: list[Matrix], how: Quantisation, context: Context) -> list[Blocks]:
+def _choose(model: onnx_ir.Model, matrices: list[Matrix], how: OnnxQuantisation, context: Context) -> list[Blocks]:
     """Each matrix in its bits. Those whose products would change most in 4 bits, for their size, get 8."""
     if how.method != "int4":
         return [quantise_rows(matrix.load(), 8, _size(matrix, how), nearest=how.rounding == "nearest") for matrix in matrices]
@@ -86,7 +87,7 @@ def _choose(model: onnx_ir.Model, matrices: list[Matrix], how: Quantisation, con
 
 
 def _quantise_to_4(
-    model: onnx_ir.Model, matrices: list[Matrix], how: Quantisation, context: Context
+    model: onnx_ir.Model, matrices: list[Matrix], how: OnnxQuantisation, context: Context
 ) -> Iterator[tuple[Blocks, float]]:
     """Each matrix in 4 bits, and the relative squared error of its products."""
     if how.text is None:
@@ -120,7 +121,7 @@ def relative_error(numbers: torch.Tensor, rounded: torch.Tensor, squares: torch.
     return measure(numbers - rounded) / whole if whole > 0 else 0.0
 
 
-def _size(matrix: Matrix, how: Quantisation) -> int:
+def _size(matrix: Matrix, how: OnnxQuantisation) -> int:
     size = choose_block(matrix, how.block_size)
     assert size is not None
     return size

@@ -7,15 +7,25 @@ With M what the layer's output map gives and R what is missing behind the cut, b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from gradmap_pipeline import Context, CorrectedSite, LayerCompensation, ModelGraph, Stage, TensorFile, hookimpl
-
-if TYPE_CHECKING:
-    from gradmap_pipeline.correction.sites import Site
-    from gradmap_pipeline.correction.streams import Streams
+from gradmap_pipeline import (
+    Context,
+    CorrectedSite,
+    LayerCompensation,
+    ModelGraph,
+    Moments,
+    Site,
+    Stage,
+    Streams,
+    TensorFile,
+    collect_moments,
+    find_output_site,
+    hookimpl,
+    layers_before_cuts,
+    write_patches,
+)
 
 
 class StageName(LayerCompensation):
@@ -30,22 +40,15 @@ class StageName(LayerCompensation):
         return 2 * 8 * width**2  # both sums that `collect_moments` keeps
 
     def check(self, graph: ModelGraph) -> None:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         layers_before_cuts(graph)
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
-        from gradmap_pipeline.correction.correction import layers_before_cuts
-
         yield from layers_before_cuts(streams.graph)
 
     def correct(
         self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
     ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
-        from gradmap_pipeline.correction.correction import collect_moments, find_output, write_patches
-        from gradmap_pipeline.correction.ridge import Moments
-
-        site = find_output(streams, layer, known)
+        site = find_output_site(streams, layer, known)
         moments, drift = collect_moments(streams, layer, site, "output", context)
         assert isinstance(moments, Moments)  # a linear map has such
         written, along = float(moments.gram.trace()), float(moments.cross.trace())

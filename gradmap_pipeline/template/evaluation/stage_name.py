@@ -15,7 +15,12 @@ from gradmap_pipeline import (
     Stage,
     StageError,
     StructureProbe,
+    count_embeddings,
     hookimpl,
+    load_tokenizer,
+    make_sequences,
+    open_sweep,
+    predicted_tokens,
 )
 
 
@@ -44,10 +49,6 @@ class StageName(Stage):
         probe.check_layerwise()
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.batches import predicted_tokens
-        from gradmap_pipeline.data import count_embeddings, load_tokenizer, make_sequences
-        from gradmap_pipeline.sweep.sweep import open_sweep
-
         base = inputs.model.base
         tokenizer, embeddings = load_tokenizer(base), count_embeddings(base)
         documents = self.dataset.documents()

@@ -6,7 +6,18 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, Export, FolderExport, ModelGraph, Stage, hookimpl
+from gradmap_pipeline import (
+    Context,
+    Export,
+    FolderExport,
+    ModelGraph,
+    Stage,
+    describe_folder,
+    hookimpl,
+    load_tensor,
+    make_lineage,
+    write_companions,
+)
 
 
 class NumpyFolder(Export):
@@ -40,10 +51,6 @@ class StageName(FolderExport):
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import numpy
         import torch
-
-        from gradmap_pipeline.checkpoint.checkpoint import load_tensor
-        from gradmap_pipeline.export.folders import make_lineage, write_companions
-        from gradmap_pipeline.stages.targets import describe_folder
 
         model = inputs.model
         tensors = model.export_tensors()

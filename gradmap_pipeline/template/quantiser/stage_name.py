@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, FolderExport, Forecasts, ModelGraph, Outlook, Stage, TransformersFolder, hookimpl
+from gradmap_pipeline import (
+    Context,
+    FolderExport,
+    Forecasts,
+    ModelGraph,
+    Outlook,
+    Stage,
+    TransformersFolder,
+    hookimpl,
+    load_folder,
+    write_quantised,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,16 +46,12 @@ class StageName(FolderExport):
         return {**super().forecast(inputs), "model": TransformersFolder.Forecast.of(inputs.of(ModelGraph))}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        from gradmap_pipeline.export.quantised import write_quantised
-
         with self.new_folder(inputs.model.base.folder) as new:
             exported = write_quantised(inputs.model, new, "safetensors", "int8 rounded", self._quantise, self, context)
         return self.Outputs(model=exported)
 
     def _quantise(self, folder: Path) -> Any:
         import torch
-
-        from gradmap_pipeline.export.exports import load_folder
 
         model = load_folder(folder)
         head = model.get_output_embeddings()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from gradmap_pipeline import Context, LayerScores, LayerScoring, ModelGraph, Stage, hookimpl
+from gradmap_pipeline import Context, LayerScores, LayerScoring, ModelGraph, Stage, hookimpl, load_tensor
 
 
 class StageName(LayerScoring):
@@ -33,8 +33,6 @@ class StageName(LayerScoring):
         return self.Outputs(scores=self.rank(model, scores, context))
 
     def _score(self, model: ModelGraph, layer: int) -> float:
-        from gradmap_pipeline.checkpoint.checkpoint import load_tensor
-
         squares, elements = 0.0, 0
         for tensor in model.layer_tensors(layer).values():
             squares += float(load_tensor(tensor).double().square().sum())

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from stage_name import StageName
 
+from gradmap_pipeline import load_tensor
 from gradmap_pipeline.testing import check_stage, make_inputs, run_stage
 
 
 def test_output_maps_before_the_cuts_are_scaled(tmp_path: Path) -> None:
-    from gradmap_pipeline.checkpoint.checkpoint import load_tensor
-
     inputs = make_inputs(StageName, tmp_path)
     outputs = run_stage(StageName(), tmp_path / "run", **inputs)
     before, after = inputs["model"], outputs.model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from stage_name import StageName
 
-from gradmap_pipeline import DatasetSource
+from gradmap_pipeline import DatasetSource, load_tokenizer, make_sequences
 from gradmap_pipeline.testing import check_stage, make_inputs, run_stage
 
 TEXT = DatasetSource(builtin="heldout")
@@ -18,8 +18,6 @@ TEXT = DatasetSource(builtin="heldout")
 def test_accuracy_is_that_of_plain_transformers(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
-
-    from gradmap_pipeline.data import load_tokenizer, make_sequences
 
     model = make_inputs(StageName, tmp_path)["model"].dense
     outputs = run_stage(StageName(dataset=TEXT, samples=4, sequence_length=64), tmp_path / "run", model=model)

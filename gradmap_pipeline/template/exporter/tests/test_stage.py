@@ -7,13 +7,12 @@ from pathlib import Path
 
 from stage_name import StageName
 
+from gradmap_pipeline import load_tensor
 from gradmap_pipeline.testing import check_stage, make_inputs, run_stage
 
 
 def test_folder_holds_every_tensor_as_it_is(tmp_path: Path) -> None:
     import numpy as np
-
-    from gradmap_pipeline.checkpoint.checkpoint import load_tensor
 
     inputs = make_inputs(StageName, tmp_path)
     exported = run_stage(StageName(to=tmp_path / "out"), tmp_path / "run", **inputs).exported

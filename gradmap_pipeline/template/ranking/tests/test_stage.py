@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from stage_name import StageName
 
+from gradmap_pipeline import load_tensor
 from gradmap_pipeline.testing import check_stage, make_inputs, run_stage
 
 
 def test_scores_are_norms_and_the_smallest_goes_first(tmp_path: Path) -> None:
-    from gradmap_pipeline.checkpoint.checkpoint import load_tensor
-
     inputs = make_inputs(StageName, tmp_path)
     scores = run_stage(StageName(layers=3, protect_first=0, protect_last=0), tmp_path / "run", **inputs).scores
     model = inputs["model"]

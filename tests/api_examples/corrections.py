@@ -1,0 +1,109 @@
+"""A correction of a pruned model: the same tokens run through the original and the pruned model, side by side."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from gradmap_pipeline import (
+    Compensation,
+    Context,
+    CorrectedSite,
+    Drift,
+    LayerCompensation,
+    ModelGraph,
+    Moments,
+    NoSiteError,
+    Site,
+    Streams,
+    TensorFile,
+    capture_site,
+    check_gain,
+    check_room,
+    collect_moments,
+    correct_site,
+    find_output_site,
+    layers_before_cuts,
+    room_for,
+    sites_of,
+    solve_site,
+    write_patches,
+)
+from gradmap_pipeline.testing import make_inputs, run_stage
+
+
+class RidgeCompensate(LayerCompensation):
+    """Add to the output map of the layer before each cut what ridge regression finds; three ways to the same result."""
+
+    name = "ridge_compensate"
+
+    way: Literal["whole", "in parts", "by hand"] = Field("whole", description="How much of the work is spelled out.")
+
+    def room(self, graph: ModelGraph) -> int:
+        return room_for(*graph.map_sizes())
+
+    def check(self, graph: ModelGraph) -> None:
+        layers_before_cuts(graph)  # raises StageError where there is no cut
+
+    def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+        yield from layers_before_cuts(streams.graph)
+
+    def correct(
+        self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context
+    ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
+        if not sites_of(streams, layer, known):
+            raise NoSiteError(f"layer {layer} has no place for a correction")
+        site = find_output_site(streams, layer, known)
+        if self.way == "whole":
+            done, patches = correct_site(streams, layer, site, context, space="input", ridge=0.1)
+            return [done], patches
+        if self.way == "in parts":
+            moments, drift = collect_moments(streams, layer, site, "input", context)
+            assert isinstance(moments, Moments)
+        else:
+            moments, drift = self._sum(streams, layer, site, context)
+        new, left = solve_site(streams.pruned.model, layer, site, moments, space="input", ridge=0.1)
+        patches = write_patches(streams, layer, new, context)
+        done = CorrectedSite(
+            layer=layer,
+            parameter=f"{site.name}.weight",
+            shift=drift.shift,
+            relative_shift=drift.relative_shift,
+            missing_left=left,
+        )
+        return [done], patches
+
+    def _sum(self, streams: Streams, layer: int, site: Site, context: Context) -> tuple[Moments, Drift]:
+        """What `collect_moments` does: AᵀA and AᵀR over tokens, A (n, inputs) the map's inputs, R (n, hidden) what is missing."""
+        position, pruned = streams.graph.layers.index(layer), streams.pruned
+        _, width = streams.graph.map_sizes()
+        check_room(site.inputs, width, context.memory, context.device)
+        gram = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
+        moments, drift = Moments(gram, torch.zeros(site.inputs, width, dtype=torch.float64), 0.0), Drift()
+        with pruned.look(layer) as step:
+            check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
+            with capture_site(pruned.model, layer, site, "input") as captured:
+                for visit in step:
+                    leaving = visit.output[visit.mask].double()
+                    wanted = streams.target(position, visit.batch)[visit.mask].double()
+                    entering = captured.pop().reshape(*visit.mask.shape, -1)[visit.mask]
+                    moments.add(entering, wanted - leaving)
+                    drift.add(leaving, wanted)
+        streams.join(drift, layer)
+        moments.join(streams.group)
+        return moments, drift
+
+
+inputs = make_inputs(RidgeCompensate, Path("inputs"))
+results = {}
+for way in ("whole", "in parts", "by hand"):
+    stage = RidgeCompensate.model_validate({"way": way})
+    outputs = run_stage(stage, Path(way), **inputs)
+    compensation: Compensation = outputs.compensation
+    results[way] = [site.missing_left for site in compensation.sites]
+    assert [site.layer for site in compensation.sites] == layers_before_cuts(inputs["model"])
+    assert all(0 < left < 1 for left in results[way])
+assert torch.allclose(torch.tensor(results["whole"]), torch.tensor(results["in parts"]))
+assert torch.allclose(torch.tensor(results["whole"]), torch.tensor(results["by hand"]))

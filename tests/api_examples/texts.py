@@ -1,0 +1,59 @@
+"""Text to token ids."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from gradmap_pipeline import (
+    SHUFFLE_POOL,
+    CalibrationSet,
+    DatasetSource,
+    ModelForecast,
+    ModelGraph,
+    ModelSource,
+    OptionError,
+    Stage,
+    check_length,
+    check_tokenizer,
+    count_embeddings,
+    digest_sequences,
+    load_tokenizer,
+    make_sequences,
+    open_model,
+)
+from gradmap_pipeline.testing import make_inputs
+
+model = open_model(ModelSource(builtin="docs-llama"))
+dataset = DatasetSource(builtin="calibration")
+dataset.check_amount(8, 32, "documents")  # raises OptionError where the text cannot give so much
+
+tokenizer, embeddings = load_tokenizer(model.base), count_embeddings(model.base)
+ids, mask = make_sequences(tokenizer, dataset.documents(shuffle_seed=0), 32, 8, seed=0, embeddings=embeddings)
+assert ids.shape == mask.shape == (8, 32)
+assert int(ids.max()) < embeddings
+again, _ = make_sequences(tokenizer, dataset.documents(shuffle_seed=0), 32, 8, seed=0, embeddings=embeddings)
+assert digest_sequences(ids, mask) == digest_sequences(again, mask)
+assert SHUFFLE_POOL * 8 == 64  # sequences that are read to draw eight of them
+
+# A plan knows how long sequences may be.
+assert check_length(None, ModelForecast(layers=12, positions=64)) == 64
+with pytest.raises(OptionError, match="100"):
+    check_length(100, ModelForecast(layers=12, positions=64))
+
+
+class UseText(Stage):
+    """Takes a calibration set."""
+
+    name = "use_text"
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+        calibration: CalibrationSet
+
+    class Outputs(BaseModel):
+        model: ModelGraph
+
+
+inputs = make_inputs(UseText, Path("inputs"))
+check_tokenizer(inputs["calibration"], inputs["model"])  # raises StageError where another tokenizer made the ids
