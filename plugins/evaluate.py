@@ -117,11 +117,11 @@ class Evaluate(Stage):
             content = model.model_copy(update={"label": ""}) if isinstance(model, ModelGraph) else model
             key = {"model": content.content(), "text": text}
             score = partial(score_text, model) if isinstance(model, ModelGraph) else partial(score_opened, model)
-            found: dict[str, Any] = context.remember(key, lambda: score(ids, mask, context))
-            return found
+            figures: dict[str, Any] = context.remember(key, lambda: score(ids, mask, context))
+            return figures
 
-        found = measure(model)
-        perplexity = perplexity_of(found["loss"], self.dataset.name)
+        figures = measure(model)
+        perplexity = perplexity_of(figures["loss"], self.dataset.name)
         base_perplexity = None
         if self.max_perplexity_ratio is not None:
             base_perplexity = perplexity_of(measure(graph.dense)["loss"], self.dataset.name)
@@ -138,7 +138,7 @@ class Evaluate(Stage):
                 parameters=graph.count_parameters(),
                 bytes=model.size_bytes,
                 base_perplexity=base_perplexity,
-                **found,
+                **figures,
             )
         )
 

@@ -140,9 +140,9 @@ class EvaluateLmEval(Stage):
         return TaskHarness(self.tasks, self.task_folder, self.allow_code)
 
 
-def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
+def make_score(task: str, report: Mapping[str, Any]) -> TaskScore:
     """One task's part of what `simple_evaluate` returns. Its keys are `metric,filter`; filter `none` is left out here."""
-    results = {key.removesuffix(",none"): value for key, value in found["results"][task].items() if isinstance(value, float)}
+    results = {key.removesuffix(",none"): value for key, value in report["results"][task].items() if isinstance(value, float)}
     deviations = {key.replace("_stderr", "", 1): value for key, value in results.items() if "_stderr" in key}
     errors = {key: value for key, value in deviations.items() if math.isfinite(value)}  # of one document there is none
     metrics = {key: value for key, value in results.items() if "_stderr" not in key}
@@ -152,10 +152,10 @@ def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
             f"lm-eval's {task}.{broken} is {metrics[broken]}, not a finite number: the model computes values that are not, or "
             "gives the right answers no probability at all; use evaluate to see which"
         )
-    directions = found["higher_is_better"].get(task, {})
+    directions = report["higher_is_better"].get(task, {})
     higher = {key: directions[key.partition(",")[0]] for key in metrics if directions.get(key.partition(",")[0]) is not None}
-    samples = found["n-samples"].get(task, {}).get("effective", 0)
-    fewshot = found.get("n-shot", {}).get(task)
+    samples = report["n-samples"].get(task, {}).get("effective", 0)
+    fewshot = report.get("n-shot", {}).get(task)
     return TaskScore(
         task=task,
         metrics=metrics,
@@ -163,7 +163,7 @@ def make_score(task: str, found: Mapping[str, Any]) -> TaskScore:
         higher_is_better=higher,
         samples=samples,
         fewshot=fewshot if isinstance(fewshot, int) else None,
-        version=str(found["versions"].get(task, "")),
+        version=str(report["versions"].get(task, "")),
     )
 
 

@@ -71,8 +71,8 @@ def information(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float
     """Mutual information in nats between coordinates (n, 2), by five nearest neighbours; the mean over pairs of coordinates."""
     from sklearn.feature_selection import mutual_info_regression
 
-    found = [mutual_info_regression(one, column, n_neighbors=_NEIGHBOURS, random_state=0).mean() for column in other.T]
-    return float(sum(found) / len(found))
+    estimates = [mutual_info_regression(one, column, n_neighbors=_NEIGHBOURS, random_state=0).mean() for column in other.T]
+    return float(sum(estimates) / len(estimates))
 
 
 def likeness(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
@@ -182,17 +182,18 @@ class MkaMerge(Stage):
         self, graph: ModelGraph, calibration: CalibrationSet, context: Context
     ) -> tuple[dict[int, np.ndarray[Any, Any]], Round]:
         """Coordinates of every sample by layer, from the mean over tokens of what leaves the layer."""
+        import sklearn.feature_selection  # noqa: F401 - its libraries are in memory before the sweep is planned
         import torch
 
         started = time.perf_counter()
-        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in graph.layers}
+        vectors_by_layer: dict[int, list[torch.Tensor]] = {layer: [] for layer in graph.layers}
         with open_sweep(graph, calibration.load(), context) as sweep:
             for step in sweep.forward():
                 for visit in step:
                     real = visit.mask[..., None]
-                    found[step.layer].append(((visit.output.double() * real).sum(1) / real.sum(1)).cpu())
+                    vectors_by_layer[step.layer].append(((visit.output.double() * real).sum(1) / real.sum(1)).cpu())
         work = Round(layer_forwards=sweep.layer_forwards, layer_backwards=0, seconds=time.perf_counter() - started)
-        return {layer: diffusion_map(torch.cat(vectors).numpy()) for layer, vectors in found.items()}, work
+        return {layer: diffusion_map(torch.cat(vectors).numpy()) for layer, vectors in vectors_by_layer.items()}, work
 
 
 def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> dict[str, TensorFile]:

@@ -113,26 +113,26 @@ class QuantizeGguf(FolderExport):
         with self.new_folder(source.folder, source.graph.base.folder) as new:
             file = new.path / f"model-{self.type}.gguf"
             self._quantiser.quantise(source.file, file, self.type)
-            found, difference = (None, None) if runner is None else self._compare(source, file, runner, context)
+            agreement, difference = (None, None) if runner is None else self._compare(source, file, runner, context)
             copy_files(source.folder, (name for name in source.files if name != LINEAGE and not name.endswith(".gguf")), new.path)
-            told = () if found is None else (str(found), f"logits differ by up to {difference:.2g}")
+            told = () if agreement is None else (str(agreement), f"logits differ by up to {difference:.2g}")
             details = (f"made from a file of type {source.type.upper()}", *told)
             write_card(new.path, source.graph, context.metrics, "gguf", self.type.upper(), details)
             files = describe_folder(new.path)
             lineage = extend_lineage(source.folder, files, difference, self, context)
-            lineage["llama_cpp"] = None if found is None else found.model_dump()
+            lineage["llama_cpp"] = None if agreement is None else agreement.model_dump()
             files = new.finish(lineage, files)
         size = sum(written.size for written in files.values()) / 1e6
         context.note(f"wrote {self.to}: {size:.1f} MB, {', '.join(told) or self._quantiser.explain_no_runner()}")
         update = {"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.type}
         exported = source.model_copy(update={**update, "type": self.type, "python": runner or source.python})
-        if isinstance(found, TextAgreement):
-            return self.Outputs(exported=exported, on_text=found)
-        return self.Outputs(exported=exported, agreement=found)
+        if isinstance(agreement, TextAgreement):
+            return self.Outputs(exported=exported, on_text=agreement)
+        return self.Outputs(exported=exported, agreement=agreement)
 
-    def _check_source(self, kind: str) -> None:
-        if kind not in PLAIN:
-            raise OptionError("type", f"the file is quantised already ({kind}); quantise one of type {' or '.join(PLAIN)}")
+    def _check_source(self, source_type: str) -> None:
+        if source_type not in PLAIN:
+            raise OptionError("type", f"the file is quantised already ({source_type}); quantise one of type {' or '.join(PLAIN)}")
 
     def _compare(
         self, source: GgufFolder, file: Path, runner: str, context: Context
@@ -152,11 +152,11 @@ class QuantizeGguf(FolderExport):
         self, source: GgufFolder, file: Path, runner: str, dataset: DatasetSource, context: Context
     ) -> tuple[TextAgreement, float]:
         batches = read_text(source.graph.base, dataset, self.samples, self.sequence_length)
-        found = self._quantiser.compare_on_text(source, file, runner, batches, context)
-        missed = found.find_missed(dataset.name, self.max_perplexity_ratio, self.min_agreement)
+        comparison = self._quantiser.compare_on_text(source, file, runner, batches, context)
+        missed = comparison.find_missed(dataset.name, self.max_perplexity_ratio, self.min_agreement)
         if missed:
             self._refuse("; ".join(missed))
-        return TextAgreement.of(found, dataset.name), found.difference
+        return TextAgreement.of(comparison, dataset.name), comparison.difference
 
     def _refuse(self, missed: str) -> NoReturn:
         raise QualityError(f"{missed}; choose a type of more bits, or change the limit; nothing was written")

@@ -151,8 +151,8 @@ class QuantizeLlmcompressor(FolderExport):
         modifiers: list[Any] = []
         if self.smoothquant is not None:
             modifiers.append(SmoothQuantModifier(smoothing_strength=self.smoothquant))
-        kind = GPTQModifier if self._method == "gptq" else QuantizationModifier
-        return [*modifiers, kind(config_groups={"group_0": scheme}, ignore=self.ignore)]
+        modifier = GPTQModifier if self._method == "gptq" else QuantizationModifier
+        return [*modifiers, modifier(config_groups={"group_0": scheme}, ignore=self.ignore)]
 
     def _choose_group_size(self, model: Any) -> int:
         import torch

@@ -131,18 +131,18 @@ class QuantizeOnnx(FolderExport):
             graph = QuantisedGraph(source, new.path)
             quantised = graph.write_graph(self._plan(inputs.calibration), context)
             batches = read_text(source.graph.base, self.dataset, self.samples, self.sequence_length)
-            found = graph.compare(batches, context)
+            agreement = graph.compare(batches, context)
             counts = {"quantised": quantised.count, "in_8_bits": quantised.in_8_bits, "left": quantised.left}
-            matrices = QuantizedMatrices.of(found, self.dataset.name, **counts)
-            self._check_limits(found, is_calibrated=inputs.calibration is not None)
+            matrices = QuantizedMatrices.of(agreement, self.dataset.name, **counts)
+            self._check_limits(agreement, is_calibrated=inputs.calibration is not None)
             graph.write_companions(self.method)
             details = self._describe(matrices)
             write_card(new.path, source.graph, context.metrics, "onnx", self.method, details)
             files = describe_folder(new.path)
-            lineage = extend_lineage(source.folder, files, found.difference, self, context)
+            lineage = extend_lineage(source.folder, files, agreement.difference, self, context)
             files = new.finish(lineage, files)
         exported = source.model_copy(
-            update={"folder": new.target, "files": files, "max_logit_difference": found.difference, "quantisation": self.method}
+            update={"folder": new.target, "files": files, "max_logit_difference": agreement.difference, "quantisation": self.method}
         )
         context.note(f"wrote {self.to}: weights of {exported.size_bytes / 1e6:.1f} MB instead of {source.size_bytes / 1e6:.1f} MB")
         for detail in details:
@@ -171,8 +171,8 @@ class QuantizeOnnx(FolderExport):
         stays = f"; in floating point: {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}" if left else ""
         return (f"{matrices.quantised} matrices quantised{bits}{stays or ', none left in floating point'}", str(matrices))
 
-    def _check_limits(self, found: Agreement, *, is_calibrated: bool) -> None:
-        missed = found.find_missed(self.dataset.name, self.max_perplexity_ratio, self.min_agreement)
+    def _check_limits(self, agreement: Agreement, *, is_calibrated: bool) -> None:
+        missed = agreement.find_missed(self.dataset.name, self.max_perplexity_ratio, self.min_agreement)
         if missed:
             advice = _ADVICE[self.method]
             if self.method == "int4":
