@@ -175,7 +175,7 @@ def test_result_of_code_that_is_edited_while_it_runs_is_not_kept(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    edits = "open(__file__, 'a').write('# edited')"
+    edits = "with open(__file__, 'a') as own_source: own_source.write('# edited')"
     text = STAGE.replace("from . import tables\n", "").replace("from swapper.inner.late import change", edits)
     (tmp_path / "edits.py").write_text(text.replace("change(inputs.model)", "inputs.model"))
     (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: swap_nothing\n")
