@@ -14,7 +14,8 @@ from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import PluginError
 from gradmap_pipeline.sweep import sweep as door
 from gradmap_pipeline.sweep.ledger import Ledger
-from gradmap_pipeline.sweep.memory_plan import SweepNeeds, SweepPlan, plan_sweep
+from gradmap_pipeline.sweep.memory_plan import SweepPlan, plan_sweep
+from gradmap_pipeline.sweep.needs import SweepNeeds
 from gradmap_pipeline.sweep.sweep import Need, Sweep, open_sweep
 from gradmap_pipeline.testing import make_context
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from gradmap_pipeline import CapacityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-from gradmap_pipeline.sweep.memory_plan import SweepNeeds, measure_needs, plan_sweep
+from gradmap_pipeline.sweep.memory_plan import plan_sweep
+from gradmap_pipeline.sweep.needs import SweepNeeds, measure_needs
 from gradmap_pipeline.sweep.sweep import Sweep, open_sweep
 from gradmap_pipeline.testing import make_context, run_stage
 

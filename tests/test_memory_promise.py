@@ -60,7 +60,7 @@ SAVED = (
     + """
 import torch
 from gradmap_pipeline.batches import Batch
-from gradmap_pipeline.sweep.memory_plan import measure_needs
+from gradmap_pipeline.sweep.needs import measure_needs
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 
 tokens = int(sys.argv[2])

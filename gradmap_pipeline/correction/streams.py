@@ -15,7 +15,8 @@ from ..artifacts import Round
 from ..machine.distributed import ProcessGroup
 from ..sweep.kept_tensors import KeptTensors
 from ..sweep.layerwise import LayerwiseModel
-from ..sweep.memory_plan import SweepNeeds, SweepPlan, plan_sweep
+from ..sweep.memory_plan import SweepPlan, plan_sweep
+from ..sweep.needs import SweepNeeds
 from ..sweep.sample_pass import SamplePass
 from ..sweep.sweep import Sweep
 from ..sweep.visits import ForwardVisit

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..batches import Batch
     from ..checkpoint.graph import ModelGraph
-    from ..sweep.memory_plan import SweepNeeds
+    from ..sweep.needs import SweepNeeds
 
 _FLOPS = 4e11
 """A timed pass takes at most, forward; but one sample at least."""
@@ -61,7 +61,7 @@ class LayerBenchmark:
 
     def needs(self, tokens: int) -> SweepNeeds:
         """What a backward sweep of one sample over all layers would need."""
-        from ..sweep.memory_plan import measure_needs
+        from ..sweep.needs import measure_needs
 
         if tokens not in self._needs:
             self._needs[tokens] = measure_needs(self._model, 1, tokens)

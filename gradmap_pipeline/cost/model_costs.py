@@ -12,7 +12,8 @@ from ..correction.streams import plan_streams
 from ..errors import CapacityError
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, give_back, resident_bytes, tune_allocator
-from ..sweep.memory_plan import SweepNeeds, SweepPlan, format_size, plan_sweep
+from ..sweep.memory_plan import SweepPlan, format_size, plan_sweep
+from ..sweep.needs import SweepNeeds
 from .estimate import Estimate
 from .layer_benchmark import LayerBenchmark
 from .machine_speed import MachineSpeed

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from .kept_tensors import ARGUMENTS, KeptTensors
+
 if TYPE_CHECKING:
     import torch
 
@@ -72,6 +74,34 @@ class PackedArguments:
 
         call = self.layers[layer]
         return LayerArguments(fill(call.positional), {name: fill(value) for name, value in call.named.items()})
+
+
+class KeptArguments:
+    """What the layers of each batch are called with, kept once for neighbouring batches for which it is the same."""
+
+    def __init__(self, kept: KeptTensors) -> None:
+        self._kept = kept
+        self._batches: list[tuple[PackedArguments, int]] = []
+        """By batch: the calls, and the batch whose tensors are those of this one, too."""
+
+    def add(self, batch: int, arguments: dict[int, LayerArguments]) -> None:
+        """Keep the calls of the next batch."""
+        packed, tensors = PackedArguments.of(arguments)
+        if self._batches:
+            before, owner = self._batches[-1]
+            if before.shapes == packed.shapes and all(
+                tensor.equal(self._kept.get(ARGUMENTS + number, owner)) for number, tensor in enumerate(tensors)
+            ):
+                self._batches.append((packed, owner))
+                return
+        for number, tensor in enumerate(tensors):
+            self._kept.put(ARGUMENTS + number, batch, tensor)
+        self._batches.append((packed, batch))
+
+    def get(self, batch: int, layer: int) -> LayerArguments:
+        """What a base layer is called with for a batch."""
+        packed, owner = self._batches[batch]
+        return packed.unpack(layer, lambda number: self._kept.get(ARGUMENTS + number, owner))
 
 
 def count_bytes(arguments: Iterable[LayerArguments]) -> int:

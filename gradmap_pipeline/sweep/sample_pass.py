@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted, next_token_losses
 from ..errors import ModelError, PluginError
-from .kept_tensors import ARGUMENTS, CANDIDATE, GRADIENTS, KeptTensors
-from .layer_arguments import LayerArguments, PackedArguments
+from .kept_tensors import CANDIDATE, GRADIENTS, KeptTensors
+from .layer_arguments import KeptArguments, LayerArguments
 from .layerwise import LayerwiseModel
-from .memory_plan import LOGIT_BYTES
+from .needs import LOGIT_BYTES
 from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
 if TYPE_CHECKING:
@@ -63,12 +63,11 @@ class SamplePass:
         """Passes of all batches through one layer, recomputation included."""
         self.layer_backwards = 0
         self._kept = KeptTensors(ledger=model.ledger) if kept is None else kept
-        self._arguments: list[tuple[PackedArguments, int]] = []
-        """By batch: what its layers are called with, and the batch whose tensors are those of this one, too."""
+        self._arguments = KeptArguments(self._kept)
         for index, batch in enumerate(self.batches):
             hidden, arguments = model.record(batch)
             self._kept.put(0, index, hidden)
-            self._keep_arguments(index, arguments)
+            self._arguments.add(index, arguments)
         self._graphs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         """By position and batch: a layer's input and output, joined by autograd."""
         self.done = 0
@@ -89,22 +88,7 @@ class SamplePass:
 
     def arguments(self, batch: int, layer: int) -> LayerArguments:
         """What the model calls base layer `layer` with for a batch, besides the hidden states."""
-        packed, owner = self._arguments[batch]
-        return packed.unpack(layer, lambda number: self._kept.get(ARGUMENTS + number, owner))
-
-    def _keep_arguments(self, batch: int, arguments: dict[int, LayerArguments]) -> None:
-        """Keep what a batch's layers are called with, once for neighbouring batches for which it is the same."""
-        packed, tensors = PackedArguments.of(arguments)
-        if self._arguments:
-            before, owner = self._arguments[-1]
-            if before.shapes == packed.shapes and all(
-                tensor.equal(self._kept.get(ARGUMENTS + number, owner)) for number, tensor in enumerate(tensors)
-            ):
-                self._arguments.append((packed, owner))
-                return
-        for number, tensor in enumerate(tensors):
-            self._kept.put(ARGUMENTS + number, batch, tensor)
-        self._arguments.append((packed, batch))
+        return self._arguments.get(batch, layer)
 
     def remove(self, layer: int) -> None:
         """Take a base layer out of the model."""

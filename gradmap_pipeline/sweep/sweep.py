@@ -11,7 +11,8 @@ from ..machine.memory import give_back, resident_bytes
 from .kept_tensors import KeptTensors
 from .layerwise import LayerwiseModel
 from .ledger import Ledger
-from .memory_plan import SweepPlan, measure_needs, plan_sweep
+from .memory_plan import SweepPlan, plan_sweep
+from .needs import measure_needs
 from .sample_pass import SamplePass
 
 if TYPE_CHECKING:

@@ -1,0 +1,170 @@
+"""What a sweep over some samples would need: sizes from file headers, and what autograd saves from one sample in one layer.
+
+Everything is in bytes of resident memory. Sizes: T tokens a sample, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..batches import Batch
+from ..machine.memory import free_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from .layer_arguments import LayerArguments
+    from .layerwise import LayerwiseModel
+
+LOGIT_BYTES = 16
+"""A loss, its gradient and their temporaries, for each logit held at once."""
+_WORK = 1.5
+"""Working memory of a layer over what autograd saves of it: gradients on their way down."""
+
+
+@dataclass(frozen=True)
+class SweepNeeds:
+    """What a sweep over some samples would take."""
+
+    samples: int
+    tokens: int
+    """In a sample."""
+    layers: int
+    layer_bytes: int
+    """Of the largest layer."""
+    all_layer_bytes: int
+    stored_bytes: int
+    """Of all layers on disk."""
+    boundary_bytes: int
+    """Of one sample at one boundary."""
+    saved_bytes: int
+    """What autograd saves of one sample in one layer."""
+    words: int
+    """V"""
+    logits_at_once: int
+    """Logits that the head holds at once, unless one position of a batch has more."""
+    layer_elements: int = 0
+    """Parameters of the largest layer."""
+    largest_parameter: int = 0
+    """Elements of a layer's largest parameter."""
+    largest_tensor_bytes: int = 0
+    """Of the largest tensor of a layer, as it is stored and as it is computed with: what loading holds besides the layer."""
+    argument_bytes: int = 0
+    """What a layer is called with besides hidden states, of one sample."""
+    fixed_argument_bytes: int = 0
+    """The same, of a batch of any size."""
+    padded: bool = False
+    """Whether samples have padding, so that each batch is called with masks of its own."""
+    backward: bool = True
+    weight_gradients: bool = False
+    keep_boundaries: bool = True
+    """All of them, not just the one the sweep stands at."""
+    has_head: bool = True
+    """Whether logits are computed."""
+    read_ahead: bool = True
+    """Whether reading waits for a disk or a bus; out of the system's cache it takes the processor from computing."""
+
+    def count_logit_bytes(self, batch: int) -> int:
+        """Of the logits of a batch that are held at once."""
+        if not self.has_head:
+            return 0
+        positions = max(1, min(self.tokens, self.logits_at_once // (batch * self.words)))
+        return LOGIT_BYTES * batch * positions * self.words
+
+    def count_work(self, batch: int) -> int:
+        """What one layer computes of a batch, what goes in and what comes out."""
+        saved = math.ceil(self.saved_bytes * _WORK) if self.backward else self.saved_bytes
+        return batch * (saved + (3 if self.backward else 2) * self.boundary_bytes)
+
+    def count_own_arguments(self, batch: int) -> int:
+        """What a layer is called with, of each sample, where every batch has masks of its own."""
+        return self.argument_bytes + math.ceil(self.fixed_argument_bytes / batch) if self.padded else 0
+
+    @property
+    def weight_gradient_bytes(self) -> int:
+        """Sums in fp32 of a layer's gradients, one batch's in the computed type, and what is made of the largest in fp64."""
+        return 4 * self.layer_elements + self.layer_bytes + 24 * self.largest_parameter if self.weight_gradients else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of one sample between layers: hidden states at the boundaries, and a gradient or a stream without a layer."""
+        return self.boundary_bytes * (self.layers + 2 if self.keep_boundaries else 1)
+
+
+def measure_needs(
+    model: LayerwiseModel,
+    samples: int,
+    tokens: int,
+    *,
+    backward: bool = True,
+    weight_gradients: bool = False,
+    keep_boundaries: bool = True,
+    padded: bool = False,
+    has_head: bool = True,
+) -> SweepNeeds:
+    """Needs of a model that is about to be swept; runs one sample through one layer to see what autograd saves."""
+    from ..checkpoint.adapter import count_conversion_copies
+    from .layer_arguments import count_bytes
+    from .layerwise import LOGITS_AT_ONCE
+
+    graph, size = model.graph, model.dtype.itemsize
+    elements = graph.layer_elements()
+    largest = max(elements, key=elements.__getitem__)
+    hidden, arguments = model.record(_make_batch(1, tokens, padded=padded and not model.lengths_apart))
+    one = count_bytes(arguments.values())
+    more = model.record(_make_batch(2, tokens, padded=padded and not model.lengths_apart))[1]
+    each = max(0, count_bytes(more.values()) - one)
+    del more
+    tensors = [tensor for layer in graph.layers for tensor in graph.layer_tensors(layer).values()]
+    one_by_one = max(tensor.size + tensor.elements * size for tensor in tensors)
+    needs = SweepNeeds(
+        samples=samples,
+        tokens=tokens,
+        layers=len(graph.layers),
+        layer_bytes=elements[largest] * size,
+        all_layer_bytes=sum(elements.values()) * size,
+        stored_bytes=sum(tensor.size for tensor in tensors),
+        boundary_bytes=hidden.nbytes,
+        saved_bytes=_measure_saved(model, largest, hidden, arguments[largest]),
+        words=model.words,
+        logits_at_once=LOGITS_AT_ONCE if model.can_slice_logits else tokens * model.words * samples,
+        layer_elements=elements[largest],
+        largest_parameter=max(parameter.numel() for parameter in model.parameters_of(largest)),
+        largest_tensor_bytes=max(one_by_one, elements[largest] * size * count_conversion_copies(model.module)),
+        argument_bytes=each,
+        fixed_argument_bytes=max(0, one - each),
+        padded=padded,
+        backward=backward,
+        weight_gradients=weight_gradients,
+        keep_boundaries=keep_boundaries,
+        has_head=has_head,
+    )
+    return replace(needs, read_ahead=model.device.type == "cuda" or needs.stored_bytes > free_bytes())
+
+
+def _make_batch(samples: int, tokens: int, *, padded: bool) -> Batch:
+    import torch
+
+    mask = torch.ones(samples, tokens, dtype=torch.bool)
+    mask[:, tokens - 1] = not (padded and tokens > 1)
+    return Batch(torch.zeros(samples, tokens, dtype=torch.long), mask)
+
+
+def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, arguments: LayerArguments) -> int:
+    """Bytes that autograd keeps for one layer besides its weights, each storage once."""
+    import torch
+
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with model.layer(layer) as module:
+        weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model.run_layer(layer, hidden.detach().requires_grad_(), arguments)
+        return sum(size for place, size in saved.items() if place not in weights) + output.nbytes
