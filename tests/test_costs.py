@@ -20,7 +20,7 @@ from gradmap_pipeline.cost.estimate import Estimate
 from gradmap_pipeline.cost.machine_speed import time_call
 from gradmap_pipeline.cost.model_costs import ModelCosts
 from gradmap_pipeline.machine.machine import Machine
-from gradmap_pipeline.machine.memory import resident_bytes
+from gradmap_pipeline.machine.memory import give_back, resident_bytes
 from gradmap_pipeline.report.reporters import format_seconds
 from gradmap_pipeline.run import costs
 from gradmap_pipeline.sweep import layerwise, weight_sources
@@ -194,6 +194,7 @@ def test_what_does_not_fit_is_said_before_the_run(folder: Path) -> None:
 def test_each_step_that_does_not_fit_is_named(folder: Path) -> None:
     """Memory for the embeddings, not for a sweep."""
     costs_of()  # libraries are in memory from here on
+    give_back()  # as the plan does, before it looks at what is resident
     result = gradmap("plan", "r.yaml", "--memory", str(resident_bytes() + (60 << 20)))
     assert result.exit_code == 3
     for step in ("evaluate_dense", "gradmap_score"):

@@ -84,7 +84,7 @@ def test_site_that_one_process_refuses_is_left_by_all(tmp_path: Path, llama: Pat
     assert code == 0, stderr
     (finished,) = [event for event in events if event["event"] == "step_finished" and event["step"] == "odd_compensate"]
     outputs: dict[str, dict[str, list[dict[str, object]]]] = finished["outputs"]  # type: ignore[assignment]
-    corrected = {(site["layer"], site["kind"]) for site in outputs["compensation"]["sites"]}
+    corrected = {(site["layer"], site["role"]) for site in outputs["compensation"]["sites"]}
     assert corrected == {(0, "output"), (2, "attention"), (3, "attention"), (3, "output")}
 
 
