@@ -22,6 +22,7 @@ def names_in(file: Path) -> set[str]:
     return {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("title", GROUPS)
 def test_example_runs(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

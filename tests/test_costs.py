@@ -202,6 +202,7 @@ def test_each_step_that_does_not_fit_is_named(folder: Path) -> None:
     assert "does not fit" in result.stdout
 
 
+@pytest.mark.full
 def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path) -> None:
     """In fp64, sums over pairs of 16384 inputs take 2 GiB and their solution 0.19 GiB; sums over pairs of 32 outputs take 8 KiB."""
     make_model(folder / "model", intermediate_size=16384, num_hidden_layers=3)

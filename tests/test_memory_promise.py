@@ -102,7 +102,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("wide"), **sizes, num_key_value_heads=8)
 
 
-@pytest.mark.parametrize("method", ["evaluate", pytest.param("gate_gradient", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["evaluate", "gate_gradient"])
 def test_weights_stay_below_the_memory_allowed(method: str, wide: Path) -> None:
     """Layers that do not fit together are read once a pass, and what is computed is the same."""
     weights, passes = 12 * 16 * MIB, 1 if method == "evaluate" else 2

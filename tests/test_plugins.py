@@ -74,6 +74,7 @@ def kept_layers(output: str) -> list[int]:
     return list(layers)
 
 
+@pytest.mark.full
 def test_installed_plugin_runs_in_a_recipe(recipe: Path, installed: dict[str, str]) -> None:
     done = run_gradmap(installed, "run", str(recipe), "--json")
     assert done.returncode == 0, done.stdout

@@ -161,6 +161,7 @@ def test_a_result_from_the_store_has_the_name_of_now(folder: Path, text: Path, t
     assert table[0]["metrics"][f"perplexity on {other}"]["on"] == str(other)
 
 
+@pytest.mark.full
 def test_what_a_step_depends_on_runs_it_again(folder: Path, text: Path, tmp_path: Path) -> None:
     gradmap("run", "r.yaml", "--quiet")
     moved = tmp_path / "moved.txt"
