@@ -64,7 +64,7 @@ CASES: dict[str, Case] = {
     "experts, forward": Case("shortgpt_score", {"layers": 2}, "mixtral", (("num_local_experts", 32),), samples=64, room=260),
     "search": Case("sleb_score", {"layers": 1}, samples=128),
     "correction": Case("project_compensate", {}, pruned=True, room=220),
-    "merge": Case("mka_merge", {"layers": 2}),
+    "merge": Case("mka_merge", {"layers": 2}, room=260),
     "evaluate": Case("evaluate", {"samples": 256, "sequence_length": 256}, samples=8),
 }
 
