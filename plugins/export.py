@@ -117,7 +117,7 @@ class ExportModel(FolderExport):
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         layers = known(inputs.of(ModelGraph).layers)
         size = costs.count_bytes(layers)
-        rates = costs.speed
+        speed = costs.speed
         if self.format == "onnx":
             weights = costs.count_parameters(layers) * (4 if self.onnx.dtype == "float32" else 2)
             needed = estimate_tracing_memory(weights, costs.program_bytes)
@@ -126,9 +126,9 @@ class ExportModel(FolderExport):
                     f"tracing holds the weights once and a second program: {needed / 2**30:.2f} GiB, over the "
                     f"{costs.memory / 2**30:.2f} GiB allowed; use `onnx: {{dtype: float16}}`, or allow more with --memory"
                 )
-            moving = size * rates.read_again(size) + weights * (rates.digest + 2 * rates.write)
+            moving = size * speed.read_again(size) + weights * (speed.digest + 2 * speed.write)
             return Estimate(needed, size, weights, seconds=moving, how="seconds without those of tracing")
-        copying = Estimate(0, size, size, seconds=size * (rates.read_again(size) + rates.digest + rates.write))
+        copying = Estimate(0, size, size, seconds=size * (speed.read_again(size) + speed.digest + speed.write))
         return copying + costs.forward_sweep(layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

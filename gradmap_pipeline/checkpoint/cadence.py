@@ -181,7 +181,7 @@ def _expressible(config: Config, count: int, kinds: Sequence[tuple[object, ...]]
     """Kinds that a config can give to `count` layers, where layers of those kinds are there in that order."""
     choices: list[list[Marks]] = []
     for number, cadence in enumerate(strict_cadences_of(config)):
-        there = [kind[number] for kind in kinds]
+        there = [values[number] for values in kinds]
         choices.append([marks for marks in cadence.possible(count) if _is_subsequence(marks, there)])
     for patterns in product(*choices):
         wanted: list[tuple[object, ...]] = list(zip(*patterns, strict=True)) if patterns else [()] * count
@@ -199,10 +199,10 @@ def _best_subsequence(
 ) -> tuple[float, tuple[int, ...]] | None:
     """Places, in order, whose kinds are `wanted` and whose values have the largest sum, by dynamic programming."""
     best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ())] + [None] * len(wanted)
-    for place, (kind, value) in enumerate(zip(kinds, values, strict=True)):
+    for place, (role, value) in enumerate(zip(kinds, values, strict=True)):
         for length in range(min(place + 1, len(wanted)), 0, -1):
             before = best[length - 1]
-            if before is not None and wanted[length - 1] == kind:
+            if before is not None and wanted[length - 1] == role:
                 candidate = (before[0] + value, (*before[1], place))
                 current = best[length]
                 if current is None or candidate[0] > current[0]:

@@ -65,10 +65,10 @@ class Export(Artifact):
     @property
     def label(self) -> str:
         """For tables."""
-        return f"{self.graph.label}, {self.kind}{f' {self.quantisation}' if self.quantisation else ''}"
+        return f"{self.graph.label}, {self.format_name}{f' {self.quantisation}' if self.quantisation else ''}"
 
     @property
-    def kind(self) -> str:
+    def format_name(self) -> str:
         """The format, for tables."""
         return type(self).__name__
 
@@ -84,7 +84,7 @@ class TransformersFolder(Export, Model):
     format: Literal["safetensors"] = "safetensors"
 
     @property
-    def kind(self) -> str:
+    def format_name(self) -> str:
         return "transformers"
 
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
@@ -100,7 +100,7 @@ class OnnxFolder(Export, Model):
     dtype: Literal["float32", "float16"] = "float32"
 
     @property
-    def kind(self) -> str:
+    def format_name(self) -> str:
         return "ONNX" if self.dtype == "float32" else "ONNX fp16"
 
     def open(self, device: str) -> Callable[[Batch], torch.Tensor]:
@@ -121,7 +121,7 @@ class GgufFolder(Export, Model):
     """The Python with llama-cpp-python that ran it; None: none was there."""
 
     @property
-    def kind(self) -> str:
+    def format_name(self) -> str:
         return "GGUF" if self.quantisation else f"GGUF {self.type}"
 
     @property

@@ -30,9 +30,9 @@ def choose_expressible(model: ModelGraph, scores: LayerScores, count: int, *, re
     importance = {layer: scores.decisions[0].scores.get(layer, 0.0) for layer in model.layers}  # some leave protected layers out
     kept = choose_kept(config, model.base.layers, len(model.layers) - count, importance, fixed, regular=regular)
     if not kept:
-        kind = "keeps the period of their kinds" if regular else "a config can express"
+        keeps = "keeps the period of their kinds" if regular else "a config can express"
         raise StageError(
-            f"every removal of {count} of {len(model.layers)} layers that {kind} takes one of layers "
+            f"every removal of {count} of {len(model.layers)} layers that {keeps} takes one of layers "
             f"{', '.join(map(str, sorted(fixed)))}, which are protected; protect fewer in the step that scores"
         )
     return [layer for layer in model.layers if layer not in kept]
@@ -48,8 +48,8 @@ def check_regular_removal(config: dict[str, Any], layers: tuple[int, ...], count
     if find_period(config, depth) is None:
         raise OptionError("among", f"the kinds of the model's {depth} layers have no period to keep; use `any` or `expressible`")
     if kept is not None and not is_regular(config, depth, kept):
-        found = choose_kept(config, depth, len(layers) - count, _prefer_ends(layers), regular=True)
-        example = f"; possible, for instance: remove {_name_others(layers, found)}" if found else ""
+        possible = choose_kept(config, depth, len(layers) - count, _prefer_ends(layers), regular=True)
+        example = f"; possible, for instance: remove {_name_others(layers, possible)}" if possible else ""
         raise OptionError("layers", f"the layers that would be left do not keep the period of their kinds{example}")
 
 
@@ -71,8 +71,8 @@ def check_removal_by_config(
     if kept is not None or not strict_cadences_of(config):
         return
     if not choose_kept(config, depth, len(layers) - count, dict.fromkeys(layers, 1.0)):
-        found = f"no removal of {count} of {len(layers)} layers leaves a model that its config can express"
-        raise OptionError(option, f"{found}{_name_possible(config, depth, layers, count)}")
+        refusal = f"no removal of {count} of {len(layers)} layers leaves a model that its config can express"
+        raise OptionError(option, f"{refusal}{_name_possible(config, depth, layers, count)}")
     if is_free:
         fields = ", ".join(repr(field) for cadence in strict_cadences_of(config) for field in cadence.fields)
         raise OptionError(

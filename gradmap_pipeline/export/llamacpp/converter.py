@@ -118,9 +118,9 @@ class GgufConverter:
 
     def _find_converter(self) -> Path:
         if self.converter is not None:
-            found = self.converter / CONVERTER if self.converter.is_dir() else self.converter
-            pythons.check_converter(found)
-            return found
+            file = self.converter / CONVERTER if self.converter.is_dir() else self.converter
+            pythons.check_converter(file)
+            return file
         on_path = shutil.which(CONVERTER)
         if on_path is None:
             raise OptionError(

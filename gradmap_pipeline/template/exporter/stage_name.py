@@ -26,7 +26,7 @@ class NumpyFolder(Export):
     format: Literal["numpy"] = "numpy"
 
     @property
-    def kind(self) -> str:
+    def format_name(self) -> str:
         return "NumPy"
 
     @property
