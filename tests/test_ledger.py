@@ -115,6 +115,8 @@ def test_what_is_not_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sweep, _ = open_tight(tmp_path, monkeypatch, "llama", "forward", padded=False, keep="none")
     with sweep:
         samples = sweep.open_only_pass()
+        with pytest.raises(PluginError, match=r"hidden states before layer 3 are not known yet: run the layers below it first"):
+            samples.boundary(3, 0)
         samples.run_forward()
         with pytest.raises(PluginError, match=r"hidden states before layer 2 are not kept: open the sweep with keep='all'"):
             samples.boundary(2, 0)

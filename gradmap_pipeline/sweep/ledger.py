@@ -1,5 +1,7 @@
 """What a sweep holds in memory, booked by what it is for, under the names that its memory plan has.
 
+Activations are autograd's, and what is read ahead is the loader's: these two lines are planned and not booked.
+
 The plan says before the work what each line may take; the ledger says what it took.
 """
 

@@ -80,10 +80,11 @@ class SamplePass:
     def boundary(self, position: int, batch: int) -> torch.Tensor:
         """Hidden states (B, T, D) before the kept layer at `position`; the last is what enters the final norm.
 
-        Raises `PluginError` where the sweep has gone on from there and keeps none.
+        Raises `PluginError` where the sweep has not come there, or has gone on from there and keeps none.
         """
-        if not self.keep_boundaries and not self._kept.has(position, batch):
-            raise PluginError(f"the hidden states before layer {position} are not kept: {_KEEP_ALL}")
+        if not self._kept.has(position, batch):
+            reason = f"are not kept: {_KEEP_ALL}" if position <= self.done else "are not known yet: run the layers below it first"
+            raise PluginError(f"the hidden states before layer {position} {reason}")
         return self._kept.get(position, batch)
 
     def arguments(self, batch: int, layer: int) -> LayerArguments:

@@ -161,7 +161,7 @@ class Sweep:
         return self._only
 
     def forward(self) -> Iterator[ForwardLayer]:
-        """Go up through all layers, once for each pass."""
+        """Go up from the first layer whose output is not known, once for each pass: through all layers, unless `keep` is `all`."""
         for one in self.passes():
             yield from one.forward()
 
