@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ _SIZE = re.compile(r"-(a|\d+x)?\d+([._]\d+)?[kmbt]\d?(?=-|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class GgufConverter:
+class GgufConverter(pythons.RunsInPython):
     """llama.cpp's converter and the Python that runs it, as a step names them by its options `converter` and `python`.
 
     Every method raises `OptionError` where there is no such program, and `StageError` where one fails.
@@ -45,20 +44,11 @@ class GgufConverter:
     python: Path | None
     """None: this one."""
 
-    @property
-    def runner(self) -> str | None:
-        """A Python with llama-cpp-python, which runs the file; None where there is none."""
-        return pythons.find_runner((self._python, sys.executable))
-
-    def explain_no_runner(self) -> str:
-        """What follows where there is no runner, and the command that installs one."""
-        return pythons.explain_no_runner(self._python)
-
     def check(self, model: ModelForecast) -> None:
         """Raise `OptionError` where the programs cannot run, or do not take a model as a plan knows it."""
         pythons.check_program("python", self.python)
         converter = self._find_converter()
-        missing = pythons.explain_missing(self._python, converter)
+        missing = pythons.explain_missing(self.python_path, converter)
         if missing is not None:
             raise OptionError("python", missing)
         if model.config is not None and model.kept is not None:
@@ -69,7 +59,7 @@ class GgufConverter:
 
     def check_whole(self, graph: ModelGraph) -> None:
         """Raise `OptionError` where the converter, run on names and shapes alone, does not take the model."""
-        failure = explain_failure(graph, self._find_converter(), self._python)
+        failure = explain_failure(graph, self._find_converter(), self.python_path)
         if failure is not None:
             raise OptionError("converter", f"{failure}; export in another format")
 
@@ -112,10 +102,6 @@ class GgufConverter:
             advance()
         return parity
 
-    @property
-    def _python(self) -> str:
-        return str(self.python or sys.executable)
-
     def _find_converter(self) -> Path:
         if self.converter is not None:
             file = self.converter / CONVERTER if self.converter.is_dir() else self.converter
@@ -154,7 +140,7 @@ class GgufConverter:
         return list(arrays)
 
     def _start(self, name: str, *arguments: str) -> None:
-        done = subprocess.run(tie([self._python, *arguments]), capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(tie([self.python_path, *arguments]), capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise explain_end(name, done.returncode, done.stderr or "it said nothing")
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,27 @@ def is_missing(name):
         return True
 print(json.dumps([name for name in json.loads(sys.argv[1]) if is_missing(name)]))
 """
+
+
+class RunsInPython:
+    """A program of llama.cpp whose step names the Python that has its modules."""
+
+    python: Path | None
+    """None: this one."""
+
+    @property
+    def python_path(self) -> str:
+        """The Python that is named, or this one."""
+        return str(self.python or sys.executable)
+
+    @property
+    def runner(self) -> str | None:
+        """A Python with llama-cpp-python, which runs files; None where there is none."""
+        return find_runner((self.python_path, sys.executable))
+
+    def explain_no_runner(self) -> str:
+        """What follows where there is no runner, and the command that installs one."""
+        return explain_no_runner(self.python_path)
 
 
 def find_modules(converter: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +47,7 @@ class FileAgreement(Artifact):
 
 
 @dataclass(frozen=True)
-class GgufQuantiser:
+class GgufQuantiser(pythons.RunsInPython):
     """llama.cpp's quantiser and the Python with its bindings, as a step names them by its options `program` and `python`."""
 
     program: Path | None
@@ -56,30 +55,22 @@ class GgufQuantiser:
     python: Path | None
     """None: this one."""
 
-    @property
-    def runner(self) -> str | None:
-        """A Python with llama-cpp-python, which runs files; None where there is none."""
-        return pythons.find_runner((self._python, sys.executable))
-
-    def explain_no_runner(self) -> str:
-        """What follows where there is no runner, and the command that installs one."""
-        return pythons.explain_no_runner(self._python)
-
     def check(self) -> None:
         """Raise `OptionError` where there is no quantiser."""
         pythons.check_program("program", self.program)
         pythons.check_program("python", self.python)
         if self._find_program() is None and self.runner is None:
+            python = self.python_path
             raise OptionError(
                 "program",
-                f"{PROGRAM} is not on the search path for programs, and {self._python!r} lacks {pythons.BINDINGS}, which holds the "
-                f"same quantiser: {self._python} -m pip install {pythons.BINDINGS}",
+                f"{PROGRAM} is not on the search path for programs, and {python!r} lacks {pythons.BINDINGS}, which holds the "
+                f"same quantiser: {python} -m pip install {pythons.BINDINGS}",
             )
 
     def quantise(self, source: Path, target: Path, weights: str) -> None:
         """Write a quantised file. `weights`: its type, by llama.cpp's name, in any case."""
         program = self._find_program()
-        command = [program] if program else [self.runner or self._python, str(pythons.QUANTIZER)]
+        command = [program] if program else [self.runner or self.python_path, str(pythons.QUANTIZER)]
         said = subprocess.run(
             tie([*command, str(source), str(target), weights.upper(), str(_count_threads())]),
             capture_output=True,
@@ -107,10 +98,6 @@ class GgufQuantiser:
             context.progress("compare both GGUF files", len(batches), "batch") as advance,
         ):
             return compare_models(_run_in(plain), _run_in(quantised), batches, advance)
-
-    @property
-    def _python(self) -> str:
-        return str(self.python or sys.executable)
 
     def _find_program(self) -> str | None:
         return str(self.program) if self.program is not None else shutil.which(PROGRAM)
