@@ -71,8 +71,8 @@ LINEAGE = "gradmap.json"
 """In every export: how it came to be, with the digests of the other files."""
 
 
-_MOVED = {"count_bytes": "size_bytes"}
-"""Methods of artifacts of before, and the properties that they are now."""
+_MOVED = {"count_bytes": "size_bytes", "kind": "format_name"}
+"""Names of artifacts' members of before, and the properties that they are now."""
 
 
 class NoForecast(BaseModel):
@@ -95,7 +95,7 @@ class Artifact(BaseModel):
         here = f"class {cls.__name__} in {cls.__module__}"
         for before, now in _MOVED.items():
             if before in vars(cls) and now not in vars(cls) and hasattr(cls, now):
-                raise PluginError(f"{here}: method {before!r} is the property {now!r} now")
+                raise PluginError(f"{here}: {before!r} is the property {now!r} now")
         forecast: Any = cls.Forecast
         if not isinstance(forecast, type) or not issubclass(forecast, BaseModel):
             raise PluginError(
@@ -109,7 +109,7 @@ class Artifact(BaseModel):
 
         def __getattr__(self, name: str) -> Any:
             if name in _MOVED and hasattr(type(self), _MOVED[name]):
-                raise AttributeError(f"method {name!r} of {type(self).__name__} is the property {_MOVED[name]!r} now")
+                raise AttributeError(f"{name!r} of {type(self).__name__} is the property {_MOVED[name]!r} now")
             return super().__getattr__(name)
 
     @model_validator(mode="after")

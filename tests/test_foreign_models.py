@@ -190,9 +190,9 @@ def test_a_class_derived_from_model_must_be_whole() -> None:
 
 
 def test_names_of_before_say_what_they_are_now(llama: Path) -> None:
-    with pytest.raises(AttributeError, match="method 'count_bytes' of ModelGraph is the property 'size_bytes' now"):
+    with pytest.raises(AttributeError, match="'count_bytes' of ModelGraph is the property 'size_bytes' now"):
         open_folder(llama).count_bytes()
-    with pytest.raises(PluginError, match=r"class Old in .*: method 'count_bytes' is the property 'size_bytes' now"):
+    with pytest.raises(PluginError, match=r"class Old in .*: 'count_bytes' is the property 'size_bytes' now"):
 
         class Old(Export):
             def count_bytes(self) -> int:
@@ -229,3 +229,19 @@ def test_an_output_is_of_one_class_of_models() -> None:
 
             class Outputs(BaseModel):
                 model: Model
+
+
+def test_an_export_of_before_is_told_the_name_of_now() -> None:
+    with pytest.raises(PluginError, match=r"class OldFolder in .*: 'kind' is the property 'format_name' now"):
+
+        class OldFolder(Export):
+            @property
+            def kind(self) -> str:
+                return "old"
+
+    class Other(Artifact):
+        @property
+        def kind(self) -> str:
+            return "of its own"
+
+    assert Other().kind == "of its own"
