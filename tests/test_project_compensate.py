@@ -20,6 +20,7 @@ from walk import make_calibration, make_model as make_any_model
 from gradmap_pipeline import CalibrationSet, CapacityError, ModelError, ModelGraph, StageError
 from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.correction import ridge
 from gradmap_pipeline.correction.ridge import check_room, solve_ridge
 from gradmap_pipeline.correction.sites import NoSiteError, Site, check_gain, find_sites
 from gradmap_pipeline.machine.memory import resident_bytes
@@ -378,3 +379,23 @@ def test_a_correction_has_the_size_of_the_down_projection(architecture: str, inp
     graph = open_folder(make_model(tmp_path / "model", architecture))
     assert ProjectCompensate()._size(graph) == (inputs, 32)
     assert ProjectCompensate(space="output")._size(graph) == (32, 32)
+
+
+@pytest.mark.parametrize("block", [16, 256])
+def test_one_triangle_of_the_sums_is_enough(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of 40 inputs in one block, and in blocks of which the last is smaller, against normal equations in fp64."""
+    monkeypatch.setattr(ridge, "_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    a, r = torch.randn(100, 40, generator=generator).double(), torch.randn(100, 40, generator=generator).double()
+    eye = torch.eye(40).double()
+    gram = a.T @ a
+    penalised = gram + 0.1 * gram.diagonal().mean() * eye
+    for towards, expected in (
+        ("solve", torch.linalg.solve(penalised, a.T @ r)),
+        ("solve_factor", torch.linalg.solve(penalised, a.T @ (r + a)) - eye),
+    ):
+        moments = ridge.Moments(torch.zeros(40, 40).double(), torch.zeros(40, 40).double(), 0.0)
+        moments.add(a[:60], r[:60])
+        moments.add(a[60:], r[60:])
+        x, _ = getattr(moments, towards)(0.1)
+        assert torch.allclose(x, expected, atol=1e-12), towards
