@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from gradmap_pipeline.batches import make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.sweep import layerwise
+from gradmap_pipeline.sweep import head_losses
+from gradmap_pipeline.sweep.head_losses import slice_positions
 from gradmap_pipeline.sweep.kept_tensors import KeptTensors
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sample_pass import SamplePass
@@ -98,7 +99,7 @@ def test_ways_to_save_change_nothing(
         assert boundaries.bytes_written > 0
         assert boundaries.bytes_read > 0
     else:
-        monkeypatch.setattr(layerwise, "LOGITS_AT_ONCE", 2 * 300 * 7)
+        monkeypatch.setattr(head_losses, "LOGITS_AT_ONCE", 2 * 300 * 7)
         saved, sweep = run()
     assert len(plain) == len(saved)
     for one, other in zip(plain, saved, strict=True):
@@ -110,9 +111,9 @@ def test_head_in_slices(architecture: str, tmp_path: Path, monkeypatch: pytest.M
     folder = make_model(tmp_path, architecture)
     batches = make_batches(*make_samples(padded=True))
     whole = next(iter(SamplePass(LayerwiseModel(open_folder(folder)), batches).losses()))
-    monkeypatch.setattr(layerwise, "LOGITS_AT_ONCE", 5 * 300 * 6)
+    monkeypatch.setattr(head_losses, "LOGITS_AT_ONCE", 5 * 300 * 6)
     model = LayerwiseModel(open_folder(folder))
-    assert [(part.start, part.stop) for part in model.head_slices(batches[0])] == [(0, 6), (6, 12), (12, 18), (18, 19)]
+    assert [(part.start, part.stop) for part in slice_positions(model, batches[0])] == [(0, 6), (6, 12), (12, 18), (18, 19)]
     assert torch.allclose(next(iter(SamplePass(model, batches).losses())), whole, atol=1e-6)
 
 
@@ -196,7 +197,7 @@ def test_override_survives_dropping_the_layer(llama: Path) -> None:
         model = LayerwiseModel(open_folder(llama), resident_bytes=resident_bytes)
         sweep = SamplePass(model, batches)
         before = next(iter(sweep.logits()))
-        model.override(1, "mlp.down_proj.weight", torch.zeros(32, 64))
+        model.weights.override(1, "mlp.down_proj.weight", torch.zeros(32, 64))
         sweep.invalidate_from(1)
         changed.append(next(iter(sweep.logits())))
         assert not torch.equal(before, changed[-1])
@@ -206,7 +207,7 @@ def test_override_survives_dropping_the_layer(llama: Path) -> None:
 def test_layers_run_without_the_rest(llama: Path) -> None:
     model = LayerwiseModel(open_folder(llama))
     sweep = SamplePass(model, make_batches(*make_samples(padded=False)))
-    model.forget_rest()
+    model.weights.forget_rest()
     sweep.run_forward()
     whole = SamplePass(LayerwiseModel(open_folder(llama)), make_batches(*make_samples(padded=False)))
     whole.run_forward()

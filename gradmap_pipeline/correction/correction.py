@@ -137,7 +137,7 @@ def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor],
         exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
         rounded = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
         patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
-        streams.pruned.model.override(layer, parameter, rounded)
+        streams.pruned.model.weights.override(layer, parameter, rounded)
     streams.pruned.invalidate_from(layer)
     return patches
 

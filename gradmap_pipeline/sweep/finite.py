@@ -84,6 +84,7 @@ def explain_nonfinite(
 def _find_place(graph: ModelGraph, batches: Sequence[Batch], device: str, dtype: str, folder: Path | None) -> int | str:
     import torch
 
+    from .head_losses import slice_positions
     from .kept_tensors import KeptTensors
     from .layerwise import LayerwiseModel
     from .sample_pass import SamplePass
@@ -99,7 +100,7 @@ def _find_place(graph: ModelGraph, batches: Sequence[Batch], device: str, dtype:
             if not visit.output[visit.mask].isfinite().all():
                 return step.layer
     for index, batch in enumerate(batches):
-        for positions in model.head_slices(batch):
+        for positions in slice_positions(model, batch):
             with torch.no_grad():
                 logits = model.head(batch, sweep.boundary(len(graph.layers), index), positions)
             if not logits[batch.mask[:, positions].to(logits.device)].isfinite().all():

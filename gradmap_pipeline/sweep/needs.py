@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..batches import Batch
 from ..machine.memory import free_bytes
+from .head_losses import LOGIT_BYTES, LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from .layer_arguments import LayerArguments
     from .layerwise import LayerwiseModel
 
-LOGIT_BYTES = 16
-"""A loss, its gradient and their temporaries, for each logit held at once."""
 _WORK = 1.5
 """Working memory of a layer over what autograd saves of it: gradients on their way down."""
 
@@ -107,7 +106,6 @@ def measure_needs(
     """Needs of a model that is about to be swept; runs one sample through one layer to see what autograd saves."""
     from ..checkpoint.adapter import count_conversion_copies
     from .layer_arguments import count_bytes
-    from .layerwise import LOGITS_AT_ONCE
 
     graph, size = model.graph, model.dtype.itemsize
     elements = graph.layer_elements()

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from ..batches import Batch, count_predicted, next_token_losses
+from ..batches import Batch, count_predicted
 from ..errors import ModelError, PluginError
+from .head_losses import compute_losses, differentiate_losses, slice_positions
 from .kept_tensors import CANDIDATE, GRADIENTS, KeptTensors
 from .layer_arguments import KeptArguments, LayerArguments
+from .layer_graphs import LayerGraphs, accumulate, opened
 from .layerwise import LayerwiseModel
-from .needs import LOGIT_BYTES
 from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
 if TYPE_CHECKING:
@@ -56,20 +57,19 @@ class SamplePass:
         self.batches = list(batches)
         self.layers = list(model.graph.layers)
         self.keep_boundaries = keep_boundaries
-        self.keep_graphs = keep_graphs and model.resident
+        self.keep_graphs = keep_graphs and model.weights.resident
         self.weight_gradients = weight_gradients
         self.advance = advance
         self.layer_forwards = 0
         """Passes of all batches through one layer, recomputation included."""
         self.layer_backwards = 0
-        self._kept = KeptTensors(ledger=model.ledger) if kept is None else kept
+        self._kept = KeptTensors(ledger=model.weights.ledger) if kept is None else kept
         self._arguments = KeptArguments(self._kept)
         for index, batch in enumerate(self.batches):
             hidden, arguments = model.record(batch)
             self._kept.put(0, index, hidden)
             self._arguments.add(index, arguments)
-        self._graphs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        """By position and batch: a layer's input and output, joined by autograd."""
+        self._graphs = LayerGraphs(keep=self.keep_graphs)
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
         self.predicted = predicted or count_predicted(self.batches)
@@ -108,9 +108,9 @@ class SamplePass:
     def _forward_to(self, end: int) -> Iterator[ForwardLayer]:
         for position in range(self.done, end):
             layer = self.layers[position]
-            with self.model.layer(layer) as module, self._parameters(module, position):
+            with self.model.layer(layer) as module, opened(self._parameters_of(module)):
                 if position + 1 < len(self.layers):
-                    self.model.expect(self.layers[position + 1])
+                    self.model.weights.expect(self.layers[position + 1])
                 visits = self._forward_visits(position)
                 yield ForwardLayer(layer, module, visits)
                 for _ in visits:
@@ -140,7 +140,7 @@ class SamplePass:
         """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
         self.run_forward()
         for index, batch in enumerate(self.batches):
-            yield self._losses_of(batch, self._kept.get(len(self.layers), index))
+            yield compute_losses(self.model, batch, self._kept.get(len(self.layers), index))
             self.advance()
 
     def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
@@ -160,7 +160,7 @@ class SamplePass:
         batches = range(len(self.batches))
         total = 0.0
         with torch.no_grad():
-            for group in ([index] for index in batches) if self.model.resident else [list(batches)]:
+            for group in ([index] for index in batches) if self.model.weights.resident else [list(batches)]:
                 for number, other in enumerate(left):
                     with self.model.layer(other):
                         for index in group:
@@ -168,25 +168,10 @@ class SamplePass:
                             self._kept.put(CANDIDATE, index, self.model.run_layer(other, hidden, self.arguments(index, other)))
                 for index in group:
                     hidden = self._kept.get(CANDIDATE if left else start, index)
-                    total += float(self._losses_of(self.batches[index], hidden).double().sum())
+                    total += float(compute_losses(self.model, self.batches[index], hidden).double().sum())
                     self._kept.forget(CANDIDATE, index)
         self.layer_forwards += len(left)
         return total
-
-    def _losses_of(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each token (B, T-1) from what leaves the last layer."""
-        import torch
-
-        with torch.no_grad():
-            parts = []
-            for positions in self.model.head_slices(batch):
-                with self._logits_booked(batch, positions):
-                    parts.append(next_token_losses(self.model.head(batch, hidden, positions), batch, positions.start))
-        return torch.cat(parts, dim=1)
-
-    def _logits_booked(self, batch: Batch, positions: slice) -> AbstractContextManager[None]:
-        size = LOGIT_BYTES * len(batch.input_ids) * (positions.stop - positions.start) * self.model.words
-        return self.model.ledger.holding("logits", size)
 
     def logits(self, last: int | None = None) -> Iterator[torch.Tensor]:
         """Logits (B, T, V) of each batch; of the `last` positions alone, where that is given."""
@@ -198,7 +183,7 @@ class SamplePass:
                 hidden = self._kept.get(len(self.layers), index)
                 tokens = hidden.shape[1]
                 wanted = slice(0 if last is None else max(0, tokens - last), tokens)
-                logits = self.model.head(batch, hidden, wanted if len(self.model.head_slices(batch)) > 1 else None)
+                logits = self.model.head(batch, hidden, wanted if len(slice_positions(self.model, batch)) > 1 else None)
                 yield logits[:, -(wanted.stop - wanted.start) :]
 
     def backward(self) -> Iterator[BackwardLayer]:
@@ -213,9 +198,9 @@ class SamplePass:
         self.put_head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
-            with self.model.layer(layer) as module, self._parameters(module, position) as parameters:
+            with self.model.layer(layer) as module, opened(self._parameters_of(module)) as parameters:
                 if position:
-                    self.model.expect(self.layers[position - 1])
+                    self.model.weights.expect(self.layers[position - 1])
                 step = BackwardLayer(layer, module, iter(()))
                 step.visits = self._backward_visits(position, parameters, step.weight_gradients)
                 with self._sums_booked(parameters):
@@ -228,7 +213,7 @@ class SamplePass:
 
     def _sums_booked(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
         size = sum(4 * parameter.numel() + parameter.nbytes for parameter in parameters.values())
-        return self.model.ledger.holding("weight gradients", size)
+        return self.model.weights.ledger.holding("weight gradients", size)
 
     def _needs_gradient(self, position: int) -> bool:
         return position > 0 or self.weight_gradients
@@ -236,19 +221,7 @@ class SamplePass:
     def _invalidate(self, position: int) -> None:
         self.done = min(self.done, position)
         self._kept.drop_from(self.done + 1)
-        self._graphs = {place: graph for place, graph in self._graphs.items() if place[0] < self.done}
-
-    @contextmanager
-    def _parameters(self, module: nn.Module, position: int) -> Iterator[dict[str, nn.Parameter]]:
-        """The parameters of a layer whose gradients are wanted, open to autograd while the sweep stands at it."""
-        parameters = dict(module.named_parameters()) if self.weight_gradients else {}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        try:
-            yield parameters
-        finally:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
+        self._graphs.drop_from(self.done)
 
     def _forward_visits(self, position: int, *, keep: bool = True) -> Iterator[ForwardVisit]:
         import torch
@@ -268,33 +241,21 @@ class SamplePass:
             yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
             self.advance()
 
-    def _run_with_graph(self, position: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        layer = self.layers[position]
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            output = self.model.run_layer(layer, leaf, self.arguments(index, layer))
-        self._graphs[position, index] = leaf, output
-        return output
-
     def put_head_gradients(self) -> None:
         """Compute the gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
-        import torch
-
         for index, batch in enumerate(self.batches):
-            leaf = self._kept.get(len(self.layers), index).detach().requires_grad_()
-            gradient: torch.Tensor | None = None
-            for positions in self.model.head_slices(batch):
-                with torch.enable_grad(), self._logits_booked(batch, positions):
-                    logits = self.model.head(batch, leaf, positions)
-                    loss = next_token_losses(logits, batch, positions.start).sum() * (self._scale / self.predicted)
-                    part = torch.autograd.grad(loss, leaf)[0]
-                    del logits, loss
-                gradient = part if gradient is None else gradient.add_(part)
-            assert gradient is not None
-            self._kept.put(GRADIENTS, index, gradient)
+            hidden = self._kept.get(len(self.layers), index)
+            self._kept.put(GRADIENTS, index, differentiate_losses(self.model, batch, hidden, self._scale / self.predicted))
             self.advance()
+
+    def _run_with_graph(self, position: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        layer = self.layers[position]
+        arguments = self.arguments(index, layer)
+        return self._graphs.run(position, index, hidden, lambda leaf: self.model.run_layer(layer, leaf, arguments))
+
+    def _parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a layer whose gradients are wanted."""
+        return dict(module.named_parameters()) if self.weight_gradients else {}
 
     def _backward_visits(
         self,
@@ -302,8 +263,6 @@ class SamplePass:
         parameters: dict[str, nn.Parameter],
         weight_gradients: dict[str, torch.Tensor],
     ) -> Iterator[BackwardVisit]:
-        import torch
-
         recomputed = False
         for index in range(len(self.batches)):
             gradient = self._kept.get(GRADIENTS, index)
@@ -311,30 +270,12 @@ class SamplePass:
             shown = gradient if self._scale == 1 else gradient.float() / self._scale
             yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, shown)
             if self._needs_gradient(position):
-                if (position, index) not in self._graphs:
+                if not self._graphs.has(position, index):
                     self._run_with_graph(position, index, hidden)
                     recomputed = True
-                leaf, again = self._graphs[position, index] if self.keep_graphs else self._graphs.pop((position, index))
-                wanted = [leaf, *parameters.values()]
-                below, *others = torch.autograd.grad(again, wanted, gradient, retain_graph=self.keep_graphs, allow_unused=True)
-                _accumulate(weight_gradients, parameters, others, self._scale)
+                below, others = self._graphs.differentiate(position, index, gradient, list(parameters.values()))
+                accumulate(weight_gradients, parameters, others, self._scale)
                 self._kept.put(GRADIENTS, index, below)
-                del leaf, again, gradient, below, others, shown
+                del gradient, below, others, shown
             self.advance()
         self.layer_forwards += recomputed
-
-
-def _accumulate(
-    sums: dict[str, torch.Tensor],
-    parameters: dict[str, nn.Parameter],
-    gradients: Sequence[torch.Tensor | None],
-    scale: float,
-) -> None:
-    """Add gradients in fp32; a parameter that a batch does not use (an expert nobody chose) adds nothing."""
-    import torch
-
-    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        if name not in sums:
-            sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
-        if gradient is not None:
-            sums[name] += gradient.float() / scale

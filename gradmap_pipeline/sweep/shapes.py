@@ -9,7 +9,7 @@ from ..checkpoint import adapter
 from ..checkpoint.checkpoint import StoredTensor
 from ..checkpoint.source import load_config
 from ..errors import ModelError
-from .layerwise import drop_weights
+from .weight_loader import drop_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +43,7 @@ def _check_others(model: LayerwiseModel) -> None:
         if not stored.is_float and (name in named or start + name in named):
             raise _refuse_type(name, stored)
     if not isinstance(load_config(model.graph.base.folder).get("text_config"), dict):
-        loading = model.try_load(others)
+        loading = model.weights.try_load(others)
         adapter.tie_weights(model.module, loading.missing)
         _check_left_over(model, loading)
 
@@ -71,7 +71,7 @@ def _try_layer(model: LayerwiseModel, index: int, layer: nn.Module) -> None:
     integers = [name for name, tensor in stored.items() if not tensor.is_float]
     drop_weights(layer)
     try:
-        loading = model.try_load({name: tensor for name, tensor in stored.items() if tensor.is_float})
+        loading = model.weights.try_load({name: tensor for name, tensor in stored.items() if tensor.is_float})
         missing = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
     finally:
         drop_weights(layer)

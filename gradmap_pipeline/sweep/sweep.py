@@ -93,9 +93,9 @@ class Sweep:
             free = context.memory - resident_bytes(context.device)
             plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve)
         self.plan = plan
-        self.model.resident, self.model.prefetch = self.plan.resident, self.plan.prefetch
+        self.model.weights.resident, self.model.weights.prefetch = self.plan.resident, self.plan.prefetch
         self._need = need
-        self.kept = KeptTensors(max(0, self.plan.kept_limit - reserve) // sharers, context.folder, ledger=self.model.ledger)
+        self.kept = KeptTensors(max(0, self.plan.kept_limit - reserve) // sharers, context.folder, ledger=self.model.weights.ledger)
         size = math.ceil(count / self.plan.passes)
         batch_tokens = self.plan.batch_samples * tokens
         self._parts = [
@@ -135,7 +135,7 @@ class Sweep:
     @property
     def ledger(self) -> Ledger:
         """What is held in memory, and was at most."""
-        return self.model.ledger
+        return self.model.weights.ledger
 
     @property
     def batches(self) -> list[Batch]:
@@ -199,7 +199,7 @@ class Sweep:
             advance=lambda units=1, /: self.advance(units),
         )
         if not self._has_head:
-            self.model.forget_rest()
+            self.model.weights.forget_rest()
         for layer in self._removed:
             one.remove(layer)
         return one

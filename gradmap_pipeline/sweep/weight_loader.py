@@ -1,0 +1,166 @@
+"""Bring weights into the modules of a model on the meta device, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..checkpoint import adapter
+from ..checkpoint.casts import FOR_COMPUTING, cast_all
+from ..checkpoint.graph import ModelGraph
+from ..checkpoint.loading import hold, load_checked
+from ..errors import ModelError
+from .ledger import Ledger
+from .prefetch import Prefetcher
+from .refusals import refuse
+from .weight_sources import WeightSource
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ..checkpoint.checkpoint import StoredTensor
+
+RESIDENT_BYTES = 1 << 30
+"""Layers stay in memory after their first use while all of them together take no more than this."""
+
+
+class WeightLoader:
+    """Embeddings, norm and head are brought in at once, layers when they are used."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        module: PreTrainedModel,
+        layers_path: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        resident_bytes: int,
+        source: WeightSource,
+    ) -> None:
+        """`module`: on the meta device. `layers_path`: the name in it of the list of layers."""
+        self.ledger = Ledger()
+        self._graph = graph
+        self._module = module
+        self._layers_path = layers_path
+        self._layers: list[nn.Module] = list(module.get_submodule(layers_path).children())
+        self._dtype = dtype
+        self._device = device
+        self._source = source
+        self._overrides: dict[int, dict[str, torch.Tensor]] = {}
+        self.resident = sum(graph.layer_elements().values()) * dtype.itemsize <= resident_bytes
+        """Whether layers stay in memory after their first use."""
+        self.prefetch = False
+        """Whether to read the layer that is expected next while another computes."""
+        self._prefetcher = Prefetcher(device)
+        self._bring_in_rest()
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Base layer `index` with its weights, for the time of the `with` block."""
+        layer = self._layers[index]
+        if _lacks_weights(layer):
+            self._bring_in(index)
+            self._check_complete(layer, f"{self._layers_path}.{index}.")
+            self._source.finish(layer)
+            for name, value in self._overrides.get(index, {}).items():
+                layer.get_parameter(name).data.copy_(value)
+        try:
+            yield layer
+        except BaseException:
+            self._prefetcher.drop()  # the sweep ends here, and nobody comes for it
+            raise
+        finally:
+            if not self.resident:
+                self.drop(index)
+
+    def drop(self, index: int) -> None:
+        """Put the weights of base layer `index` back on the meta device."""
+        self.ledger.add("layer weights", -_bytes_of(self._layers[index]))
+        drop_weights(self._layers[index])
+
+    def expect(self, index: int) -> None:
+        """Base layer `index` is the next to be used."""
+        if self.prefetch and _lacks_weights(self._layers[index]):
+            self._prefetcher.start(index, partial(self._read_all, index, pinned=self._device.type == "cuda"))
+
+    def forget_rest(self) -> None:
+        """Drop embeddings, norm and head; from now on layers alone can be run."""
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        for module in self._module.modules():
+            if id(module) not in inside:
+                _drop_own_weights(module)
+
+    def override(self, index: int, parameter: str, value: torch.Tensor) -> None:
+        """Use another value for a parameter of base layer `index`, from now on."""
+        current = self._layers[index].get_parameter(parameter)
+        value = cast_all(value, current.dtype, f"{self._layers_path}.{index}.{parameter}", FOR_COMPUTING)
+        self._overrides.setdefault(index, {})[parameter] = value
+        if not current.is_meta:
+            current.data.copy_(value)
+
+    def try_load(self, tensors: Mapping[str, StoredTensor]) -> adapter.Loading:
+        """Load tensors as the weights of a layer are loaded, and say what became of them."""
+        return self._load(self._reads(tensors))
+
+    def _bring_in_rest(self) -> None:
+        """Load what belongs to no layer, tie what is tied."""
+        missing = self._load(self._reads(self._graph.other_tensors())).missing
+        adapter.tie_weights(self._module, missing)
+        layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
+        for name, parameter in self._module.named_parameters():
+            if id(parameter) not in layers and parameter.is_meta:
+                raise ModelError(f"{str(self._graph.base.folder)!r} lacks the weights of {name!r}")
+            parameter.requires_grad_(False)
+
+    def _bring_in(self, index: int) -> None:
+        """Load a layer: what was read ahead, else each tensor when it is wanted."""
+        ahead = self._prefetcher.take(index)
+        self._load(self._reads(self._graph.layer_tensors(index)) if ahead is None else hold(ahead))
+        self.ledger.add("layer weights", _bytes_of(self._layers[index]))
+
+    def _load(self, reads: Mapping[str, Callable[[], torch.Tensor]]) -> adapter.Loading:
+        return load_checked(self._module, reads, self._dtype, str(self._device))
+
+    def _reads(self, tensors: Mapping[str, StoredTensor], *, pinned: bool = False) -> dict[str, Callable[[], torch.Tensor]]:
+        """How each tensor is read, in the type to compute in unless the architecture has types of its own."""
+        cast = None if adapter.has_types_of_its_own(self._module, self._dtype) else self._dtype
+        return {name: partial(self._source.read, tensor, cast, pinned=pinned) for name, tensor in tensors.items()}
+
+    def _read_all(self, index: int, *, pinned: bool = False) -> dict[str, torch.Tensor]:
+        return {name: read() for name, read in self._reads(self._graph.layer_tensors(index), pinned=pinned).items()}
+
+    def _check_complete(self, layer: nn.Module, prefix: str) -> None:
+        for name, parameter in layer.named_parameters():
+            if parameter.is_meta:
+                if adapter.is_tied(self._module, prefix + name):
+                    raise refuse(self._module, f"{prefix + name!r} is shared with another layer")
+                raise ModelError(f"{str(self._graph.base.folder)!r} lacks the weights of {prefix + name!r}")
+            parameter.requires_grad_(False)
+
+
+def drop_weights(layer: nn.Module) -> None:
+    """Put the weights of a module back on the meta device."""
+    for module in layer.modules():
+        _drop_own_weights(module)
+
+
+def _drop_own_weights(module: nn.Module) -> None:
+    import torch
+    from torch import nn
+
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _bytes_of(layer: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in layer.parameters() if not parameter.is_meta)
+
+
+def _lacks_weights(layer: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in layer.parameters())
