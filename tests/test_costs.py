@@ -298,7 +298,7 @@ def test_less_memory_reads_more(folder: Path) -> None:
     needs = costs.needs(4, 8, 24)
     costs.benchmark._needs[24] = replace(needs, all_layer_bytes=1 << 60)  # as if the layers were large
     narrow = costs.backward_sweeps([4, 3], 8, 24)
-    costs.benchmark._needs[24] = replace(needs, all_layer_bytes=1 << 60, read_ahead=True)
+    costs.benchmark._needs[24] = replace(needs, all_layer_bytes=1 << 60, has_slow_reads=True)
     assert costs.backward_sweeps([4, 3], 8, 24).how == "layers read ahead"
     assert roomy.how == "layers stay in memory, graphs kept"
     assert narrow.how == "layers read again"

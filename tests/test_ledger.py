@@ -51,7 +51,7 @@ def open_tight(
         planned.append(needs)
         plan = plan_sweep(needs, free, **options)
         limit = needs.samples * needs.kept_bytes // 4
-        return replace(plan, resident=False, prefetch=False, keep_graphs=False, batch_samples=3, passes=1, kept_limit=limit)
+        return replace(plan, is_resident=False, reads_ahead=False, keeps_graphs=False, batch_samples=3, passes=1, kept_limit=limit)
 
     monkeypatch.setattr(door, "plan_sweep", plan_tight)
     sweep = open_sweep(graph, make_samples(padded=padded), make_context(folder / "step"), need=need, keep=keep)

@@ -18,7 +18,7 @@ from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.memory_plan import plan_sweep
 from gradmap_pipeline.sweep.needs import SweepNeeds, measure_needs
-from gradmap_pipeline.sweep.sweep import Sweep, open_sweep
+from gradmap_pipeline.sweep.sweep import open_sweep
 from gradmap_pipeline.testing import make_context, run_stage
 
 MIB = 1 << 20
@@ -39,12 +39,12 @@ NEEDS = SweepNeeds(
 def test_reading_ahead_takes_the_room_of_a_second_layer() -> None:
     """It is planned for, and left where hidden states or a reserve need the room."""
     few = replace(NEEDS, samples=1)
-    ahead, again = plan_sweep(few, 3 << 30), plan_sweep(replace(few, read_ahead=False), 3 << 30)
-    assert (ahead.prefetch, again.prefetch) == (True, False)
+    ahead, again = plan_sweep(few, 3 << 30), plan_sweep(replace(few, has_slow_reads=False), 3 << 30)
+    assert (ahead.reads_ahead, again.reads_ahead) == (True, False)
     assert ahead.peak_bytes == again.peak_bytes + NEEDS.layer_bytes
     assert ahead.kept_limit == again.kept_limit - NEEDS.layer_bytes
-    assert not plan_sweep(few, 3 << 30, reserve=1 << 31).prefetch
-    assert not plan_sweep(few, 64 << 30).prefetch
+    assert not plan_sweep(few, 3 << 30, reserve=1 << 31).reads_ahead
+    assert not plan_sweep(few, 64 << 30).reads_ahead
 
 
 def test_too_little_is_said() -> None:
@@ -56,7 +56,7 @@ def test_too_little_is_said() -> None:
 
 
 def test_what_is_no_sum_goes_through_together() -> None:
-    assert plan_sweep(replace(NEEDS, weight_gradients=True), 4 << 30, divisible=False).passes == 1
+    assert plan_sweep(replace(NEEDS, has_weight_gradients=True), 4 << 30, divisible=False).passes == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
@@ -74,12 +74,12 @@ def test_measured_needs_cover_what_is_used(architecture: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "forced",
     [
-        {"passes": 3, "keep_graphs": False},
-        {"passes": 3, "keep_graphs": True},
-        {"resident": False, "keep_graphs": False, "prefetch": False},
-        {"resident": False, "keep_graphs": False, "prefetch": True},
-        {"resident": False, "keep_graphs": False, "kept_limit": 2000},
-        {"passes": 1, "keep_graphs": True},
+        {"passes": 3, "keeps_graphs": False},
+        {"passes": 3, "keeps_graphs": True},
+        {"is_resident": False, "keeps_graphs": False, "reads_ahead": False},
+        {"is_resident": False, "keeps_graphs": False, "reads_ahead": True},
+        {"is_resident": False, "keeps_graphs": False, "kept_limit": 2000},
+        {"passes": 1, "keeps_graphs": True},
         {"batch_samples": 1},
     ],
     ids=str,
@@ -92,12 +92,12 @@ def test_gradients_and_losses_under_any_plan_are_those_of_the_whole_model(
     with open_sweep(graph, samples, context, need="backward") as sweep:
         plan = replace(sweep.plan, **forced)
     gradients: dict[int, list[torch.Tensor]] = {layer: [] for layer in graph.layers}
-    with Sweep(graph, samples, context, need="backward", plan=plan) as sweep:
+    with open_sweep(graph, samples, context, need="backward", plan=plan) as sweep:
         assert len(sweep.batches) == (7 if plan.batch_samples == 1 else plan.passes)
         for step in sweep.backward():
             gradients[step.layer] += [visit.gradient for visit in step]
         assert (sweep.kept.bytes_written > 0) == ("kept_limit" in forced)
-    with Sweep(graph, samples, context, plan=replace(plan, keep_graphs=False)) as sweep:
+    with open_sweep(graph, samples, context, plan=replace(plan, keeps_graphs=False)) as sweep:
         losses = torch.cat(list(sweep.losses()))
     whole = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64).eval()
     states = {}

@@ -215,7 +215,7 @@ def test_scores_in_parts_are_those_of_the_whole(model: ModelGraph, calibration: 
         for some, real in zip(ids.split(3), mask.split(3), strict=True)
     ]
     assert {layer: parts[0][layer] + parts[1][layer] for layer in together} == pytest.approx(together, rel=1e-5)
-    layerwise.weights.resident = False
+    layerwise.weights.is_resident = False
     assert measure_losses(SamplePass(layerwise, make_batches(ids, mask, 48))) == pytest.approx(together, rel=1e-5)
 
 

@@ -70,7 +70,7 @@ def test_a_sweep_reads_ahead_in_both_directions(llama: Path, monkeypatch: pytest
     monkeypatch.setattr(Prefetcher, "take", count)
     for ahead in (False, True):
         model = LayerwiseModel(open_folder(llama), resident_bytes=0)
-        model.weights.prefetch = ahead
+        model.weights.reads_ahead = ahead
         sweep = SamplePass(model, make_batches(ids, torch.ones_like(ids)))
         gradients.append([visit.gradient for step in sweep.backward() for visit in step])
         assert taken == ([1, 2, 3, 2, 1, 0] if ahead else [])
@@ -79,7 +79,7 @@ def test_a_sweep_reads_ahead_in_both_directions(llama: Path, monkeypatch: pytest
 
 def test_a_sweep_that_ends_early_leaves_nothing_on_its_way(llama: Path) -> None:
     model = LayerwiseModel(open_folder(llama), resident_bytes=0)
-    model.weights.prefetch = True
+    model.weights.reads_ahead = True
     ids = torch.full((2, 8), 5)
     forward = SamplePass(model, make_batches(ids, torch.ones_like(ids))).forward()
     assert next(forward).layer == 0

@@ -18,7 +18,7 @@ from ..sweep.layerwise import LayerwiseModel
 from ..sweep.memory_plan import SweepPlan, plan_sweep
 from ..sweep.needs import SweepNeeds
 from ..sweep.sample_pass import SamplePass
-from ..sweep.sweep import Sweep
+from ..sweep.sweep import Stream, open_sweep
 from ..sweep.visits import ForwardVisit
 from .sites import NotFiniteError
 
@@ -74,7 +74,7 @@ def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepPlan,
 
     `reserve`: bytes to leave free for what is done with them.
     """
-    alone = replace(needs, backward=False, has_head=False)
+    alone = replace(needs, is_backward=False, has_head=False)
     plan = plan_sweep(alone, free, divisible=False, reserve=reserve)
     return plan, max(0, plan.kept_limit - reserve) // 2
 
@@ -84,8 +84,8 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
 
     `reserve`: bytes to leave free for what is done with them.
     """
-    alone: dict[str, Any] = {"keep": "all", "divisible": False, "has_head": False, "reserve": reserve, "sharers": 2}
-    original = Sweep(graph.dense, calibration.load(), context, **alone)
+    stream = Stream(reserve, sharers=2)
+    original = open_sweep(graph.dense, calibration.load(), context, keep="all", divisible=False, stream=stream)
     units = graph.base.layers * len(original.batches)
     with context.progress("run the original model", units, "layer batch") as original.advance:
         for step in original.forward():
@@ -95,7 +95,7 @@ def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Contex
                 original.kept.drop(step.layer)  # nothing is compared there
         del step
         targets = original.detach()
-        pruned = Sweep(graph, calibration.load(), context, plan=original.plan, **alone)
+        pruned = open_sweep(graph, calibration.load(), context, keep="all", stream=stream, plan=original.plan)
     return Streams(targets, pruned.open_only_pass(), graph, context.group, graph.base.layers)
 
 

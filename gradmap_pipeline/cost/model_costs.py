@@ -133,11 +133,11 @@ class ModelCosts:
 
         `besides`: bytes of other files that the step reads and writes.
         """
-        needs = replace(self.needs(layers, samples, tokens), backward=False, keep_boundaries=False)
+        needs = replace(self.needs(layers, samples, tokens), is_backward=False, keeps_boundaries=False)
         plan = plan_sweep(needs, self.memory - self.occupied)
         layer, head = self.benchmark.layer_pass(plan.batch_samples, tokens), self.benchmark.head_pass(plan.batch_samples, tokens)
         moving = self._moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
-        passes = samples + (min(samples, plan.batch_samples) if plan.resident else 0)  # the first batch warms up
+        passes = samples + (min(samples, plan.batch_samples) if plan.is_resident else 0)  # the first batch warms up
         return self.opening() + Estimate(
             peak_bytes=self.occupied + plan.peak_bytes,
             lines=self._lines_of(plan),
@@ -153,18 +153,18 @@ class ModelCosts:
         self, layers: list[int], samples: int, tokens: int, *, weight_gradients: bool = False, divisible: bool = True
     ) -> Estimate:
         """Backward sweeps in a row, over models of so many layers each. Reuse between them is left out."""
-        needs = replace(self.needs(layers[0], samples, tokens), weight_gradients=weight_gradients)
+        needs = replace(self.needs(layers[0], samples, tokens), has_weight_gradients=weight_gradients)
         plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible)
         layer, head = (
             self.benchmark.layer_pass(plan.batch_samples, tokens, weight_gradients),
             self.benchmark.head_pass(plan.batch_samples, tokens),
         )
-        forward = layer.forward_for_backward if plan.keep_graphs else layer.forward + layer.forward_for_backward
+        forward = layer.forward_for_backward if plan.keeps_graphs else layer.forward + layer.forward_for_backward
         lines = self._lines_of(plan)
         total = Estimate(self.occupied + plan.peak_bytes, how=plan.describe(), disk_bytes=plan.spilled_bytes, lines=lines)
         for number, count in enumerate(layers):
-            read = plan.bytes_read * count // layers[0] if number == 0 or not plan.resident else 0
-            forwards = 1 if plan.keep_graphs else 2
+            read = plan.bytes_read * count // layers[0] if number == 0 or not plan.is_resident else 0
+            forwards = 1 if plan.keeps_graphs else 2
             per_sample = count * (forward + layer.backward) + head.forward_for_backward + head.backward
             flops = count * (forwards * layer.flops + layer.backward_flops) + head.flops + head.backward_flops
             moving = self._moving(max(0, read - plan.bytes_written), plan.bytes_written)
@@ -195,7 +195,7 @@ class ModelCosts:
         }
         allocator = plan.peak_bytes - sum(plan.lines.values())
         layer_bytes = self.stored_layer_bytes / whole
-        read = round(layer_bytes * (whole + layers + (0 if plan.resident else again)))
+        read = round(layer_bytes * (whole + layers + (0 if plan.is_resident else again)))
         layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(

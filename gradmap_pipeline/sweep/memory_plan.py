@@ -21,14 +21,14 @@ _SLACK = 96 << 20
 class SweepPlan:
     """How a sweep uses its memory: what stays, what spills, in how many passes."""
 
-    resident: bool
+    is_resident: bool
     """Layers stay in memory."""
-    prefetch: bool
+    reads_ahead: bool
     """The next layer is read while this one computes."""
     batch_samples: int
     passes: int
     """The samples go through the model in this many parts, one after another."""
-    keep_graphs: bool
+    keeps_graphs: bool
     kept_limit: int
     """Bytes held in memory of what is kept between layers."""
     peak_bytes: int
@@ -42,10 +42,10 @@ class SweepPlan:
 
     def describe(self) -> str:
         """In a few words."""
-        layers = "layers stay in memory" if self.resident else "layers read ahead" if self.prefetch else "layers read again"
-        passes = f"samples in {self.passes} passes" if self.passes > 1 and not self.resident else ""
+        layers = "layers stay in memory" if self.is_resident else "layers read ahead" if self.reads_ahead else "layers read again"
+        passes = f"samples in {self.passes} passes" if self.passes > 1 and not self.is_resident else ""
         spilled = f"{format_size(self.bytes_written)} of hidden states to a file" if self.bytes_written else ""
-        return ", ".join(filter(None, (layers, "graphs kept" if self.keep_graphs else "", passes, spilled)))
+        return ", ".join(filter(None, (layers, "graphs kept" if self.keeps_graphs else "", passes, spilled)))
 
 
 def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0) -> SweepPlan:
@@ -64,47 +64,47 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
             f"memory allowed {format_size(max(free, 0))} are left; shorten 'sequence_length', use --dtype bfloat16, or allow more "
             "with --memory"
         )
-    resident = sum(_count_phases(needs, 1, needs.all_layer_bytes).values()) + _SLACK <= free
-    weights = needs.all_layer_bytes if resident else needs.layer_bytes
+    is_resident = sum(_count_phases(needs, 1, needs.all_layer_bytes).values()) + _SLACK <= free
+    weights = needs.all_layer_bytes if is_resident else needs.layer_bytes
     batch = _choose_batch(needs, free, weights)
     lines = _count_phases(needs, batch, weights)
     held = sum(lines.values()) + _SLACK
     left = free - held
     kept = needs.kept_bytes + needs.count_own_arguments(batch)
     graphs = needs.saved_bytes * needs.layers
-    keep_graphs = resident and needs.backward and (kept + graphs) * (batch if divisible else needs.samples) <= left
-    prefetch = needs.read_ahead and not resident and needs.samples * kept + reserve + needs.layer_bytes <= left
-    if prefetch:
+    keeps_graphs = is_resident and needs.is_backward and (kept + graphs) * (batch if divisible else needs.samples) <= left
+    reads_ahead = needs.has_slow_reads and not is_resident and needs.samples * kept + reserve + needs.layer_bytes <= left
+    if reads_ahead:
         lines["read ahead"] = needs.layer_bytes
         held, left = held + needs.layer_bytes, left - needs.layer_bytes
-    each = kept + graphs if keep_graphs else kept
+    each = kept + graphs if keeps_graphs else kept
     fitting = min(needs.samples, max(1, left // each // batch) * batch)
     passes = math.ceil(needs.samples / fitting) if divisible else 1
-    sweeps = 2 if needs.backward else 1
-    again = 0 if resident else (passes - 1) * sweeps * needs.stored_bytes
+    sweeps = 2 if needs.is_backward else 1
+    again = 0 if is_resident else (passes - 1) * sweeps * needs.stored_bytes
     spilled = max(0, needs.samples * kept - left)
     # What finds no room of the gradients is written anew at each layer, and so is the boundary of a sweep that keeps one.
-    gradients = max(0, needs.samples * needs.boundary_bytes - left) * needs.layers if needs.backward else 0
-    written = spilled * (1 if needs.keep_boundaries else needs.layers) + gradients
-    if passes > 1 and not keep_graphs and 2 * written <= again:
+    gradients = max(0, needs.samples * needs.boundary_bytes - left) * needs.layers if needs.is_backward else 0
+    written = spilled * (1 if needs.keeps_boundaries else needs.layers) + gradients
+    if passes > 1 and not keeps_graphs and 2 * written <= again:
         passes, again, fitting = 1, 0, needs.samples
-    if divisible and resident and not needs.keep_boundaries:  # a layer that stays costs nothing to use again
+    if divisible and is_resident and not needs.keeps_boundaries:  # a layer that stays costs nothing to use again
         passes, fitting = math.ceil(needs.samples / batch), batch
-    if passes > 1 or keep_graphs:
+    if passes > 1 or keeps_graphs:
         spilled = written = 0
     for line, size in _split_kept(needs, fitting, needs.count_own_arguments(batch), left).items():
         lines[line] = lines.get(line, 0) + size
-    if keep_graphs:
+    if keeps_graphs:
         lines["activations"] = lines.get("activations", 0) + fitting * graphs
     return SweepPlan(
-        resident=resident,
-        prefetch=prefetch,
+        is_resident=is_resident,
+        reads_ahead=reads_ahead,
         batch_samples=batch,
         passes=passes,
-        keep_graphs=keep_graphs,
+        keeps_graphs=keeps_graphs,
         kept_limit=left,
         peak_bytes=sum(lines.values()) + _SLACK,
-        bytes_read=needs.stored_bytes * (1 if resident else sweeps) + again + written,
+        bytes_read=needs.stored_bytes * (1 if is_resident else sweeps) + again + written,
         bytes_written=written,
         spilled_bytes=spilled,
         lines=lines,
@@ -122,7 +122,9 @@ def _choose_batch(needs: SweepNeeds, free: int, weights: int) -> int:
 
 def _count_phases(needs: SweepNeeds, batch: int, weights: int) -> dict[Line, int]:
     """Bytes by line while a layer works, while the head does, or while a layer is loaded: of those the most."""
-    arguments = 0 if needs.padded else 2 * (needs.fixed_argument_bytes + batch * needs.argument_bytes)  # the last batch is smaller
+    arguments = (
+        0 if needs.has_padding else 2 * (needs.fixed_argument_bytes + batch * needs.argument_bytes)
+    )  # the last batch is smaller
     common: dict[Line, int] = {"layer weights": weights, "layer arguments": arguments}
     at_layer: dict[Line, int] = {"activations": needs.count_work(batch), "weight gradients": needs.weight_gradient_bytes}
     at_head: dict[Line, int] = {"logits": needs.count_logit_bytes(batch), "activations": 3 * batch * needs.boundary_bytes}
@@ -134,9 +136,9 @@ def _count_phases(needs: SweepNeeds, batch: int, weights: int) -> dict[Line, int
 def _split_kept(needs: SweepNeeds, samples: int, arguments: int, limit: int) -> dict[Line, int]:
     """What is held between layers of so many samples, by line: arguments and gradients first, they are used most often."""
     wanted: dict[Line, int] = {}
-    if needs.padded:
+    if needs.has_padding:
         wanted["layer arguments"] = samples * arguments
-    if needs.backward:
+    if needs.is_backward:
         wanted["gradients"] = samples * needs.boundary_bytes
     wanted["hidden states"] = samples * needs.kept_bytes - wanted.get("gradients", 0)
     lines: dict[Line, int] = {}

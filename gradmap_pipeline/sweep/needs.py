@@ -54,15 +54,15 @@ class SweepNeeds:
     """What a layer is called with besides hidden states, of one sample."""
     fixed_argument_bytes: int = 0
     """The same, of a batch of any size."""
-    padded: bool = False
+    has_padding: bool = False
     """Whether samples have padding, so that each batch is called with masks of its own."""
-    backward: bool = True
-    weight_gradients: bool = False
-    keep_boundaries: bool = True
+    is_backward: bool = True
+    has_weight_gradients: bool = False
+    keeps_boundaries: bool = True
     """All of them, not just the one the sweep stands at."""
     has_head: bool = True
     """Whether logits are computed."""
-    read_ahead: bool = True
+    has_slow_reads: bool = True
     """Whether reading waits for a disk or a bus; out of the system's cache it takes the processor from computing."""
 
     def count_logit_bytes(self, batch: int) -> int:
@@ -74,22 +74,22 @@ class SweepNeeds:
 
     def count_work(self, batch: int) -> int:
         """What one layer computes of a batch, what goes in and what comes out."""
-        saved = math.ceil(self.saved_bytes * _WORK) if self.backward else self.saved_bytes
-        return batch * (saved + (3 if self.backward else 2) * self.boundary_bytes)
+        saved = math.ceil(self.saved_bytes * _WORK) if self.is_backward else self.saved_bytes
+        return batch * (saved + (3 if self.is_backward else 2) * self.boundary_bytes)
 
     def count_own_arguments(self, batch: int) -> int:
         """What a layer is called with, of each sample, where every batch has masks of its own."""
-        return self.argument_bytes + math.ceil(self.fixed_argument_bytes / batch) if self.padded else 0
+        return self.argument_bytes + math.ceil(self.fixed_argument_bytes / batch) if self.has_padding else 0
 
     @property
     def weight_gradient_bytes(self) -> int:
         """Sums in fp32 of a layer's gradients, one batch's in the computed type, and what is made of the largest in fp64."""
-        return 4 * self.layer_elements + self.layer_bytes + 24 * self.largest_parameter if self.weight_gradients else 0
+        return 4 * self.layer_elements + self.layer_bytes + 24 * self.largest_parameter if self.has_weight_gradients else 0
 
     @property
     def kept_bytes(self) -> int:
         """Of one sample between layers: hidden states at the boundaries, and a gradient or a stream without a layer."""
-        return self.boundary_bytes * (self.layers + 2 if self.keep_boundaries else 1)
+        return self.boundary_bytes * (self.layers + 2 if self.keeps_boundaries else 1)
 
 
 def measure_needs(
@@ -97,10 +97,10 @@ def measure_needs(
     samples: int,
     tokens: int,
     *,
-    backward: bool = True,
-    weight_gradients: bool = False,
-    keep_boundaries: bool = True,
-    padded: bool = False,
+    is_backward: bool = True,
+    has_weight_gradients: bool = False,
+    keeps_boundaries: bool = True,
+    has_padding: bool = False,
     has_head: bool = True,
 ) -> SweepNeeds:
     """Needs of a model that is about to be swept; runs one sample through one layer to see what autograd saves."""
@@ -110,9 +110,9 @@ def measure_needs(
     graph, size = model.graph, model.dtype.itemsize
     elements = graph.layer_elements()
     largest = max(elements, key=elements.__getitem__)
-    hidden, arguments = model.record(_make_batch(1, tokens, padded=padded and not model.lengths_apart))
+    hidden, arguments = model.record(_make_batch(1, tokens, has_padding=has_padding and not model.lengths_apart))
     one = count_bytes(arguments.values())
-    more = model.record(_make_batch(2, tokens, padded=padded and not model.lengths_apart))[1]
+    more = model.record(_make_batch(2, tokens, has_padding=has_padding and not model.lengths_apart))[1]
     each = max(0, count_bytes(more.values()) - one)
     del more
     tensors = [tensor for layer in graph.layers for tensor in graph.layer_tensors(layer).values()]
@@ -133,20 +133,20 @@ def measure_needs(
         largest_tensor_bytes=max(one_by_one, elements[largest] * size * count_conversion_copies(model.module)),
         argument_bytes=each,
         fixed_argument_bytes=max(0, one - each),
-        padded=padded,
-        backward=backward,
-        weight_gradients=weight_gradients,
-        keep_boundaries=keep_boundaries,
+        has_padding=has_padding,
+        is_backward=is_backward,
+        has_weight_gradients=has_weight_gradients,
+        keeps_boundaries=keeps_boundaries,
         has_head=has_head,
     )
-    return replace(needs, read_ahead=model.device.type == "cuda" or needs.stored_bytes > free_bytes())
+    return replace(needs, has_slow_reads=model.device.type == "cuda" or needs.stored_bytes > free_bytes())
 
 
-def _make_batch(samples: int, tokens: int, *, padded: bool) -> Batch:
+def _make_batch(samples: int, tokens: int, *, has_padding: bool) -> Batch:
     import torch
 
     mask = torch.ones(samples, tokens, dtype=torch.bool)
-    mask[:, tokens - 1] = not (padded and tokens > 1)
+    mask[:, tokens - 1] = not (has_padding and tokens > 1)
     return Batch(torch.zeros(samples, tokens, dtype=torch.long), mask)
 
 

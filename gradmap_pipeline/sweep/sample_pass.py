@@ -56,9 +56,9 @@ class SamplePass:
         self.model = model
         self.batches = list(batches)
         self.layers = list(model.graph.layers)
-        self.keep_boundaries = keep_boundaries
-        self.keep_graphs = keep_graphs and model.weights.resident
-        self.weight_gradients = weight_gradients
+        self.keeps_boundaries = keep_boundaries
+        self.keeps_graphs = keep_graphs and model.weights.is_resident
+        self.has_weight_gradients = weight_gradients
         self.advance = advance
         self.layer_forwards = 0
         """Passes of all batches through one layer, recomputation included."""
@@ -69,7 +69,7 @@ class SamplePass:
             hidden, arguments = model.record(batch)
             self._kept.put(0, index, hidden)
             self._arguments.add(index, arguments)
-        self._graphs = LayerGraphs(keep=self.keep_graphs)
+        self._graphs = LayerGraphs(keep=self.keeps_graphs)
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
         self.predicted = predicted or count_predicted(self.batches)
@@ -150,7 +150,7 @@ class SamplePass:
         """
         import torch
 
-        if not self.keep_boundaries:
+        if not self.keeps_boundaries:
             raise PluginError(f"a loss without a layer starts from hidden states below it, which are not kept: {_KEEP_ALL}")
         self.run_up_to(layer)
         position = self.layers.index(layer)
@@ -160,7 +160,7 @@ class SamplePass:
         batches = range(len(self.batches))
         total = 0.0
         with torch.no_grad():
-            for group in ([index] for index in batches) if self.model.weights.resident else [list(batches)]:
+            for group in ([index] for index in batches) if self.model.weights.is_resident else [list(batches)]:
                 for number, other in enumerate(left):
                     with self.model.layer(other):
                         for index in group:
@@ -216,7 +216,7 @@ class SamplePass:
         return self.model.weights.ledger.holding("weight gradients", size)
 
     def _needs_gradient(self, position: int) -> bool:
-        return position > 0 or self.weight_gradients
+        return position > 0 or self.has_weight_gradients
 
     def _invalidate(self, position: int) -> None:
         self.done = min(self.done, position)
@@ -228,14 +228,14 @@ class SamplePass:
 
         for index, batch in enumerate(self.batches):
             hidden = self._kept.get(position, index)
-            if keep and self.keep_graphs and self._needs_gradient(position):
+            if keep and self.keeps_graphs and self._needs_gradient(position):
                 output = self._run_with_graph(position, index, hidden).detach()
             else:
                 with torch.no_grad():
                     layer = self.layers[position]
                     output = self.model.run_layer(layer, hidden, self.arguments(index, layer))
             if keep:
-                if not self.keep_boundaries:
+                if not self.keeps_boundaries:
                     self._kept.forget(position, index)
                 self._kept.put(position + 1, index, output)
             yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
@@ -255,7 +255,7 @@ class SamplePass:
 
     def _parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of a layer whose gradients are wanted."""
-        return dict(module.named_parameters()) if self.weight_gradients else {}
+        return dict(module.named_parameters()) if self.has_weight_gradients else {}
 
     def _backward_visits(
         self,

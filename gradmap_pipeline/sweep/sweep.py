@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..batches import Batch, count_predicted, make_batches
@@ -30,6 +31,16 @@ Samples = tuple["torch.Tensor", "torch.Tensor"]
 """Token ids int64 (samples, T), and the attention mask, 0 where padded, of the same shape: what `CalibrationSet.load` gives."""
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What one of several sweeps is that keep hidden states at a time: layers alone are run, and no loss is computed."""
+
+    reserve: int
+    """Bytes to leave free for what is done with the hidden states."""
+    sharers: int
+    """Such sweeps, which have equal parts of the rest."""
+
+
 def open_sweep(
     graph: ModelGraph,
     samples: Samples,
@@ -39,71 +50,82 @@ def open_sweep(
     keep: Literal["none", "all"] = "none",
     divisible: bool = True,
     dtype: str | None = None,
+    stream: Stream | None = None,
+    plan: SweepPlan | None = None,
 ) -> Sweep:
     """Sweep over this process's share of samples, to be used in a `with` block.
 
     `keep`: `all` keeps the hidden states at every boundary between layers, so that going down, or up again after `remove`, starts
     from there; `none` keeps those at the layer that is at work. `divisible` False: what is computed is no sum over samples, so
-    all of them must be seen at a layer before the next. `dtype`: to compute in, where it is not the step's.
+    all of them must be seen at a layer before the next. `dtype`: to compute in, where it is not the step's. `stream`: for a sweep
+    that shares memory with others. `plan`: to be followed; None makes one for the memory that is free.
     Raises `CapacityError` where one layer and one sample do not fit into the memory of the step.
     """
-    return Sweep(graph, samples, context, need=need, keep=keep, divisible=divisible, dtype=dtype)
+    ids, mask = (context.group.share(part) for part in samples)
+    count, tokens = ids.shape
+    is_backward, has_weight_gradients = need != "forward", need == "weight gradients"
+    keeps_boundaries = is_backward or keep == "all"
+    reserve = stream.reserve if stream else 0
+    model = LayerwiseModel(graph, device=context.device, dtype=dtype or context.dtype, resident_bytes=0)
+    if plan is None:
+        needs = measure_needs(
+            model,
+            count,
+            tokens,
+            is_backward=is_backward,
+            has_weight_gradients=has_weight_gradients,
+            keeps_boundaries=keeps_boundaries,
+            has_padding=not bool(mask.bool().all()),
+            has_head=stream is None,
+        )
+        plan = plan_sweep(needs, context.memory - resident_bytes(context.device), divisible=divisible, reserve=reserve)
+    model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
+    kept_limit = max(0, plan.kept_limit - reserve) // (stream.sharers if stream else 1)
+    size = math.ceil(count / plan.passes)
+    parts = [
+        make_batches(part, part_mask, plan.batch_samples * tokens, lengths_apart=model.lengths_apart)
+        for part, part_mask in zip(ids.split(size), mask.split(size), strict=True)
+    ]
+    predicted = sum(count_predicted(part) for part in parts)
+    return Sweep(
+        model,
+        parts,
+        plan,
+        KeptTensors(kept_limit, context.folder, ledger=model.weights.ledger),
+        keeps_boundaries=keeps_boundaries,
+        has_weight_gradients=has_weight_gradients,
+        has_head=stream is None,
+        predicted=int(context.group.sum_values({0: predicted})[0]),
+    )
 
 
 class Sweep:
-    """Samples that go through a model, up and down, in as many passes as memory requires.
+    """Samples that go through a model, up and down, in as many passes as memory requires; `open_sweep` makes it.
 
     A layer comes once for each pass, with other samples each time: sum over all that comes.
     """
 
     def __init__(
         self,
-        graph: ModelGraph,
-        samples: Samples,
-        context: Context,
+        model: LayerwiseModel,
+        parts: list[list[Batch]],
+        plan: SweepPlan,
+        kept: KeptTensors,
         *,
-        need: Need = "forward",
-        keep: Literal["none", "all"] = "none",
-        divisible: bool = True,
-        dtype: str | None = None,
-        reserve: int = 0,
-        sharers: int = 1,
-        has_head: bool = True,
-        plan: SweepPlan | None = None,
+        keeps_boundaries: bool,
+        has_weight_gradients: bool,
+        has_head: bool,
+        predicted: int,
     ) -> None:
-        """`reserve`: bytes to leave free for what is done with the hidden states. `sharers`: sweeps that keep hidden states at a
-        time, in equal parts of the rest. `has_head` False: layers alone are run, and no loss is computed. `plan`: of a sweep that
-        shares the memory, made before it took any."""
-        backward = need != "forward"
-        ids, mask = (context.group.share(part) for part in samples)
-        count, tokens = ids.shape
-        self.model = LayerwiseModel(graph, device=context.device, dtype=dtype or context.dtype, resident_bytes=0)
-        self._keeps = backward or keep == "all"
-        if plan is None:
-            needs = measure_needs(
-                self.model,
-                count,
-                tokens,
-                backward=backward,
-                weight_gradients=need == "weight gradients",
-                keep_boundaries=self._keeps,
-                padded=not bool(mask.bool().all()),
-                has_head=has_head,
-            )
-            free = context.memory - resident_bytes(context.device)
-            plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve)
+        """`parts`: the batches of each pass. `predicted`: tokens of all processes that the mean loss is over."""
+        self.model = model
         self.plan = plan
-        self.model.weights.resident, self.model.weights.prefetch = self.plan.resident, self.plan.prefetch
-        self._need = need
-        self.kept = KeptTensors(max(0, self.plan.kept_limit - reserve) // sharers, context.folder, ledger=self.model.weights.ledger)
-        size = math.ceil(count / self.plan.passes)
-        batch_tokens = self.plan.batch_samples * tokens
-        self._parts = [
-            make_batches(part, part_mask, batch_tokens, lengths_apart=self.model.lengths_apart)
-            for part, part_mask in zip(ids.split(size), mask.split(size), strict=True)
-        ]
-        self._predicted = int(context.group.sum_values({0: count_predicted(self.batches)})[0])
+        self.kept = kept
+        self._parts = parts
+        self._keeps_boundaries = keeps_boundaries
+        self._has_weight_gradients = has_weight_gradients
         self._has_head = has_head
+        self._predicted = predicted
         self._removed: list[int] = []
         self._only: SamplePass | None = None
         self.advance: Advance = lambda units=1, /: None
@@ -151,7 +173,7 @@ class Sweep:
             if number == 0:
                 self.layer_forwards += one.layer_forwards - before[0]
                 self.layer_backwards += one.layer_backwards - before[1]
-            if len(self._parts) == 1 and self._keeps:
+            if len(self._parts) == 1 and self._keeps_boundaries:
                 self._only = one
 
     def open_only_pass(self) -> SamplePass:
@@ -192,9 +214,9 @@ class Sweep:
             self.model,
             batches,
             kept=self.kept,
-            keep_boundaries=self._keeps,
-            keep_graphs=self.plan.keep_graphs,
-            weight_gradients=self._need == "weight gradients",
+            keep_boundaries=self._keeps_boundaries,
+            keep_graphs=self.plan.keeps_graphs,
+            weight_gradients=self._has_weight_gradients,
             predicted=self._predicted,
             advance=lambda units=1, /: self.advance(units),
         )

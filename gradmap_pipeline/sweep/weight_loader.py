@@ -52,9 +52,9 @@ class WeightLoader:
         self._device = device
         self._source = source
         self._overrides: dict[int, dict[str, torch.Tensor]] = {}
-        self.resident = sum(graph.layer_elements().values()) * dtype.itemsize <= resident_bytes
+        self.is_resident = sum(graph.layer_elements().values()) * dtype.itemsize <= resident_bytes
         """Whether layers stay in memory after their first use."""
-        self.prefetch = False
+        self.reads_ahead = False
         """Whether to read the layer that is expected next while another computes."""
         self._prefetcher = Prefetcher(device)
         self._bring_in_rest()
@@ -75,7 +75,7 @@ class WeightLoader:
             self._prefetcher.drop()  # the sweep ends here, and nobody comes for it
             raise
         finally:
-            if not self.resident:
+            if not self.is_resident:
                 self.drop(index)
 
     def drop(self, index: int) -> None:
@@ -85,7 +85,7 @@ class WeightLoader:
 
     def expect(self, index: int) -> None:
         """Base layer `index` is the next to be used."""
-        if self.prefetch and _lacks_weights(self._layers[index]):
+        if self.reads_ahead and _lacks_weights(self._layers[index]):
             self._prefetcher.start(index, partial(self._read_all, index, pinned=self._device.type == "cuda"))
 
     def forget_rest(self) -> None:
