@@ -16,17 +16,9 @@ if TYPE_CHECKING:
     from .artifacts import (
         LINEAGE as LINEAGE,
         Artifact as Artifact,
-        CalibrationForecast as CalibrationForecast,
-        CalibrationSet as CalibrationSet,
-        Decision as Decision,
         ExportedFile as ExportedFile,
-        LayerScores as LayerScores,
-        ModelForecast as ModelForecast,
         NameOf as NameOf,
-        Round as Round,
-        ScoresForecast as ScoresForecast,
         TensorFile as TensorFile,
-        Work as Work,
     )
     from .batches import (
         Batch as Batch,
@@ -37,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .checkpoint.architecture import full_config as full_config
     from .checkpoint.checkpoint import load_tensor as load_tensor
+    from .checkpoint.forecast import ModelForecast as ModelForecast
     from .checkpoint.graph import ModelGraph as ModelGraph, open_model as open_model
     from .checkpoint.layer_check import check_same_layers as check_same_layers
     from .checkpoint.lengths import lengths_apart_in as lengths_apart_in
@@ -59,6 +52,7 @@ if TYPE_CHECKING:
     from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
+    from .data.calibration_set import CalibrationForecast as CalibrationForecast, CalibrationSet as CalibrationSet
     from .data.sequences import SHUFFLE_POOL as SHUFFLE_POOL, digest_sequences as digest_sequences, make_sequences as make_sequences
     from .data.sources import DatasetSource as DatasetSource
     from .data.tokenizer import (
@@ -121,6 +115,7 @@ if TYPE_CHECKING:
     from .stages.exporting import FolderExport as FolderExport
     from .stages.forecasts import Forecasts as Forecasts, Outlook as Outlook, known as known
     from .stages.hookspecs import hookimpl as hookimpl
+    from .stages.layer_scores import Decision as Decision, LayerScores as LayerScores, ScoresForecast as ScoresForecast
     from .stages.perplexity import perplexity_of as perplexity_of
     from .stages.ranking import Measure as Measure
     from .stages.removal import (
@@ -138,6 +133,7 @@ if TYPE_CHECKING:
     from .sweep.sweep import Sweep as Sweep, open_sweep as open_sweep
     from .tasks.folder import TaskFolder as TaskFolder
     from .tasks.task_harness import TaskHarness as TaskHarness
+    from .work import Round as Round, Work as Work
 
 __version__ = "0.1.0"
 

@@ -63,7 +63,7 @@ def name_in(options: BaseModel, option: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _only_for_people(text: str, info: SerializationInfo) -> str:
+def only_for_people(text: str, info: SerializationInfo) -> str:
     return "" if (info.context or {}).get("content_only") else text
 
 
@@ -201,120 +201,6 @@ def find_not_finite(value: Any, place: str = "") -> str | None:
     else:
         return None
     return next((deeper for where, part in inside if (deeper := find_not_finite(part, where)) is not None), None)
-
-
-class ModelForecast(BaseModel):
-    """What a plan knows of a model before anything runs. None: not known yet."""
-
-    layers: int | None = None
-    kept: tuple[int, ...] | None = None
-    """Base layers that are left."""
-    positions: int | None = None
-    """Longest sequence the model is made for, in tokens."""
-    config: dict[str, Any] | None = None
-    """config.json of the whole model; of its text decoder, where it has other parts."""
-    folder: Path | None = None
-    """The base model's folder."""
-
-    def explain_unusable(self) -> str | None:
-        """Why no program of this machine can run it; None where one can, or that is not known."""
-        return None
-
-
-class CalibrationForecast(BaseModel):
-    """What a plan knows of a calibration set before anything runs. None: not known yet."""
-
-    samples: int | None = None
-    sequence_length: int | None = None
-
-
-class ScoresForecast(BaseModel):
-    """What a plan knows of layer scores before anything runs. None: not known yet."""
-
-    decisions: int | None = None
-    all_or_nothing: bool = False
-
-
-class CalibrationSet(Artifact):
-    """Token ids on which layers are scored and corrections are fitted."""
-
-    Forecast = CalibrationForecast
-
-    tensors: TensorFile
-    """`input_ids` int32 (samples, length); `attention_mask` uint8 (samples, length), 0 where padded."""
-    samples: int
-    sequence_length: int
-    tokens: int
-    """Tokens that are not padding."""
-    tokenizer: str
-    """Digest of the tokenizer that made the ids."""
-    source: Annotated[str, NameOf("dataset"), PlainSerializer(_only_for_people)]
-    """The text they come from, for people: no part of the content."""
-
-    def load(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return input_ids int64 and attention_mask int64, both (samples, length)."""
-        tensors = self.tensors.load()
-        return tensors["input_ids"].long(), tensors["attention_mask"].long()
-
-
-class Decision(BaseModel):
-    """One pruning decision: the scores of the layers that were left, and the one chosen."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    removed: int
-    """Base layer chosen by this decision."""
-    scores: dict[int, float]
-    """Importance by base layer, for the layers still there that were scored. Higher means keep."""
-    removed_if_unprotected: int
-    """Base layer that the ranking alone, without protected layers, would have chosen."""
-
-
-class LayerScores(Artifact):
-    """Pruning decisions in order; removing n layers takes the first n."""
-
-    Forecast = ScoresForecast
-
-    model: str
-    """Digest of the model that was scored."""
-    method: str
-    """How the scores were made, for people and reports."""
-    decisions: tuple[Decision, ...]
-    protected: tuple[int, ...] = ()
-    """Base layers that are not to be removed, whatever their score."""
-    all_or_nothing: bool = False
-    """Whether the decisions are one choice, of layers that are only worth removing all together."""
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Base layers, least important first."""
-        return tuple(decision.removed for decision in self.decisions)
-
-
-class Round(BaseModel):
-    """What one part of a step took. One layer forward or backward is a pass of all samples through one layer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layer_forwards: float
-    """Recomputation included; a pass of a share of the samples counts as that share."""
-    layer_backwards: float
-    seconds: float
-    reused_layers: int = 0
-    """Layers whose outputs were known from the round before, and were not computed again."""
-    saved: float = 0.0
-    """Share of the time without reuse that reuse saves, at the mean time of a layer forward."""
-
-
-class Work(Artifact):
-    """What a step took, part by part: pruning decisions in order, or all of a correction."""
-
-    rounds: tuple[Round, ...] = ()
-
-    @property
-    def layer_evaluations(self) -> float:
-        """Layer forwards and backwards."""
-        return sum(part.layer_forwards + part.layer_backwards for part in self.rounds)
 
 
 class ExportedFile(BaseModel):

@@ -28,10 +28,11 @@ from gradmap_pipeline import (
     TransformersFolder,
     known,
 )
-from gradmap_pipeline.artifacts import NoForecast, Work
+from gradmap_pipeline.artifacts import NoForecast
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import NotKnownError, PluginError
 from gradmap_pipeline.export.exports import ExportForecast, GgufFolder, GgufForecast, OnnxFolder
+from gradmap_pipeline.work import Work
 
 
 class Distil(Stage):

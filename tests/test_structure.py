@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gradmap_pipeline"
 PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
-    "api", "interruptions", "errors", "text", "machine", "batches", "metrics", "artifacts", "measurements", "context",
+    "api", "interruptions", "errors", "text", "machine", "batches", "metrics", "artifacts", "measurements", "work", "context",
     "builtin", "checkpoint", "sweep", "data", "correction", "cost", "stages", "recipe", "export", "tasks",
     "run", "report", "testing", "template", "cli", "__main__",
 ]  # fmt: skip
@@ -164,6 +164,11 @@ def test_one_file_knows_what_is_private_in_transformers() -> None:
 def test_every_file_says_what_it_is_for() -> None:
     for file in modules(PACKAGE) + modules(PLUGINS) + modules(ROOT / "tests"):
         assert ast.get_docstring(ast.parse(file.read_text())) or file.stat().st_size == 0, file
+
+
+def test_files_are_short() -> None:
+    lengths = {file.relative_to(ROOT): len(file.read_text().splitlines()) for file in modules(PACKAGE) + modules(PLUGINS)}
+    assert {file: length for file, length in lengths.items() if length > 300} == {}
 
 
 def test_every_file_of_tests_holds_some() -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
-from ..artifacts import Artifact, ModelForecast
+from ..artifacts import Artifact
 from ..errors import PluginError
+from .forecast import ModelForecast
 
 if TYPE_CHECKING:
     import torch

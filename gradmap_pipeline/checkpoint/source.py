@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..artifacts import ModelForecast
 from ..errors import ModelError, first_line
 from . import depth
 from .files import INDEX, TEMPLATES, check_folder, check_inside, find_shards, read_json, read_weight_map
+from .forecast import ModelForecast
 from .sizes import check_sizes, read_shapes
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"

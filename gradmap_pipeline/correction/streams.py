@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..artifacts import Round
 from ..machine.distributed import ProcessGroup
 from ..sweep.kept_tensors import KeptTensors
 from ..sweep.layerwise import LayerwiseModel
@@ -20,14 +19,15 @@ from ..sweep.needs import SweepNeeds
 from ..sweep.sample_pass import SamplePass
 from ..sweep.sweep import Stream, open_sweep
 from ..sweep.visits import ForwardVisit
+from ..work import Round
 from .sites import NotFiniteError
 
 if TYPE_CHECKING:
     import torch
 
-    from ..artifacts import CalibrationSet
     from ..checkpoint.graph import ModelGraph
     from ..context import Context
+    from ..data.calibration_set import CalibrationSet
     from .sites import Site
 
 

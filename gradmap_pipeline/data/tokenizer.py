@@ -12,8 +12,9 @@ from ..errors import OptionError, StageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..artifacts import CalibrationSet, ModelForecast
+    from ..checkpoint.forecast import ModelForecast
     from ..checkpoint.graph import BaseCheckpoint, ModelGraph
+    from .calibration_set import CalibrationSet
 
 
 def check_length(sequence_length: int | None, model: ModelForecast | None) -> int | None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..artifacts import Artifact, ModelForecast, NameOf
+from ..artifacts import Artifact, NameOf
 from ..batches import Batch, make_batches, next_token_losses, predicted_tokens
+from ..checkpoint.forecast import ModelForecast
 from ..errors import StageError
 from ..stages.perplexity import perplexity_of
 from ..text import name_without_place

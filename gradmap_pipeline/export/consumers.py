@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ..artifacts import ModelForecast
+    from ..checkpoint.forecast import ModelForecast
 
 Config = Mapping[str, Any]
 Marks = tuple[bool, ...]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..artifacts import Artifact, ExportedFile, ModelForecast
+from ..artifacts import Artifact, ExportedFile
+from ..checkpoint.forecast import ModelForecast
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.model import Model
 from ..errors import ModelError, StageError

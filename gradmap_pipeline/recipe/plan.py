@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..artifacts import ModelForecast
+from ..checkpoint.forecast import ModelForecast
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.source import ModelSource
 from ..errors import ModelError, OptionError, Problem, RecipeError, StageError

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import Work
 from ..checkpoint.model import Model
 from ..errors import CommandError, GradmapError, OptionError, Problem, RecipeError, StageError
 from ..export.exports import Export
@@ -21,6 +20,7 @@ from ..recipe.plan import Plan, make_plan
 from ..recipe.recipe import MODEL_STEP, load_recipe
 from ..recipe.yaml_positions import load_yaml
 from ..stages.targets import check_target, find_foreign_files
+from ..work import Work
 from .events import Reporter
 from .measured import name_columns
 from .runner import RunState, run_plan

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from ..artifacts import CalibrationSet, TensorFile, Work
+from ..artifacts import TensorFile
 from ..checkpoint.graph import ModelGraph
 from ..context import Context
 from ..correction.correction import Compensation, CorrectedSite
+from ..data.calibration_set import CalibrationSet
 from ..errors import ModelError, PluginError, StageError
 from ..sweep.finite import names_of
+from ..work import Work
 from .forecasts import known
 from .ranking import shorten
 from .stage import Stage

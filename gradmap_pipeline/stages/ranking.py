@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..artifacts import CalibrationSet, Round
 from ..checkpoint.graph import ModelGraph
 from ..context import Context
+from ..data.calibration_set import CalibrationSet
 from ..errors import PluginError, StageError
+from ..work import Round
 
 if TYPE_CHECKING:
     from ..sweep.sample_pass import SamplePass

@@ -9,8 +9,8 @@ from ..checkpoint.depth import check_removable, count_layers, find_sources, prun
 from ..errors import ModelError, OptionError, StageError
 
 if TYPE_CHECKING:
-    from ..artifacts import LayerScores
     from ..checkpoint.graph import ModelGraph
+    from .layer_scores import LayerScores
 
 
 def count_removed(depth: int, ratio: float) -> int:

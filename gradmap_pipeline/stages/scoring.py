@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, Field, model_validator
 
-from ..artifacts import CalibrationSet, Decision, LayerScores, Round, ScoresForecast, Work
 from ..checkpoint.graph import ModelGraph
 from ..context import Context
+from ..data.calibration_set import CalibrationSet
 from ..errors import OptionError, PluginError, StageError
+from ..work import Round, Work
 from .forecasts import known
+from .layer_scores import Decision, LayerScores, ScoresForecast
 from .ranking import Measure, Scorer, Scores, check_scores, shorten
 from .removal import count_removed
 from .stage import Stage

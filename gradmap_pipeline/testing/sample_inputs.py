@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts import Artifact, LayerScores
+from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
 from ..checkpoint.source import ModelSource
 from ..errors import OptionError, PluginError
 from ..export.exports import Export, TransformersFolder
 from ..recipe.validation import Invalid, validate
 from ..stages.exporting import FolderExport
+from ..stages.layer_scores import LayerScores
 from . import run_stage
 
 if TYPE_CHECKING:

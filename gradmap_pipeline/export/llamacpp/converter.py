@@ -22,7 +22,7 @@ from .limits import explain_refusal, find_arrays
 from .parity import Parity, measure_parity
 
 if TYPE_CHECKING:
-    from ...artifacts import ModelForecast
+    from ...checkpoint.forecast import ModelForecast
     from ...checkpoint.graph import ModelGraph
     from ...context import Context
 
