@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .checkpoint.graph import ModelGraph as ModelGraph, open_model as open_model
     from .checkpoint.layer_check import check_same_layers as check_same_layers
     from .checkpoint.lengths import lengths_apart_in as lengths_apart_in
-    from .checkpoint.model import Model as Model
+    from .checkpoint.model import ExportableModel as ExportableModel, Model as Model
     from .checkpoint.source import ModelSource as ModelSource
     from .context import Context as Context
     from .correction.correction import (
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         explain_removal as explain_removal,
         find_index_programs as find_index_programs,
     )
+    from .export.exportable import take_graph as take_graph
     from .export.exports import (
         Export as Export,
         GgufFolder as GgufFolder,

@@ -25,7 +25,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "errors": ("OptionError", "ModelError", "StageError", "QualityError", "CapacityError"),
     },
     "Models": {
-        "checkpoint.model": ("Model",),
+        "checkpoint.model": ("Model", "ExportableModel"),
         "checkpoint.graph": ("ModelGraph", "open_model"),
         "checkpoint.source": ("ModelSource",),
         "checkpoint.checkpoint": ("load_tensor",),
@@ -66,6 +66,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Exports": {
         "stages.exporting": ("FolderExport",),
         "export.exports": ("Export", "TransformersFolder", "OnnxFolder", "GgufFolder", "load_folder"),
+        "export.exportable": ("take_graph",),
         "export.quantised": ("write_quantised",),
         "export.transformers_folder": ("write_transformers_folder", "check_export"),
         "export.ort.folder": ("write_onnx_folder", "check_onnx_exportable", "QuantisedGraph"),

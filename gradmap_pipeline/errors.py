@@ -139,4 +139,9 @@ def describe_value(value: object) -> str:
             text = ""
         if 0 < len(text) <= _LONGEST:
             return text
-    return f"{'an' if cls.__name__[:1].lower() in 'aeiou' else 'a'} {cls.__name__}"
+    return add_article(cls.__name__)
+
+
+def add_article(name: str) -> str:
+    """The name of a class with `a` or `an` before it."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

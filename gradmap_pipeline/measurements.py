@@ -50,9 +50,13 @@ class Evaluation(Artifact):
     layers: int
     parameters: int
     bytes: int
+    packing: str = "documents"
+    """How texts became sequences: `documents`, end to end; `none`, one text a sequence."""
     base_perplexity: float | None = None
-    """Perplexity of the unpruned model on the same text, where a limit asked for it."""
+    """Perplexity of the unpruned model on the same text, where a limit requires it."""
 
     def list_metrics(self) -> Sequence[Metric]:
         setting = f"{self.samples} x {self.sequence_length} tokens"
+        if self.packing != "documents":
+            setting += f", packing {self.packing}"
         return [Metric(name="perplexity", value=self.perplexity, better="lower", on=self.dataset, setting=setting)]

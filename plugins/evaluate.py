@@ -134,6 +134,7 @@ class Evaluate(Stage):
                 perplexity=perplexity,
                 samples=ids.shape[0],
                 sequence_length=ids.shape[1],
+                packing=self.packing,
                 layers=len(graph.layers),
                 parameters=graph.count_parameters(),
                 bytes=model.size_bytes,

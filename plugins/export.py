@@ -13,6 +13,7 @@ from gradmap_pipeline import (
     CapacityError,
     Context,
     Estimate,
+    ExportableModel,
     ExportedFile,
     FolderExport,
     Forecasts,
@@ -37,6 +38,7 @@ from gradmap_pipeline import (
     hookimpl,
     known,
     make_lineage,
+    take_graph,
     write_onnx_folder,
     write_transformers_folder,
 )
@@ -76,7 +78,7 @@ class ExportModel(FolderExport):
     onnx: OnnxOptions = Field(default_factory=OnnxOptions, description="Options of `format: onnx`.")
 
     class Inputs(BaseModel):
-        model: ModelGraph
+        model: ExportableModel
 
     class Outputs(BaseModel):
         exported: TransformersFolder | OnnxFolder = Field(discriminator="format")
@@ -100,22 +102,22 @@ class ExportModel(FolderExport):
             missing = explain_missing(("onnxscript", "onnxruntime"), "onnx")
             if missing is not None:
                 raise OptionError("format", missing)
-        return {"exported": TransformersFolder.Forecast.of(inputs.of(ModelGraph))}
+        return {"exported": TransformersFolder.Forecast.of(inputs.of(ExportableModel))}
 
     def advise(self, inputs: Forecasts) -> Sequence[str]:
-        return explain_forecast(inputs.of(ModelGraph)) if self.format == "safetensors" else ()
+        return explain_forecast(inputs.of(ExportableModel)) if self.format == "safetensors" else ()
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         super().inspect(inputs, probe)
         probe.check_layerwise()
-        refusal = self._explain_refusal(explain_forecast(inputs.of(ModelGraph), self.programs))
+        refusal = self._explain_refusal(explain_forecast(inputs.of(ExportableModel), self.programs))
         if refusal is not None:
             raise OptionError("programs", refusal)
         if self.format == "onnx":
             check_onnx_exportable(probe.graph)
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
-        layers = known(inputs.of(ModelGraph).layers)
+        layers = known(inputs.of(ExportableModel).layers)
         size = costs.count_bytes(layers)
         speed = costs.speed
         if self.format == "onnx":
@@ -132,7 +134,7 @@ class ExportModel(FolderExport):
         return copying + costs.forward_sweep(layers, *_CHECK_SHAPE, besides=size) * 2
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        model = inputs.model
+        model = take_graph(inputs.model, context)
         refusal = self._explain_refusal(explain_removal(full_config(model.base.folder), model.layers, self.programs))
         if refusal is not None:
             raise StageError(refusal)

@@ -15,11 +15,11 @@ from pydantic import BaseModel, Field
 
 from gradmap_pipeline import (
     Context,
+    ExportableModel,
     FolderExport,
     Forecasts,
     GgufConverter,
     GgufFolder,
-    ModelGraph,
     Outlook,
     Stage,
     StructureProbe,
@@ -28,6 +28,7 @@ from gradmap_pipeline import (
     full_config,
     hookimpl,
     make_lineage,
+    take_graph,
     write_card,
 )
 
@@ -50,14 +51,14 @@ class ExportGguf(FolderExport):
     )
 
     class Inputs(BaseModel):
-        model: ModelGraph
+        model: ExportableModel
 
     class Outputs(BaseModel):
         exported: GgufFolder
 
     def forecast(self, inputs: Forecasts) -> Outlook:
         super().forecast(inputs)
-        model = inputs.of(ModelGraph)
+        model = inputs.of(ExportableModel)
         self._converter.check(model)
         python = self._converter.runner or str(self.python or sys.executable)
         return {"exported": GgufFolder.Forecast.of(model, type=self.type, quantisation=self._quantisation, python=python)}
@@ -67,13 +68,13 @@ class ExportGguf(FolderExport):
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         super().inspect(inputs, probe)
-        kept = inputs.of(ModelGraph).kept
+        kept = inputs.of(ExportableModel).kept
         if kept is not None:
             self._converter.prune_config(full_config(probe.graph.base.folder), kept)
         self._converter.check_whole(probe.graph)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        graph = inputs.model
+        graph = take_graph(inputs.model, context)
         config = self._converter.prune_config(full_config(graph.base.folder), graph.layers)
         runner = self._converter.runner
         with self.new_folder(graph.base.folder) as new:

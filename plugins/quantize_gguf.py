@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -47,6 +47,7 @@ class QuantizeGguf(FolderExport):
 
     name = "quantize_gguf"
     libraries = ()
+    metric_names = ("agreement", "perplexity_ratio")
 
     type: Kind = Field("q4_k_m", description="Type of the weights in the file, by llama.cpp's name.")
     program: Path | None = Field(
@@ -65,7 +66,10 @@ class QuantizeGguf(FolderExport):
         None, ge=2, description="Tokens in a sequence. Default: as long as the model is made for, at most 256."
     )
     max_perplexity_ratio: float | None = Field(
-        None, gt=0, description="Largest perplexity on the text that passes, relative to the file before quantisation."
+        None,
+        gt=0,
+        description="Largest perplexity on the text that passes, relative to the file before quantisation.",
+        deprecated="write `limits: {perplexity_ratio: {max: …}}` beside the step's `with`",
     )
     min_agreement: float | None = Field(
         None,
@@ -73,6 +77,7 @@ class QuantizeGguf(FolderExport):
         le=1,
         description="Least share of tokens of the text, or of positions of random prompts, for which both files find the same next "
         "token likeliest.",
+        deprecated="write `limits: {agreement: {min: …}}` beside the step's `with`",
     )
 
     class Inputs(BaseModel):
@@ -94,7 +99,7 @@ class QuantizeGguf(FolderExport):
         super().forecast(inputs)
         self._quantiser.check()
         for option in ("dataset", "min_agreement"):
-            if getattr(self, option) is not None and self._quantiser.runner is None:
+            if vars(self)[option] is not None and self._quantiser.runner is None:
                 raise OptionError(option, self._quantiser.explain_no_runner())
         source = inputs.of(GgufFolder)
         if self.dataset is not None:
@@ -120,12 +125,15 @@ class QuantizeGguf(FolderExport):
             write_card(new.path, source.graph, context.metrics, "gguf", self.type.upper(), details)
             files = describe_folder(new.path)
             lineage = extend_lineage(source.folder, files, difference, self, context)
-            lineage["llama_cpp"] = None if agreement is None else agreement.model_dump()
+            lineage["llama_cpp"] = None if agreement is None else agreement.model_dump(exclude={"model"})
             files = new.finish(lineage, files)
         size = sum(written.size for written in files.values()) / 1e6
         context.note(f"wrote {self.to}: {size:.1f} MB, {', '.join(told) or self._quantiser.explain_no_runner()}")
         update = {"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.type}
         exported = source.model_copy(update={**update, "type": self.type, "python": runner or source.python})
+        if agreement is None:
+            return self.Outputs(exported=exported)
+        agreement = agreement.model_copy(update={"model": exported.digest})
         if isinstance(agreement, TextAgreement):
             return self.Outputs(exported=exported, on_text=agreement)
         return self.Outputs(exported=exported, agreement=agreement)
@@ -141,10 +149,11 @@ class QuantizeGguf(FolderExport):
         if self.dataset is not None:
             return self._compare_on_text(source, file, runner, self.dataset, context)
         agreement = self._quantiser.compare_on_prompts(source, file, runner, context)
-        if self.min_agreement is not None and agreement.agreeing < self.min_agreement:
+        least = self._limits["min_agreement"]
+        if least is not None and agreement.agreeing < least:
             self._refuse(
                 f"{self.type} finds the same token likeliest at {agreement.agreeing:.3f} of positions of random prompts, under "
-                f"min_agreement {self.min_agreement:g}"
+                f"min_agreement {least:g}"
             )
         return agreement, agreement.difference
 
@@ -153,13 +162,18 @@ class QuantizeGguf(FolderExport):
     ) -> tuple[TextAgreement, float]:
         batches = read_text(source.graph.base, dataset, self.samples, self.sequence_length)
         comparison = self._quantiser.compare_on_text(source, file, runner, batches, context)
-        missed = comparison.find_missed(dataset.name, self.max_perplexity_ratio, self.min_agreement)
+        missed = comparison.find_missed(dataset.name, self._limits["max_perplexity_ratio"], self._limits["min_agreement"])
         if missed:
             self._refuse("; ".join(missed))
         return TextAgreement.of(comparison, dataset.name), comparison.difference
 
     def _refuse(self, missed: str) -> NoReturn:
         raise QualityError(f"{missed}; choose a type of more bits, or change the limit; nothing was written")
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        """Options that are deprecated; as attributes they would warn."""
+        return vars(self)
 
     @property
     def _quantiser(self) -> GgufQuantiser:

@@ -56,6 +56,7 @@ class QuantizeOnnx(FolderExport):
     requires = ("onnxruntime", "onnx_ir")
     extra = "onnx"
     libraries = ("onnxruntime", "onnx", "torch")
+    metric_names = ("agreement", "perplexity_ratio")
 
     method: Literal["int4", "int8", "int8_dynamic"] = Field(
         "int4",
@@ -86,10 +87,17 @@ class QuantizeOnnx(FolderExport):
         None, ge=2, description="Tokens in a sequence. Default: as long as the model is made for, at most 256."
     )
     max_perplexity_ratio: float | None = Field(
-        None, gt=0, description="Largest perplexity that passes, relative to the graph before quantisation."
+        None,
+        gt=0,
+        description="Largest perplexity that passes, relative to the graph before quantisation.",
+        deprecated="write `limits: {perplexity_ratio: {max: …}}` beside the step's `with`",
     )
     min_agreement: float | None = Field(
-        None, ge=0, le=1, description="Least share of tokens for which both graphs choose the same next token."
+        None,
+        ge=0,
+        le=1,
+        description="Least share of tokens for which both graphs choose the same next token.",
+        deprecated="write `limits: {agreement: {min: …}}` beside the step's `with`",
     )
 
     class Inputs(BaseModel):
@@ -147,7 +155,7 @@ class QuantizeOnnx(FolderExport):
         context.note(f"wrote {self.to}: weights of {exported.size_bytes / 1e6:.1f} MB instead of {source.size_bytes / 1e6:.1f} MB")
         for detail in details:
             context.note(detail)
-        return self.Outputs(exported=exported, matrices=matrices)
+        return self.Outputs(exported=exported, matrices=matrices.model_copy(update={"model": exported.digest}))
 
     def _check_source(self, quantisation: str | None) -> None:
         if quantisation is not None:
@@ -172,7 +180,8 @@ class QuantizeOnnx(FolderExport):
         return (f"{matrices.quantised} matrices quantised{bits}{stays or ', none left in floating point'}", str(matrices))
 
     def _check_limits(self, agreement: Agreement, *, is_calibrated: bool) -> None:
-        missed = agreement.find_missed(self.dataset.name, self.max_perplexity_ratio, self.min_agreement)
+        limits = vars(self)  # an attribute that is deprecated would warn
+        missed = agreement.find_missed(self.dataset.name, limits["max_perplexity_ratio"], limits["min_agreement"])
         if missed:
             advice = _ADVICE[self.method]
             if self.method == "int4":

@@ -86,11 +86,11 @@ HELDOUT = {"dataset": {"builtin": "heldout"}, "samples": 4, "sequence_length": 6
         ),
         (
             [{"use": "quantize_torchao", "with": {"to": "a"}}, {"use": "export", "with": {"format": "onnx", "to": "b"}}],
-            "step 'export' takes a ModelGraph as 'model', but after step 'quantize_torchao' it is a TransformersFolder",
+            "step 'export' takes an ExportableModel as 'model', but after step 'quantize_torchao' it is a TransformersFolder",
         ),
         (
             [{"use": "export", "with": {"to": "a"}}, {"use": "quantize_onnx", "with": {"to": "b"}}],
-            "step 'quantize_onnx' takes a OnnxFolder as 'exported', but after step 'export' it is a TransformersFolder",
+            "step 'quantize_onnx' takes an OnnxFolder as 'exported', but after step 'export' it is a TransformersFolder",
         ),
         (
             [

@@ -70,6 +70,14 @@ def test_two_recipes_in_one_table(folder: Path) -> None:
     assert ElementTree.parse(folder / "out/comparison/comparison.svg").getroot().tag.endswith("svg")
 
 
+def test_how_texts_are_packed_is_part_of_a_column(folder: Path) -> None:
+    """Perplexities of texts end to end and of one text a sequence stand in two columns, as those of two lengths do."""
+    assert compare("one.yaml", "--grid", "evaluate.packing=documents,none", "--set", "evaluate.samples=1")[0] == 0
+    (packed, alone) = list(rows_of(folder).values())[-2:]
+    columns = ("perplexity on text.txt, 1 x 32 tokens", "perplexity on text.txt, 1 x 32 tokens, packing none")
+    assert [bool(row[column]) for row in (packed, alone) for column in columns] == [True, False, False, True]
+
+
 def test_seconds_are_those_of_the_computation(folder: Path) -> None:
     """A second run takes everything from the store, and tells the same."""
     assert compare("one.yaml")[0] == 0

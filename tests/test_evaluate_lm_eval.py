@@ -183,7 +183,7 @@ def test_wrong_kind_of_model_is_found_by_check(llama: Path, tmp_path: Path) -> N
     (tmp_path / "r.yaml").write_text(json.dumps({"version": 1, "model": {"path": str(llama)}, "steps": steps}))
     result = gradmap("check", str(tmp_path / "r.yaml"))
     assert result.exit_code == 2
-    said = "input 'model' takes a ModelGraph or TransformersFolder, but 'export.exported' is a OnnxFolder"
+    said = "input 'model' takes a ModelGraph or TransformersFolder, but 'export.exported' is an OnnxFolder"
     assert said in " ".join(result.stderr.split())
 
 

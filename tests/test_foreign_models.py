@@ -13,12 +13,12 @@ from pydantic import BaseModel, ValidationError
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import Artifact, CalibrationSet, Export, Model, ModelGraph, Stage
+from gradmap_pipeline import Artifact, CalibrationSet, Export, ExportableModel, Model, ModelGraph, Stage, TransformersFolder
 from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data import load_tokenizer
-from gradmap_pipeline.errors import PluginError, QualityError
+from gradmap_pipeline.errors import PluginError, QualityError, StageError
 
 PLUGIN = '''
 from pydantic import BaseModel, Field
@@ -164,6 +164,8 @@ def test_which_classes_are_models() -> None:
         """A folder that nothing here can run."""
 
     assert issubclass(ModelGraph, Model)
+    assert issubclass(ModelGraph, ExportableModel)
+    assert not issubclass(TransformersFolder, ExportableModel)
     assert not issubclass(CalibrationSet, Model)
     assert not issubclass(Folder, Model)
     assert not issubclass(int, Model)
@@ -187,6 +189,26 @@ def test_a_class_derived_from_model_must_be_whole() -> None:
             label: str
             size_bytes: int
             graph: ModelGraph
+
+
+def test_an_export_takes_a_model_that_computes_its_graph(folder: Path, llama: Path) -> None:
+    """The folder has the weights that the graph alone gives, and the model its row in the table as before."""
+    exporting = {"version": 1, "model": {"path": str(llama)}, "steps": [{"use": "prune", "with": {"layers": [1]}}]}
+    exporting["steps"] += [{"use": "export", "with": {"to": "plain"}}, {"use": "sharpen_model", "with": {"factor": 1.0}}]
+    exporting["steps"] += [{"use": "export", "id": "again", "with": {"to": "sharp"}}]
+    (folder / "e.yaml").write_text(json.dumps(exporting))
+    refused = gradmap("check", "e.yaml")
+    assert refused.exit_code == 2
+    assert "step 'again' takes an ExportableModel as 'model', but after step 'sharpen_model' it is a SharpModel" in refused.stderr
+    says = "    computes_graph: typing.ClassVar[bool] = True\n\n    @property"
+    (folder / "sharp.py").write_text("import typing\n" + PLUGIN.replace("\n    @property", says, 1))
+    done = gradmap("run", "e.yaml")
+    assert done.exit_code == 0, done.stderr
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / "plain" / name).read_bytes() == (folder / "sharp" / name).read_bytes()
+    wrong = gradmap("run", "e.yaml", "--set", "sharpen_model.factor=1.5")
+    assert wrong.exit_code == StageError.exit_code
+    assert "a SharpModel cannot be exported: its class says `computes_graph`, but its logits differ from" in wrong.stderr
 
 
 def test_names_of_before_say_what_they_are_now(llama: Path) -> None:

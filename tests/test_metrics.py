@@ -265,10 +265,11 @@ def test_a_limit_on_any_metric_ends_the_run_and_costs_nothing_to_change(folder: 
     result = gradmap("run", "length.limits={length: {max: 35}, half: {min: 20.5, max_ratio: 1.3}}")
     assert result.exit_code == 5
     assert "length: done" in result.stdout
+    assert re.search(r"pruned .*40\.000", result.stdout)
     assert result.stderr == (
         "error: step 'length': length 40 characters on 'text.txt' is over max 35 by 5; half 20 is under min 20.5 by 0.5; "
         "half 20 is 1.333 times that of the unpruned model (15), over max_ratio 1.3 by 0.03333; remove fewer layers, calibrate on "
-        "more text, or change the limit\n"
+        "more text, quantise less, or change the limit\n"
     )
     assert count_calls(folder) == ["3", "4"]
     result = gradmap("run", "length.limits={length: {max: 45}, half: {min: 19, max_ratio: 1.4}}")

@@ -114,6 +114,10 @@ def test_what_it_costs_on_a_text(source: GgufFolder, runner: Path, tmp_path: Pat
     assert made.on_text.base_perplexity == pytest.approx(base, rel=1e-5)
     assert made.on_text.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert made.exported.max_logit_difference == 6.0
+    metrics = {metric.title: metric.value for metric in made.on_text.list_metrics()}
+    assert metrics["agreement on builtin heldout"] == made.on_text.agreement
+    assert metrics["perplexity_ratio on builtin heldout"] == pytest.approx(perplexity / base, rel=1e-5)
+    assert made.on_text.model == made.exported.digest
     told = f"{made.on_text}, logits differ by up to 6"
     assert notes == [f"wrote {tmp_path / 'out'}: 0.0 MB, {told}"]
     assert f"on 195 tokens of builtin heldout: perplexity {perplexity:.4g} instead of {base:.4g} (" in told
@@ -147,6 +151,9 @@ def test_without_a_text_the_note_names_random_prompts(source: GgufFolder, runner
     told = f"at 18 positions of random prompts, {share:.0%} of likeliest tokens are those of the file before quantisation"
     assert notes == [f"wrote {tmp_path / 'out'}: 0.0 MB, {told}, logits differ by up to 6"]
     assert made.on_text is None
+    (metric,) = made.agreement.list_metrics()
+    assert (metric.title, metric.value, metric.setting) == ("agreement on random prompts", share, "18 positions")
+    assert made.agreement.model == made.exported.digest
 
 
 def test_the_card_is_of_the_quantised_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -22,6 +24,7 @@ from test_onnx import export, make_pruned
 from gradmap_pipeline import CalibrationSet, Forecasts, OnnxFolder, OptionError, QualityError
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
+from gradmap_pipeline.cli import app
 from gradmap_pipeline.export.agreement import compare_models, cut_batches
 from gradmap_pipeline.export.ort.inputs import collect_squares, make_groups
 from gradmap_pipeline.export.ort.layout import find_graph
@@ -195,6 +198,46 @@ def test_limits(limits: dict[str, float], message: str, builtin: OnnxFolder, tmp
     assert not (tmp_path / "small").exists()
     result = quantise(builtin, tmp_path, method="int8", max_perplexity_ratio=1.05, min_agreement=0.5)
     assert result.matrices.tokens == 4 * 63
+
+
+def test_what_it_costs_is_shown_and_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of the step's note are those of the table, also where they end the run; the folder is there then."""
+    monkeypatch.chdir(tmp_path)
+    steps = [
+        {"use": "export", "with": {"format": "onnx", "to": "plain"}},
+        {"use": "quantize_onnx", "with": {"to": "small", "method": "int8", "samples": 4, "sequence_length": 64}},
+    ]
+    steps[1]["limits"] = {"agreement": {"min": 0.5}, "perplexity_ratio": {"max": 1.2}}
+    Path("r.yaml").write_text(json.dumps({"version": 1, "model": {"builtin": "docs-llama"}, "steps": steps}))
+    passed = CliRunner().invoke(app, ["run", "r.yaml"])
+    assert passed.exit_code == 0, passed.stderr
+    figures = re.search(r"\((\d\.\d{3}) times\), the same next token for\s+(\d\d\.\d)%", passed.stdout)
+    assert figures is not None
+    ratio, share = figures.groups()
+    missed = CliRunner().invoke(app, ["run", "r.yaml", "--json", "--set", "quantize_onnx.limits={agreement: {min: 1}}"])
+    assert missed.exit_code == QualityError.exit_code
+    *_, stopped, error = map(json.loads, missed.stdout.splitlines())
+    assert (stopped["event"], error["exit_code"]) == ("run_stopped", 5)
+    assert re.search(r"agreement 0\.\d+ on .* is under min 1 by 0", error["message"])
+    (row,) = [row for row in stopped["summary"]["models"] if row["metrics"]]
+    assert row["label"] == "dense, ONNX int8"
+    values = {column: metric["value"] for column, metric in row["metrics"].items()}
+    assert values["agreement on builtin heldout"] == pytest.approx(float(share) / 100, abs=0.0006)
+    assert values["perplexity_ratio on builtin heldout"] == pytest.approx(float(ratio), abs=0.0006)
+    assert (tmp_path / "small" / "model.onnx").is_file()
+
+
+def test_options_of_before_name_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = [{"use": "export", "with": {"format": "onnx", "to": "a"}}]
+    steps += [{"use": "quantize_onnx", "with": {"to": "b", "min_agreement": 0.5}}]
+    Path("r.yaml").write_text(json.dumps({"version": 1, "model": {"builtin": "docs-llama"}, "steps": steps}))
+    said = CliRunner().invoke(app, ["check", "r.yaml"])
+    assert said.exit_code == 0, said.stderr
+    assert "option 'min_agreement' of stage 'quantize_onnx' is deprecated: write `limits: {agreement: {min: …}}`" in said.stdout
+    wrong = CliRunner().invoke(app, ["check", "r.yaml", "--set", "quantize_onnx.limits={agreemnt: {min: 1}}"])
+    assert wrong.exit_code == 2
+    assert "step 'quantize_onnx' gives no metric 'agreemnt'; did you mean 'agreement'?" in wrong.stderr
 
 
 def test_a_calibration_set_is_asked_for() -> None:

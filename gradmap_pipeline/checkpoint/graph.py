@@ -79,6 +79,8 @@ class BaseCheckpoint(BaseModel):
 class ModelGraph(Model):
     """A causal LM: the layers kept, in order, and the tensors replaced, over a base checkpoint."""
 
+    computes_graph = True
+
     base: BaseCheckpoint
     layers: tuple[int, ...]
     """Base layers kept."""

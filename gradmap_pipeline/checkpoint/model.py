@@ -23,7 +23,8 @@ _VALUES = ("label", "size_bytes", "graph")
 """Fields or properties of every model, besides its method `open`."""
 
 
-def _is_abstract(cls: type) -> bool:
+def is_abstract(cls: type) -> bool:
+    """Whether a class of models is met by members, and no artifact is of this class itself."""
     return vars(cls).get("abstract") is True
 
 
@@ -40,6 +41,12 @@ def find_lacking(cls: type) -> str | None:
     return None if is_own else "a method 'open'"
 
 
+def _meets(cls: type, other: type) -> bool:
+    """Whether a class has what the abstract class `cls` requires."""
+    is_exportable = getattr(other, "computes_graph", False) is True
+    return find_lacking(other) is None and (is_exportable or not getattr(cls, "computes_graph", False))
+
+
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass as _ByMembers
 else:
@@ -48,7 +55,7 @@ else:
         """Makes a class that has the members of a model a model; pydantic leaves out what `abc` has for that."""
 
         def __subclasscheck__(cls, other: type) -> bool:
-            return super().__subclasscheck__(other) or (_is_abstract(cls) and find_lacking(other) is None)
+            return super().__subclasscheck__(other) or (is_abstract(cls) and _meets(cls, other))
 
         def __instancecheck__(cls, instance: object) -> bool:
             return issubclass(type(instance), cls)
@@ -64,6 +71,8 @@ class Model(Artifact, metaclass=_ByMembers):
     Forecast = ModelForecast
 
     abstract: ClassVar[bool] = True
+    computes_graph: ClassVar[bool] = False
+    """Whether the logits of every such model are those of its `graph`, so that an exporter may write the graph."""
 
     if TYPE_CHECKING:  # at run time a derived class may have fields of these names
 
@@ -86,6 +95,8 @@ class Model(Artifact, metaclass=_ByMembers):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
+        if is_abstract(cls):
+            return
         lacking = find_lacking(cls)
         if lacking is not None:
             raise PluginError(f"{cls.__name__} in {cls.__module__} derives from Model, and must define {lacking}")
@@ -93,4 +104,14 @@ class Model(Artifact, metaclass=_ByMembers):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         """An input declared as `Model` takes a model of any class, as it is."""
-        return core_schema.is_instance_schema(cls, cls_repr="Model") if _is_abstract(cls) else handler(source)
+        return core_schema.is_instance_schema(cls, cls_repr="Model") if is_abstract(cls) else handler(source)
+
+
+class ExportableModel(Model):
+    """A model whose logits are those of its `graph`, in float32: an exporter writes the graph.
+
+    Every class of models that says `computes_graph: ClassVar[bool] = True` is one, whether it derives from this class or not.
+    """
+
+    abstract: ClassVar[bool] = True
+    computes_graph: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ from ..artifacts import Artifact, NameOf
 from ..batches import Batch, make_batches, next_token_losses, predicted_tokens
 from ..checkpoint.forecast import ModelForecast
 from ..errors import StageError
+from ..metrics import Metric
 from ..stages.perplexity import perplexity_of
 from ..text import name_without_place
 
@@ -64,7 +65,7 @@ class Agreement:
 
 
 class TextAgreement(Artifact):
-    """What quantisation costs on a text."""
+    """What quantisation costs on a text; its metrics are `agreement` and `perplexity_ratio`, where it says of which model."""
 
     perplexity: float
     """Of the quantised model on the text."""
@@ -75,13 +76,24 @@ class TextAgreement(Artifact):
     tokens: int
     """Tokens of the text that were predicted."""
     text: Annotated[str, NameOf("dataset")]
+    model: str | None = None
+    """Digest of the quantised model."""
 
     @classmethod
     def of(cls, measured: Agreement, text: str, **more: Any) -> Self:
-        """Raises `StageError` where a perplexity is over the largest number. `more`: what a derived class has besides."""
+        """Raises `StageError` where a perplexity is over the largest number. `more`: `model`, and what a derived class adds."""
         perplexity, base_perplexity = (perplexity_of(loss, text) for loss in (measured.loss, measured.base_loss))
         made = {"perplexity": perplexity, "base_perplexity": base_perplexity, "agreement": measured.agreement}
         return cls(**made, tokens=measured.tokens, text=text, **more)
+
+    def list_metrics(self) -> Sequence[Metric]:
+        if self.model is None:
+            return ()
+        place = {"on": self.text, "setting": f"{self.tokens:,} tokens"}
+        return (
+            Metric(name="agreement", value=self.agreement, better="higher", **place),
+            Metric(name="perplexity_ratio", value=self.perplexity / self.base_perplexity, better="lower", **place),
+        )
 
     def __str__(self) -> str:
         return (

@@ -17,6 +17,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from ..artifacts import Artifact
+from ..errors import add_article
 from ..stages.stage import name_types
 
 _PREFIX = "gradmap_plugin_files_"
@@ -74,14 +75,14 @@ def show_module(module: str, *, whole: bool = False) -> str:
 
 
 def name_apart(wanted: Sequence[type[Artifact]], given: type[Artifact]) -> tuple[str, str]:
-    """Names of classes that are wanted, and of one that is found instead: with their modules where the name is the same."""
+    """Classes that are wanted, and one that is found instead, as in `a Model`: with their modules where the name is the same."""
     same = [cls for cls in wanted if cls.__name__ == given.__name__]
     if not same:
-        return name_types(wanted), given.__name__
+        return add_article(name_types(wanted)), add_article(given.__name__)
     shown = {show_module(cls.__module__) for cls in (*same, given)}
     whole = len(shown) <= len(same)
     places = {cls: f"{cls.__name__} ({show_module(cls.__module__, whole=whole)})" for cls in (*same, given)}
-    return " or ".join(places.get(cls, cls.__name__) for cls in wanted), places[given]
+    return add_article(" or ".join(places.get(cls, cls.__name__) for cls in wanted)), add_article(places[given])
 
 
 class _Finder:

@@ -61,7 +61,7 @@ def wire_inputs(
             elif source is not None and required:
                 taken, given = name_apart(wanted, board.types[source])
                 message = (
-                    f"step {step.id!r} takes a {taken} as {name!r}, but after step {source[0]!r} it is a {given}; "
+                    f"step {step.id!r} takes {taken} as {name!r}, but after step {source[0]!r} it is {given}; "
                     f"put this step before that one, or choose an earlier one with `from: {{{name}: STEP}}`"
                 )
                 problems.append(recipe.problem((*at, "use"), message))
@@ -85,7 +85,7 @@ def wire_inputs(
             )
         elif not issubclass(board.types[source], wanted):
             taken, given = name_apart(wanted, board.types[source])
-            problems.append(recipe.problem(place, f"input {name!r} takes a {taken}, but {chosen!r} is a {given}"))
+            problems.append(recipe.problem(place, f"input {name!r} takes {taken}, but {chosen!r} is {given}"))
         else:
             wired[name] = source
     return wired

@@ -44,6 +44,7 @@ class QuietReporter:
     def note(self, step: str, text: str) -> None: ...
     def step_finished(self, event: StepFinished) -> None: ...
     def run_finished(self, event: RunFinished) -> None: ...
+    def run_stopped(self, event: RunFinished) -> None: ...
 
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         place = f"{where}: " if where and not message.startswith(where) else ""
@@ -77,6 +78,9 @@ class JsonReporter(QuietReporter):
 
     def run_finished(self, event: RunFinished) -> None:
         self._write("run_finished", event)
+
+    def run_stopped(self, event: RunFinished) -> None:
+        self._write("run_stopped", event)
 
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         self._print({"event": "error", "exit_code": exit_code, "message": message, "where": where})
@@ -116,6 +120,10 @@ class LineReporter(QuietReporter):
 
     def run_finished(self, event: RunFinished) -> None:
         print_summary(self.console, event.summary, event.seconds)
+
+    def run_stopped(self, event: RunFinished) -> None:
+        self.progress_ended("", "")
+        self.run_finished(event)
 
     def _say(self, text: str) -> None:
         say(self.console, text)

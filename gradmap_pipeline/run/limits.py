@@ -80,4 +80,4 @@ def raise_missed(checked: Sequence[CheckedLimit]) -> None:
     """Raise `QualityError` where a limit is missed, with all that are."""
     missed = [limit.message for limit in checked if limit.missed_by is not None]
     if missed:
-        raise QualityError("; ".join(missed) + "; remove fewer layers, calibrate on more text, or change the limit")
+        raise QualityError("; ".join(missed) + "; remove fewer layers, calibrate on more text, quantise less, or change the limit")

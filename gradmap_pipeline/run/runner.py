@@ -12,7 +12,7 @@ from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
 from ..checkpoint.model import Model
 from ..context import Context, FinishedStep
-from ..errors import GradmapError, StageError, name_error
+from ..errors import GradmapError, QualityError, StageError, name_error
 from ..export.exports import Export
 from ..interruptions import is_interruption
 from ..machine.distributed import ProcessGroup
@@ -38,13 +38,13 @@ class RunState:
     """Where a run stands."""
 
     outputs: dict[str, dict[str, Artifact]] = field(default_factory=dict)
-    """By step id, then output name."""
+    """Artifacts by step id, then output name."""
     lineage: dict[str, tuple[FinishedStep, ...]] = field(default_factory=dict)
-    """By step id: the steps that led to it, itself last."""
+    """The steps that led to each step, itself last, by step id."""
     finished: list[StepFinished] = field(default_factory=list)
     measured: list[Measured] = field(default_factory=list)
     """Metrics that the steps have given, in order."""
-    inspected: bool = False
+    is_inspected: bool = False
     """Whether the stages of all steps that are to run have looked at the model."""
     heard: set[str] = field(default_factory=set)
     """What libraries have said, and was told."""
@@ -57,7 +57,7 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
     """
     for step in plan.steps:
         _ = step.code.digest  # of the code that is about to run, whatever is edited meanwhile
-    tune_allocator(tight=machine.memory is not None)
+    tune_allocator(is_tight=machine.memory is not None)
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
     try:
@@ -77,22 +77,37 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
         group.tell(None)
         base = open_model(plan.model, store.digest_of)
     state = RunState(outputs={"model": {"model": base}}, lineage={"model": ()})
-    for step in plan.steps:
-        try:
-            _run_step(step, plan, store, machine, reporter, state, group)
-        except Exception as error:
-            group.agree(error)
-            raise
-        except BaseException as error:  # of code that is not asked through its stage, such as an artifact's own checks
-            if is_interruption(error):
-                raise
-            failure = StageError(f"stage {step.stage.name!r} ({step.plugin}) failed: {name_error(error)}")
-            failure.where = f"step {step.id!r}"
-            group.agree(failure)
-            raise failure from error
-    tables = summarise(state.outputs, state.measured, state.finished)
-    reporter.run_finished(RunFinished(seconds=time.monotonic() - started, summary=tables))
+
+    def finish() -> RunFinished:
+        tables = summarise(state.outputs, state.measured, state.finished)
+        return RunFinished(seconds=time.monotonic() - started, summary=tables)
+
+    try:
+        for step in plan.steps:
+            with _agreeing(step, group):
+                _run_step(step, plan, store, machine, reporter, state, group)
+    except QualityError:
+        reporter.run_stopped(finish())
+        raise
+    reporter.run_finished(finish())
     return state
+
+
+@contextmanager
+def _agreeing(step: PlannedStep, group: ProcessGroup) -> Iterator[None]:
+    """A step runs in this block; what one process raises, all raise."""
+    try:
+        yield
+    except Exception as error:
+        group.agree(error)
+        raise
+    except BaseException as error:  # of code that is not asked through its stage, such as an artifact's own checks
+        if is_interruption(error):
+            raise
+        failure = StageError(f"stage {step.stage.name!r} ({step.plugin}) failed: {name_error(error)}")
+        failure.where = f"step {step.id!r}"
+        group.agree(failure)
+        raise failure from error
 
 
 def _run_step(
@@ -158,14 +173,14 @@ def _get_outputs(
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
     if not cached:
-        if not state.inspected:
+        if not state.is_inspected:
             rest = plan.steps[plan.steps.index(step) :]
             with heard(lambda text: reporter.note(step.id, text), state.heard):
                 inspect_steps(rest, state.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
             for later in rest:
                 if group.leads and (place := _workplace_of(later, store)) is not None:
                     _prepare(place, later, reporter)
-            state.inspected = True
+            state.is_inspected = True
         together = group if step.stage.parallel else ALONE
         if group.leads or step.stage.parallel:
             with store.step(name, key) if group.leads else scratch_step() as folder, noticing_loss(step, store, folder):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from pydantic import BaseModel, ConfigDict
 
 from ..artifacts import Artifact
-from ..checkpoint.model import Model
+from ..checkpoint.model import ExportableModel, Model
 from ..context import Context
 from ..errors import PluginError
 from ..machine.environment import Environment
@@ -151,8 +151,9 @@ def _check_ports(stage: type[Stage]) -> None:
     """Raise `PluginError` unless all that a stage takes and gives are artifacts."""
     for port in ("Inputs", "Outputs"):
         for name, info in getattr(stage, port).model_fields.items():
-            if port == "Outputs" and info.annotation is Model:
-                raise PluginError(f"stage {stage.name!r}: Outputs.{name} must be one class of models; Model is for inputs")
+            if port == "Outputs" and info.annotation in (Model, ExportableModel):
+                wide = info.annotation.__name__
+                raise PluginError(f"stage {stage.name!r}: Outputs.{name} must be one class of models; {wide} is for inputs")
             try:
                 _artifact_type(info.annotation)
             except TypeError:

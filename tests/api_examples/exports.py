@@ -13,6 +13,7 @@ from gradmap_pipeline import (
     Context,
     DatasetSource,
     Export,
+    ExportableModel,
     FileAgreement,
     FolderExport,
     Forecasts,
@@ -20,7 +21,6 @@ from gradmap_pipeline import (
     GgufFolder,
     GgufQuantiser,
     ModelForecast,
-    ModelGraph,
     ModelSource,
     OnnxFolder,
     OnnxQuantisation,
@@ -47,6 +47,7 @@ from gradmap_pipeline import (
     make_lineage,
     open_model,
     read_text,
+    take_graph,
     write_card,
     write_companions,
     write_onnx_folder,
@@ -67,19 +68,19 @@ class ExportFolder(FolderExport):
     name = "export_folder"
 
     class Inputs(BaseModel):
-        model: ModelGraph
+        model: ExportableModel
 
     class Outputs(BaseModel):
         exported: TransformersFolder
 
     def forecast(self, inputs: Forecasts) -> Outlook:
-        model = inputs.of(ModelGraph)
+        model = inputs.of(ExportableModel)
         for misreading in explain_forecast(model):
             raise OptionError("to", misreading)
         return {**super().forecast(inputs), "exported": TransformersFolder.Forecast.of(model)}
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
-        model = inputs.model
+        model = take_graph(inputs.model, context)
         with self.new_folder(model.base.folder) as new:
             files = write_transformers_folder(model, new.path, context, shard_bytes=10**9)
             difference = check_export(model, new.path, context)
@@ -103,8 +104,9 @@ class RoundWeights(ExportFolder):
     name = "round_weights"
 
     def run(self, inputs: ExportFolder.Inputs, context: Context) -> ExportFolder.Outputs:
-        with self.new_folder(inputs.model.base.folder) as new:
-            folder = write_quantised(inputs.model, new, "safetensors", "int8 rounded", round_folder, self, context)
+        model = take_graph(inputs.model, context)
+        with self.new_folder(model.base.folder) as new:
+            folder = write_quantised(model, new, "safetensors", "int8 rounded", round_folder, self, context)
         return self.Outputs(exported=folder)
 
 
@@ -125,7 +127,9 @@ check_text(heldout, 2, 32, ModelForecast(positions=512))  # raises OptionError w
 batches = read_text(model.base, heldout, 2, 32)
 agreement: Agreement = compare_models(exported.open("cpu"), rounded.open("cpu"), batches)
 assert 0.9 < agreement.ratio < 1.1
-assert TextAgreement.of(agreement, heldout.name).tokens == 2 * 31
+on_text = TextAgreement.of(agreement, heldout.name, model=rounded.digest)
+assert on_text.tokens == 2 * 31
+assert [metric.name for metric in on_text.list_metrics()] == ["agreement", "perplexity_ratio"]
 assert agreement.find_missed(heldout.name, max_perplexity_ratio=1.1, min_agreement=None) == []
 
 # A folder of another format is filled with the same parts, and one that is made from an export takes over its lineage.

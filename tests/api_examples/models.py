@@ -3,6 +3,7 @@
 import torch
 
 from gradmap_pipeline import (
+    ExportableModel,
     Model,
     ModelGraph,
     ModelSource,
@@ -16,6 +17,7 @@ from gradmap_pipeline import (
 
 model: ModelGraph = open_model(ModelSource(builtin="docs-llama"))
 assert isinstance(model, Model)
+assert isinstance(model, ExportableModel)  # its logits are those of its graph, which is the model itself
 
 pruned = model.without_layers([4, 8])
 assert pruned.layers == (0, 1, 2, 3, 5, 6, 7, 9, 10, 11)

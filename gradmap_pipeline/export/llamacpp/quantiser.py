@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...artifacts import Artifact
 from ...errors import OptionError, StageError
 from ...machine.processes import explain_end, tie
+from ...metrics import Metric
 from ..agreement import Agreement, compare_models
 from . import pythons
 from .parity import STEPS, compare_files
@@ -26,7 +28,10 @@ PROGRAM = "llama-quantize"
 
 
 class FileAgreement(Artifact):
-    """What running the quantised file beside the one it was made from gave, at the last nine positions of random prompts."""
+    """What running the quantised file beside the one it was made from gave, at the last nine positions of random prompts.
+
+    Its metric is `agreement`, where it says of which model.
+    """
 
     lengths: tuple[int, ...]
     """Of the prompts, in tokens."""
@@ -38,10 +43,23 @@ class FileAgreement(Artifact):
     """Share of positions at which both find the same token likeliest."""
     lost: float
     """Most that the log-probability loses, in nats, where the likeliest token of the quantised file is taken."""
+    model: str | None = None
+    """Digest of the quantised file's folder."""
+
+    @property
+    def positions(self) -> int:
+        """Positions at which the files were compared."""
+        return len(self.lengths) * (STEPS + 1)
+
+    def list_metrics(self) -> Sequence[Metric]:
+        if self.model is None:
+            return ()
+        setting = f"{self.positions} positions"
+        return (Metric(name="agreement", value=self.agreeing, better="higher", on="random prompts", setting=setting),)
 
     def __str__(self) -> str:
         return (
-            f"at {len(self.lengths) * (STEPS + 1)} positions of random prompts, {self.agreeing:.0%} of likeliest tokens are those "
+            f"at {self.positions} positions of random prompts, {self.agreeing:.0%} of likeliest tokens are those "
             "of the file before quantisation"
         )
 
