@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchrun import run_python
 
 from gradmap_pipeline import StageError
 from gradmap_pipeline.machine.distributed import ProcessGroup
@@ -35,21 +36,10 @@ steps:
   - use: export
     with: {to: out}
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def run(folder: Path, processes: int, *options: str) -> subprocess.CompletedProcess[str]:
-    start = TORCHRUN if processes > 1 else [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*start, "-m", "gradmap_pipeline", "run", "r.yaml", "--json", *options],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    return run_python(folder, processes, "-m", "gradmap_pipeline", "run", "r.yaml", "--json", *options)
 
 
 def outputs(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from torchrun import run_python
 
 pytestmark = pytest.mark.full
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PLUGIN = '''
 import os, signal
 from gradmap_pipeline import CapacityError, StageError, hookimpl
@@ -52,10 +49,7 @@ def run(folder: Path, act: str, llama: Path, text: Path) -> tuple[int, str, list
     (folder / "odd.py").write_text(PLUGIN.replace("ACT", act))
     (folder / "r.yaml").write_text(RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)))
     started = time.monotonic()
-    done = subprocess.run(
-        [*TORCHRUN, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "odd.py", "--json"],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    done = run_python(folder, 2, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "odd.py", "--json")
     events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return done.returncode, done.stderr, events, time.monotonic() - started
 
@@ -117,7 +111,7 @@ try:
 except StageError as error:
     print("told:", error, flush=True)
 """)
-    done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True, check=False, timeout=120)
+    done = run_python(tmp_path, 2, str(script))
     assert done.stdout.count("told: the processes of this run have gone different ways") == 2, done.stderr[-2000:]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torchrun import run_python
 
 from gradmap_pipeline.errors import CapacityError, GradmapError, Interruption, StageError
 from gradmap_pipeline.machine.processes import explain_end, tie
@@ -282,15 +283,7 @@ def test_torchrun_tells_once(folder: Path, text: Path) -> None:
     (folder / "p.py").write_text(
         PLUGIN.replace('name = "wait"', 'name = "wait"\n    parallel = True').replace("time.sleep(60)", "1 / 0")
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "p.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run_python(folder, 2, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "p.py")
     assert done.returncode == 1
     ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(ours) == 1, done.stderr
