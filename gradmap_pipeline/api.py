@@ -116,7 +116,7 @@ RENAMED = {
     "find_weights": "find_nonfinite_weights",
     "not_finite": "explain_nonfinite",
 }
-"""Names of before, and what they are called now."""
+"""Earlier names, and what they are called now."""
 
 
 def list_groups() -> str:

@@ -51,7 +51,8 @@ StoredPath = Annotated[Path, PlainSerializer(_relative_to_store), WrapValidator(
 class NameOf:
     """Marks a text of an artifact, in `Annotated`, as the name of what an option of its stage gives.
 
-    Options count by content, so a result from the store may be of a file that the recipe names otherwise: it gets the name of now.
+    Options count by content, so a result from the store may be of a file that the recipe now calls by another name. It gets
+    that name.
     """
 
     option: str
@@ -72,7 +73,7 @@ LINEAGE = "gradmap.json"
 
 
 _MOVED = {"count_bytes": "size_bytes", "kind": "format_name"}
-"""Names of artifacts' members of before, and the properties that they are now."""
+"""Earlier names of artifacts' members, and the properties that they are now."""
 
 
 class NoForecast(BaseModel):

@@ -27,7 +27,7 @@ class Batch:
     """bool (B, T), False where padded."""
 
     @property
-    def padded(self) -> bool:
+    def has_padding(self) -> bool:
         return not bool(self.mask.all())
 
 

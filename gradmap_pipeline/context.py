@@ -37,7 +37,7 @@ class Context:
     """This step's own folder, empty at the start. Write tensors here."""
     seed: int
     device: str
-    """As torch names it: `cpu`, `cuda:0`."""
+    """Device as torch names it: `cpu`, `cuda:0`."""
     dtype: str
     """Floating-point type to compute in: `float32`, `bfloat16`, `float16`."""
     memory: int

@@ -16,7 +16,7 @@ class GradmapError(Exception):
     exit_code = 4
     where: str | None = None
     """Place the message speaks of: `file:line:column`, a step, a folder."""
-    agreed = False
+    is_agreed = False
     """Whether all processes of a run raise it, so that the leading one alone has to tell it."""
 
 
@@ -72,7 +72,7 @@ class PluginError(GradmapError):
 
 
 class ModelError(GradmapError):
-    """A model cannot be had, or is not one that can be pruned."""
+    """A model is not there, or is not one that can be pruned."""
 
     exit_code = 2
 
@@ -119,7 +119,7 @@ def text_of(error: BaseException) -> str:
     except BaseException as failure:
         if is_interruption(failure):
             raise
-        return f"its message cannot be had, as __str__ fails with {type(failure).__name__}"
+        return f"its message is not known, as __str__ fails with {type(failure).__name__}"
 
 
 def name_error(error: BaseException) -> str:

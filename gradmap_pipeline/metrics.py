@@ -25,7 +25,7 @@ class Metric(BaseModel):
     better: Literal["lower", "higher"]
     """Which way is better."""
     unit: str = ""
-    """Of the value and the standard error: `s`, `%`. Empty for a plain number."""
+    """Unit of the value and the standard error: `s`, `%`. Empty for a plain number."""
     stderr: Annotated[float | None, Field(ge=0)] = None
     """Standard error of the value, where it is known."""
     on: str = ""

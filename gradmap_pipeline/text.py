@@ -84,7 +84,7 @@ def _as_text(*lines: str) -> Text:
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON as its standard has it: what is not a finite number is null, what is no JSON is its text."""
+    """JSON as its standard has it: what is not a finite number is null, what is not JSON is its text."""
     return json.dumps(_finite(value), allow_nan=False, default=str, indent=indent)
 
 

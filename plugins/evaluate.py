@@ -175,7 +175,7 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
 
 
 def score_opened(model: Model, ids: torch.Tensor, mask: torch.Tensor, context: Context) -> dict[str, Any]:
-    """The same of a model in another form, by the program that `open` of its class starts."""
+    """Mean next-token loss of a model in another form, by the program that `open` of its class starts."""
     apart = lengths_apart_in(model.graph.base.folder)
     batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS, lengths_apart=apart)
     run = model.open(context.device)

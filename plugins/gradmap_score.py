@@ -98,19 +98,19 @@ class GradmapScore(LayerScoring):
 
     def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
         rounds = self.count_decisions(depth) if self.schedule == "iterative" else 1
-        weights = self.metric == "weight_gradient"
+        uses_weights = self.metric == "weight_gradient"
         depths = [depth - number for number in range(rounds)]
         used = math.ceil(self.sample_share * samples)
-        return costs.backward_sweeps(depths, used, tokens, weight_gradients=weights, divisible=not weights)
+        return costs.backward_sweeps(depths, used, tokens, weight_gradients=uses_weights, divisible=not uses_weights)
 
     def decide(self, kept: Sequence[int], scores: dict[int, float], wanted: int, protected: Collection[int]) -> list[Decision]:
         return take_lowest(kept, scores, 1 if self.schedule == "iterative" else wanted, protected)
 
     def measure(self, context: Context) -> Measure:
-        weights = self.metric == "weight_gradient"
-        of = partial(self._score_weights, context.group) if weights else self._score_updates
+        uses_weights = self.metric == "weight_gradient"
+        of = partial(self._score_weights, context.group) if uses_weights else self._score_updates
         key = [self.metric, self.norm, self.weighting, self.sample_share]
-        return Measure(of, key, need="weight gradients" if weights else "backward", sample_share=self.sample_share)
+        return Measure(of, key, need="weight gradients" if uses_weights else "backward", sample_share=self.sample_share)
 
     def describe(self) -> str:
         details = [self.norm or "l2", self.weighting or "none"] if self.metric == "weight_gradient" else []

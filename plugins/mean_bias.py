@@ -46,7 +46,7 @@ class MeanBias(LayerCompensation):
 
 
 def _find_bias(sites: Sequence[Site]) -> Site | None:
-    return next((site for site in sites if site.role != "attention" and site.bias), None)
+    return next((site for site in sites if site.role != "attention" and site.has_bias), None)
 
 
 def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:

@@ -93,7 +93,7 @@ class Merge(BaseModel):
     merged: int
     """Base layer that is gone."""
     share: float
-    """Of the layer that is left."""
+    """Number of the layer that is left."""
 
 
 class Merges(Artifact):

@@ -132,8 +132,8 @@ class ProjectCompensate(LayerCompensation):
         for _ in range(self.sites or 1):
             drift = streams.measure_drift()
             free = {layer: at for layer, at in drift.items() if layer not in tried}
-            relative = self.site == "largest_relative_shift"
-            tried.append(max(free, key=lambda layer: free[layer].relative_shift if relative else free[layer].shift))
+            is_relative = self.site == "largest_relative_shift"
+            tried.append(max(free, key=lambda layer: free[layer].relative_shift if is_relative else free[layer].shift))
             yield tried[-1]
 
 

@@ -173,8 +173,8 @@ class Prune(Stage):
 
 def _name_layers(layers: tuple[int, ...]) -> str:
     """`0 to 11`, or the list where some are missing."""
-    whole = layers == tuple(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
+    is_whole = layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if is_whole else ", ".join(map(str, layers))
 
 
 @hookimpl

@@ -74,14 +74,14 @@ class QuantizeLlmcompressor(FolderExport):
     def _check_combinations(self) -> QuantizeLlmcompressor:
         if self.smoothquant is not None and self.scheme != "w8a8":
             raise ValueError(f"'smoothquant' belongs to scheme 'w8a8'; the scheme is {self.scheme!r}")
-        if self.group_size is not None and not self._grouped:
+        if self.group_size is not None and not self._is_grouped:
             raise ValueError(f"'group_size' belongs to schemes 'w4a16' and 'w8a16'; the scheme is {self.scheme!r}")
         if self.scheme == "fp8" and self.method == "gptq":
             raise ValueError("scheme 'fp8' rounds to nearest; leave 'method' out, or choose an integer scheme")
         return self
 
     @property
-    def _grouped(self) -> bool:
+    def _is_grouped(self) -> bool:
         return self.scheme in ("w4a16", "w8a16")
 
     @property
@@ -141,7 +141,7 @@ class QuantizeLlmcompressor(FolderExport):
         from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-        if self._grouped:
+        if self._is_grouped:
             weights = QuantizationArgs(
                 num_bits=4 if self.scheme == "w4a16" else 8, strategy="group", group_size=self._choose_group_size(model)
             )

@@ -44,7 +44,7 @@ class QuantizedMatrices(TextAgreement):
     quantised: int
     """Matrices in 8 or 4 bits; one that is both head and table of embeddings counts once."""
     in_8_bits: int
-    """Of them in 8 bits."""
+    """Matrices among them in 8 bits."""
     left: dict[str, int]
     """Numbers in each constant matrix that stays as it was, by its name in the graph."""
 

@@ -55,8 +55,8 @@ class SlebScore(LayerScoring):
     def _measure_losses(self, sweep: SamplePass) -> dict[int, float]:
         """Mean loss in nats without each layer that may go."""
         candidates = sweep.layers[self.protect_first : len(sweep.layers) - self.protect_last]
-        again = self.prefix == "computed"
-        return {layer: sweep.loss_without(layer, from_bottom=again) / sweep.predicted for layer in candidates}
+        is_recomputed = self.prefix == "computed"
+        return {layer: sweep.loss_without(layer, from_bottom=is_recomputed) / sweep.predicted for layer in candidates}
 
 
 @hookimpl

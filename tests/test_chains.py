@@ -192,7 +192,7 @@ def export_llama(folder: Path, **changes: Any) -> Path:
         ),
         (
             lambda folder: (folder / "gradmap.json").unlink(),
-            "is no export: gradmap.json cannot be read (No such file or directory)",
+            "is not an export: gradmap.json cannot be read (No such file or directory)",
         ),
     ],
 )

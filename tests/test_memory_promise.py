@@ -21,7 +21,7 @@ from gradmap_pipeline.machine.memory import give_back, tune_allocator
 def read(file, field):
     return int(next(line for line in Path(file).read_text().splitlines() if line.startswith(field + ":")).split()[1])
 
-tune_allocator(tight=True)
+tune_allocator(is_tight=True)
 """
 STAGE = (
     COUNTERS

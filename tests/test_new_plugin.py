@@ -92,7 +92,7 @@ def test_entry_point_is_in_the_group_that_the_catalog_reads(workplace: Path) -> 
         (["angular-score"], "there is a stage 'angular_score' already"),
         (["gradmap-typing.extensions"], "there is a module 'typing_extensions' already"),
         (["drop-ends", "--to", "."], "is the current folder"),
-        (["drop-ends", "--to", "file"], "is no folder"),
+        (["drop-ends", "--to", "file"], "is not a folder"),
         (["drop-ends", "--to", "full"], "folder 'full' is not empty"),
         (["drop-ends", "--to", ""], "is empty; name a file or folder"),
     ],

@@ -102,7 +102,7 @@ def test_replaceme_is_its_closed_form(ridge: float, text: Path, tmp_path: Path) 
 def test_replaceme_needs_a_layer_below(text: Path, tmp_path: Path) -> None:
     model, calibration = make_inputs(tmp_path, text)
     stage = ReplacemeCompensate()
-    with pytest.raises(StageError, match="this correction needs a kept layer below a removed one, and none is"):
+    with pytest.raises(StageError, match="this correction needs a kept layer below a removed one, and there is none"):
         run_stage(stage, tmp_path, model=model.without_layers([0]), calibration=calibration)
     with pytest.raises(StageError, match="the model has all its layers, so there is nothing to correct"):
         run_stage(stage, tmp_path, model=model, calibration=calibration)

@@ -172,7 +172,7 @@ def test_nothing_removed_is_refused(text: Path, tmp_path: Path) -> None:
 
 def test_before_cuts_needs_a_layer_below(text: Path, tmp_path: Path) -> None:
     model, calibration = make_inputs(tmp_path, "llama", text)
-    with pytest.raises(StageError, match="this correction needs a kept layer below a removed one, and none is"):
+    with pytest.raises(StageError, match="this correction needs a kept layer below a removed one, and there is none"):
         run_stage(ProjectCompensate(site="before_cuts"), tmp_path, model=model.without_layers([0]), calibration=calibration)
 
 

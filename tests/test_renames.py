@@ -133,7 +133,9 @@ def test_deprecated_options_and_stages_are_told(folder: Path) -> None:
     Path("p.py").write_text(PLUGIN.replace("    renamed", '    deprecated = "use prune"\n    renamed'))
     assert "r.yaml:4:5: stage 'new_work' is deprecated: use prune\n" in gradmap("check").stdout
     assert "new_work                Do the work. (deprecated)\n" in gradmap("stages").stdout
-    assert "\ndeprecated: use prune\n" in gradmap("stages", "new_work").stdout
+    shown = gradmap("stages", "new_work").stdout
+    assert "\ndeprecated: use prune\n" in shown
+    assert "      How much. Deprecated: it has no effect.\n" in shown
     (stage,) = json.loads(gradmap("stages", "new_work", "--json").stdout)
     assert (stage["deprecated"], stage["aliases"]) == ("use prune", ["old_work", "older_work"])
 
@@ -163,8 +165,8 @@ def test_editors_accept_old_names(folder: Path) -> None:
         (('("old_work", "older_work")', '"old_work"'), "class Work in p.py: 'aliases' must be a tuple of names, got 'old_work'"),
         (('"older_work"', '"prune"'), "stage 'prune' is provided by both 'gradmap_plugins.prune' and 'p.py'; rename one"),
         (("[Work]", "[Work, Work]"), "class Work in p.py has the name 'new_work', which is that of class Work too; rename one"),
-        (('"pace": "speed"', '"pace": "tempo"'), "'renamed' leads from 'pace' to 'tempo', which is no option"),
-        (('"pace": "speed"', '"load": "speed"'), "'renamed' has 'load', which is an option still"),
+        (('"pace": "speed"', '"pace": "tempo"'), "'renamed' leads from 'pace' to 'tempo', which is not an option"),
+        (('"pace": "speed"', '"load": "speed"'), "'renamed' has 'load', which is still an option"),
         (('{"pace": "speed"}', '["pace"]'), "'renamed' must be a mapping of old options to new, got ['pace']"),
         (("    renamed", "    deprecated = True\n    renamed"), "'deprecated' must say in a text what to use instead, got True"),
         (("    renamed", '    requires_api = "new"\n    renamed'), "requires_api must be such as '>=1', got 'new'"),

@@ -37,8 +37,8 @@ def load_training_documents() -> list[str]:
 
 
 def _choose(split: Split, documents: Iterable[Document]) -> list[str]:
-    wanted = split == "heldout"
-    named = [(name, read()) for unit, name, read in documents if (_unit_interval(unit) < HELDOUT_SHARE) == wanted]
+    is_heldout = split == "heldout"
+    named = [(name, read()) for unit, name, read in documents if (_unit_interval(unit) < HELDOUT_SHARE) == is_heldout]
     return [text for name, text in sorted(named, key=lambda document: _unit_interval(document[0])) if text.strip()]
 
 

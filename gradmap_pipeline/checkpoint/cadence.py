@@ -13,7 +13,7 @@ from typing import Any
 
 Config = Mapping[str, Any]
 Marks = tuple[bool, ...]
-"""By layer."""
+"""What a cadence says of each layer."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Cadence:
         return list(dict.fromkeys(said))
 
 
-def _period_and_offset(layer: int, period: int, offset: int) -> bool:
+def _is_at_offset(layer: int, period: int, offset: int) -> bool:
     return period > 0 and layer % period == offset
 
 
@@ -66,28 +66,28 @@ def _periods_and_offsets(depth: int) -> Iterator[tuple[int, ...]]:
     return ((period, offset) for period in range(1, depth + 2) for offset in range(period))
 
 
-def _every(layer: int, step: int) -> bool:
+def _is_nth(layer: int, step: int) -> bool:
     return step > 0 and (layer + 1) % step == 0
 
 
-def _every_between(layer: int, interval: int, first: int, last: int) -> bool:
-    return _every(layer, interval) and first <= layer <= last
+def _is_nth_between(layer: int, interval: int, first: int, last: int) -> bool:
+    return _is_nth(layer, interval) and first <= layer <= last
 
 
 def _intervals(depth: int) -> Iterator[tuple[int, ...]]:
     return ((n, first, last) for n in range(1, depth + 1) for first in range(depth + 1) for last in range(depth))
 
 
-def _one_expert(config: Config) -> bool:
+def _has_one_expert(config: Config) -> bool:
     count = config.get("num_experts")
     return isinstance(count, int) and count <= 1
 
 
 CADENCES = (
-    Cadence(("attn_layer_period", "attn_layer_offset"), _period_and_offset, _periods_and_offsets),
-    Cadence(("expert_layer_period", "expert_layer_offset"), _period_and_offset, _periods_and_offsets, idle=_one_expert),
-    Cadence(("decoder_sparse_step",), _every, lambda depth: iter([(1,)]), exceptions="mlp_only_layers", idle=_one_expert),
-    Cadence(("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"), _every_between, _intervals),
+    Cadence(("attn_layer_period", "attn_layer_offset"), _is_at_offset, _periods_and_offsets),
+    Cadence(("expert_layer_period", "expert_layer_offset"), _is_at_offset, _periods_and_offsets, idle=_has_one_expert),
+    Cadence(("decoder_sparse_step",), _is_nth, lambda depth: iter([(1,)]), exceptions="mlp_only_layers", idle=_has_one_expert),
+    Cadence(("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"), _is_nth_between, _intervals),
 )
 
 REPLACED_BY_LIST = {"attn_layer_period": "layers_block_type"}
@@ -95,7 +95,7 @@ REPLACED_BY_LIST = {"attn_layer_period": "layers_block_type"}
 
 
 def cadences_of(config: Config) -> list[Cadence]:
-    """Those that a config places its layers by."""
+    """The cadences by which a config places its layers."""
     return [
         cadence
         for cadence in CADENCES
@@ -104,7 +104,7 @@ def cadences_of(config: Config) -> list[Cadence]:
 
 
 def strict_cadences_of(config: Config) -> list[Cadence]:
-    """Those that some removals break."""
+    """The cadences that some removals break."""
     return [cadence for cadence in cadences_of(config) if cadence.exceptions is None]
 
 
@@ -114,14 +114,14 @@ LISTED = ("layer_types", "layers_block_type", "no_rope_layers", "mlp_layer_types
 
 def find_period(config: Config, depth: int) -> int | None:
     """After how many layers the kinds of layers, in all that a config says of them, start again; None where they never do."""
-    kinds = _kinds(config, depth, range(depth), listed=True)
+    kinds = _kinds(config, depth, range(depth), includes_lists=True)
     return next((n for n in range(1, depth // 2 + 1) if all(kinds[i] == kinds[i - n] for i in range(n, depth))), None)
 
 
 def is_regular(config: Config, depth: int, kept: Sequence[int]) -> bool:
     """Whether the kinds of the layers kept follow each other as those of the whole model do, from the first on."""
     period = find_period(config, depth)
-    kinds = _kinds(config, depth, range(depth), listed=True)
+    kinds = _kinds(config, depth, range(depth), includes_lists=True)
     return period is not None and all(kinds[layer] == kinds[place % period] for place, layer in enumerate(kept))
 
 
@@ -140,7 +140,7 @@ def choose_kept(
     that are kept in any case. `regular`: among the selections that `is_regular` is true of.
     """
     layers = sorted(importance)
-    kinds = _kinds(config, depth, layers, listed=regular)
+    kinds = _kinds(config, depth, layers, includes_lists=regular)
     bonus = 1 + sum(abs(value) for value in importance.values())
     values = [importance[layer] + bonus * (layer in fixed) for layer in layers]
     best: tuple[float, tuple[int, ...]] | None = None
@@ -158,11 +158,11 @@ def count_removable(config: Config, depth: int, layers: Sequence[int]) -> list[i
     return [count for count in range(1, len(layers)) if next(_expressible(config, len(layers) - count, kinds), None) is not None]
 
 
-def _kinds(config: Config, depth: int, layers: Sequence[int], *, listed: bool = False) -> list[tuple[object, ...]]:
-    """What cadences say of these layers; `listed`: and what the config lists of them."""
-    cadences = cadences_of(config) if listed else strict_cadences_of(config)
+def _kinds(config: Config, depth: int, layers: Sequence[int], *, includes_lists: bool = False) -> list[tuple[object, ...]]:
+    """What cadences say of these layers; `includes_lists`: and what the config lists of them."""
+    cadences = cadences_of(config) if includes_lists else strict_cadences_of(config)
     says: list[Sequence[object]] = [cadence.read(config, depth) for cadence in cadences]
-    if listed:
+    if includes_lists:
         says += [config[field] for field in LISTED if isinstance(config.get(field), list) and len(config[field]) == depth]
         if isinstance(config.get("moe_layers"), list):
             says.append([layer in config["moe_layers"] for layer in range(depth)])
@@ -173,7 +173,7 @@ def _regular(config: Config, depth: int, count: int) -> Iterator[list[tuple[obje
     """The kinds of `count` layers that go on as those of the whole model start."""
     period = find_period(config, depth)
     if period is not None:
-        kinds = _kinds(config, depth, range(period), listed=True)
+        kinds = _kinds(config, depth, range(period), includes_lists=True)
         yield [kinds[place % period] for place in range(count)]
 
 

@@ -31,7 +31,7 @@ def cast(values: torch.Tensor, target: torch.dtype) -> tuple[torch.Tensor, int]:
 
 
 def cast_all(values: torch.Tensor, target: torch.dtype, name: str, remedy: str) -> torch.Tensor:
-    """As `cast`. Raises `StageError` where a finite number would be infinite; `name` is the tensor's."""
+    """The same as `cast`. Raises `StageError` where a finite number would be infinite; `name` is the tensor's."""
     made, lost = cast(values, target)
     if lost:
         raise overflow(name, lost, values.numel(), target, remedy)

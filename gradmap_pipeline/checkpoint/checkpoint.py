@@ -37,7 +37,7 @@ class StoredTensor:
     file: Path
     name: str
     dtype: str
-    """As safetensors writes it: `BF16`."""
+    """The type as safetensors writes it: `BF16`."""
     shape: tuple[int, ...]
     start: int
     """Byte in the file."""
@@ -204,13 +204,13 @@ def write_folder(
     Peak memory is one copy chunk, whatever the size of the model. Raises `StageError` where a finite value would become infinite.
     """
     shards = split_shards(tensors, dtype, shard_bytes)
-    single = len(shards) == 1
+    is_single = len(shards) == 1
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = "model.safetensors" if is_single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, name)
         yield name, _write_shard(shard, folder / name, dtype)
-    if not single:
+    if not is_single:
         index = {
             "metadata": {
                 "total_parameters": sum(tensor.elements for tensor in tensors.values()),

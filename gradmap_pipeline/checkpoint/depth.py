@@ -211,8 +211,8 @@ def _find_rule(field: str, value: Any, depth: int) -> Callable[[Any, Sequence[in
 
 def _renumber(items: dict[Any, Any], kept: Sequence[int], _: int) -> dict[str, Any]:
     """Keys are layer indices, as numbers or as text, perhaps with zeros in front."""
-    padded = any(len(str(key)) > 1 and str(key).startswith("0") for key in items)
-    width = max(len(str(key)) for key in items) if padded else 1
+    is_padded = any(len(str(key)) > 1 and str(key).startswith("0") for key in items)
+    width = max(len(str(key)) for key in items) if is_padded else 1
     by_layer = {int(key): value for key, value in items.items()}
     return {str(position).zfill(width): by_layer[layer] for position, layer in enumerate(kept) if layer in by_layer}
 

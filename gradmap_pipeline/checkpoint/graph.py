@@ -37,9 +37,9 @@ class BaseCheckpoint(BaseModel):
 
     folder: Path
     name: str
-    """As the recipe names it."""
+    """The name that the recipe has for it."""
     sha256: str
-    """Of all files that make the model: weights, config, tokenizer."""
+    """Digest of all files that make the model: weights, config, tokenizer."""
     layers: int
     from_hub: bool = False
     """Whether `name` is that of a model on the Hugging Face hub."""
@@ -61,7 +61,7 @@ class BaseCheckpoint(BaseModel):
 
     @property
     def default_sequence_length(self) -> int:
-        """As many tokens as the model is made for, at most 2048."""
+        """Tokens that the model is made for, at most 2048."""
         return min(count_positions(load_config(self.folder)) or LONGEST_DEFAULT_SEQUENCE, LONGEST_DEFAULT_SEQUENCE)
 
     def companion_files(self) -> list[Path]:

@@ -96,8 +96,8 @@ def _follows(setting: str, original: Any, made: Any, position: int, depth: int, 
         return (original - made) in [(layer - position) * step for step in steps] or (original, made) == (depth, len(kept))
     if isinstance(original, list) and isinstance(made, list):
         number = {layer: place for place, layer in enumerate(kept)}
-        by_layer = len(original) == depth and made == [original[layer] for layer in kept]
-        return by_layer or made == [number[layer] for layer in original if layer in number]
+        is_by_layer = len(original) == depth and made == [original[layer] for layer in kept]
+        return is_by_layer or made == [number[layer] for layer in original if layer in number]
     return False
 
 

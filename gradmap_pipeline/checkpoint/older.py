@@ -49,7 +49,7 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _older(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Of one set of rotary parameters."""
+    """The older form of one set of rotary parameters."""
     scaling = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
     kept: dict[str, Any] = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
     return {**kept, "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}

@@ -1,6 +1,6 @@
 """The numbers in a config against the tensors of its checkpoint, before anything is made from them.
 
-Classes of transformers make lists, maps and modules as long as a config says. A number that no tensor bears out could take any
+Classes of transformers make lists, maps and modules as long as a config says. A number that no tensor confirms could take any
 amount of memory.
 """
 
@@ -37,7 +37,7 @@ class Room:
 
     parameters: int
     elements: int
-    """Of all parameters."""
+    """Elements of all parameters."""
     buffer_bytes: int
 
     @classmethod
@@ -73,7 +73,7 @@ def _read_raw_header(file: Path) -> dict[str, Any]:
                 raise ValueError("its header is longer than the file" if length <= _HEADER_LIMIT else "its header is too large")
             header = json.loads(stream.read(length), object_pairs_hook=_without_repeats)
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
+            raise ValueError("its header is not a JSON object")
     except RecursionError as error:
         raise ModelError(f"{str(file)!r} is not a complete safetensors file: its header is nested too deeply") from error
     except OSError as error:
@@ -93,7 +93,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Raise `ModelError` where config.json has a number that the tensors' names and shapes do not bear out."""
+    """Raise `ModelError` where config.json has a number that the tensors' names and shapes do not confirm."""
     where = str(folder / "config.json")
     layers = count_layers(_text_of(config))
     if layers is not None and layers > len(shapes):

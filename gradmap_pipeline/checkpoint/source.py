@@ -77,7 +77,7 @@ class ModelSource(BaseModel):
 
     @property
     def name(self) -> str:
-        """As the recipe names it."""
+        """The name that the recipe has for it."""
         return self.id or str(self.path or self.builtin)
 
     def find_folder(self) -> Path | None:
@@ -133,7 +133,7 @@ def check_model_folder(folder: Path) -> None:
     try:
         is_folder = folder.is_dir()
     except (OSError, ValueError) as error:  # too long, or with a null character
-        raise ModelError(f"{str(folder)[:100]!r} is no path of a folder ({error})") from error
+        raise ModelError(f"{str(folder)[:100]!r} is not a path of a folder ({error})") from error
     if not is_folder and not folder.exists():
         raise ModelError(f"no folder {str(folder)!r}; relative paths start at the current folder, {str(Path.cwd())!r}")
     if not is_folder:

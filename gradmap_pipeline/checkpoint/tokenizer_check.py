@@ -58,8 +58,8 @@ def _differences(original: PreTrainedTokenizerBase, exported: PreTrainedTokenize
             yield f"{said}: {_shorten(theirs)} instead of {_shorten(ours)}"
     special = " ".join(original.all_special_tokens)
     for text in (*TEXTS, special, f"{special} mixed {special}"):
-        for adding in (True, False):
-            ids = [_encode(tokenizer, text, adding) for tokenizer in (original, exported)]
+        for adds_special in (True, False):
+            ids = [_encode(tokenizer, text, adds_special) for tokenizer in (original, exported)]
             if ids[0] != ids[1]:
                 yield f"{_shorten(text)} becomes {_shorten(ids[1])} instead of {_shorten(ids[0])}"
         for skipping in (True, False):
@@ -68,8 +68,8 @@ def _differences(original: PreTrainedTokenizerBase, exported: PreTrainedTokenize
                 yield f"{_shorten(ids[0])} is decoded to {_shorten(texts[1])} instead of {_shorten(texts[0])}"
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, adding: bool) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=adding)["input_ids"]
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, adds_special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=adds_special)["input_ids"]
     return ids
 
 

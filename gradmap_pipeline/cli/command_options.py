@@ -90,7 +90,7 @@ def parse_output(text: str | Path) -> Path:
     try:
         above = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
         if not above.is_dir():
-            raise typer.BadParameter(f"{str(above if above != folder.absolute() else folder)!r} is no folder; name a folder")
+            raise typer.BadParameter(f"{str(above if above != folder.absolute() else folder)!r} is not a folder; name a folder")
         if not os.access(above, os.W_OK | os.X_OK):
             raise typer.BadParameter(f"{str(folder)!r} cannot be written; name another folder")
     except (OSError, ValueError) as error:

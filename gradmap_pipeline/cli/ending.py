@@ -34,7 +34,7 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 @dataclass
 class _State:
-    """Of the signals of this process."""
+    """State of the signals of this process."""
 
     number: int | None = None
     """The first that came."""

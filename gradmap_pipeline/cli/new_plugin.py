@@ -75,7 +75,7 @@ def _name_stage(name: str) -> str:
 def _check_folder(folder: Path) -> None:
     """Raise `CommandError` unless a folder is new or empty, in a place that can be written."""
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-        raise CommandError(f"{str(folder)!r} is no folder; name a new one with --to")
+        raise CommandError(f"{str(folder)!r} is not a folder; name a new one with --to")
     if folder.resolve() == Path.cwd().resolve():
         raise CommandError(f"{str(folder)!r} is the current folder; name a new one with --to")
     if folder.is_dir() and any(folder.iterdir()):

@@ -60,7 +60,7 @@ def layers_before_cuts(graph: ModelGraph) -> list[int]:
     """Kept layers right below removed ones. Raises `StageError` where there are none."""
     below = [layer for layer in graph.layers if layer + 1 in graph.removed]
     if not below:
-        raise StageError("this correction needs a kept layer below a removed one, and none is")
+        raise StageError("this correction needs a kept layer below a removed one, and there is none")
     return below
 
 
@@ -172,12 +172,12 @@ def solve_site(
     x, left = moments.solve(ridge, shrink) if towards == "identity" else moments.solve_factor(ridge)
     with model.layer(layer) as module:
         weight = module.get_parameter(name).detach().double()
-        weight = weight.T if site.transposed else weight  # (D, F)
+        weight = weight.T if site.is_transposed else weight  # (D, F)
         new = {name: weight + (x.T if space == "input" else x.T @ weight)}
         bias = getattr(module.get_submodule(site.name), "bias", None)
         if space == "output" and bias is not None:
             new[f"{site.name}.bias"] = bias.detach().double() + x.T @ bias.detach().double()
-        if site.transposed:
+        if site.is_transposed:
             new[name] = new[name].T
     return new, left
 

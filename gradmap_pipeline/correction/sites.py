@@ -42,16 +42,16 @@ class Site:
     """A module inside a layer whose weights take a correction."""
 
     name: str
-    """Of the module, inside its layer."""
+    """Name of the module inside its layer."""
     role: Literal["output", "norm", "attention"]
     """`output` and `norm` write to the layer's output, `attention` to the residual stream before the feed-forward part."""
     inputs: int
-    """Of a linear map (tokens, inputs) to (tokens, hidden); of a norm, the hidden size."""
-    transposed: bool = False
+    """Inputs of a linear map (tokens, inputs) to (tokens, hidden); of a norm, the hidden size."""
+    is_transposed: bool = False
     """Whether its weight is (inputs, hidden), as in GPT-2's Conv1D, instead of (hidden, inputs)."""
     gain: float = 1.0
     """Factor between what the module returns and what arrives in the residual stream."""
-    bias: bool = field(default=False, compare=False)
+    has_bias: bool = field(default=False, compare=False)
     """Whether it has one."""
 
 
@@ -129,8 +129,8 @@ class _Search:
             transposed = is_transposed(self.layer.get_submodule(name))
             weight = self.layer.get_parameter(f"{name}.weight")
             if weight.ndim == 2:
-                bias = self.layer.get_submodule(name).bias is not None
-                maps.append(Site(name, "output", weight.shape[0 if transposed else 1], transposed, bias=bias))
+                has_bias = self.layer.get_submodule(name).bias is not None
+                maps.append(Site(name, "output", weight.shape[0 if transposed else 1], transposed, has_bias=has_bias))
         return maps
 
     def norms(self) -> list[Site]:
@@ -142,7 +142,7 @@ class _Search:
         for name in self._called_once((nn.Module,)):
             parameters = dict(self.layer.get_submodule(name).named_parameters())
             if {"weight"} <= parameters.keys() <= {"weight", "bias"} and all(p.shape == (width,) for p in parameters.values()):
-                sites.append(Site(name, "norm", width, bias="bias" in parameters))
+                sites.append(Site(name, "norm", width, has_bias="bias" in parameters))
         return sites
 
     def measure_gain(self, site: Site) -> float:

@@ -83,7 +83,7 @@ class LayerBenchmark:
 
     @cached_property
     def load_seconds(self) -> float:
-        """To bring one layer in, besides reading it."""
+        """Seconds to bring one layer in, besides reading it."""
 
         def load() -> None:
             with self._model.layer(self._layer):
@@ -157,7 +157,7 @@ def _count_tried(samples: int, tokens: int, elements: int) -> int:
 
 
 def _count_flops(forward: Callable[[], object]) -> float:
-    """Of matrix products and attention in a pass without autograd."""
+    """Floating-point operations of matrix products and attention in a pass without autograd."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 

@@ -1,4 +1,4 @@
-"""How fast this machine reads, writes, digests and multiplies: each measured once, in a moment, when first asked for."""
+"""How fast this machine reads, writes, digests and multiplies: each measured once, at its first use, in a moment."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class MachineSpeed:
 
     @cached_property
     def read(self) -> float:
-        """For a byte of the checkpoint, cast to the type to compute in, when it is read for the first time."""
+        """Seconds for a byte of the checkpoint, cast to the type to compute in, when it is read for the first time."""
         return self._read_twice[0]
 
     def read_again(self, besides: int = 0) -> float:
-        """For a byte that was read before: the system keeps files in the memory nobody uses, as far as it goes.
+        """Seconds for a byte that was read before: the system keeps files in the memory nobody uses, as far as it goes.
 
         `besides`: bytes of other files that are read and written.
         """
@@ -100,7 +100,7 @@ class MachineSpeed:
 
     @cached_property
     def digest(self) -> float:
-        """For a byte whose SHA-256 is computed."""
+        """Seconds for a byte whose SHA-256 is computed."""
         import hashlib
 
         data = bytes(_BLOCK)
@@ -108,7 +108,7 @@ class MachineSpeed:
 
     @cached_property
     def write(self) -> float:
-        """For a byte written where the store is, until it is on the disk."""
+        """Seconds for a byte written where the store is, until it is on the disk."""
         import os
 
         data = bytes(_BLOCK)
@@ -129,7 +129,7 @@ class MachineSpeed:
 
     @cached_property
     def double_flop(self) -> float:
-        """For a floating-point operation in fp64."""
+        """Seconds for a floating-point operation in fp64."""
         import torch
 
         matrix = torch.ones(_WIDTH, _WIDTH, dtype=torch.float64, device=self._device)
@@ -137,7 +137,7 @@ class MachineSpeed:
 
     @cached_property
     def token(self) -> float:
-        """For a token made from text."""
+        """Seconds for a token made from text."""
         from ..builtin.text import load_documents
         from ..data import load_tokenizer
 

@@ -35,7 +35,7 @@ class ModelCosts:
         """Raises `CapacityError` where the embeddings and one layer do not fit."""
         from ..checkpoint.graph import open_folder
 
-        tune_allocator(tight=machine.memory is not None)
+        tune_allocator(is_tight=machine.memory is not None)
         started = time.perf_counter()
         self.graph = open_folder(folder, name, dtype, digest_of=lambda _: "")
         self.base = self.graph.base
@@ -48,9 +48,9 @@ class ModelCosts:
         opened = time.perf_counter()
         self.benchmark = LayerBenchmark(self.graph, self.device, machine.dtype)
         self.open_seconds = time.perf_counter() - opened
-        """To build the model without weights, and put its buffers and embeddings in place."""
+        """Seconds to build the model without weights, and to put its buffers and embeddings in place."""
         self.start_seconds = opened - started - self.open_seconds
-        """To import torch and transformers; paid once, by the first step."""
+        """Seconds to import torch and transformers; paid once, by the first step."""
         give_back()
         self.occupied = resident_bytes(self.device)
         """Bytes a process has resident when it has opened the model, without layers."""
@@ -61,7 +61,7 @@ class ModelCosts:
 
     @cached_property
     def rest_bytes(self) -> int:
-        """Of embeddings, norm and head, in the type to compute in."""
+        """Bytes of embeddings, norm and head, in the type to compute in."""
         return sum(tensor.elements for tensor in self.graph.other_tensors().values()) * self._item
 
     @cached_property
@@ -71,27 +71,27 @@ class ModelCosts:
 
     @cached_property
     def stored_layer_bytes(self) -> int:
-        """Of all layers on disk."""
+        """Bytes of all layers on disk."""
         return sum(tensor.size for layer in self.graph.layers for tensor in self.graph.layer_tensors(layer).values())
 
     @cached_property
     def stored_rest_bytes(self) -> int:
-        """Of all else on disk."""
+        """Bytes of all else on disk."""
         return sum(tensor.size for tensor in self.graph.other_tensors().values())
 
     def first_time(self, key: Hashable) -> bool:
-        """Whether this is new: what an earlier step of the plan does too is remembered by a run."""
-        new = key not in self._seen
+        """True once for each key; a run finds what an earlier step has done in the store."""
+        is_new = key not in self._seen
         self._seen.add(key)
-        return new
+        return is_new
 
     def count_parameters(self, layers: int) -> int:
-        """Of the model with so many layers, at their mean size."""
+        """Parameters of the model with so many layers, at their mean size."""
         rest = sum(tensor.elements for tensor in self.graph.other_tensors().values())
         return rest + round(sum(self.layer_elements.values()) * layers / len(self.layer_elements))
 
     def count_bytes(self, layers: int) -> int:
-        """On disk, as exported."""
+        """Bytes on disk, as exported."""
         stored = self.graph.size_bytes
         whole = self.count_parameters(len(self.layer_elements))
         return round(stored * self.count_parameters(layers) / whole)

@@ -1,4 +1,4 @@
-"""Names of the columns of local files, read no further than they are asked for."""
+"""Names of the columns of local files, read only as far as they are used."""
 
 from __future__ import annotations
 

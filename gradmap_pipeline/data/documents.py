@@ -25,7 +25,7 @@ _FIXED_DAY = (  # in front of templates that require the date, so that a recipe 
 
 @dataclass(frozen=True)
 class LongText:
-    """The text of one file, read in parts each time it is asked for."""
+    """The text of one file, read in parts anew by each reader."""
 
     file: Path
 
@@ -40,7 +40,7 @@ class Chat:
 
     messages: list[dict[str, Any]]
     place: str
-    """Where they stand, for messages."""
+    """The place where they stand, for messages."""
 
     def render(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The text that the tokenizer's chat template makes, special tokens included. Raises `StageError`."""
@@ -67,7 +67,7 @@ def make_documents(rows: Iterable[Row]) -> Iterator[Document]:
         value = row.value
         if isinstance(value, str):
             if not is_text(value):
-                raise StageError(f"{row.place}: the text holds half of a surrogate pair, which is no character; remove it")
+                raise StageError(f"{row.place}: the text holds half of a surrogate pair, which is not a character; remove it")
             if value.strip():
                 yield value
         elif _is_chat(value):

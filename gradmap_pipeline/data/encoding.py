@@ -1,4 +1,4 @@
-"""Documents to token ids, in order, reading no further than ids are asked for."""
+"""Documents to token ids, in order, reading only as far as ids are used."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, offset: int) -> _Wi
 
 
 class _Buffer:
-    """A text that is read as far as it is asked for, and forgotten from the start."""
+    """A text that is read as far as it is used, and forgotten from the start."""
 
     def __init__(self, parts: Iterator[str]) -> None:
         self._parts = parts

@@ -106,12 +106,12 @@ def _read_lines(file: Path, first: tuple[int, str], lines: Iterator[tuple[int, s
 
 
 def _read_array(file: Path, first: tuple[int, str], lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
-    """The values of one JSON list, read no further than they are asked for."""
+    """The values of one JSON list, read only as far as they are used."""
     decoder = json.JSONDecoder()
     number, text = first[0], first[1].lstrip()
     position, wants_comma, is_first = 1, False, True
 
-    def more() -> bool:
+    def has_more() -> bool:
         """Take in at least as much text as is held, so that a long value is not tried again for each of its lines."""
         nonlocal number, text, position
         number += text.count("\n", 0, position)
@@ -130,7 +130,7 @@ def _read_array(file: Path, first: tuple[int, str], lines: Iterator[tuple[int, s
         position = space.end() if space else position
         here = number + text.count("\n", 0, position)
         if position == len(text):
-            if not more():
+            if not has_more():
                 raise StageError(f"{str(file)!r}, line {here}: the list does not end; the file is cut short")
         elif text[position] == "]" and (wants_comma or is_first):
             return
@@ -142,7 +142,7 @@ def _read_array(file: Path, first: tuple[int, str], lines: Iterator[tuple[int, s
             try:
                 value, end = decoder.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
-                if isinstance(error, RecursionError) or not more():
+                if isinstance(error, RecursionError) or not has_more():
                     raise StageError(f"{str(file)!r}, line {here}: this is not valid JSON ({_say(error)})") from None
                 continue
             yield here, value

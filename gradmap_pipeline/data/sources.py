@@ -62,7 +62,7 @@ class DatasetSource(BaseModel):
 
     @property
     def name(self) -> str:
-        """As people would say it."""
+        """The name that people would use."""
         if self.id is not None:
             return " ".join(filter(None, (self.id, self.config, self.split)))
         return str(self.path or f"builtin {self.builtin}")
@@ -87,7 +87,7 @@ class DatasetSource(BaseModel):
             )
 
     def _count_bytes(self) -> int | None:
-        """Of the text; None where that takes more than a look at files."""
+        """Bytes of the text; None where that takes more than a look at files."""
         if self.builtin is not None:
             return _BUILTIN_BYTES
         if self.path is None:

@@ -35,7 +35,7 @@ class Agreement:
     base_loss: float
     """Mean next-token loss of the first, in nats."""
     loss: float
-    """Of the second."""
+    """Mean next-token loss of the second, in nats."""
     agreement: float
     """Share of tokens, each after those before it, for which both have the same most likely next token."""
     difference: float
@@ -68,9 +68,9 @@ class TextAgreement(Artifact):
     """What quantisation costs on a text; its metrics are `agreement` and `perplexity_ratio`, where it says of which model."""
 
     perplexity: float
-    """Of the quantised model on the text."""
+    """Perplexity of the quantised model on the text."""
     base_perplexity: float
-    """Of what it was made from."""
+    """Perplexity of what it was made from."""
     agreement: float
     """Share of tokens, each after those before it, for which both have the same most likely next token."""
     tokens: int
@@ -124,7 +124,7 @@ def read_text(base: BaseCheckpoint, dataset: DatasetSource, samples: int, sequen
 
 
 def compare_models(base: Run, other: Run, batches: list[Batch], advance: Callable[[], None] = lambda: None) -> Agreement:
-    """Run both on the same batches. Raises `StageError` where the second computes what is no finite number."""
+    """Run both on the same batches. Raises `StageError` where the second computes a number that is not finite."""
     losses = [0.0, 0.0]
     same = tokens = 0
     difference = 0.0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SHAPE = (2, 48)  # sequences, tokens
 _TOLERANCE = 1e-3
-"""Of the largest logit: float32 in another order of sums."""
+"""Largest difference accepted, in parts of the largest logit: float32 in another order of sums."""
 
 
 def take_graph(model: ExportableModel, context: Context) -> ModelGraph:

@@ -36,7 +36,7 @@ class ExportForecast(ModelForecast):
 
 
 class GgufForecast(ExportForecast):
-    """The same of a GGUF file."""
+    """What a plan knows of a GGUF file before anything runs."""
 
     type: str | None = None
     python: str | None = None
@@ -65,7 +65,7 @@ class Export(Artifact):
 
     @property
     def label(self) -> str:
-        """For tables."""
+        """What was done to the model, and the format, for tables."""
         return f"{self.graph.label}, {self.format_name}{f' {self.quantisation}' if self.quantisation else ''}"
 
     @property
@@ -117,7 +117,7 @@ class GgufFolder(Export, Model):
 
     format: Literal["gguf"] = "gguf"
     type: str
-    """Of its weights, by llama.cpp's name."""
+    """Type of its weights, by llama.cpp's name."""
     python: str | None = None
     """The Python with llama-cpp-python that ran it; None: none was there."""
 

@@ -45,7 +45,7 @@ def write_companions(model: ModelGraph, folder: Path) -> None:
 
 
 def explain_config(model: ModelGraph, *, with_types: bool = True) -> list[str]:
-    """What to say of an export's config: what it lacks or has otherwise than the base's, and where it does not fit the weights.
+    """What to say of an export's config: what it lacks, what differs from the base's, and where it does not fit the weights.
 
     `with_types`: whether the weights are in the types of the model.
     """
@@ -98,7 +98,7 @@ def write_card(
 
 
 def find_deviations(model: ModelGraph, form: Format) -> list[str]:
-    """What programs compute otherwise than the model, a line each, from a folder of this format."""
+    """How what programs compute from a folder of this format differs from the model, a line each."""
     from ..checkpoint.architecture import full_config
     from ..checkpoint.depth import prune_fields
     from .consumers import explain_removal

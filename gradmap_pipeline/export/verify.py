@@ -17,11 +17,11 @@ def check_folder(folder: Path) -> None:
     """Raise `CommandError` where there is no folder, or nothing in it."""
     try:
         if not folder.exists():
-            raise CommandError(f"{str(folder)!r} is no export: there is no such folder; name the folder of an export")
+            raise CommandError(f"{str(folder)!r} is not an export: there is no such folder; name the folder of an export")
         if not folder.is_dir():
-            raise CommandError(f"{str(folder)!r} is no export: it is no folder; name the folder of an export")
+            raise CommandError(f"{str(folder)!r} is not an export: it is not a folder; name the folder of an export")
         if not any(folder.iterdir()):
-            raise CommandError(f"{str(folder)!r} is no export: the folder is empty; name the folder of an export")
+            raise CommandError(f"{str(folder)!r} is not an export: the folder is empty; name the folder of an export")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CommandError(f"{str(folder)!r} cannot be read: {reason}; name the folder of an export") from error
@@ -32,13 +32,13 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     file = folder / LINEAGE
     if file.exists() and not file.is_file():
-        raise StageError(f"{str(folder)!r} is no export: {LINEAGE} is no file")
+        raise StageError(f"{str(folder)!r} is not an export: {LINEAGE} is not a file")
     try:
         lineage = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StageError(f"{str(folder)!r} is no export: {LINEAGE} cannot be read ({error.strerror})") from error
+        raise StageError(f"{str(folder)!r} is not an export: {LINEAGE} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise StageError(f"{str(file)!r} is damaged: it is no JSON") from error
+        raise StageError(f"{str(file)!r} is damaged: it is not JSON") from error
     if not isinstance(lineage, dict) or OWN_DIGEST not in lineage or read_written_files(folder) is None:
         raise StageError(f"{str(file)!r} is damaged: it is not what was written when the folder was exported")
     return lineage

@@ -76,7 +76,7 @@ class ProcessGroup:
 
         `is_vague`: it says less than another process may have to say, whose error is then raised.
         """
-        if error is not None and getattr(error, "agreed", False):
+        if error is not None and getattr(error, "is_agreed", False):
             raise error
         if self.size > 1:
             self._meet("agree", error, is_vague=is_vague)
@@ -148,7 +148,7 @@ class ProcessGroup:
             told = self._tell(_describe(error), source)
             if error is None or self.rank != source:
                 error = _rebuild(told)
-            error.agreed = True  # type: ignore[attr-defined]
+            error.is_agreed = True  # type: ignore[attr-defined]
             raise error
         if highest != -lowest:
             raise StageError(

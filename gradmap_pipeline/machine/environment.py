@@ -52,7 +52,7 @@ class Environment:
     """What a stage needs of the Python it runs in."""
 
     requirements: tuple[str, ...]
-    """As pip takes them: `llmcompressor==0.14.0`."""
+    """Requirements as pip takes them: `llmcompressor==0.14.0`."""
 
     @property
     def pins(self) -> dict[str, str]:
@@ -69,7 +69,7 @@ class Environment:
 
     @property
     def digest(self) -> str:
-        """Of all that decides what a managed environment holds."""
+        """Digest of all that decides what a managed environment holds."""
         return sha256_of_value([self.requirements, self.pins, sys.version_info[:2]])
 
 
@@ -166,7 +166,7 @@ def probe(python: Path, distributions: tuple[str, ...]) -> dict[str, Any]:
 
 @cache
 def _probe(python: Path, distributions: tuple[str, ...]) -> dict[str, Any] | str:
-    """What a Python says of itself, or why that cannot be had; a program that hangs is waited for once."""
+    """What a Python says of itself, or why that is not known; a program that hangs is waited for once."""
     try:
         code, said = ask_program([str(python), "-c", _PROBE, *distributions], _PATIENCE, surroundings())
     except OSError as error:

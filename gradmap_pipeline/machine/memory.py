@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 DEFAULT_SHARE = 0.8
-"""Of the memory that is free when a run starts."""
+"""Share of the memory that is free when a run starts."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -27,8 +27,8 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(accepted)
     unit = _UNITS[match[2].upper()]
-    decimal = (match[3] or "").upper() == "B" and unit > 1
-    size = int(float(match[1]) * (1000 ** (unit.bit_length() // 10) if decimal else unit))
+    is_decimal = (match[3] or "").upper() == "B" and unit > 1
+    size = int(float(match[1]) * (1000 ** (unit.bit_length() // 10) if is_decimal else unit))
     if size > _MOST:
         raise ValueError(f"{accepted}, up to {_MOST >> 40}TiB")
     return size
@@ -50,16 +50,16 @@ def prefer_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def tune_allocator(*, tight: bool) -> None:
-    """Have the C library return blocks to the system as soon as they are free, or, unless memory is `tight`, keep them for later.
+def tune_allocator(*, is_tight: bool) -> None:
+    """Have the C library return blocks to the system as soon as they are free, or, unless memory `is_tight`, keep them.
 
     To get a block again costs more than many a computation on it. But kept blocks of many sizes leave gaps between them that
     nothing fits into: a tenth of what a sweep with hidden states of a few MiB takes.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, (1 if tight else 32) << 20)
-        if not tight:
+        libc.mallopt(_M_MMAP_THRESHOLD, (1 if is_tight else 32) << 20)
+        if not is_tight:
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 

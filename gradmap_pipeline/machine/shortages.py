@@ -45,7 +45,7 @@ class Shortage:
 
     resource: Literal["memory", "disk"]
     detail: str
-    """As the library says it."""
+    """The message of the library."""
     path: str | None = None
     """The file that could not be written, where the error names it."""
 
@@ -83,7 +83,7 @@ def find_shortage(error: BaseException) -> Shortage | None:
 
 
 def find_shortage_in(text: str) -> Shortage | None:
-    """As `find_shortage`, of what another process wrote: the last line that says so."""
+    """The shortage that another process wrote of: the last line that says so."""
     for line in reversed(text.splitlines()):
         resource = _resource_in(line)
         if resource is not None:

@@ -109,7 +109,7 @@ class _Buffer(io.BufferedWriter):
 
 
 class _Stream(io.TextIOWrapper):
-    """As `_Buffer`, for text."""
+    """The same as `_Buffer`, for text."""
 
     def close(self) -> None:
         self.flush()

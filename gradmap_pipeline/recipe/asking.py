@@ -1,4 +1,4 @@
-"""Ask a stage through one of its methods: what fails, or is no answer, is told with the step, the plugin and the method."""
+"""Ask a stage through one of its methods: what fails, or is not an answer, is told with the step, the plugin and the method."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _NOT_KNOWN: dict[str, Any] = {"forecast": {}, "inspect": None, "advise": (), "es
 
 
 def ask(method: str, stage: Stage, step: str, plugin: str, *arguments: Any) -> Any:
-    """What `stage.method(*arguments)` returns. Raises `PluginError` where that fails or is no answer.
+    """What `stage.method(*arguments)` returns. Raises `PluginError` where that fails or is not an answer.
 
     Errors of ours, as stages raise them to refuse, pass as they are. A `NotKnownError` of a method that gets
     forecasts stands for the answer that nothing is known.

@@ -160,9 +160,7 @@ def _stages_of(plugin: str, module: ModuleType) -> list[type[Stage]]:
         raise PluginError(f"plugin {plugin!r}: gradmap_stages() must return a list of Stage classes, got {describe_value(classes)}")
     base = next((stage for stage in classes if is_abstract(stage)), None)
     if base is not None:
-        raise PluginError(
-            f"plugin {plugin!r}: {base.__name__} is what stages have in common, and no stage; leave it out of the list"
-        )
+        raise PluginError(f"plugin {plugin!r}: {base.__name__} is a base of stages, not a stage; leave it out of the list")
     return classes
 
 

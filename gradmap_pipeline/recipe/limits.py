@@ -48,7 +48,7 @@ class Limit(BaseModel):
 
     @property
     def bounds(self) -> dict[Bound, float]:
-        """Those that are set."""
+        """The bounds that are set."""
         return {name: value for name in BOUNDS if (value := getattr(self, name)) is not None}
 
     @property

@@ -26,7 +26,7 @@ class Place:
 
     path: Path
     name: str
-    """For messages: `the store`."""
+    """A name for messages: `the store`."""
     holds_outputs: bool = False
     """Whether steps may write inside it, as into the current folder."""
 

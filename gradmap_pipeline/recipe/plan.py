@@ -55,11 +55,11 @@ class PlannedStep:
     plugin: str = ""
     """That the stage comes from, for messages."""
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """By option, the part of the command line that set it."""
+    """The part of the command line that set an option, by option."""
     notices: tuple[str, ...] = ()
     """What the recipe should say instead of what it does, a line each with its place."""
     limits: Mapping[str, Limit] = field(default_factory=dict)
-    """By metric."""
+    """Limits by metric."""
     measured: str | None = None
     """The input whose place the unpruned model takes for limits that are relative to it."""
 
@@ -89,8 +89,8 @@ def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> 
     for index, step in enumerate(recipe.steps):
         at: Location = ("steps", index)
         if step.id in seen:
-            reserved = step.id == MODEL_STEP
-            advice = "this name stands for the recipe's model" if reserved else "an earlier step has this id"
+            is_reserved = step.id == MODEL_STEP
+            advice = "this name stands for the recipe's model" if is_reserved else "an earlier step has this id"
             problems.append(recipe.problem((*at, "id"), f"{advice}; give this step another, as in `id: {step.id}_2`"))
         seen.add(step.id)
         planned = _plan_step(step, at, recipe, catalog, board, problems)

@@ -49,9 +49,9 @@ def _check_renamed(here: str, stage: type[Stage]) -> None:
         raise PluginError(f"{here}: 'renamed' must be a mapping of old options to new, got {renamed!r}")
     for old, new in renamed.items():
         if new not in stage.model_fields:
-            raise PluginError(f"{here}: 'renamed' leads from {old!r} to {new!r}, which is no option")
+            raise PluginError(f"{here}: 'renamed' leads from {old!r} to {new!r}, which is not an option")
         if old in stage.model_fields:
-            raise PluginError(f"{here}: 'renamed' has {old!r}, which is an option still")
+            raise PluginError(f"{here}: 'renamed' has {old!r}, which is still an option")
 
 
 def _is_texts(value: object) -> bool:
@@ -68,8 +68,8 @@ def _check_api(plugin: str, wanted: object, api: int) -> None:
     except InvalidSpecifier:
         raise PluginError(f"plugin {plugin!r}: requires_api must be such as '>=1', got {wanted!r}") from None
     if str(api) not in accepted:
-        older = any(str(version) in accepted for version in range(api))
-        advice = "upgrade the plugin" if older else "upgrade gradmap-pipeline"
+        is_older = any(str(version) in accepted for version in range(api))
+        advice = "upgrade the plugin" if is_older else "upgrade gradmap-pipeline"
         raise PluginError(f"plugin {plugin!r} needs plugin API {accepted}, and this gradmap-pipeline has {api}; {advice}")
 
 

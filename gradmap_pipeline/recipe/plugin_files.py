@@ -65,13 +65,13 @@ def folder_of(module: str) -> Path | None:
     return _folders.get(module.partition(".")[0])
 
 
-def show_module(module: str, *, whole: bool = False) -> str:
+def show_module(module: str, *, is_whole: bool = False) -> str:
     """A module as its author knows it: by its name, or where it belongs to a plugin file, by its file."""
     folder = folder_of(module)
     file = getattr(sys.modules.get(module), "__file__", None)
     if folder is None or file is None:
         return module
-    return str(file) if whole else str(Path(file).relative_to(folder))
+    return str(file) if is_whole else str(Path(file).relative_to(folder))
 
 
 def name_apart(wanted: Sequence[type[Artifact]], given: type[Artifact]) -> tuple[str, str]:
@@ -80,8 +80,8 @@ def name_apart(wanted: Sequence[type[Artifact]], given: type[Artifact]) -> tuple
     if not same:
         return add_article(name_types(wanted)), add_article(given.__name__)
     shown = {show_module(cls.__module__) for cls in (*same, given)}
-    whole = len(shown) <= len(same)
-    places = {cls: f"{cls.__name__} ({show_module(cls.__module__, whole=whole)})" for cls in (*same, given)}
+    is_whole = len(shown) <= len(same)
+    places = {cls: f"{cls.__name__} ({show_module(cls.__module__, is_whole=is_whole)})" for cls in (*same, given)}
     return add_article(" or ".join(places.get(cls, cls.__name__) for cls in wanted)), add_article(places[given])
 
 
@@ -94,7 +94,7 @@ class _Finder:
         if top not in _folders or not rest:
             return None
         spec = PathFinder.find_spec(name, path, target)
-        if spec is None:  # a plugin file whose name is no name of a module
+        if spec is None:  # a plugin file whose name is not a name of a module
             file = next((file for file in _folders[top].glob("*.py") if name_module(file) == rest), None)
             return None if file is None else ModuleSpec(name, _Loader(name, str(file)), origin=str(file))
         if isinstance(spec.loader, SourceFileLoader):

@@ -171,7 +171,7 @@ def _read_text(path: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RecipeError([Problem(str(path), f"cannot be read: {reason}; name a recipe file")]) from error
     if len(content) > MAX_BYTES:
-        raise RecipeError([Problem(str(path), f"is no recipe: it holds more than {MAX_BYTES >> 20} MiB")])
+        raise RecipeError([Problem(str(path), f"is not a recipe: it holds more than {MAX_BYTES >> 20} MiB")])
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise RecipeError([Problem(str(path), "is not text in UTF-8 but in UTF-16; save it as UTF-8")])
     try:
@@ -206,7 +206,7 @@ def _apply(data: dict[str, Any], override: str) -> Location:
         inner = inner[key]
         if not isinstance(inner, dict) and not isinstance(location[depth + 1], int):
             written = ".".join(map(str, location[2 if location[2:3] == ("limits",) else 3 : depth + 1])) or keys[0]
-            shown = "a list" if isinstance(inner, list) else "no mapping"
+            shown = "a list" if isinstance(inner, list) else "not a mapping"
             raise RecipeError([Problem(where, f"{written!r} is {shown}; replace the whole of it")])
     inner[location[-1]] = value
     return location

@@ -43,7 +43,7 @@ class StageCode:
 
     @classmethod
     def of(cls, module: str, distribution: Distribution | None) -> StageCode:
-        """Of a stage defined in `module`, which came with `distribution`."""
+        """The code of a stage defined in `module`, which came with `distribution`."""
         folder = folder_of(module)
         if folder is not None:
             return cls(module.partition(".")[2], folder=folder)
@@ -90,7 +90,7 @@ class StageCode:
         return stage_class.__module__.partition(".")[0] in (_PACKAGE, _OURS)
 
     def is_current(self) -> bool:
-        """Whether the sources are still what they were when `digest` was first asked for."""
+        """Whether the sources are still what they were when `digest` was first computed."""
         return self._read_again().digest == self.digest
 
     def _read_again(self) -> StageCode:
@@ -100,7 +100,7 @@ class StageCode:
         """Source file of a module that counts; None for other libraries, and for names that are no modules."""
         top, *parts = name.split(".")
         root = _find_root(top) if top in (_PACKAGE, *self.packages) else self._neighbours.get(top)
-        if root is None and name == self.module and self.folder is not None:  # its name is no name to import
+        if root is None and name == self.module and self.folder is not None:  # its name is not a name to import
             root = next((file for file in self.folder.glob("*.py") if name_module(file) == name), None)
         if root is None:
             return None
@@ -112,7 +112,7 @@ class StageCode:
 
     @cached_property
     def _neighbours(self) -> dict[str, Path]:
-        """By name: modules and packages in the folder of a plugin file."""
+        """Modules and packages in the folder of a plugin file, by name."""
         return {} if self.folder is None else find_neighbours(self.folder)
 
 

@@ -44,7 +44,7 @@ class Invalid(Exception):  # noqa: N818 - carries complaints; the caller raises 
 
 
 def validate(model: type[M], data: Any) -> M:
-    """Make a model from plain data. Nothing is converted: "128" is no number, and 1 is not true.
+    """Make a model from plain data. Nothing is converted: "128" is not a number, and 1 is not true.
 
     Paths are the exception: `~` at their start becomes the home folder. Numbers must be finite.
     """

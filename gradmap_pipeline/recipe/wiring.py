@@ -24,10 +24,10 @@ class Board:
     """What the steps planned so far offer to those after them."""
 
     types: dict[tuple[str, str], type[Artifact]] = field(default_factory=dict)
-    """By step id and output."""
+    """Classes of artifacts, by step id and output."""
     forecasts: dict[tuple[str, str], BaseModel | None] = field(default_factory=dict)
     codes: dict[str, StageCode] = field(default_factory=dict)
-    """By step id: the code of its stage."""
+    """The code of each step's stage, by step id."""
     unknown: set[str] = field(default_factory=set)
     """Ids of steps whose stage is not known, nor, therefore, what they make."""
 

@@ -205,7 +205,7 @@ class _Reader:
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             raise self._error(node, f"cannot read {_shorten(node.value)} as {node.tag.rpartition(':')[2]}") from error
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            raise self._error(node, 'half of a surrogate pair is no character; write the character itself, or as "\\U0001F600"')
+            raise self._error(node, 'half of a surrogate pair is not a character; write the character itself, or as "\\U0001F600"')
         return value
 
     def _error(self, node: yaml.Node, message: str) -> RecipeError:

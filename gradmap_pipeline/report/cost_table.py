@@ -28,8 +28,8 @@ def print_costs(costs: PlanCosts | None) -> None:
         else:
             add_row(table, step.step, parameters, *_cells(step.estimate), step.estimate.how)
     table.add_section()
-    known = all(step.estimate for step in costs.steps)
-    add_row(table, "all" if known else "all that is known", "", *_cells(costs.total), "")
+    is_known = all(step.estimate for step in costs.steps)
+    add_row(table, "all" if is_known else "all that is known", "", *_cells(costs.total), "")
     console.print(table)
     memory = make_table("step", "memory at its peak", fold=True)
     for step in costs.steps:
@@ -60,7 +60,7 @@ def _cells(estimate: Estimate) -> list[str]:
 
 
 def _format_bytes(size: int) -> str:
-    """In powers of ten, as disks are sold."""
+    """A size in powers of ten, as disks are sold."""
     for unit, name in ((10**9, "GB"), (10**6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

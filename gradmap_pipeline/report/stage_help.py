@@ -111,9 +111,10 @@ def list_options(model: type[BaseModel], prefix: str = "") -> list[tuple[str, st
         default = "" if info.default in (PydanticUndefined, None) else _literal(info.default)
         required = " (required)" if info.is_required() else ""
         limits = _describe_limits(info.metadata)
-        rows.append(
-            (prefix + (info.alias or name), _describe_type(info.annotation) + limits + required, default, info.description or "")
-        )
+        description = info.description or ""
+        if isinstance(info.deprecated, str):
+            description += f" Deprecated: {info.deprecated}."
+        rows.append((prefix + (info.alias or name), _describe_type(info.annotation) + limits + required, default, description))
         for member in (info.annotation, *get_args(info.annotation)):
             if isinstance(member, type) and issubclass(member, BaseModel):
                 entry = "*." if get_origin(info.annotation) is dict else ""

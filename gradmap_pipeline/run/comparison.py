@@ -48,9 +48,9 @@ class Row:
     parameters: int
     bytes: int
     metrics: dict[str, Metric] = field(default_factory=dict)
-    """By column, as `name_columns` names them: `perplexity on text`."""
+    """Metrics by column, as `name_columns` names them: `perplexity on text`."""
     seconds: float = 0.0
-    """Of the steps that led to the model, when they were computed."""
+    """Seconds of the steps that led to the model, when they were computed."""
     layer_evaluations: float | None = None
     """Passes of all samples through one layer, forward or backward, that those steps report."""
 

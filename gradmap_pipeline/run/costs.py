@@ -26,7 +26,7 @@ class StepCost:
 
     step: str
     parameters: int | None
-    """Of the model that the step makes, where it makes one."""
+    """Parameters of the model that the step makes, where it makes one."""
     estimate: Estimate | None
     """None: the stage does not say."""
     obstacle: str | None = None

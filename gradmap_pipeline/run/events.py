@@ -47,9 +47,9 @@ class StepFinished:
     outputs: dict[str, Any]
     """Each artifact's JSON."""
     metrics: list[Metric] = field(default_factory=list)
-    """Those that the outputs carry."""
+    """Metrics that the outputs carry."""
     limits: list[CheckedLimit] = field(default_factory=list)
-    """Those that the recipe sets, kept or missed."""
+    """Limits that the recipe sets, kept or missed."""
 
 
 @dataclass(frozen=True)

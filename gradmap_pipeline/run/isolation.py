@@ -38,7 +38,7 @@ class WorkerCrash(Exception):  # noqa: N818 - whatever the stage raised, told by
 def run_elsewhere(
     stage: Stage, inputs: BaseModel, context: Context, workplace: Workplace, threads: int | None, log: Path
 ) -> BaseModel:
-    """As `stage.run(inputs, context)`, in the Python of `workplace`; what that prints goes to `log`.
+    """Do what `stage.run(inputs, context)` does, in the Python of `workplace`; what that prints goes to `log`.
 
     Raises what the stage raised, if that is a `GradmapError`, else `WorkerCrash`; `StageError` where the process died.
     """
@@ -142,7 +142,7 @@ class _Relay:
         finally:
             for stack, _ in self._shown.values():
                 stack.close()
-        raise AssertionError("a worker keeps only what it has asked for")
+        raise AssertionError("a worker keeps only what it has requested")
 
     def _pump(self) -> Any:
         """Up to the next value that the worker has computed. Raises `_Ended` at its last message."""
@@ -168,16 +168,16 @@ class _Relay:
         raise _Ended({})
 
     def _recall(self, key: Any) -> None:
-        asked = False
+        is_asked = False
 
         def compute() -> Any:
-            nonlocal asked
-            asked = True
+            nonlocal is_asked
+            is_asked = True
             self._answer(None)
             return self._pump()
 
         kept = self._context.remember(key, compute)
-        if not asked:
+        if not is_asked:
             self._answer(kept)
 
     def _answer(self, value: Any) -> None:

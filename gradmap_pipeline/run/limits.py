@@ -21,7 +21,7 @@ class CheckedLimit:
     bound: Bound
     limit: float
     value: float
-    """Of the metric; for `min_ratio` and `max_ratio`, relative to that of the unpruned model."""
+    """Value of the metric; for `min_ratio` and `max_ratio`, relative to that of the unpruned model."""
     missed_by: float | None
     """How far the value is beyond the limit; None where it passes."""
     message: str

@@ -57,13 +57,13 @@ def progress_of(step: str, reporter: Reporter) -> Any:
         def advance(units: int = 1, /) -> None:
             nonlocal done
             done = min(total, done + units)
-            if not ended:
+            if not has_ended:
                 report()
 
-        ended = False
+        has_ended = False
         report()
         yield advance
-        ended = True
+        has_ended = True
         reporter.progress_ended(step, description)
 
     return progress

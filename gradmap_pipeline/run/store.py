@@ -150,7 +150,7 @@ class Store:
         return {name: unit[name] for name in ("value", "seconds")} if unit.get("key") == key else None
 
     def save_unit(self, stage: str, key: str, value: Any, seconds: float) -> None:
-        """Keep a unit of work, even if its step does not finish. Raises `StageError` where the value is no JSON."""
+        """Keep a unit of work, even if its step does not finish. Raises `StageError` where the value is not JSON."""
         try:
             text = json.dumps({"key": key, "value": value, "seconds": seconds}, allow_nan=False)
         except (ValueError, TypeError, RecursionError) as error:
@@ -179,9 +179,9 @@ class Store:
         remembered = self._digests.get(str(resolved))
         if isinstance(remembered, list) and remembered[:-1] == state:
             return str(remembered[-1])
-        settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _UNSETTLED_NS
+        is_settled = max(status.st_mtime_ns, status.st_ctime_ns) < time.time_ns() - _UNSETTLED_NS
         digest = sha256_of(resolved)
-        if settled:
+        if is_settled:
             self._digests[str(resolved)] = [*state, digest]
             content = {name: value for name, value in self._digests.items() if name != _DIGEST}
             self._write(self.root / "files.json", json.dumps(_with_digest(content)))

@@ -31,7 +31,7 @@ class ModelRow:
     parameters: int
     bytes: int
     metrics: dict[str, Metric]
-    """By column, as `name_columns` names them: `perplexity on text`."""
+    """Metrics by column, as `name_columns` names them: `perplexity on text`."""
 
 
 @dataclass(frozen=True)

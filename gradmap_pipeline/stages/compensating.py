@@ -161,7 +161,7 @@ class LayerCompensation(Stage):
         for name, file in patches.items():
             if name not in names_of(graph) or not isinstance(file, TensorFile):
                 raise PluginError(
-                    f"stage {self.name!r}: 'correct' patches {name!r}, which is no tensor of the model, in {shorten(file)}"
+                    f"stage {self.name!r}: 'correct' patches {name!r}, which is not a tensor of the model, in {shorten(file)}"
                 )
             shape = graph.stored_tensor(name).shape
             patch = read_header(file.path).get(name)

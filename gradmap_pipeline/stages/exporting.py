@@ -24,7 +24,7 @@ class FolderExport(Stage):
 
     to: Path = Field(description="Folder to write.")
     overwrite: bool = Field(
-        False, description="Replace a folder even if it is no earlier export, or has been changed since it was exported."
+        False, description="Replace a folder even if it is not an earlier export, or has been changed since it was exported."
     )
 
     def forecast(self, inputs: Forecasts) -> Outlook:
@@ -32,7 +32,7 @@ class FolderExport(Stage):
         return {}
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
-        check_target(self.to, self.overwrite, hashing=True)
+        check_target(self.to, self.overwrite, reads_files=True)
 
     def writes(self) -> tuple[Path, ...]:
         return (self.to,)

@@ -57,7 +57,7 @@ class Stage(BaseModel):
     """Whether it uses `context.metrics`: what earlier steps have measured of the models that it takes. They count as an input."""
 
     abstract: ClassVar[bool]
-    """True on a class that is no stage but what several stages have in common. Classes derived from it are stages again."""
+    """True on a class that is not a stage but what several stages have in common. Classes derived from it are stages again."""
 
     parallel: ClassVar[bool] = False
     """Whether all processes of a run do this step together, each on its share of the samples, with `context.group` to sum
@@ -78,7 +78,7 @@ class Stage(BaseModel):
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         """Raise `OptionError` or `ModelError` where this stage cannot work on a model of this structure.
 
-        Asked before a run starts, so that nobody waits for hours to learn it. `inputs` has forecasts, as for `forecast`;
+        It is called before a run starts, so that nobody waits for hours to learn it. `inputs` has forecasts, as for `forecast`;
         `probe` answers for the recipe's model. Reads no weights.
         """
 
@@ -113,7 +113,7 @@ class Stage(BaseModel):
         return {name: _artifact_type(info.annotation) for name, info in cls.Outputs.model_fields.items()}
 
     def output_types(self) -> dict[str, type[Artifact]]:
-        """As `output_fields`, but of this step: where options decide what an output is, the class they lead to."""
+        """Outputs of this step, as `output_fields`: where options decide what an output is, the class they lead to."""
         return self.output_fields()
 
     @classmethod
@@ -171,7 +171,7 @@ def _artifact_types(annotation: Any) -> tuple[type[Artifact], ...]:
 
 
 def _artifact_type(annotation: Any) -> type[Artifact]:
-    """Of several artifact classes, the nearest that all derive from."""
+    """The nearest class that several artifact classes all derive from."""
     types = _artifact_types(annotation)
     return next(base for base in types[0].__mro__ if all(issubclass(other, base) for other in types))
 

@@ -21,25 +21,25 @@ OWN_DIGEST = "sha256"
 """Key of a lineage under which it has the digest of all that it says besides."""
 
 _MODE = 0o644
-"""Of exported files, less the umask."""
+"""Permissions of exported files, less the umask."""
 
 State = tuple[int, int, int]
 """Size in bytes, time of modification in ns, inode."""
 
 
-def check_target(folder: Path, overwrite: bool, *, hashing: bool = False) -> None:
+def check_target(folder: Path, overwrite: bool, *, reads_files: bool = False) -> None:
     """Raise `OptionError` unless an export can be written there.
 
-    `hashing`: read the files of an earlier export, too, to see whether they are still as they were written. Otherwise names and
+    `reads_files`: read the files of an earlier export, too, to see whether they are still as they were written. Otherwise names and
     sizes are looked at.
     """
     if folder.exists() and not folder.is_dir():
-        raise OptionError("to", f"{str(folder)!r} is {'a file' if folder.is_file() else 'no folder'}; name a folder")
+        raise OptionError("to", f"{str(folder)!r} is {'a file' if folder.is_file() else 'not a folder'}; name a folder")
     above = next((parent for parent in folder.resolve().parents if parent.exists()), folder.resolve())
     if not above.is_dir() or not _can_hold_files(above):
         raise OptionError("to", f"{str(folder)!r} cannot be made: {str(above)!r} is not a folder that can be written to")
     if folder.is_dir() and not overwrite:
-        for name, reason in find_foreign_files(folder, hashing=hashing):
+        for name, reason in find_foreign_files(folder, reads_files=reads_files):
             raise OptionError("to", _explain(folder, name, reason))
 
 
@@ -54,7 +54,7 @@ def _can_hold_files(folder: Path) -> bool:
         return False
 
 
-def find_foreign_files(folder: Path, *, hashing: bool = True) -> Iterator[tuple[str, str]]:
+def find_foreign_files(folder: Path, *, reads_files: bool = True) -> Iterator[tuple[str, str]]:
     """Files in a folder that no export left there as they are: name inside the folder, and why it is not taken for one.
 
     An earlier export is known by the digests in its lineage, not by names alone.
@@ -66,13 +66,13 @@ def find_foreign_files(folder: Path, *, hashing: bool = True) -> Iterator[tuple[
             continue
         if written is None or name not in written:
             yield name, "is not part of an export"
-        elif not _is_as_written(file, written[name], hashing):
+        elif not _is_as_written(file, written[name], reads_files):
             yield name, "has been changed since it was exported"
 
 
-def _is_as_written(file: Path, written: ExportedFile, hashing: bool) -> bool:
-    same_size = not file.is_symlink() and file.stat().st_size == written.size
-    return same_size and (not hashing or sha256_of(file) == written.sha256)
+def _is_as_written(file: Path, written: ExportedFile, reads_files: bool) -> bool:
+    has_same_size = not file.is_symlink() and file.stat().st_size == written.size
+    return has_same_size and (not reads_files or sha256_of(file) == written.sha256)
 
 
 def find_clashing_export(target: Path) -> str | None:
@@ -106,7 +106,7 @@ def read_written_files(folder: Path) -> dict[str, ExportedFile] | None:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All that is no folder; of an empty folder, the folder."""
+    """All that is not a folder; of an empty folder, the folder."""
     for path in folder.iterdir():
         if not path.is_dir() or path.is_symlink():
             yield path

@@ -38,7 +38,7 @@ class PackedArguments:
     """What all layers are called with for one batch, with its tensors apart, each of them once."""
 
     layers: dict[int, LayerArguments]
-    """With a place in the stead of each tensor."""
+    """What each layer is called with, with a place instead of each tensor."""
     shapes: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
     @classmethod
@@ -105,7 +105,7 @@ class KeptArguments:
 
 
 def count_bytes(arguments: Iterable[LayerArguments]) -> int:
-    """Of all tensors in calls, memory that several share once."""
+    """Bytes of all tensors in calls, memory that several share once."""
     sizes: dict[int, int] = {}
     for call in arguments:
         for tensor in _tensors_in([*call.positional, *call.named.values()]):

@@ -92,7 +92,7 @@ class LayerwiseModel:
         """
         import torch
 
-        if self.lengths_apart and batch.padded:
+        if self.lengths_apart and batch.has_padding:
             raise StageError("samples of several lengths change each other in this model; make batches with lengths_apart")
         kept = self.graph.layers
         recorded: dict[int, LayerArguments] = {}
@@ -141,7 +141,7 @@ class LayerwiseModel:
         return adapter.can_keep_positions(self.module)
 
     def parameters_of(self, index: int) -> Iterator[nn.Parameter]:
-        """Of base layer `index`, on the meta device unless it is in."""
+        """Parameters of base layer `index`, on the meta device unless its weights are in."""
         return self._layers[index].parameters()
 
     def disk_name(self, index: int, parameter: str) -> str:
@@ -170,7 +170,7 @@ class LayerwiseModel:
             layer.forward = make(index)
         try:
             with refusing(self.module):
-                mask = batch.mask.long().to(self.device) if batch.padded else None
+                mask = batch.mask.long().to(self.device) if batch.has_padding else None
                 return adapter.call_without_cache(self.module, batch.input_ids.to(self.device), mask, kept)
         except _Recorded:
             return None

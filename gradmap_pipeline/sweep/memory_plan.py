@@ -36,12 +36,12 @@ class SweepPlan:
     bytes_read: int
     bytes_written: int
     spilled_bytes: int = 0
-    """Of what is kept, in a file at a time."""
+    """Bytes of what is kept that are in a file at a time."""
     lines: dict[Line, int] = field(default_factory=dict, compare=False)
     """Bytes by what they are for, at the moment when the sum is largest."""
 
     def describe(self) -> str:
-        """In a few words."""
+        """The plan in a few words."""
         layers = "layers stay in memory" if self.is_resident else "layers read ahead" if self.reads_ahead else "layers read again"
         passes = f"samples in {self.passes} passes" if self.passes > 1 and not self.is_resident else ""
         spilled = f"{format_size(self.bytes_written)} of hidden states to a file" if self.bytes_written else ""
@@ -51,7 +51,7 @@ class SweepPlan:
 def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0) -> SweepPlan:
     """The fastest plan that fits into `free` bytes.
 
-    `divisible` False: what is computed is no sum over samples, so they must go through together.
+    `divisible` False: what is computed is not a sum over samples, so they must go through together.
     `reserve`: bytes of those that are better left free than used to read ahead.
     Raises `CapacityError` when the largest layer and one sample do not fit.
     """
@@ -149,7 +149,7 @@ def _split_kept(needs: SweepNeeds, samples: int, arguments: int, limit: int) -> 
 
 
 def format_size(size: int) -> str:
-    """For people: `0.39 GiB`, `12 MiB`, `80 KiB`."""
+    """A size for people: `0.39 GiB`, `12 MiB`, `80 KiB`."""
     if size >= 2**28:
         return f"{size / 2**30:.2f} GiB"
     return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"

@@ -29,15 +29,15 @@ class SweepNeeds:
 
     samples: int
     tokens: int
-    """In a sample."""
+    """Tokens in a sample."""
     layers: int
     layer_bytes: int
-    """Of the largest layer."""
+    """Bytes of the largest layer."""
     all_layer_bytes: int
     stored_bytes: int
-    """Of all layers on disk."""
+    """Bytes of all layers on disk."""
     boundary_bytes: int
-    """Of one sample at one boundary."""
+    """Bytes of one sample at one boundary."""
     saved_bytes: int
     """What autograd saves of one sample in one layer."""
     words: int
@@ -49,7 +49,7 @@ class SweepNeeds:
     largest_parameter: int = 0
     """Elements of a layer's largest parameter."""
     largest_tensor_bytes: int = 0
-    """Of the largest tensor of a layer, as it is stored and as it is computed with: what loading holds besides the layer."""
+    """Bytes of the largest tensor of a layer, as it is stored and as it is computed with: what loading holds besides the layer."""
     argument_bytes: int = 0
     """What a layer is called with besides hidden states, of one sample."""
     fixed_argument_bytes: int = 0
@@ -66,7 +66,7 @@ class SweepNeeds:
     """Whether reading waits for a disk or a bus; out of the system's cache it takes the processor from computing."""
 
     def count_logit_bytes(self, batch: int) -> int:
-        """Of the logits of a batch that are held at once."""
+        """Bytes of the logits of a batch that are held at once."""
         if not self.has_head:
             return 0
         positions = max(1, min(self.tokens, self.logits_at_once // (batch * self.words)))
@@ -88,7 +88,7 @@ class SweepNeeds:
 
     @property
     def kept_bytes(self) -> int:
-        """Of one sample between layers: hidden states at the boundaries, and a gradient or a stream without a layer."""
+        """Bytes of one sample between layers: hidden states at the boundaries, and a gradient or a stream without a layer."""
         return self.boundary_bytes * (self.layers + 2 if self.keeps_boundaries else 1)
 
 

@@ -194,7 +194,7 @@ class SamplePass:
         """
         self.run_forward()
         if self.model.shares_state:
-            raise ModelError("layers use keys and values of other layers, so gradients of hidden states alone are not all there is")
+            raise ModelError("layers use keys and values of other layers, so the gradients of hidden states are not complete")
         self.put_head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
@@ -263,7 +263,7 @@ class SamplePass:
         parameters: dict[str, nn.Parameter],
         weight_gradients: dict[str, torch.Tensor],
     ) -> Iterator[BackwardVisit]:
-        recomputed = False
+        has_recomputed = False
         for index in range(len(self.batches)):
             gradient = self._kept.get(GRADIENTS, index)
             hidden, output = self._kept.get(position, index), self._kept.get(position + 1, index)
@@ -272,10 +272,10 @@ class SamplePass:
             if self._needs_gradient(position):
                 if not self._graphs.has(position, index):
                     self._run_with_graph(position, index, hidden)
-                    recomputed = True
+                    has_recomputed = True
                 below, others = self._graphs.differentiate(position, index, gradient, list(parameters.values()))
                 accumulate(weight_gradients, parameters, others, self._scale)
                 self._kept.put(GRADIENTS, index, below)
                 del gradient, below, others, shown
             self.advance()
-        self.layer_forwards += recomputed
+        self.layer_forwards += has_recomputed

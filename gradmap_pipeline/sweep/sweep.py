@@ -56,7 +56,7 @@ def open_sweep(
     """Sweep over this process's share of samples, to be used in a `with` block.
 
     `keep`: `all` keeps the hidden states at every boundary between layers, so that going down, or up again after `remove`, starts
-    from there; `none` keeps those at the layer that is at work. `divisible` False: what is computed is no sum over samples, so
+    from there; `none` keeps those at the layer that is at work. `divisible` False: what is computed is not a sum over samples, so
     all of them must be seen at a layer before the next. `dtype`: to compute in, where it is not the step's. `stream`: for a sweep
     that shares memory with others. `plan`: to be followed; None makes one for the memory that is free.
     Raises `CapacityError` where one layer and one sample do not fit into the memory of the step.
@@ -161,7 +161,7 @@ class Sweep:
 
     @property
     def batches(self) -> list[Batch]:
-        """Those of all passes."""
+        """The batches of all passes."""
         return [batch for part in self._parts for batch in part]
 
     def passes(self) -> Iterator[SamplePass]:

@@ -32,7 +32,7 @@ class BackwardVisit(ForwardVisit):
     """One batch at one layer of a backward sweep."""
 
     gradient: torch.Tensor
-    """Of the mean loss over all batches, with respect to the layer's output (B, T, D)."""
+    """Gradient of the mean loss over all batches, with respect to the layer's output (B, T, D)."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ class ForwardLayer:
     """One layer of a forward sweep; iterating runs its batches."""
 
     layer: int
-    """In the base model."""
+    """Number of the layer in the base model."""
     module: nn.Module
-    """With its weights, as long as the sweep stands at it."""
+    """The layer, with its weights as long as the sweep stands at it."""
     visits: Iterator[ForwardVisit]
 
     def __iter__(self) -> Iterator[ForwardVisit]:
@@ -54,11 +54,11 @@ class BackwardLayer:
     """One layer of a backward sweep; iterating runs its batches."""
 
     layer: int
-    """In the base model."""
+    """Number of the layer in the base model."""
     module: nn.Module
     visits: Iterator[BackwardVisit]
     weight_gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    """fp32, by parameter; complete after the last batch. Empty unless asked for."""
+    """fp32, by parameter; complete after the last batch. Empty unless the sweep computes them."""
 
     def __iter__(self) -> Iterator[BackwardVisit]:
         return self.visits

@@ -65,7 +65,7 @@ class TaskFile:
         return names
 
     def find_code(self) -> Iterator[str]:
-        """Where Python would run, and by what."""
+        """Places where Python would run, and what runs it."""
         for line, tag in self.tags:
             yield f"{self._where(line)}: {tag}"
         for entry in self.entries:
@@ -92,7 +92,7 @@ class TaskFile:
 def read_task_file(path: Path) -> TaskFile:
     """Read a file of tasks. Raises `ValueError` where it is no YAML."""
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{str(path)!r} is no file of tasks: it holds more than {MAX_BYTES >> 20} MiB")
+        raise ValueError(f"{str(path)!r} is not a file of tasks: it holds more than {MAX_BYTES >> 20} MiB")
     entries: list[Entry] = []
     tags: list[tuple[int, str]] = []
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -16,22 +16,22 @@ _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
 def find_data_faults(task: Task, bases: Sequence[Path]) -> Iterator[str]:
-    """Of data that lie on this machine, as files by the reader that the task names."""
+    """Faults of data that lie on this machine, as files read by the reader that the task names."""
     reader = task.settings.get("dataset_path")
     options = task.settings.get("dataset_kwargs")
     named = (options.fields or {}).get("data_files") if options is not None else None
     if reader is None or reader.text not in READERS or named is None or "custom_dataset" in task.settings:
         return
     by_split: dict[str, Value] = named.fields if named.fields is not None else {"train": named}
-    missing = False
+    is_missing = False
     for value in by_split.values():
         for item in value.items if value.items is not None else [value]:
             for place in [] if item.text is None else find_data(item.text, bases):
                 if not place.is_file() and not place.is_dir():
-                    missing = True
-                    yield f"{item.where}: {str(place)!r} is {describe_other(place) or 'no file'}, not a file"
+                    is_missing = True
+                    yield f"{item.where}: {str(place)!r} is {describe_other(place) or 'not there'}, not a file"
             if item.text is not None and "://" not in item.text and not find_data(item.text, bases):
-                missing = True
+                is_missing = True
                 beside = ", ".join(sorted({repr(str(base)) for base in bases}))
                 looked = f"looked in the current folder, {str(Path.cwd())!r}, and beside the task, {beside}"
                 yield f"{item.where}: no data {item.text!r}: {looked}"
@@ -41,7 +41,7 @@ def find_data_faults(task: Task, bases: Sequence[Path]) -> Iterator[str]:
             accepted = ", ".join(map(repr, by_split))
             yield f"{split.where}: {name} is {split.describe()}; accepted: {accepted}, as data_files ({named.where}) has them"
     is_plain = options is not None and (options.fields or {}).keys() == {"data_files"} and "process_docs" not in task.settings
-    if not missing and is_plain:
+    if not is_missing and is_plain:
         asked = task.settings.get("test_split") or task.settings.get("validation_split")
         rows = None if asked is None else by_split.get(str(asked.node.value))
         if rows is not None:
@@ -57,7 +57,7 @@ def _find_field_faults(task: Task, files: Sequence[Path]) -> Iterator[str]:
         value = task.settings.get(name)
         if value is None or value.text is None or find_template_fault(name, value) is not None:
             continue
-        if name == "doc_to_decontamination_query":  # asked for by few
+        if name == "doc_to_decontamination_query":  # few tasks have it
             continue
         if name == "doc_to_choice" and value.text.isidentifier():  # a field by its name alone; as a template it says nothing
             used.setdefault(value.text, (name, value))

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 @cache
-def open_manager(folder: str | None, content: str | None, *, defaults: bool) -> Any:
+def open_manager(folder: str | None, content: str | None, *, includes_defaults: bool) -> Any:
     """lm-eval's manager of tasks; to look through its own takes it some ten seconds. `content`: digest of the folder."""
     from lm_eval.tasks import TaskManager
 
     with quietly():
-        return TaskManager(include_path=folder, include_defaults=defaults)
+        return TaskManager(include_path=folder, include_defaults=includes_defaults)
 
 
 def try_tasks(manager: Any, folder: TaskFolder, wanted: Sequence[str], *, allow_code: bool) -> None:

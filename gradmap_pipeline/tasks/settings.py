@@ -52,7 +52,7 @@ class Value:
         return {getattr(key, "value", ""): Value(value, self.file) for key, value in _pairs(self.node, 0)}
 
     def describe(self) -> str:
-        """As it is written, cut short."""
+        """The text as it is written, cut short."""
         if isinstance(self.node, yaml.ScalarNode):
             said = repr(self.node.value) if self.text is not None else self.node.value or "nothing"
             return said if len(said) <= 60 else f"{said[:57]}..."

@@ -57,9 +57,9 @@ class TaskHarness:
         self.check_folder()
         folder = None if self.folder is None else str(self.folder.root.resolve())
         content = None if self.folder is None else sha256_of_value(self.fingerprint())
-        manager = None if folder is None else harness.open_manager(folder, content, defaults=False)
+        manager = None if folder is None else harness.open_manager(folder, content, includes_defaults=False)
         if manager is None or not set(self.tasks) <= set(manager.all_tasks):
-            manager = harness.open_manager(folder, content, defaults=True)
+            manager = harness.open_manager(folder, content, includes_defaults=True)
         for task in self.tasks:
             if task not in manager.all_tasks:
                 near = suggest(task, manager.all_tasks)

@@ -47,7 +47,7 @@ def _check(name: str, catalog: Catalog, options: dict[str, Any]) -> list[str]:
 
 
 def _read_options(overrides: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By stage: its options. `calibrate.samples=4`, values in YAML."""
+    """The options of each stage: `calibrate.samples=4`, values in YAML."""
     options: dict[str, dict[str, Any]] = {}
     for override in overrides:
         target, equals, text = override.partition("=")

@@ -32,7 +32,7 @@ _PATIENCE = 2.0
 
 
 State = tuple[int, int] | None
-"""Of a file: size and time of the last change; of a folder: zeros; None: nothing is there."""
+"""State of a file: its size and the time of its last change; of a folder: zeros; None: nothing is there."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Seen:
     """What a piece of code did. Files are those that Python opens; what a library writes by itself is not seen."""
 
     printed: str = ""
-    """On standard output."""
+    """What was printed on standard output."""
     changed: dict[Path, State] = field(default_factory=dict)
     """Paths made, opened for writing, renamed or removed; what they were before."""
     threads: list[str] = field(default_factory=list)

@@ -44,7 +44,7 @@ def make_checkpoint(folder: Path, size: int, dtype: str) -> int:
 
 
 def measure_peak(command: list[str], folder: Path) -> tuple[dict[str, int], float]:
-    """Peak bytes of all processes together, in all and of memory that is no file's; and seconds."""
+    """Peak bytes of all processes together, in all and of memory that is not a file's; and seconds."""
     import psutil
 
     started, peak = time.monotonic(), {"resident": 0, "own": 0}

@@ -172,7 +172,7 @@ CONTENTS = {
     ),
     "broken list": ("a.json", b'[{"text": "x"},\n{"text": y}]', "line 2: this is not valid JSON (Expecting value"),
     "deep": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: this is not valid JSON (it is nested too deeply)"),
-    "surrogate": ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1: the text holds half of a surrogate pair, which is no character"),
+    "surrogate": ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1: the text holds half of a surrogate pair, which is not a character"),
     "number": ("a.jsonl", b'{"text": "x"}\n{"text": 12}\n', "line 2: found a number (12), where text is wanted; set 'column'"),
     "mapping": ("a.jsonl", b'{"text": {"en": "x"}}\n', "line 1: found a mapping with the keys ['en'], where text is wanted"),
     "list of texts": ("a.jsonl", b'{"text": ["x"]}\n', "line 1: found a list of 1 that starts with text, where text is wanted"),

@@ -88,10 +88,10 @@ def test_recipes_that_the_shell_hands_over(line: str) -> None:
     ("name", "message"),
     [
         ("", "Invalid value for 'FOLDER': is empty; name a file or folder"),
-        ("none", "'none' is no export: there is no such folder; name the folder of an export"),
-        ("folder", "'folder' is no export: the folder is empty"),
-        ("r.yaml", "'r.yaml' is no export: it is no folder"),
-        ("pipe", "'pipe' is no export: it is no folder"),
+        ("none", "'none' is not an export: there is no such folder; name the folder of an export"),
+        ("folder", "'folder' is not an export: the folder is empty"),
+        ("r.yaml", "'r.yaml' is not an export: it is not a folder"),
+        ("pipe", "'pipe' is not an export: it is not a folder"),
         ("x" * 5000, "cannot be read: File name too long"),
     ],
 )
@@ -103,7 +103,7 @@ def test_verify_of_what_is_no_folder(name: str, message: str) -> None:
 def test_verify_waits_for_no_pipe() -> None:
     os.mkfifo("folder/gradmap.json")
     result = CliRunner().invoke(app, ["verify", "folder"])
-    assert (result.exit_code, result.stderr) == (4, "error: 'folder' is no export: gradmap.json is no file\n")
+    assert (result.exit_code, result.stderr) == (4, "error: 'folder' is not an export: gradmap.json is not a file\n")
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_verify_waits_for_no_pipe() -> None:
         ("--plugin", "folder", "--plugin 'folder' is not a Python file"),
         ("--plugin", "pipe", "--plugin 'pipe' is not a Python file"),
         ("--out", "", "is empty; name a file or folder"),
-        ("--out", "r.yaml", "'r.yaml' is no folder; name a folder"),
-        ("--out", "pipe/in", "pipe' is no folder; name a folder"),
+        ("--out", "r.yaml", "'r.yaml' is not a folder; name a folder"),
+        ("--out", "pipe/in", "pipe' is not a folder; name a folder"),
     ],
 )
 def test_paths_of_options(option: str, value: str, message: str) -> None:

@@ -244,7 +244,7 @@ def test_a_model_that_is_fine_still_is(llama: Path) -> None:
     assert open_model(ModelSource(path=llama)).layers == (0, 1, 2, 3)
 
 
-# What is no file
+# What is not a file
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"])

@@ -215,7 +215,7 @@ ENCODED = {
     "latin-1": (b"version: 1\nmodel: {path: caf\xe9}\n", "is not text in UTF-8: byte 0xE9 on line 2; save it as UTF-8"),
     "control character": (b"version: 1\na: \x07\n", ":2:4: the character U+0007 is not allowed in YAML; remove it"),
     "NUL": (b"version: 1\n\0\n", ":2:1: the character U+0000 is not allowed in YAML"),
-    "surrogate": (b'version: "\\ud800"\n', ":1:10: half of a surrogate pair is no character"),
+    "surrogate": (b'version: "\\ud800"\n', ":1:10: half of a surrogate pair is not a character"),
     "no such character": (b'version: "\\UFFFFFFFF"\n', "this is not valid YAML"),
 }
 
@@ -239,7 +239,7 @@ def test_a_huge_file_is_refused_quickly(folder: Path) -> None:
     started = time.monotonic()
     result = CliRunner().invoke(app, ["check", "r.yaml"])
     assert time.monotonic() - started < 1
-    assert (result.exit_code, "r.yaml: is no recipe: it holds more than 1 MiB" in result.stderr) == (2, True)
+    assert (result.exit_code, "r.yaml: is not a recipe: it holds more than 1 MiB" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("line", ["- x\n", "# comment\n", "a" * 60 + ": [1, 2, 3, 4]\n", "\n", "x", "'''", "- - - x\n", "&a *a "])
@@ -257,8 +257,8 @@ def test_the_largest_file_that_is_read_takes_no_time(line: str, folder: Path) ->
         ("evaluate.=1", "must look like STEP.OPTION=VALUE"),
         ("version=2", "no step 'version' in this recipe"),
         ("steps=[]", "no step 'steps' in this recipe"),
-        ("seed.x=1", "'seed' is no mapping; replace the whole of it"),
-        ("evaluate.samples.x=1", "'samples' is no mapping; replace the whole of it"),
+        ("seed.x=1", "'seed' is not a mapping; replace the whole of it"),
+        ("evaluate.samples.x=1", "'samples' is not a mapping; replace the whole of it"),
         ("model=null", "model: found null, accepted: a mapping"),
         ("model.x.y=1", "unknown key 'x'"),
         ("evaluate.samples=# none", "no value is given"),

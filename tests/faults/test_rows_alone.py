@@ -100,7 +100,7 @@ def open_config(folder: Path) -> dict[str, Any]:
 def test_batches_of_one_length_hold_no_padding() -> None:
     ids, mask = make_rows(300)
     batches = make_batches(ids, mask, 200, lengths_apart=True)
-    assert not any(batch.padded for batch in batches)
+    assert not any(batch.has_padding for batch in batches)
     assert sorted(len(row) for batch in batches for row in batch.input_ids) == sorted(LENGTHS)
     assert [batch.input_ids.shape for batch in make_batches(ids, mask, 200)] == [(5, 40)]
 

@@ -186,7 +186,7 @@ def test_edited_file_of_an_earlier_export_is_not_deleted(edited: str, tmp_path: 
     (out / edited).write_text(mine)
     check_target(out, overwrite=False)  # names and sizes are as they were
     with pytest.raises(OptionError, match=f"holds '{edited}', which has been changed since it was exported"):
-        check_target(out, overwrite=False, hashing=True)
+        check_target(out, overwrite=False, reads_files=True)
     with pytest.raises(StageError, match=f"holds '{edited}', which has been changed since it was exported"):
         export(out)
     assert (out / edited).read_text() == mine
@@ -233,7 +233,7 @@ def test_folder_that_comes_while_the_export_is_made_stays(tmp_path: Path) -> Non
 
 
 def test_what_is_there_and_no_folder_is_refused() -> None:
-    with pytest.raises(OptionError, match="'/dev/null' is no folder; name a folder"):
+    with pytest.raises(OptionError, match="'/dev/null' is not a folder; name a folder"):
         check_target(Path("/dev/null"), overwrite=True)
 
 

@@ -66,7 +66,7 @@ def rounds_yarn(config: Config) -> bool:
 
 
 def explain_deviations(config: Config) -> list[str]:
-    """What llama.cpp computes otherwise and no file can tell, a line each, where files are written all the same."""
+    """What llama.cpp computes in another way, which no file can change, a line each, where files are written all the same."""
     lines = []
     window = name_ignored_window(config)
     if window is not None:

@@ -21,12 +21,12 @@ _BEYOND = 40
 """Tokens that the longest prompt goes on after a window has ended."""
 _LONGEST = 2048
 TOLERANCE = {"f32": 5e-3, "f16": 3e-2, "bf16": 1e-1, "q8_0": 3e-1}
-"""Of the largest absolute difference of logits, in parts of the largest logit where that is over 1.
+"""Limits of the largest absolute difference of logits, in parts of the largest logit where that is over 1.
 
 In float32 too llama.cpp looks GELU up in a table of float16.
 """
 YARN_TOLERANCE = 1e-1
-"""The same at least, where llama.cpp rounds what the model does not."""
+"""The least limit where llama.cpp rounds what the model does not."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Parity:
     """What running a file beside its model, or beside another file, gave. Positions: the last nine of each prompt."""
 
     lengths: tuple[int, ...]
-    """Of the prompts, in tokens."""
+    """Lengths of the prompts, in tokens."""
     difference: float
     """Largest absolute difference of logits."""
     log_probability_difference: float

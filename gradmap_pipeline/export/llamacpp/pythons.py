@@ -23,7 +23,7 @@ _MODULES = ("gguf", "numpy", "torch", "transformers", "sentencepiece")
 """What llama.cpp's converter imports; the last for most models, whether or not they have a `tokenizer.model`."""
 NAME_OPTION = "--model-name"
 _OPTIONS = ("--outfile", "--outtype", "--vocab-only")
-"""Of the converter, by which it is known: llama.cpp's other programs for files lack one."""
+"""Options of the converter, by which it is known: llama.cpp's other programs for files lack one."""
 _PATIENCE = 30.0
 """Seconds that a Python has to say what it lacks."""
 _ASK = """

@@ -34,7 +34,7 @@ class FileAgreement(Artifact):
     """
 
     lengths: tuple[int, ...]
-    """Of the prompts, in tokens."""
+    """Lengths of the prompts, in tokens."""
     difference: float
     """Largest absolute difference of logits."""
     log_probability_difference: float

@@ -57,7 +57,7 @@ class Runner:
         options.n_ctx = options.n_batch = options.n_ubatch = length
         options.n_threads = options.n_threads_batch = self.threads
         options.type_k = options.type_v = _FLOAT32
-        if hasattr(options, "flash_attn_type"):  # before, it is off unless it is asked for
+        if hasattr(options, "flash_attn_type"):  # older releases have it off by default
             options.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = self.api.llama_init_from_model(self.model, options)
         if not self.context:
@@ -86,7 +86,7 @@ class Runner:
         return np.stack(rows)
 
     def answer(self, prompts: list[list[int]], steps: int, every: bool, out: str) -> None:
-        """Write the array that is asked for."""
+        """Write the logits of the prompts to a file."""
         import numpy as np
 
         self.open_context(max(map(len, prompts)))

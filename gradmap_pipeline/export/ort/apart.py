@@ -128,7 +128,7 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    tune_allocator(tight=True)
+    tune_allocator(is_tight=True)
     place = Path(sys.argv[1])
     request = json.loads((place / _REQUEST).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])

@@ -48,7 +48,7 @@ def write_onnx_folder(
         graph.parent.mkdir(exist_ok=True)
         references, genai = write_graph(model, dtype, context.seed, graph)
         advance()
-        difference = check_parity(references, OnnxSession(folder, fast=False), dtype)
+        difference = check_parity(references, OnnxSession(folder, is_fast=False), dtype)
         advance()
     (folder / "genai_config.json").write_text(json.dumps(genai, indent=2) + "\n", encoding="utf-8")
     write_companions(model, folder)
@@ -78,7 +78,7 @@ class QuantisedGraph:
     def compare(self, batches: list[Batch], context: Context) -> Agreement:
         """Run both graphs on a text."""
         with context.progress("compare both graphs", len(batches), "batch") as advance:
-            before, after = OnnxSession(self.source.folder, fast=False), OnnxSession(self.folder)
+            before, after = OnnxSession(self.source.folder, is_fast=False), OnnxSession(self.folder)
             return compare_models(before.compute, after.compute, batches, advance)
 
     def write_companions(self, quantisation: str) -> None:

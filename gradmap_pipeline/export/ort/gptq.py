@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 DAMPING = 0.01
-"""Of the mean square of an input, added to each: keeps the sum of squares invertible."""
+"""Share of the mean square of an input that is added to each: keeps the sum of squares invertible."""
 _COLUMNS = 128
 """Columns whose errors are gathered before they go to those further right."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _BYTES_AT_ONCE = 2**30
-"""Of sums that are collected in one run over the text."""
+"""Most bytes of sums that are collected in one run over the text."""
 _TOKENS_AT_ONCE = 256
 
 Squares = dict[str, "torch.Tensor"]

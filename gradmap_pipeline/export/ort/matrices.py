@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 DOMAIN = "com.microsoft"
-"""Of the operators with quantised matrices."""
+"""Domain of the operators with quantised matrices."""
 IDS = "input_ids"
 _STEPS_FROM_IDS = 8
 
@@ -76,7 +76,7 @@ def find_matrices(model: onnx_ir.Model) -> list[Matrix]:
 
 
 def count_left(model: onnx_ir.Model) -> dict[str, int]:
-    """Numbers in each constant matrix of floating-point numbers that is no scale of a quantised one, by its name."""
+    """Numbers in each constant matrix of floating-point numbers that is not a scale of a quantised one, by its name."""
     return {
         name: int(value.const_value.size)
         for name, value in model.graph.initializers.items()

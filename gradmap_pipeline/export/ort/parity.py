@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STEPS = 8
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
-"""Of the largest absolute difference of logits, in parts of the largest logit where that is over 1."""
+"""Limits of the largest absolute difference of logits, in parts of the largest logit where that is over 1."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Reference:
     mask: torch.Tensor
     """(B, T)"""
     logits: list[torch.Tensor]
-    """Of the prefill (B, T - 8, V), then of each cached step (B, 1, V)."""
+    """Logits of the prefill (B, T - 8, V), then of each cached step (B, 1, V)."""
 
 
 def make_references(model: PreTrainedModel, seed: int) -> list[Reference]:

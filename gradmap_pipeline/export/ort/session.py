@@ -22,15 +22,15 @@ INSTALL = "pip install 'gradmap-pipeline[onnx]'"
 class OnnxSession:
     """A graph that was made by `trace`, opened by ONNX Runtime on the CPU."""
 
-    def __init__(self, folder: Path, *, fast: bool = True) -> None:
-        """`fast`: with a second copy of the weights, laid out for this processor."""
+    def __init__(self, folder: Path, *, is_fast: bool = True) -> None:
+        """`is_fast`: with a second copy of the weights, laid out for this processor."""
         try:
             import onnxruntime  # type: ignore[import-untyped]
         except ImportError:
             raise StageError(f"ONNX Runtime is not installed; {INSTALL}") from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.add_session_config_entry("session.disable_prepacking", "0" if fast else "1")
+        options.add_session_config_entry("session.disable_prepacking", "0" if is_fast else "1")
         import torch
 
         graph = find_graph(folder)
