@@ -94,5 +94,5 @@ def test_checks_hold_for_what_derives_from_a_base() -> None:
 
 def test_base_in_the_list_of_a_plugin_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(RANKING.replace("return [Odd]", "return [LayerScoring]"))
-    with pytest.raises(PluginError, match="LayerScoring is what stages have in common, and no stage"):
+    with pytest.raises(PluginError, match="LayerScoring is a base of stages, not a stage"):
         load_catalog([tmp_path / "odd.py"])
