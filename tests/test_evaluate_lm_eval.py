@@ -163,7 +163,9 @@ def test_in_a_recipe(llama: Path, tasks: Path, tmp_path: Path, monkeypatch: pyte
     assert cached == [True, False, True, False], "tasks count by what their folder holds"
 
     opened = harness.open_manager  # without lm-eval's own tasks, which take it ten seconds to list
-    monkeypatch.setattr(harness, "open_manager", lambda folder, content, *, defaults: opened(folder, content, defaults=False))
+    monkeypatch.setattr(
+        harness, "open_manager", lambda folder, content, *, includes_defaults: opened(folder, content, includes_defaults=False)
+    )
     result = gradmap("run", "r.yaml", "--set", "again.tasks=[local_chance]")
     assert result.exit_code == 2
     assert (
