@@ -77,6 +77,17 @@ def corrections_of(selection: str, brief: bool) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Design:
+    """What is made of each model, from how much text."""
+
+    methods: dict[str, tuple[str, ...]]
+    """By selection: the corrections of what it chooses, besides none."""
+    ratios: tuple[float, ...] = RATIOS
+    samples: int = SAMPLES
+    length: int = LENGTH
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model and its texts."""
 
@@ -145,12 +156,11 @@ def write_samples(graph: ModelGraph, folder: Path) -> list[Path]:
 class Bench:
     """All cells of one subject and one calibration seed."""
 
-    def __init__(self, subject: Subject, seed: int, work: Path, known: Sequence[dict[str, str]] = (), brief: bool = False) -> None:
-        """`known`: rows of an earlier run, whose selections are not made again. `brief`: as the option."""
-        self.brief = brief or seed > 0
-        self.subject, self.seed, self.work = subject, seed, work
+    def __init__(self, subject: Subject, seed: int, work: Path, design: Design, known: Sequence[dict[str, str]] = ()) -> None:
+        """`known`: rows of an earlier run, whose selections are not made again."""
+        self.subject, self.seed, self.work, self.design = subject, seed, work, design
         self.stages = load_catalog().stages
-        options = {"dataset": subject.calibration, "samples": SAMPLES, "sequence_length": LENGTH}
+        options = {"dataset": subject.calibration, "samples": design.samples, "sequence_length": design.length}
         stage = self.stages["calibrate"].model_validate(options)
         folder = work / "steps" / subject.name / str(seed)
         self.folder = folder
@@ -162,18 +172,17 @@ class Bench:
 
     def cells(self) -> Iterator[Cell]:
         depth = len(self.subject.graph.layers)
-        numbers = {max(1, round(ratio * depth)) for ratio in RATIOS}
-        counts = {count: min(RATIOS, key=lambda ratio: abs(ratio - count / depth)) for count in numbers}
-        for selection in SELECTIONS:
-            if self.brief and selection not in MAIN:
-                continue
+        ratios = self.design.ratios
+        numbers = {max(1, round(ratio * depth)) for ratio in ratios}
+        counts = {count: min(ratios, key=lambda ratio: abs(ratio - count / depth)) for count in numbers}
+        for selection, corrections in self.design.methods.items():
             for count, ratio in sorted(counts.items()):
                 try:
                     plain = self._select(selection, count, ratio)
                 except (OptionError, StageError):
                     continue  # too few layers that are not protected, or too few samples for this method
                 yield plain
-                for correction in corrections_of(selection, self.brief):
+                for correction in corrections:
                     if done := self._correct(plain, correction):
                         yield done
 
@@ -202,7 +211,7 @@ class Bench:
     def _choose(self, selection: str, count: int) -> Any:
         """Decisions are made once for the largest count, where those for fewer are the first of them."""
         name, options = SELECTIONS[selection]
-        most = max(1, round(max(RATIOS) * len(self.subject.graph.layers)))
+        most = max(1, round(max(self.design.ratios) * len(self.subject.graph.layers)))
         together = name in ("angular_score", "mka_merge")
         key = selection, count if together else most
         if key not in self._chosen:
@@ -267,7 +276,9 @@ def main() -> None:
             values = [value for reading in dense.values() for value in reading.summary().values()]
             writer.writerow([subject.name, 0, 0, "none", "none", "", 0, 0, 0, 0, f"{subject.name} dense", *values])
         for seed in range(arguments.seeds):
-            for cell in Bench(subject, seed, work, known, arguments.brief).cells():
+            brief = arguments.brief or seed > 0
+            methods = {name: corrections_of(name, brief) for name in (MAIN if brief else SELECTIONS)}
+            for cell in Bench(subject, seed, work, Design(methods), known).cells():
                 if cell.key in done:
                     continue
                 label = f"{subject.name} {cell.graph.digest[:16]}"

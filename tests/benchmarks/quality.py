@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradmap_pipeline import ModelGraph
-from gradmap_pipeline.data import DatasetSource, load_tokenizer, make_sequences
+from gradmap_pipeline import Batch, DatasetSource, ModelGraph, SamplePass, load_tokenizer, make_batches, make_sequences
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
+
+if TYPE_CHECKING:
+    import torch
 
 LENGTH = 256
 BLOCK = 4
 """Neighbouring sequences that the bootstrap draws together."""
+BATCH = 8
+"""Sequences that go through a model together."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,12 @@ class Reading:
     """KL of the whole model's prediction to this one's, in nats."""
     agreement: np.ndarray[Any, Any]
     """Tokens whose most likely successor is the same."""
+    length: int = LENGTH
+    """Tokens a sequence."""
 
     @property
     def tokens(self) -> int:
-        return len(self.loss) * (LENGTH - 1)
+        return len(self.loss) * (self.length - 1)
 
     @property
     def perplexity(self) -> float:
@@ -44,55 +52,57 @@ class Reading:
         }
 
     def save(self, file: Path) -> None:
-        np.savez(file, loss=self.loss, divergence=self.divergence, agreement=self.agreement)
+        np.savez(file, loss=self.loss, divergence=self.divergence, agreement=self.agreement, length=self.length)
 
 
 def load_reading(file: Path) -> Reading:
     with np.load(file, allow_pickle=False) as arrays:
-        return Reading(arrays["loss"], arrays["divergence"], arrays["agreement"])
+        return Reading(arrays["loss"], arrays["divergence"], arrays["agreement"], int(arrays.get("length", LENGTH)))
 
 
 class Text:
-    """Sequences of a text, spread over all of it, with what the whole model says of them."""
+    """Sequences of a text, spread over all of it, with what leaves the last layer of the whole model for them."""
 
-    def __init__(self, model: ModelGraph, source: DatasetSource, sequences: int) -> None:
+    def __init__(self, model: ModelGraph, source: DatasetSource, sequences: int, length: int = LENGTH) -> None:
         import torch
 
-        ids, _ = make_sequences(load_tokenizer(model.base), source.documents(), LENGTH, None, "documents")
-        blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK, LENGTH)
+        ids, _ = make_sequences(load_tokenizer(model.base), source.documents(), length, None, "documents")
+        blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK, length)
         chosen = torch.linspace(0, len(blocks) - 1, min(sequences // BLOCK, len(blocks))).long()
-        self.ids = blocks[chosen].reshape(-1, LENGTH)
-        self._dense = [logits.log_softmax(-1).half() for logits in _logits(model.dense, self.ids)]
+        self.ids = blocks[chosen].reshape(-1, length)
+        self._dense = [hidden for _, hidden in self._run(LayerwiseModel(model.dense))]
 
     def read(self, model: ModelGraph) -> Reading:
         """What a model says of every sequence."""
-        loss, divergence, agreement = [], [], []
-        for ids, dense, logits in zip(self.ids.split(8), self._dense, _logits(model, self.ids), strict=True):
-            ours, whole = logits.log_softmax(-1)[:, :-1], dense.float()[:, :-1]
-            loss.append(-ours.gather(-1, ids[:, 1:, None]).double().sum((1, 2)))
-            divergence.append((whole.exp() * (whole - ours)).double().sum((1, 2)))
-            agreement.append((whole.argmax(-1) == ours.argmax(-1)).double().sum(1))
         import torch
 
-        return Reading(*(torch.cat(parts).numpy() for parts in (loss, divergence, agreement)))
+        layerwise, parts = LayerwiseModel(model), []
+        for dense, (batch, hidden) in zip(self._dense, self._run(layerwise), strict=True):
+            sums = torch.zeros(3, len(hidden), dtype=torch.float64)
+            for positions in layerwise.head_slices(batch):
+                ours, whole = (layerwise.head(batch, each, positions).float().log_softmax(-1) for each in (hidden, dense))
+                following = batch.input_ids[:, positions.start + 1 : positions.stop + 1]
+                ours, whole = ours[:, : following.shape[1]], whole[:, : following.shape[1]]
+                sums[0] -= ours.gather(-1, following[..., None]).double().sum((1, 2))
+                sums[1] += (whole.exp() * (whole - ours)).double().sum((1, 2))
+                sums[2] += (whole.argmax(-1) == ours.argmax(-1)).double().sum(1)
+            parts.append(sums)
+        loss, divergence, agreement = torch.cat(parts, dim=1).numpy()
+        return Reading(loss, divergence, agreement, self.ids.shape[1])
 
+    def _run(self, layerwise: LayerwiseModel) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Some sequences at a time, and what leaves its last layer for them (B, T, D)."""
+        import torch
 
-def _logits(model: ModelGraph, ids: Any) -> Any:
-    """Logits (8, T, V) of eight sequences at a time."""
-    import torch
-
-    from gradmap_pipeline.batches import make_batches
-    from gradmap_pipeline.sweep.layerwise import LayerwiseModel
-    from gradmap_pipeline.sweep.sample_pass import SamplePass
-
-    layerwise = LayerwiseModel(model)
-    for batch in make_batches(ids, torch.ones_like(ids), 8 * LENGTH):
-        yield from SamplePass(layerwise, [batch], keep_boundaries=False).logits()
+        for batch in make_batches(self.ids, torch.ones_like(self.ids), BATCH * self.ids.shape[1]):
+            one = SamplePass(layerwise, [batch], keep_boundaries=False)
+            one.run_forward()
+            yield batch, one.boundary(len(one.layers), 0)
 
 
 def compare_losses(one: Reading, other: Reading, draws: int = 2000) -> tuple[float, float, float]:
     """Difference of mean losses, one less other, with the ends of its 95 % interval: paired bootstrap over blocks."""
-    difference = (one.loss - other.loss).reshape(-1, BLOCK).mean(1) / (LENGTH - 1)
+    difference = (one.loss - other.loss).reshape(-1, BLOCK).mean(1) / (one.length - 1)
     drawn = np.random.default_rng(0).integers(len(difference), size=(draws, len(difference)))
     low, high = np.percentile(difference[drawn].mean(1), [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
