@@ -161,7 +161,7 @@ def fold_patch(
     change = patch - torch.eye(width, dtype=torch.float64, device=patch.device)
     pruned = streams.pruned
     with pruned.look(layer) as step:
-        check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
+        check_gain(pruned.model, layer, *pruned.probe(layer), site)
         with capture_site(pruned.model, layer, site, "input") as captured:
             for visit in step:
                 leaving = visit.output[visit.mask].double()

@@ -7,6 +7,7 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -90,7 +91,7 @@ class ProjectCompensate(LayerCompensation):
         solution = size**3 / 3 + 2 * size**2 * width
         flops = sites * (products + solution) * (2 if self.attention else 1)
         measured = sites * layers if self.site.startswith("largest") else 0
-        again = sites * (2 if self.attention else 1) + measured  # besides the pass that goes on
+        again = sites * (1 if self.attention else 0) + measured  # the look at an output is the pass that goes on
         try:
             both = costs.two_streams(layers, samples, tokens, self.room(costs.graph), again)
         except CapacityError as error:
@@ -150,15 +151,20 @@ def correct_layer(
     corrected: list[CorrectedSite] = []
     patches: dict[str, TensorFile] = {}
     refusal = NoSiteError(f"layer {layer} has no linear map and no norm that writes to the residual stream unchanged")
-    for site in chosen:
-        try:
-            with streams.group.agreeing(NoSiteError):
-                done, new = correct_site(streams, layer, site, context, space=stage.space, ridge=stage.ridge, shrink=stage.shrink)
-        except NoSiteError as error:
-            refusal = error
-        else:
-            corrected.append(done)
-            patches |= new
+    solve = partial(correct_site, space=stage.space, ridge=stage.ridge, shrink=stage.shrink)
+    streams.pruned.run_up_to(layer)
+    with streams.pruned.model.layer(layer):  # stays open for all sites, and until what leaves it is known
+        for site in chosen:
+            try:
+                with streams.group.agreeing(NoSiteError):
+                    done, new = solve(streams, layer, site, context)
+            except NoSiteError as error:
+                refusal = error
+            else:
+                corrected.append(done)
+                patches |= new
+        if layer != streams.graph.layers[-1]:
+            streams.pruned.run_through(layer)
     if not corrected:
         raise refusal
     return corrected, patches

@@ -68,12 +68,10 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
     """The sites of a base layer, in the order in which they write. `known`: by layer, those that were found before."""
     if layer in known:
         return known[layer]
-    pruned = streams.pruned
-    pruned.run_up_to(layer)
-    hidden = pruned.boundary(streams.graph.layers.index(layer), 0)
-    group = streams.group
+    pruned, group = streams.pruned, streams.group
+    hidden, arguments = pruned.probe(layer)
     with group.agreeing(NoSiteError), pruned.model.layer(layer):
-        sites = find_sites(pruned.model, layer, hidden, pruned.arguments(0, layer))
+        sites = find_sites(pruned.model, layer, hidden, arguments)
     return share_sites({layer: sites}, group)[layer]
 
 
@@ -108,7 +106,7 @@ def correct_site(
         raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
     moments, drift = collect_moments(streams, layer, site, space, context)
     new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
-    patches = write_patches(streams, layer, new, context)
+    patches = write_patches(streams, layer, new, context, site)
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.weight",
@@ -120,25 +118,42 @@ def correct_site(
     return corrected, patches
 
 
-def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor], context: Context) -> dict[str, TensorFile]:
+def can_add_change(streams: Streams, site: Site, space: Space) -> bool:
+    """Whether a product with what the site took gives what leaves the corrected layer, to the digits of running it again."""
+    return site.role == "output" and space == "input" and str(streams.pruned.model.dtype) == "torch.float32"
+
+
+def write_patches(
+    streams: Streams, layer: int, new: Mapping[str, torch.Tensor], context: Context, site: Site | None = None
+) -> dict[str, TensorFile]:
     """Write new values of a layer's parameters, in the type of the checkpoint, and use them in the pruned stream from now on.
 
-    `new`: by the parameter's name inside the layer. Returns the files by the tensor's name in the checkpoint. Raises `StageError`
-    where a value is not finite, or does not fit into the type.
+    `new`: by the parameter's name inside the layer. `site`: whose weight alone is new; where the pass has kept what the site took,
+    the layer is not run again. Returns the files by the tensor's name in the checkpoint. Raises `StageError` where a value is not
+    finite, or does not fit into the type.
     """
     import torch
 
-    patches = {}
+    pruned, patches = streams.pruned, {}
+    before: torch.Tensor | None = None
+    if site is not None and pruned.has_taken and set(new) == {f"{site.name}.weight"}:
+        with pruned.model.layer(layer) as module:
+            before = module.get_parameter(f"{site.name}.weight").detach().clone()
     for parameter, value in new.items():
-        name = streams.pruned.model.disk_name(layer, parameter)
+        name = pruned.model.disk_name(layer, parameter)
         stored = streams.graph.stored_tensor(name)
         if not value.isfinite().all():
             raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
         exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
         rounded = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
         patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
-        streams.pruned.model.weights.override(layer, parameter, rounded)
-    streams.pruned.invalidate_from(layer)
+        pruned.model.weights.override(layer, parameter, rounded)
+    if before is None or site is None:
+        pruned.invalidate_from(layer)
+        return patches
+    with pruned.model.layer(layer) as module:
+        change = module.get_parameter(f"{site.name}.weight").detach() - before
+    pruned.add_to_output(layer, change if site.is_transposed else change.T)
     return patches
 
 
@@ -192,7 +207,7 @@ def collect_moments(
     import torch
 
     from .ridge import ChannelMoments, Moments, check_room
-    from .streams import Drift, capture_site
+    from .streams import Drift, capture_site, run_to_site
 
     position = streams.graph.layers.index(layer)
     pruned = streams.pruned
@@ -210,14 +225,24 @@ def collect_moments(
         check_room(size, width, context.memory, context.device)
         moments = Moments(zeros(size, size), zeros(size, width), 0.0)
     drift = Drift()
-    with pruned.look(layer) as step:
-        check_gain(pruned.model, layer, hidden, pruned.arguments(0, layer), site)
-        with capture_site(pruned.model, layer, site, space) as captured:
-            for visit in step:
-                drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
-                missing = target - drifted if site.role != "attention" else streams.missing_before(layer, visit)
-                moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], missing)
-                drift.add(drifted, target)
+    if site.role == "attention":
+        for visit, taken in run_to_site(pruned, layer, site, space):
+            entered, target = visit.input[visit.mask].double(), streams.target_before(layer, visit)
+            moments.add(taken.reshape(*visit.mask.shape, -1)[visit.mask], target - entered)
+            drift.add(entered, target)
+    else:
+        keeps = can_add_change(streams, site, space) and pruned.has_room_for_taken(site.inputs)
+        with pruned.look(layer, keep=keeps) as step:
+            check_gain(pruned.model, layer, *pruned.probe(layer), site)
+            with capture_site(pruned.model, layer, site, space) as captured:
+                for visit in step:
+                    drifted = visit.output[visit.mask].double()
+                    target = streams.target(position, visit.batch)[visit.mask].double()
+                    taken = captured.pop().reshape(*visit.mask.shape, -1)
+                    moments.add(taken[visit.mask], target - drifted)
+                    drift.add(drifted, target)
+                    if keeps:
+                        pruned.keep_taken(visit.batch, taken)
     streams.join(drift, layer)
     moments.join(streams.group)
     return moments, drift

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,12 +122,10 @@ class Streams:
         kept = self.graph.layers
         return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
 
-    def missing_before(self, layer: int, visit: ForwardVisit) -> torch.Tensor:
-        """By how much what enters a kept layer differs from what does in the original model: (tokens not padded, D), fp64."""
-        entered = visit.input[visit.mask].double()
-        if layer < self.graph.removed[0]:
-            return entered.new_zeros(entered.shape)
-        return self.targets.get(layer, visit.batch)[visit.mask].double() - entered
+    def target_before(self, layer: int, visit: ForwardVisit) -> torch.Tensor:
+        """What enters a kept layer of the original model, for a batch: (tokens not padded, D), fp64."""
+        entering = visit.input if layer < self.graph.removed[0] else self.targets.get(layer, visit.batch)
+        return entering[visit.mask].double()
 
     def join(self, drift: Drift, layer: int) -> None:
         """Sum a layer's drift over the processes. Raises `NotFiniteError` where it is not finite."""
@@ -151,11 +149,39 @@ class Streams:
         return drifts
 
 
+class _CapturedError(Exception):
+    """Leaves a layer whose rest is of no interest."""
+
+
+def run_to_site(
+    pruned: SamplePass, layer: int, site: Site, side: Literal["input", "output"]
+) -> Iterator[tuple[ForwardVisit, torch.Tensor]]:
+    """Run a layer as far as one of its linear maps, batch by batch: the batch, and what `capture_site` collects.
+
+    A visit's `output` is what enters the layer: what leaves it is not computed.
+    """
+    import torch
+
+    pruned.run_up_to(layer)
+    position, model = pruned.layers.index(layer), pruned.model
+    with model.layer(layer), capture_site(model, layer, site, side, leave=True) as captured:
+        for index, batch in enumerate(pruned.batches):
+            hidden = pruned.boundary(position, index)
+            with torch.no_grad(), suppress(_CapturedError):
+                model.run_layer(layer, hidden, pruned.arguments(index, layer))
+            yield ForwardVisit(hidden, hidden, batch.mask.to(hidden.device), index), captured.pop()
+            pruned.advance()
+    pruned.layer_forwards += 1
+
+
 @contextmanager
-def capture_site(model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"]) -> Iterator[list[torch.Tensor]]:
+def capture_site(
+    model: LayerwiseModel, layer: int, site: Site, side: Literal["input", "output"], *, leave: bool = False
+) -> Iterator[list[torch.Tensor]]:
     """Collect, each time its layer runs, what a correction of a site multiplies, times the site's gain.
 
-    That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies.
+    That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies. `leave`: go no further in the layer,
+    but raise an error that `run_to_site` expects.
     """
     captured: list[torch.Tensor] = []
     module = model.module.get_submodule(f"{model.layers_path}.{layer}.{site.name}")
@@ -172,6 +198,8 @@ def capture_site(model: LayerwiseModel, layer: int, site: Site, side: Literal["i
         else:
             values = inputs[0] if side == "input" else output
         captured.append(values if site.gain == 1 else values * site.gain)
+        if leave:
+            raise _CapturedError
 
     handle = module.register_forward_hook(listen)
     try:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 Place = tuple[int, int]
 """Level, and the batch. A level is a boundary between layers, counted from the bottom, or one of those below."""
-CANDIDATE = 1 << 30
+TAKEN = (1 << 30) - 1
+"""Level of what a linear map took: above all boundaries, and forgotten with them."""
+CANDIDATE = TAKEN + 1
 """Level of the hidden states in a model that leaves a layer out: above all boundaries, since each layer reads and writes them."""
 GRADIENTS = CANDIDATE + 1
 """Level of the gradients on their way down."""
@@ -77,6 +79,10 @@ class KeptTensors:
         self._held_bytes += tensor.nbytes
         self._ledger.add(_line_of(level), tensor.nbytes)
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more can be held where they are used, with nothing moved away."""
+        return self.limit_bytes is None or self._held_bytes + size <= self.limit_bytes
+
     def get(self, level: int, batch: int) -> torch.Tensor:
         """The tensor of a batch at a level; a boundary's is (B, T, D)."""
         place = level, batch
@@ -97,9 +103,9 @@ class KeptTensors:
         for place in [place for place in self._places() if place[0] == level]:
             self._forget(place)
 
-    def drop_from(self, boundary: int) -> None:
-        """Forget a boundary and all above it."""
-        for place in [place for place in self._places() if boundary <= place[0] < CANDIDATE]:
+    def drop_from(self, boundary: int, end: int = CANDIDATE) -> None:
+        """Forget a boundary and all levels above it that are below `end`."""
+        for place in [place for place in self._places() if boundary <= place[0] < end]:
             self._forget(place)
 
     def clear(self) -> None:

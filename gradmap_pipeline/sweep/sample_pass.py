@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..batches import Batch, count_predicted
 from ..errors import ModelError, PluginError
 from .head_losses import compute_losses, differentiate_losses, slice_positions
-from .kept_tensors import CANDIDATE, GRADIENTS, KeptTensors
+from .kept_tensors import CANDIDATE, GRADIENTS, TAKEN, KeptTensors
 from .layer_arguments import KeptArguments, LayerArguments
 from .layer_graphs import LayerGraphs, accumulate, opened
 from .layerwise import LayerwiseModel
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..context import Advance
 
 
+_PROBE_TOKENS = 64
 _KEEP_ALL = "open the sweep with keep='all', or say so in the stage's Measure"
 
 
@@ -69,6 +70,10 @@ class SamplePass:
             hidden, arguments = model.record(batch)
             self._kept.put(0, index, hidden)
             self._arguments.add(index, arguments)
+        first = self.batches[0]
+        few = slice(0, min(_PROBE_TOKENS, int(first.mask[0].sum())))
+        self._few = Batch(first.input_ids[:1, few], first.mask[:1, few])
+        self._few_arguments = model.record(self._few)[1]
         self._graphs = LayerGraphs(keep=self.keeps_graphs)
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
@@ -90,6 +95,15 @@ class SamplePass:
     def arguments(self, batch: int, layer: int) -> LayerArguments:
         """What the model calls base layer `layer` with for a batch, besides the hidden states."""
         return self._arguments.get(batch, layer)
+
+    def probe(self, layer: int) -> tuple[torch.Tensor, LayerArguments]:
+        """What enters base layer `layer` for the first tokens of the first sample (1, n, D), and what the layer is called with.
+
+        To try out what a layer does, at little cost.
+        """
+        self.run_up_to(layer)
+        hidden = self.boundary(self.layers.index(layer), 0)[:1, : self._few.input_ids.shape[1]]
+        return hidden, self._few_arguments[layer]
 
     def remove(self, layer: int) -> None:
         """Take a base layer out of the model."""
@@ -128,13 +142,48 @@ class SamplePass:
         for _ in self._forward_to(self.layers.index(layer)):
             pass
 
+    def run_through(self, layer: int) -> None:
+        """Go up to what leaves a base layer."""
+        for _ in self._forward_to(self.layers.index(layer) + 1):
+            pass
+
     @contextmanager
-    def look(self, layer: int) -> Iterator[ForwardLayer]:
-        """Stand at a base layer to see what it computes now, and keep none of it."""
+    def look(self, layer: int, *, keep: bool = False) -> Iterator[ForwardLayer]:
+        """Stand at a base layer to see what it computes now; all its batches must be seen. `keep`: go on from there afterwards."""
         self.run_up_to(layer)
+        position = self.layers.index(layer)
         with self.model.layer(layer) as module:
-            yield ForwardLayer(layer, module, self._forward_visits(self.layers.index(layer), keep=False))
+            yield ForwardLayer(layer, module, self._forward_visits(position, keep=keep))
+        if keep:
+            self.done = position + 1
+            self._invalidate(position + 1, keep_taken=True)
         self.layer_forwards += 1
+
+    def has_room_for_taken(self, inputs: int) -> bool:
+        """Whether what a linear map with so many inputs takes, of all tokens, can be held beside what is kept already."""
+        tokens = sum(batch.input_ids.numel() for batch in self.batches)
+        width = self.boundary(0, 0).shape[-1]
+        return self._kept.has_room(tokens * (inputs + width) * self.model.dtype.itemsize)
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether it is kept what a linear map took."""
+        return self._kept.has(TAKEN, 0)
+
+    def keep_taken(self, batch: int, taken: torch.Tensor) -> None:
+        """Keep what a linear map of the layer that the sweep looks at took of a batch (B, T, inputs), times the map's gain."""
+        self._kept.put(TAKEN, batch, taken)
+
+    def add_to_output(self, layer: int, change: torch.Tensor) -> None:
+        """Add to what leaves a base layer what a linear map adds to it when its weight changes, by what it took.
+
+        `change` (inputs, D). To be used where `has_taken`.
+        """
+        position = self.layers.index(layer)
+        for index in range(len(self.batches)):
+            output = self._kept.get(position + 1, index)
+            self._kept.put(position + 1, index, output + self._kept.get(TAKEN, index) @ change.to(output))
+        self._invalidate(position + 1)
 
     def losses(self) -> Iterator[torch.Tensor]:
         """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
@@ -218,9 +267,9 @@ class SamplePass:
     def _needs_gradient(self, position: int) -> bool:
         return position > 0 or self.has_weight_gradients
 
-    def _invalidate(self, position: int) -> None:
+    def _invalidate(self, position: int, *, keep_taken: bool = False) -> None:
         self.done = min(self.done, position)
-        self._kept.drop_from(self.done + 1)
+        self._kept.drop_from(self.done + 1, TAKEN if keep_taken else CANDIDATE)
         self._graphs.drop_from(self.done)
 
     def _forward_visits(self, position: int, *, keep: bool = True) -> Iterator[ForwardVisit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -52,6 +53,8 @@ class WeightLoader:
         self._device = device
         self._source = source
         self._overrides: dict[int, dict[str, torch.Tensor]] = {}
+        self._open: Counter[int] = Counter()
+        """By layer: the `with` blocks that are in it."""
         self.is_resident = sum(graph.layer_elements().values()) * dtype.itemsize <= resident_bytes
         """Whether layers stay in memory after their first use."""
         self.reads_ahead = False
@@ -61,7 +64,7 @@ class WeightLoader:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Base layer `index` with its weights, for the time of the `with` block."""
+        """Base layer `index` with its weights, for the time of the `with` block, or of the outermost of several."""
         layer = self._layers[index]
         if _lacks_weights(layer):
             self._bring_in(index)
@@ -69,13 +72,15 @@ class WeightLoader:
             self._source.finish(layer)
             for name, value in self._overrides.get(index, {}).items():
                 layer.get_parameter(name).data.copy_(value)
+        self._open[index] += 1
         try:
             yield layer
         except BaseException:
             self._prefetcher.drop()  # the sweep ends here, and nobody comes for it
             raise
         finally:
-            if not self.is_resident:
+            self._open[index] -= 1
+            if not self.is_resident and not self._open[index]:
                 self.drop(index)
 
     def drop(self, index: int) -> None:

@@ -83,7 +83,7 @@ class RidgeCompensate(LayerCompensation):
         gram = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
         moments, drift = Moments(gram, torch.zeros(site.inputs, width, dtype=torch.float64), 0.0), Drift()
         with pruned.look(layer) as step:
-            check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
+            check_gain(pruned.model, layer, *pruned.probe(layer), site)
             with capture_site(pruned.model, layer, site, "input") as captured:
                 for visit in step:
                     leaving = visit.output[visit.mask].double()
