@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         solve_site as solve_site,
         write_patches as write_patches,
     )
+    from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
     from .correction.ridge import Moments as Moments, check_room as check_room, room_for as room_for
     from .correction.sites import NoSiteError as NoSiteError, Site as Site, check_gain as check_gain
     from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
@@ -118,7 +119,7 @@ if TYPE_CHECKING:
     from .stages.hookspecs import hookimpl as hookimpl
     from .stages.layer_scores import Decision as Decision, LayerScores as LayerScores, ScoresForecast as ScoresForecast
     from .stages.perplexity import perplexity_of as perplexity_of
-    from .stages.ranking import Measure as Measure
+    from .stages.ranking import Measure as Measure, Scoring as Scoring
     from .stages.removal import (
         check_regular_removal as check_regular_removal,
         check_removal_by_config as check_removal_by_config,

@@ -134,27 +134,33 @@ def write_patches(
     """
     import torch
 
-    pruned, patches = streams.pruned, {}
-    before: torch.Tensor | None = None
-    if site is not None and pruned.has_taken and set(new) == {f"{site.name}.weight"}:
-        with pruned.model.layer(layer) as module:
-            before = module.get_parameter(f"{site.name}.weight").detach().clone()
+    patches, values = {}, {}
     for parameter, value in new.items():
-        name = pruned.model.disk_name(layer, parameter)
+        name = streams.pruned.model.disk_name(layer, parameter)
         stored = streams.graph.stored_tensor(name)
         if not value.isfinite().all():
             raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
         exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
-        rounded = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
-        patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
-        pruned.model.weights.override(layer, parameter, rounded)
-    if before is None or site is None:
-        pruned.invalidate_from(layer)
-        return patches
-    with pruned.model.layer(layer) as module:
-        change = module.get_parameter(f"{site.name}.weight").detach() - before
-    pruned.add_to_output(layer, change if site.is_transposed else change.T)
+        values[parameter] = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
+        patches[name] = TensorFile.save({name: values[parameter]}, context.folder / f"{name}.safetensors")
+    use_values(streams, layer, values, site)
     return patches
+
+
+def use_values(streams: Streams, layer: int, new: Mapping[str, torch.Tensor], site: Site | None = None) -> None:
+    """Use new values of a layer's parameters in the pruned stream from now on. `site`: as in `write_patches`."""
+    pruned = streams.pruned
+    name = f"{site.name}.weight" if site else ""
+    with pruned.model.layer(layer) as module:
+        keeps_taken = site is not None and pruned.has_taken and set(new) == {name}
+        before = module.get_parameter(name).detach().clone() if keeps_taken else None
+        for parameter, value in new.items():
+            pruned.model.weights.override(layer, parameter, value)
+        change = None if before is None else module.get_parameter(name).detach() - before
+    if change is None or site is None:
+        pruned.invalidate_from(layer)
+    else:
+        pruned.add_to_output(layer, change if site.is_transposed else change.T)
 
 
 def solve_site(
@@ -198,10 +204,11 @@ def solve_site(
 
 
 def collect_moments(
-    streams: Streams, layer: int, site: Site, space: Space, context: Context
+    streams: Streams, layer: int, site: Site, space: Space, context: Context, *, goes_on: bool = True
 ) -> tuple[Moments | ChannelMoments, Drift]:
     """Run the layer once more in the pruned stream and sum what the ridge problem needs: `ChannelMoments` for a norm.
 
+    `goes_on`: what leaves the layer may be kept, because a correction of this layer, or of another, is to be used from now on.
     Raises `NoSiteError` where the site's gain is not as it was found, `CapacityError` where the sums do not fit into memory.
     """
     import torch
@@ -231,7 +238,7 @@ def collect_moments(
             moments.add(taken.reshape(*visit.mask.shape, -1)[visit.mask], target - entered)
             drift.add(entered, target)
     else:
-        keeps = can_add_change(streams, site, space) and pruned.has_room_for_taken(site.inputs)
+        keeps = goes_on and can_add_change(streams, site, space) and pruned.has_room_for_taken(site.inputs)
         with pruned.look(layer, keep=keeps) as step:
             check_gain(pruned.model, layer, *pruned.probe(layer), site)
             with capture_site(pruned.model, layer, site, space) as captured:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..checkpoint.graph import ModelGraph
 from ..context import Context
@@ -56,6 +56,19 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+class Scoring(Protocol):
+    """What makes one ranking after another of the layers that are left."""
+
+    def score(self, kept: set[int], before: Scores, /) -> dict[str, Any]:
+        """`scores` by layer, and `work`, a `Round`, as JSON. `before`: the scores of the ranking before; none at first.
+
+        They depend on nothing else, so that a run that goes on makes the same decisions.
+        """
+
+    def close(self) -> None:
+        """Give back memory."""
+
+
 class Scorer:
     """Scores the layers that are left, one ranking after another; the next starts from what the last leaves valid."""
 
@@ -69,7 +82,7 @@ class Scorer:
         """How many of the calibration samples are swept."""
         return math.ceil(self.measure.sample_share * self.calibration.samples)
 
-    def score(self, kept: set[int]) -> dict[str, Any]:
+    def score(self, kept: set[int], _before: Scores, /) -> dict[str, Any]:
         """Importance by layer, and the work it took, as JSON."""
         started = time.perf_counter()
         sweep = self._open_sweep(kept)

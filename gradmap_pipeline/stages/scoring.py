@@ -17,7 +17,7 @@ from ..errors import OptionError, PluginError, StageError
 from ..work import Round, Work
 from .forecasts import known
 from .layer_scores import Decision, LayerScores, ScoresForecast
-from .ranking import Measure, Scorer, Scores, check_scores, shorten
+from .ranking import Measure, Scorer, Scores, Scoring, check_scores, shorten
 from .removal import count_removed
 from .stage import Stage
 
@@ -52,6 +52,16 @@ class LayerScoring(Stage):
     def measure(self, context: Context) -> Measure:
         """How scores are made, where sweeps make them."""
         raise NotImplementedError
+
+    def open_scorer(self, model: ModelGraph, calibration: CalibrationSet, context: Context) -> tuple[Any, Scoring]:
+        """What makes one ranking after another, and a key of all that rankings depend on besides the model and the calibration set.
+
+        Here: sweeps over the calibration set, as `measure` says.
+        """
+        measure = self.measure(context)
+        if not isinstance(measure, Measure) or not 0 < measure.sample_share <= 1:
+            raise PluginError(f"stage {self.name!r}: 'measure' must return a Measure of a sample_share over 0 and up to 1")
+        return measure.key, Scorer(self.name, measure, model, calibration, context)
 
     def describe(self) -> str:
         """The method, for people and reports."""
@@ -91,17 +101,15 @@ class LayerScoring(Stage):
         check_tokenizer(inputs.calibration, inputs.model)
         model = inputs.model
         count, protected = self.count_decisions(len(model.layers)), self.protected(model.layers)
-        measure = self.measure(context)
-        if not isinstance(measure, Measure) or not 0 < measure.sample_share <= 1:
-            raise PluginError(f"stage {self.name!r}: 'measure' must return a Measure of a sample_share over 0 and up to 1")
-        scorer = Scorer(self.name, measure, model, inputs.calibration, context)
-        base = {"model": model.digest, "calibration": inputs.calibration.digest, "metric": measure.key}
+        key, scorer = self.open_scorer(model, inputs.calibration, context)
+        base = {"model": model.digest, "calibration": inputs.calibration.digest, "metric": key}
         kept = list(model.layers)
         decisions: list[Decision] = []
         rounds: list[Round] = []
+        scores: Scores = {}
         with context.progress("score layers", count, "decision") as advance, closing(scorer):
             while len(decisions) < count:
-                ranking = context.remember({**base, "kept": list(kept)}, partial(scorer.score, set(kept)))
+                ranking = context.remember({**base, "kept": list(kept)}, partial(scorer.score, set(kept), scores))
                 scores = {int(layer): score for layer, score in ranking["scores"].items()}
                 rounds.append(Round.model_validate(ranking["work"]))
                 new = self._decide(kept, scores, count - len(decisions), protected)

@@ -69,6 +69,10 @@ class KeptTensors:
         """Parts of the file that are used no more: offset and size, by offset."""
         self._end = 0
 
+    def open_beside(self) -> KeptTensors:
+        """Room for other tensors, as large as this, in the same ledger."""
+        return KeptTensors(self.limit_bytes, self._folder, host_bytes=self.host_bytes, ledger=self._ledger)
+
     def put(self, level: int, batch: int, tensor: torch.Tensor) -> None:
         """Keep a tensor, in place of any other there."""
         place = level, batch

@@ -197,30 +197,33 @@ class SamplePass:
 
         `from_bottom`: compute it again all the same. Raises `PluginError` where the sweep keeps no hidden states.
         """
+        self.run_up_to(layer)
+        start = 0 if from_bottom else self.layers.index(layer)
+        left = [other for other in self.layers[start:] if other != layer]
+        outputs = self.outputs_of(left, start)
+        return sum(float(compute_losses(self.model, self.batches[index], hidden).double().sum()) for index, hidden in outputs)
+
+    def outputs_of(self, layers: Sequence[int], start: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Run some base layers one after another from what enters the layer at `start`: each batch, and what leaves the last.
+
+        Nothing of it is kept. Raises `PluginError` where the sweep keeps no hidden states.
+        """
         import torch
 
         if not self.keeps_boundaries:
             raise PluginError(f"a loss without a layer starts from hidden states below it, which are not kept: {_KEEP_ALL}")
-        self.run_up_to(layer)
-        position = self.layers.index(layer)
-        start = 0 if from_bottom else position
-        left = [other for other in self.layers[start:] if other != layer]
         # Layers that stay in memory cost nothing to use again, so one batch at a time is enough.
         batches = range(len(self.batches))
-        total = 0.0
-        with torch.no_grad():
-            for group in ([index] for index in batches) if self.model.weights.is_resident else [list(batches)]:
-                for number, other in enumerate(left):
-                    with self.model.layer(other):
-                        for index in group:
-                            hidden = self._kept.get(CANDIDATE if number else start, index)
-                            self._kept.put(CANDIDATE, index, self.model.run_layer(other, hidden, self.arguments(index, other)))
-                for index in group:
-                    hidden = self._kept.get(CANDIDATE if left else start, index)
-                    total += float(compute_losses(self.model, self.batches[index], hidden).double().sum())
-                    self._kept.forget(CANDIDATE, index)
-        self.layer_forwards += len(left)
-        return total
+        for group in ([index] for index in batches) if self.model.weights.is_resident else [list(batches)]:
+            for number, layer in enumerate(layers):
+                with self.model.layer(layer), torch.no_grad():
+                    for index in group:
+                        hidden = self._kept.get(CANDIDATE if number else start, index)
+                        self._kept.put(CANDIDATE, index, self.model.run_layer(layer, hidden, self.arguments(index, layer)))
+            for index in group:
+                yield index, self._kept.get(CANDIDATE if layers else start, index)
+                self._kept.forget(CANDIDATE, index)
+        self.layer_forwards += len(layers)
 
     def logits(self, last: int | None = None) -> Iterator[torch.Tensor]:
         """Logits (B, T, V) of each batch; of the `last` positions alone, where that is given."""

@@ -33,12 +33,14 @@ Samples = tuple["torch.Tensor", "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Stream:
-    """What one of several sweeps is that keep hidden states at a time: layers alone are run, and no loss is computed."""
+    """What one of several sweeps is that keep hidden states at a time."""
 
     reserve: int
     """Bytes to leave free for what is done with the hidden states."""
     sharers: int
     """Such sweeps, which have equal parts of the rest."""
+    has_head: bool = False
+    """Whether logits are computed; else layers alone are run."""
 
 
 def open_sweep(
@@ -66,6 +68,7 @@ def open_sweep(
     is_backward, has_weight_gradients = need != "forward", need == "weight gradients"
     keeps_boundaries = is_backward or keep == "all"
     reserve = stream.reserve if stream else 0
+    has_head = stream is None or stream.has_head
     model = LayerwiseModel(graph, device=context.device, dtype=dtype or context.dtype, resident_bytes=0)
     if plan is None:
         needs = measure_needs(
@@ -76,7 +79,7 @@ def open_sweep(
             has_weight_gradients=has_weight_gradients,
             keeps_boundaries=keeps_boundaries,
             has_padding=not bool(mask.bool().all()),
-            has_head=stream is None,
+            has_head=has_head,
         )
         plan = plan_sweep(needs, context.memory - resident_bytes(context.device), divisible=divisible, reserve=reserve)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
@@ -94,7 +97,7 @@ def open_sweep(
         KeptTensors(kept_limit, context.folder, ledger=model.weights.ledger),
         keeps_boundaries=keeps_boundaries,
         has_weight_gradients=has_weight_gradients,
-        has_head=stream is None,
+        has_head=has_head,
         predicted=int(context.group.sum_values({0: predicted})[0]),
     )
 
@@ -181,6 +184,13 @@ class Sweep:
         (batches,) = self._parts
         self._only = self._only or self._open(batches)
         return self._only
+
+    def open_beside(self, samples: Samples) -> SamplePass:
+        """Other samples in the same model, whose hidden states have as much memory again."""
+        ids, mask = samples
+        tokens = self.plan.batch_samples * ids.shape[1]
+        batches = make_batches(ids, mask, tokens, lengths_apart=self.model.lengths_apart)
+        return SamplePass(self.model, batches, kept=self.kept.open_beside())
 
     def forward(self) -> Iterator[ForwardLayer]:
         """Go up from the first layer whose output is not known, once for each pass: through all layers, unless `keep` is `all`."""

@@ -108,6 +108,15 @@ class WeightLoader:
         if not current.is_meta:
             current.data.copy_(value)
 
+    def restore(self, index: int) -> None:
+        """Use the values of the checkpoint again for base layer `index`, from its next use on. It must not be in use."""
+        if self._overrides.pop(index, None) and not _lacks_weights(self._layers[index]):
+            self.drop(index)
+
+    def overridden(self, index: int) -> dict[str, torch.Tensor]:
+        """The values by parameter that are used instead of those of the checkpoint."""
+        return dict(self._overrides.get(index, {}))
+
     def try_load(self, tensors: Mapping[str, StoredTensor]) -> adapter.Loading:
         """Load tensors as the weights of a layer are loaded, and say what became of them."""
         return self._load(self._reads(tensors))

@@ -1,0 +1,153 @@
+"""Look ahead: remove the layer without which the corrected model predicts most like the original, and search again in what is left.
+
+After each removal the model is corrected anew, as `project_compensate` does it. For a candidate, the layer below it is corrected as
+if the candidate were gone; the KL divergence from the original model's predictions, on samples that no correction was solved on,
+is the candidate's score. A candidate's increase of the divergence changes little from one decision to the next, so the queue is
+worked off lazily, as in Minoux's accelerated greedy algorithm, https://doi.org/10.1007/BFb0006528: candidates are tried again in
+the order of their last increase until the least of all has been tried in this round.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from gradmap_pipeline import (
+    CalibrationSet,
+    Context,
+    CorrectedModel,
+    Decision,
+    Estimate,
+    Forecasts,
+    LayerScoring,
+    ModelCosts,
+    ModelGraph,
+    OptionError,
+    Round,
+    Scoring,
+    Stage,
+    StageError,
+    StructureProbe,
+    divide_samples,
+    hookimpl,
+    room_for,
+    take_lowest,
+)
+
+_HELD_OUT = 1 / 3
+"""Share of the samples that predictions are compared on."""
+_RETRIED = 0.15
+"""Share of the candidates that a decision is thought to try again, for estimates."""
+
+
+class LookaheadScore(LayerScoring):
+    """Rank layers by how far the corrected model's predictions move without each of them, again after each removal."""
+
+    name = "lookahead_score"
+
+    sample_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the calibration samples that layers are scored on: corrections are solved on two thirds of these, "
+        "and predictions are compared on one third.",
+    )
+    candidates: int = Field(3, ge=1, description="Layers that each decision tries anew at least, those of the least last increase.")
+    ridge: float = Field(0.1, ge=0, description="As in `project_compensate`.")
+    shrink: float = Field(0.4, ge=0, description="As in `project_compensate`.")
+
+    def describe(self) -> str:
+        return "divergence of the corrected model, greedy"
+
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
+        super().inspect(inputs, probe)
+        probe.find_sites()
+
+    def open_scorer(self, model: ModelGraph, calibration: CalibrationSet, context: Context) -> tuple[Any, Scoring]:
+        ids, mask = calibration.load()
+        used = math.ceil(self.sample_share * len(ids))
+        if used < 2:
+            raise OptionError(
+                "sample_share",
+                f"{used} of {len(ids)} samples are used, and corrections and predictions need one each at least; raise "
+                "'sample_share', or 'samples' of the calibration",
+            )
+        key = [self.sample_share, self.candidates, self.ridge, self.shrink, self.protect_first, self.protect_last]
+        return key, Search(self, model, (ids[:used], mask[:used]), used / len(ids), context)
+
+    def decide(self, kept: Sequence[int], scores: dict[int, float], wanted: int, protected: Collection[int]) -> list[Decision]:
+        return take_lowest(kept, scores, 1, protected)
+
+    def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
+        used = math.ceil(self.sample_share * samples)
+        decisions, free = self.count_decisions(depth), depth - self.protect_first - self.protect_last
+        tried = free + (decisions - 1) * max(self.candidates, _RETRIED * free)
+        corrected = decisions * depth / 2  # a decision corrects the layers above it anew, half of all
+        inputs, width = costs.graph.map_sizes()
+        again = (1 - _HELD_OUT) * (tried + 1.5 * corrected) + _HELD_OUT * tried * depth / 2
+        products = 2 * (1 - _HELD_OUT) * used * tokens * inputs * (inputs + width)
+        flops = (tried + corrected) * (products + inputs**3 / 3 + 2 * inputs**2 * width)
+        sweeps = costs.two_streams(depth, used, tokens, room_for(inputs, width), round(again))
+        return sweeps + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
+
+
+class Search:
+    """The model as far as it is pruned, and the candidates."""
+
+    def __init__(self, stage: LookaheadScore, model: ModelGraph, samples: Any, share: float, context: Context) -> None:
+        self.stage, self.model, self.samples, self.share, self.context = stage, model, samples, share, context
+        self._opened: CorrectedModel | None = None
+        self._left = set(model.layers)
+
+    def score(self, kept: set[int], before: dict[int, float], /) -> dict[str, Any]:
+        """How much each layer adds to the divergence in nats a token, as last tried, and the work it took, as JSON."""
+        started = time.perf_counter()
+        corrected = self._opened or self._open()
+        forwards = corrected.layer_forwards if self._opened else 0.0
+        self._opened = corrected
+        if self._left - kept:
+            corrected.remove(self._left - kept)
+            self._left = set(kept)
+        now = corrected.divergence() if before else 0.0
+        protected = self.stage.protected(tuple(sorted(self.model.layers)))
+        increases = {layer: before.get(layer, -math.inf) for layer in sorted(kept) if layer not in protected}
+        tried: set[int] = set()
+        while True:
+            layer = min((layer for layer in increases if layer not in tried), key=increases.__getitem__, default=None)
+            enough = len(tried) >= self.stage.candidates and bool(before)
+            if layer is None or (enough and min(increases.values()) < increases[layer]):
+                break
+            increases[layer] = corrected.divergence_without(layer) - now
+            if not math.isfinite(increases[layer]):
+                self.close()
+                raise StageError(f"the divergence without layer {layer} is not a finite number in {self.context.dtype}")
+            tried.add(layer)
+        work = Round(
+            layer_forwards=(corrected.layer_forwards - forwards) * self.share,
+            layer_backwards=0,
+            seconds=time.perf_counter() - started,
+        )
+        return {"scores": increases, "work": work.model_dump()}
+
+    def close(self) -> None:
+        """Give back the memory of the model."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _open(self) -> CorrectedModel:
+        sites = StructureProbe(self.model, self.context.memory).find_sites()
+        inputs, width = self.model.map_sizes()
+        held_out = max(1, round(_HELD_OUT * len(self.samples[0])))
+        fit, compared = divide_samples(self.samples, held_out)
+        options = {"ridge": self.stage.ridge, "shrink": self.stage.shrink}
+        return CorrectedModel(self.model, fit, compared, sites, self.context, reserve=room_for(inputs, width), **options)
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [LookaheadScore]
