@@ -39,6 +39,7 @@ SELECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradmap, one shot": ("gradmap_score", {"schedule": "one_shot"}),
     "gradmap, update": ("gradmap_score", {"metric": "update_gradient"}),
     "gradmap, weights": ("gradmap_score", {"metric": "weight_gradient", "sample_share": 1.0}),
+    "look ahead": ("lookahead_score", {}),
     "sleb": ("sleb_score", {}),
     "perplexity": ("perplexity_score", {}),
     "shortgpt": ("shortgpt_score", {}),
@@ -61,7 +62,7 @@ CORRECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "replaceme": ("replaceme_compensate", {}),
     "linearpatch, folded": ("linearpatch_compensate", {"tolerance": 1.0}),
 }
-CORRECTED = ("gradmap", "sleb", "shortgpt", "angular, last token")
+CORRECTED = ("gradmap", "look ahead", "sleb", "shortgpt", "angular, last token")
 """Selections that are corrected."""
 MAIN = (*CORRECTED, "taylor+")
 """Selections that are made with every seed; the others with the first."""

@@ -28,6 +28,7 @@ from gradmap_pipeline.testing import make_context
 
 RATIOS = (0.1, 0.2, 0.27, 0.33)
 METHODS: dict[str, tuple[str, ...]] = {
+    "look ahead": ("gradmap",),
     "gradmap": ("gradmap",),
     "sleb": ("gradmap",),
     "shortgpt": ("gradmap",),
