@@ -152,7 +152,7 @@ def use_values(streams: Streams, layer: int, new: Mapping[str, torch.Tensor], si
     pruned = streams.pruned
     name = f"{site.name}.weight" if site else ""
     with pruned.model.layer(layer) as module:
-        keeps_taken = site is not None and pruned.has_taken and set(new) == {name}
+        keeps_taken = site is not None and bool(pruned.taken) and set(new) == {name}
         before = module.get_parameter(name).detach().clone() if keeps_taken else None
         for parameter, value in new.items():
             pruned.model.weights.override(layer, parameter, value)
@@ -160,7 +160,7 @@ def use_values(streams: Streams, layer: int, new: Mapping[str, torch.Tensor], si
     if change is None or site is None:
         pruned.invalidate_from(layer)
     else:
-        pruned.add_to_output(layer, change if site.is_transposed else change.T)
+        pruned.change_output(layer, change if site.is_transposed else change.T)
 
 
 def solve_site(
@@ -238,7 +238,7 @@ def collect_moments(
             moments.add(taken.reshape(*visit.mask.shape, -1)[visit.mask], target - entered)
             drift.add(entered, target)
     else:
-        keeps = goes_on and can_add_change(streams, site, space) and pruned.has_room_for_taken(site.inputs)
+        keeps = goes_on and can_add_change(streams, site, space) and pruned.taken.has_room(site.inputs, width, pruned.model.dtype)
         with pruned.look(layer, keep=keeps) as step:
             check_gain(pruned.model, layer, *pruned.probe(layer), site)
             with capture_site(pruned.model, layer, site, space) as captured:
@@ -249,7 +249,7 @@ def collect_moments(
                     moments.add(taken[visit.mask], target - drifted)
                     drift.add(drifted, target)
                     if keeps:
-                        pruned.keep_taken(visit.batch, taken)
+                        pruned.taken.keep(visit.batch, taken)
     streams.join(drift, layer)
     moments.join(streams.group)
     return moments, drift

@@ -17,6 +17,7 @@ from .kept_tensors import CANDIDATE, GRADIENTS, TAKEN, KeptTensors
 from .layer_arguments import KeptArguments, LayerArguments
 from .layer_graphs import LayerGraphs, accumulate, opened
 from .layerwise import LayerwiseModel
+from .taken_inputs import TakenInputs
 from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class SamplePass:
         self.layer_backwards = 0
         self._kept = KeptTensors(ledger=model.weights.ledger) if kept is None else kept
         self._arguments = KeptArguments(self._kept)
+        self.taken = TakenInputs(self._kept, self.batches)
+        """Inputs of a map of the layer that the sweep looks at, where something keeps them."""
         for index, batch in enumerate(self.batches):
             hidden, arguments = model.record(batch)
             self._kept.put(0, index, hidden)
@@ -159,30 +162,10 @@ class SamplePass:
             self._invalidate(position + 1, keep_taken=True)
         self.layer_forwards += 1
 
-    def has_room_for_taken(self, inputs: int) -> bool:
-        """Whether what a linear map with so many inputs takes, of all tokens, can be held beside what is kept already."""
-        tokens = sum(batch.input_ids.numel() for batch in self.batches)
-        width = self.boundary(0, 0).shape[-1]
-        return self._kept.has_room(tokens * (inputs + width) * self.model.dtype.itemsize)
-
-    @property
-    def has_taken(self) -> bool:
-        """Whether it is kept what a linear map took."""
-        return self._kept.has(TAKEN, 0)
-
-    def keep_taken(self, batch: int, taken: torch.Tensor) -> None:
-        """Keep what a linear map of the layer that the sweep looks at took of a batch (B, T, inputs), times the map's gain."""
-        self._kept.put(TAKEN, batch, taken)
-
-    def add_to_output(self, layer: int, change: torch.Tensor) -> None:
-        """Add to what leaves a base layer what a linear map adds to it when its weight changes, by what it took.
-
-        `change` (inputs, D). To be used where `has_taken`.
-        """
+    def change_output(self, layer: int, change: torch.Tensor) -> None:
+        """Add to what leaves a base layer what a changed weight of the map adds whose inputs are in `taken`. `change` (inputs, D)."""
         position = self.layers.index(layer)
-        for index in range(len(self.batches)):
-            output = self._kept.get(position + 1, index)
-            self._kept.put(position + 1, index, output + self._kept.get(TAKEN, index) @ change.to(output))
+        self.taken.add_change(position + 1, change)
         self._invalidate(position + 1)
 
     def losses(self) -> Iterator[torch.Tensor]:
