@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ NEEDS = SweepNeeds(
     words=32000,
     logits_at_once=1 << 24,
 )
+
+
+def test_measuring_leaves_nothing_in_memory(llama: Path) -> None:
+    """Autograd frees what it saved of the one sample, and with it the weights of the layer."""
+
+    def find_tensors() -> set[int]:
+        gc.collect()
+        return {id(found) for found in gc.get_objects() if type(found) is torch.Tensor and found.ndim > 1}
+
+    model = LayerwiseModel(open_folder(llama), resident_bytes=0)
+    measure_needs(model, 1, 40)
+    before = find_tensors()
+    measure_needs(model, 1, 40)
+    assert find_tensors() <= before
 
 
 def test_reading_ahead_takes_the_room_of_a_second_layer() -> None:

@@ -159,7 +159,7 @@ def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, argu
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that holds its own output is never freed
 
     with model.layer(layer) as module:
         weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
