@@ -65,10 +65,11 @@ class SamplePass:
         self.layer_backwards = 0
         self._kept = KeptTensors(ledger=model.weights.ledger) if kept is None else kept
         self._arguments = KeptArguments(self._kept)
-        for index, batch in enumerate(self.batches):
-            hidden, arguments = model.record(batch)
-            self._kept.put(0, index, hidden)
-            self._arguments.add(index, arguments)
+        with model.weights.embeddings():
+            for index, batch in enumerate(self.batches):
+                hidden, arguments = model.record(batch)
+                self._kept.put(0, index, hidden)
+                self._arguments.add(index, arguments)
         self._graphs = LayerGraphs(keep=self.keeps_graphs)
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
@@ -139,9 +140,10 @@ class SamplePass:
     def losses(self) -> Iterator[torch.Tensor]:
         """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
         self.run_forward()
-        for index, batch in enumerate(self.batches):
-            yield compute_losses(self.model, batch, self._kept.get(len(self.layers), index))
-            self.advance()
+        with self.model.weights.head():
+            for index, batch in enumerate(self.batches):
+                yield compute_losses(self.model, batch, self._kept.get(len(self.layers), index))
+                self.advance()
 
     def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
         """Sum of the losses of all tokens with one base layer left out; what lies below it is not computed again.
@@ -166,10 +168,11 @@ class SamplePass:
                         for index in group:
                             hidden = self._kept.get(CANDIDATE if number else start, index)
                             self._kept.put(CANDIDATE, index, self.model.run_layer(other, hidden, self.arguments(index, other)))
-                for index in group:
-                    hidden = self._kept.get(CANDIDATE if left else start, index)
-                    total += float(compute_losses(self.model, self.batches[index], hidden).double().sum())
-                    self._kept.forget(CANDIDATE, index)
+                with self.model.weights.head():
+                    for index in group:
+                        hidden = self._kept.get(CANDIDATE if left else start, index)
+                        total += float(compute_losses(self.model, self.batches[index], hidden).double().sum())
+                        self._kept.forget(CANDIDATE, index)
         self.layer_forwards += len(left)
         return total
 
@@ -178,7 +181,7 @@ class SamplePass:
         import torch
 
         self.run_forward()
-        with torch.no_grad():
+        with torch.no_grad(), self.model.weights.head():
             for index, batch in enumerate(self.batches):
                 hidden = self._kept.get(len(self.layers), index)
                 tokens = hidden.shape[1]
@@ -243,10 +246,11 @@ class SamplePass:
 
     def put_head_gradients(self) -> None:
         """Compute the gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
-        for index, batch in enumerate(self.batches):
-            hidden = self._kept.get(len(self.layers), index)
-            self._kept.put(GRADIENTS, index, differentiate_losses(self.model, batch, hidden, self._scale / self.predicted))
-            self.advance()
+        with self.model.weights.head():
+            for index, batch in enumerate(self.batches):
+                hidden = self._kept.get(len(self.layers), index)
+                self._kept.put(GRADIENTS, index, differentiate_losses(self.model, batch, hidden, self._scale / self.predicted))
+                self.advance()
 
     def _run_with_graph(self, position: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
         layer = self.layers[position]
