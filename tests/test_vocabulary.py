@@ -30,10 +30,11 @@ def names_in_memory(model: LayerwiseModel) -> set[str]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_neither_embeddings_nor_head_are_beside_a_layer(tied: bool, tmp_path: Path) -> None:
+def test_neither_embeddings_nor_head_are_beside_a_layer(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The losses and gradients are those of the whole model."""
     folder = make_model(tmp_path, tied=tied)
     model = LayerwiseModel(open_folder(folder), resident_bytes=0)
+    assert "corrupted" not in capsys.readouterr().err  # what comes later is not missing
     assert names_in_memory(model) == set()
     size = 300 * 32 * 4
     sweep = SamplePass(model, make_batches(IDS, torch.ones_like(IDS)))

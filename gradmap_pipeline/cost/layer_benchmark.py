@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ..batches import BATCH_TOKENS
+from ..machine.accelerators import wait_for
 from .machine_speed import time_call
 
 if TYPE_CHECKING:
@@ -94,10 +95,7 @@ class LayerBenchmark:
         return self._time(load)
 
     def _time(self, call: Callable[[], object]) -> float:
-        import torch
-
-        device = self._model.device
-        return time_call(call, wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None)
+        return time_call(call, wait=partial(wait_for, str(self._model.device)))
 
     def _make_batch(self, samples: int, tokens: int) -> Batch:
         import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..correction.streams import plan_streams
 from ..errors import CapacityError
 from ..machine.machine import Machine
-from ..machine.memory import free_bytes, give_back, resident_bytes, tune_allocator
+from ..machine.memory import free_bytes, free_on_host, give_back, resident_bytes, tune_allocator
 from ..sweep.memory_plan import SweepPlan, format_size, plan_sweep
 from ..sweep.needs import SweepNeeds
 from .estimate import Estimate
@@ -42,6 +42,7 @@ class ModelCosts:
         self.device = machine.prepare_torch()
         self._dtype = machine.dtype
         self.memory = machine.budget(self.device)
+        self.host_free = free_on_host(self.device, machine.host_budget(self.device))
         self._check_room()
         LayerBenchmark(self.graph, self.device, machine.dtype)
         give_back()
@@ -130,7 +131,7 @@ class ModelCosts:
         `besides`: bytes of other files that the step reads and writes.
         """
         needs = replace(self.needs(layers, samples, tokens), is_backward=False, keeps_boundaries=False)
-        plan = plan_sweep(needs, self.memory - self.occupied)
+        plan = plan_sweep(needs, self.memory - self.occupied, host_free=self.host_free)
         layer, head = self.benchmark.layer_pass(plan.batch_samples, tokens), self.benchmark.head_pass(plan.batch_samples, tokens)
         moving = self._moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
         passes = samples + (min(samples, plan.batch_samples) if plan.is_resident else 0)  # the first batch warms up
@@ -150,7 +151,7 @@ class ModelCosts:
     ) -> Estimate:
         """Backward sweeps in a row, over models of so many layers each. Reuse between them is left out."""
         needs = replace(self.needs(layers[0], samples, tokens), has_weight_gradients=weight_gradients)
-        plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible)
+        plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible, host_free=self.host_free)
         layer, head = (
             self.benchmark.layer_pass(plan.batch_samples, tokens, weight_gradients),
             self.benchmark.head_pass(plan.batch_samples, tokens),
@@ -174,7 +175,7 @@ class ModelCosts:
         """
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
-        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve)
+        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve, self.host_free)
         held = free - plan.kept_limit
         if held + reserve > free:
             enough = self.memory + held + reserve - free

@@ -10,6 +10,12 @@ def is_accelerator(device: str) -> bool:
     return device.partition(":")[0] != "cpu"
 
 
+def wait_for(device: str) -> None:
+    """Until an accelerator has done all that it was given to do: for times. The CPU has."""
+    if is_accelerator(device):
+        module_of(device).synchronize(device)
+
+
 def module_of(device: str) -> Any:
     """The part of torch for an accelerator: `torch.cuda` for `cuda:0`."""
     import torch

@@ -73,8 +73,14 @@ def give_back(*, between_steps: bool = False) -> None:
         gc.freeze()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         sys.modules["torch"].cuda.empty_cache()
+        getattr(sys.modules["torch"]._C, "_host_emptyCache", lambda: None)()  # pinned memory; builds for the CPU have none
     with suppress(OSError, AttributeError):  # another C library keeps or returns memory as it likes
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_on_host(device: str, host_memory: int) -> int:
+    """What is left of the bytes that this process may have resident in the machine beside a GPU; none where there is no GPU."""
+    return max(0, host_memory - resident_bytes()) if is_accelerator(device) else 0
 
 
 def default_budget(device: str = "cpu") -> int:

@@ -15,6 +15,8 @@ from .needs import SweepNeeds
 
 _SLACK = 96 << 20
 """Allocator fragments, thread buffers, Python objects."""
+_HOST_SLACK = 64 << 20
+"""Of the same in the machine's memory, where a GPU computes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class SweepPlan:
     """Above what the process has before: the sum of `lines`, and what the allocator needs."""
     bytes_read: int
     bytes_written: int
+    host_limit: int = 0
+    """Bytes of it held besides in the machine's memory, where the device is a GPU."""
     spilled_bytes: int = 0
     """Bytes of what is kept that are in a file at a time."""
     lines: dict[Line, int] = field(default_factory=dict, compare=False)
@@ -48,11 +52,12 @@ class SweepPlan:
         return ", ".join(filter(None, (layers, "graphs kept" if self.keeps_graphs else "", passes, spilled)))
 
 
-def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0) -> SweepPlan:
+def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0, host_free: int = 0) -> SweepPlan:
     """The fastest plan that fits into `free` bytes.
 
     `divisible` False: what is computed is not a sum over samples, so they must go through together.
-    `reserve`: bytes of those that are better left free than used to read ahead.
+    `reserve`: bytes of those that are better left free than used to read ahead. `host_free`: bytes in the machine's memory, where
+    the device has its own.
     Raises `CapacityError` when the largest layer and one sample do not fit.
     """
     layer = needs.layer_bytes + needs.weight_gradient_bytes
@@ -78,14 +83,17 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
         lines["read ahead"] = needs.layer_bytes
         held, left = held + needs.layer_bytes, left - needs.layer_bytes
     each = kept + graphs if keeps_graphs else kept
-    fitting = min(needs.samples, max(1, left // each // batch) * batch)
+    # Layers go through pinned memory: the one that is read ahead, in blocks of up to twice its size. So are what is kept.
+    host_limit = max(0, host_free - _HOST_SLACK - (2 * needs.layer_bytes if reads_ahead else needs.largest_tensor_bytes))
+    room = left + host_limit // 2
+    fitting = min(needs.samples, max(1, (left if keeps_graphs else room) // each // batch) * batch)
     passes = math.ceil(needs.samples / fitting) if divisible else 1
     sweeps = 2 if needs.is_backward else 1
     ends = needs.stored_embedding_bytes + (needs.stored_head_bytes if needs.has_head else 0)
     again = 0 if is_resident else (passes - 1) * (sweeps * needs.stored_bytes + ends)
-    spilled = max(0, needs.samples * kept - left)
+    spilled = max(0, needs.samples * kept - room)
     # What finds no room of the gradients is written anew at each layer, and so is the boundary of a sweep that keeps one.
-    gradients = max(0, needs.samples * needs.boundary_bytes - left) * needs.layers if needs.is_backward else 0
+    gradients = max(0, needs.samples * needs.boundary_bytes - room) * needs.layers if needs.is_backward else 0
     written = spilled * (1 if needs.keeps_boundaries else needs.layers) + gradients
     if passes > 1 and not keeps_graphs and 2 * written <= again:
         passes, again, fitting = 1, 0, needs.samples
@@ -107,6 +115,7 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
         peak_bytes=sum(lines.values()) + _SLACK,
         bytes_read=needs.stored_bytes * (1 if is_resident else sweeps) + ends + again + written,
         bytes_written=written,
+        host_limit=host_limit,
         spilled_bytes=spilled,
         lines=lines,
     )

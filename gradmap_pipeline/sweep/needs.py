@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..batches import Batch
+from ..machine.accelerators import is_accelerator
 from ..machine.memory import free_bytes
 from .head_losses import LOGIT_BYTES, LOGITS_AT_ONCE
 
@@ -153,7 +154,7 @@ def measure_needs(
         keeps_boundaries=keeps_boundaries,
         has_head=has_head,
     )
-    return replace(needs, has_slow_reads=model.device.type == "cuda" or needs.stored_bytes > free_bytes())
+    return replace(needs, has_slow_reads=is_accelerator(str(model.device)) or needs.stored_bytes > free_bytes())
 
 
 def _make_batch(samples: int, tokens: int, *, has_padding: bool) -> Batch:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class VocabularyTensor:
     """A tensor (V, D) that is brought in when it is used."""
 
+    name: str
+    """Of the parameter in the model."""
     modules: list[nn.Module]
     """Those that have it as their `weight`; two where the head is tied to the embeddings."""
     stored: dict[str, StoredTensor]
@@ -88,7 +90,7 @@ def _find(
     stored = {key: others[key] for key in (name, name.removeprefix(start)) if key in others and others[key].is_float}
     if len(stored) != 1:
         return None
-    tensor = VocabularyTensor([part], stored)
+    tensor = VocabularyTensor(name, [part], stored)
     (one,) = stored.values()
     if one.shape != tuple(tensor.weight.shape):
         raise ModelError(

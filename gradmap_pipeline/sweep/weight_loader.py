@@ -12,6 +12,7 @@ from ..checkpoint.casts import FOR_COMPUTING, cast_all
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.loading import hold, load_checked
 from ..errors import ModelError
+from ..machine.accelerators import is_accelerator
 from .ledger import Ledger
 from .prefetch import Prefetcher
 from .refusals import refuse
@@ -121,7 +122,7 @@ class WeightLoader:
     def expect(self, index: int) -> None:
         """Base layer `index` is the next to be used."""
         if self.reads_ahead and _lacks_weights(self._layers[index]):
-            self._prefetcher.start(index, partial(self._read_all, index, pinned=self._device.type == "cuda"))
+            self._prefetcher.start(index, partial(self._read_all, index, pinned=is_accelerator(str(self._device))))
 
     def forget_rest(self) -> None:
         """Drop embeddings, norm and head; from now on layers alone can be run."""
@@ -148,7 +149,7 @@ class WeightLoader:
         """Load what belongs to no layer, besides embeddings and head; tie what is tied."""
         later = {name for tensor in self.vocabulary.tensors for name in tensor.stored}
         others = {name: stored for name, stored in self._graph.other_tensors().items() if name not in later}
-        missing = self._load(self._reads(others)).missing
+        missing = self._load(self._reads(others)).missing - {tensor.name for tensor in self.vocabulary.tensors}
         adapter.tie_weights(self._module, missing)
         layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
         for name, parameter in self._module.named_parameters():

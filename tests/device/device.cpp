@@ -102,6 +102,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     auto* made = static_cast<Event*>(event);
     run_waiting(made->stream);
     host_knows(made->clock);
+    state().log.push_back("the host waits for " + name_of(made->stream));
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   bool queryStream(const c10::Stream& stream) const override {
