@@ -191,6 +191,25 @@ def is_tied(module: PreTrainedModel, name: str) -> bool:
     return name in module.all_tied_weights_keys
 
 
+def find_embeddings(module: PreTrainedModel) -> nn.Embedding | None:
+    """The embeddings of tokens, where they are one table."""
+    from torch import nn
+
+    try:
+        found = module.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # an architecture that has several
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def find_head(module: PreTrainedModel) -> nn.Linear | None:
+    """The linear map from the last hidden states to logits, where it is one."""
+    from torch import nn
+
+    found = module.get_output_embeddings()
+    return found if isinstance(found, nn.Linear) else None
+
+
 def compute_buffers(module: PreTrainedModel) -> None:
     """Fill the buffers that no checkpoint holds, and leave parameters as they are."""
     for parameter in module.parameters():

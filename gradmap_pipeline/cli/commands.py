@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..machine.streams import sole_errors, sole_output
-from .command_arguments import DeviceName, DtypeName, MemorySize, Overrides, PluginFiles, RecipePath, StorePath, Threads
+from .command_arguments import (
+    DeviceName,
+    DtypeName,
+    HostMemorySize,
+    MemorySize,
+    Overrides,
+    PluginFiles,
+    RecipePath,
+    StorePath,
+    Threads,
+)
 from .command_options import CommandGroup, open_store, parse_output, parse_path
 from .ending import endings
 from .material_commands import new_plugin, recipes
@@ -57,6 +67,7 @@ def run(
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
     memory: MemorySize = None,
+    host_memory: HostMemorySize = None,
     threads: Threads = None,
     plugins: PluginFiles = [],  # noqa: B006
     json: Annotated[
@@ -78,7 +89,7 @@ def run(
             from ..run.runner import run_plan
 
             plan = _plan(recipe, overrides, plugins, store)
-            machine = _machine(device, dtype, threads, memory)
+            machine = _machine(device, dtype, threads, memory, host_memory)
             with open_group(device) as group:
                 run_plan(plan, open_store(store), machine, reporter, group)
 
@@ -114,6 +125,7 @@ def plan(
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
     memory: MemorySize = None,
+    host_memory: HostMemorySize = None,
     threads: Threads = None,
     plugins: PluginFiles = [],  # noqa: B006
     json: Annotated[bool, typer.Option("--json", help="Print what each step takes as one JSON object, and nothing else.")] = False,
@@ -135,7 +147,7 @@ def plan(
             planned = _plan(recipe, overrides, plugins, store)
             if not json:
                 print_plan(planned)
-            machine = _machine(device, dtype, threads, memory)
+            machine = _machine(device, dtype, threads, memory, host_memory)
             with heard(lambda text: None if json else print(show(f"note: {text}"), file=output)):
                 costs = estimate_plan(planned, machine, store)
             if json:
@@ -165,6 +177,7 @@ def compare(
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
     memory: MemorySize = None,
+    host_memory: HostMemorySize = None,
     threads: Threads = None,
     plugins: PluginFiles = [],  # noqa: B006
 ) -> None:
@@ -186,7 +199,7 @@ def compare(
         if left_out:
             print(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
         reporter = CompareReporter([variant.name for variant in variants])
-        comparison = run_variants(variants, open_store(store), _machine(device, dtype, threads, memory), reporter)
+        comparison = run_variants(variants, open_store(store), _machine(device, dtype, threads, memory, host_memory), reporter)
         print_comparison(comparison)
         for line in save_comparison(comparison, out):
             print(show(line))
@@ -278,13 +291,14 @@ def _catalog(plugins: list[Path]) -> Catalog:
     return load_catalog(plugins)
 
 
-def _machine(device: str, dtype: str, threads: int | None, memory: str | None) -> Machine:
+def _machine(device: str, dtype: str, threads: int | None, memory: str | None, host_memory: str | None) -> Machine:
     from ..machine.machine import Machine
     from ..machine.memory import parse_size
     from ..machine.supervision import check_address_space
 
     check_address_space()
-    return Machine(device, dtype, threads, None if memory is None else parse_size(memory))
+    sizes = [None if size is None else parse_size(size) for size in (memory, host_memory)]
+    return Machine(device, dtype, threads, *sizes)
 
 
 def _plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:

@@ -199,6 +199,7 @@ def _get_outputs(
                     lineage=lineage,
                     step=step.id,
                     metrics=tuple(known),
+                    host_memory=machine.host_budget(device, group),
                 )
                 called = time.monotonic()
                 taken = step.stage.Inputs.model_validate(inputs)

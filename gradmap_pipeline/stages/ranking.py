@@ -13,6 +13,7 @@ from ..checkpoint.graph import ModelGraph
 from ..context import Context
 from ..data.calibration_set import CalibrationSet
 from ..errors import PluginError, StageError
+from ..machine.accelerators import wait_for
 from ..work import Round
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Scorer:
             since = time.perf_counter()
             if self.measure.need != "forward":
                 samples.run_forward()
+                wait_for(self.context.device)
             forward_seconds += time.perf_counter() - since
             for layer, score in check_scores(self.stage, self.measure.of(samples), sorted(kept)).items():
                 scores[layer] = scores.get(layer, 0.0) + score

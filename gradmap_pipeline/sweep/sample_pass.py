@@ -55,6 +55,7 @@ class SamplePass:
         """
         self.model = model
         self.batches = list(batches)
+        self._masks = [batch.mask.to(model.device) for batch in self.batches]  # once: the host waits for such a copy
         self.layers = list(model.graph.layers)
         self.keeps_boundaries = keep_boundaries
         self.keeps_graphs = keep_graphs and model.weights.is_resident
@@ -65,10 +66,11 @@ class SamplePass:
         self.layer_backwards = 0
         self._kept = KeptTensors(ledger=model.weights.ledger) if kept is None else kept
         self._arguments = KeptArguments(self._kept)
-        for index, batch in enumerate(self.batches):
-            hidden, arguments = model.record(batch)
-            self._kept.put(0, index, hidden)
-            self._arguments.add(index, arguments)
+        with model.weights.embeddings():
+            for index, batch in enumerate(self.batches):
+                hidden, arguments = model.record(batch)
+                self._kept.put(0, index, hidden)
+                self._arguments.add(index, arguments)
         self._graphs = LayerGraphs(keep=self.keeps_graphs)
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
@@ -106,6 +108,7 @@ class SamplePass:
         yield from self._forward_to(len(self.layers))
 
     def _forward_to(self, end: int) -> Iterator[ForwardLayer]:
+        self._kept.is_going_down = False
         for position in range(self.done, end):
             layer = self.layers[position]
             with self.model.layer(layer) as module, opened(self._parameters_of(module)):
@@ -139,9 +142,10 @@ class SamplePass:
     def losses(self) -> Iterator[torch.Tensor]:
         """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
         self.run_forward()
-        for index, batch in enumerate(self.batches):
-            yield compute_losses(self.model, batch, self._kept.get(len(self.layers), index))
-            self.advance()
+        with self.model.weights.head():
+            for index, batch in enumerate(self.batches):
+                yield compute_losses(self.model, batch, self._kept.get(len(self.layers), index))
+                self.advance()
 
     def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
         """Sum of the losses of all tokens with one base layer left out; what lies below it is not computed again.
@@ -163,13 +167,16 @@ class SamplePass:
             for group in ([index] for index in batches) if self.model.weights.is_resident else [list(batches)]:
                 for number, other in enumerate(left):
                     with self.model.layer(other):
+                        if number + 1 < len(left):
+                            self.model.weights.expect(left[number + 1])
                         for index in group:
                             hidden = self._kept.get(CANDIDATE if number else start, index)
                             self._kept.put(CANDIDATE, index, self.model.run_layer(other, hidden, self.arguments(index, other)))
-                for index in group:
-                    hidden = self._kept.get(CANDIDATE if left else start, index)
-                    total += float(compute_losses(self.model, self.batches[index], hidden).double().sum())
-                    self._kept.forget(CANDIDATE, index)
+                with self.model.weights.head():
+                    for index in group:
+                        hidden = self._kept.get(CANDIDATE if left else start, index)
+                        total += float(compute_losses(self.model, self.batches[index], hidden).double().sum())
+                        self._kept.forget(CANDIDATE, index)
         self.layer_forwards += len(left)
         return total
 
@@ -178,7 +185,7 @@ class SamplePass:
         import torch
 
         self.run_forward()
-        with torch.no_grad():
+        with torch.no_grad(), self.model.weights.head():
             for index, batch in enumerate(self.batches):
                 hidden = self._kept.get(len(self.layers), index)
                 tokens = hidden.shape[1]
@@ -195,6 +202,7 @@ class SamplePass:
         self.run_forward()
         if self.model.shares_state:
             raise ModelError("layers use keys and values of other layers, so the gradients of hidden states are not complete")
+        self._kept.is_going_down = True
         self.put_head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
@@ -226,7 +234,7 @@ class SamplePass:
     def _forward_visits(self, position: int, *, keep: bool = True) -> Iterator[ForwardVisit]:
         import torch
 
-        for index, batch in enumerate(self.batches):
+        for index in range(len(self.batches)):
             hidden = self._kept.get(position, index)
             if keep and self.keeps_graphs and self._needs_gradient(position):
                 output = self._run_with_graph(position, index, hidden).detach()
@@ -238,15 +246,16 @@ class SamplePass:
                 if not self.keeps_boundaries:
                     self._kept.forget(position, index)
                 self._kept.put(position + 1, index, output)
-            yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
+            yield ForwardVisit(hidden, output, self._masks[index], index)
             self.advance()
 
     def put_head_gradients(self) -> None:
         """Compute the gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
-        for index, batch in enumerate(self.batches):
-            hidden = self._kept.get(len(self.layers), index)
-            self._kept.put(GRADIENTS, index, differentiate_losses(self.model, batch, hidden, self._scale / self.predicted))
-            self.advance()
+        with self.model.weights.head():
+            for index, batch in enumerate(self.batches):
+                hidden = self._kept.get(len(self.layers), index)
+                self._kept.put(GRADIENTS, index, differentiate_losses(self.model, batch, hidden, self._scale / self.predicted))
+                self.advance()
 
     def _run_with_graph(self, position: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
         layer = self.layers[position]
@@ -268,7 +277,7 @@ class SamplePass:
             gradient = self._kept.get(GRADIENTS, index)
             hidden, output = self._kept.get(position, index), self._kept.get(position + 1, index)
             shown = gradient if self._scale == 1 else gradient.float() / self._scale
-            yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, shown)
+            yield BackwardVisit(hidden, output, self._masks[index], index, shown)
             if self._needs_gradient(position):
                 if not self._graphs.has(position, index):
                     self._run_with_graph(position, index, hidden)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..batches import Batch, count_predicted, make_batches
-from ..machine.memory import give_back, resident_bytes
+from ..machine.memory import free_on_host, give_back, resident_bytes
 from .kept_tensors import KeptTensors
 from .layerwise import LayerwiseModel
 from .ledger import Ledger
@@ -78,9 +78,12 @@ def open_sweep(
             has_padding=not bool(mask.bool().all()),
             has_head=stream is None,
         )
-        plan = plan_sweep(needs, context.memory - resident_bytes(context.device), divisible=divisible, reserve=reserve)
+        free = context.memory - resident_bytes(context.device)
+        host_free = free_on_host(context.device, context.host_memory)
+        plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve, host_free=host_free)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
-    kept_limit = max(0, plan.kept_limit - reserve) // (stream.sharers if stream else 1)
+    sharers = stream.sharers if stream else 1
+    kept_limit = max(0, plan.kept_limit - reserve) // sharers
     size = math.ceil(count / plan.passes)
     parts = [
         make_batches(part, part_mask, plan.batch_samples * tokens, lengths_apart=model.lengths_apart)
@@ -91,7 +94,7 @@ def open_sweep(
         model,
         parts,
         plan,
-        KeptTensors(kept_limit, context.folder, ledger=model.weights.ledger),
+        KeptTensors(kept_limit, context.folder, host_bytes=plan.host_limit // sharers, ledger=model.weights.ledger),
         keeps_boundaries=keeps_boundaries,
         has_weight_gradients=has_weight_gradients,
         has_head=stream is None,
