@@ -52,7 +52,13 @@ if TYPE_CHECKING:
     from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
-    from .data.calibration_set import CalibrationForecast as CalibrationForecast, CalibrationSet as CalibrationSet
+    from .data.calibration_set import (
+        CalibrationForecast as CalibrationForecast,
+        CalibrationPart as CalibrationPart,
+        CalibrationSet as CalibrationSet,
+    )
+    from .data.calibration_sources import CalibrationSource as CalibrationSource
+    from .data.drawing import draw_samples as draw_samples
     from .data.sequences import SHUFFLE_POOL as SHUFFLE_POOL, digest_sequences as digest_sequences, make_sequences as make_sequences
     from .data.sources import DatasetSource as DatasetSource
     from .data.tokenizer import (

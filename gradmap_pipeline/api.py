@@ -93,6 +93,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Texts": {
         "data.sources": ("DatasetSource",),
+        "data.calibration_set": ("CalibrationPart",),
+        "data.calibration_sources": ("CalibrationSource",),
+        "data.drawing": ("draw_samples",),
         "data.tokenizer": ("check_length", "load_tokenizer", "check_tokenizer", "count_embeddings"),
         "data.sequences": ("make_sequences", "digest_sequences", "SHUFFLE_POOL"),
     },
