@@ -165,6 +165,6 @@ def explain_generation(model: int, each: int, length: int, free: int, dtype: str
     whole, sample = format_size(model), format_size(each)
     return (
         f"generating text takes the whole model in memory, {whole} in {dtype}, and {sample} for a sequence of {length} tokens; "
-        f"{format_size(free)} are left; {'use --dtype bfloat16, ' if dtype == 'float32' else ''}lower 'sequence_length', allow more "
-        "with --memory, or leave 'self' out"
+        f"{format_size(free)} are left; {'use --dtype bfloat16, ' if dtype == 'float32' else ''}lower 'sequence_length', allow "
+        "more with --memory, or leave 'self' out"
     )
