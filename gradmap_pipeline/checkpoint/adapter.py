@@ -235,6 +235,18 @@ def call_without_cache(
     return module(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
 
 
+def call_with_cache(module: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Logits (B, T, V) of token ids (B, T) that follow those in the cache, and the cache with these, too.
+
+    Raises `ModelError` where the model keeps no keys and values of earlier tokens.
+    """
+    output = module(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ModelError(f"{type(module).__name__} keeps no keys and values, so it cannot generate text one token at a time here")
+    return output.logits, cache
+
+
 def can_keep_positions(module: PreTrainedModel) -> bool:
     """Whether logits can be computed at some positions alone."""
     return takes(module, "logits_to_keep")

@@ -54,6 +54,8 @@ class Compensation(Artifact):
     sites: tuple[CorrectedSite, ...]
     shifts: dict[int, float] = Field(default_factory=dict)
     """Mean shift by kept base layer, before any correction; where the choice of layers rests on it."""
+    scales: dict[int, float] = Field(default_factory=dict)
+    """By the base layer right above a cut: what the residual stream is multiplied by there, with all cuts below; where it is."""
 
 
 def layers_before_cuts(graph: ModelGraph) -> list[int]:
@@ -113,7 +115,7 @@ def correct_site(
         layer=layer,
         parameter=f"{site.name}.weight",
         role=site.role,
-        shift=drift.shift,
+        shift=drift.shift * streams.scale_above(layer),
         relative_shift=drift.relative_shift,
         missing_left=left,
     )

@@ -6,7 +6,7 @@ Sizes: B sequences a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..context import Context
     from ..data.calibration_set import CalibrationSet
     from .sites import Site
+    from .writers import Writer
 
 
 @dataclass
@@ -110,6 +111,10 @@ class Streams:
     group: ProcessGroup
     original_forwards: int = 0
     """Layer forwards of the original model."""
+    scales: dict[int, float] = field(default_factory=dict)
+    """By base layer, what the pruned stream that enters it is times too small by design; 1 where it is not there."""
+    writers: Mapping[int, Sequence[Writer]] = field(default_factory=dict)
+    """What writes to the residual stream, by base layer; empty until it is looked for."""
     measured: dict[int, Drift] = field(default_factory=dict)
     """The drift of every layer, as it was first measured; empty until then."""
 
@@ -120,14 +125,29 @@ class Streams:
     def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
         kept = self.graph.layers
-        return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
+        return self._original(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
 
     def missing_before(self, layer: int, visit: ForwardVisit) -> torch.Tensor:
         """By how much what enters a kept layer differs from what does in the original model: (tokens not padded, D), fp64."""
         entered = visit.input[visit.mask].double()
         if layer < self.graph.removed[0]:
             return entered.new_zeros(entered.shape)
-        return self.targets.get(layer, visit.batch)[visit.mask].double() - entered
+        return self._original(layer, visit.batch)[visit.mask].double() - entered
+
+    def list_scales(self) -> dict[int, float]:
+        """The scales right above cuts; none where nothing is rescaled."""
+        return {layer: scale for layer, scale in self.scales.items() if layer - 1 in self.graph.removed}
+
+    def scale_above(self, layer: int) -> float:
+        """What the stream that leaves a kept layer is times too small by design."""
+        above = [other for other in self.graph.layers if other > layer]
+        return self.scales.get(above[0] if above else self.graph.base.layers, 1.0)
+
+    def _original(self, layer: int, batch: int) -> torch.Tensor:
+        """What enters a base layer of the original model, in the size that the pruned stream has there."""
+        scale = self.scales.get(layer, 1.0)
+        hidden = self.targets.get(layer, batch)
+        return hidden if scale == 1 else hidden / scale
 
     def join(self, drift: Drift, layer: int) -> None:
         """Sum a layer's drift over the processes. Raises `NotFiniteError` where it is not finite."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..correction.streams import plan_streams
+from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, explain_generation
 from ..errors import CapacityError
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, free_on_host, give_back, resident_bytes, tune_allocator
@@ -124,6 +125,29 @@ class ModelCosts:
                 f"{', or allow more with --memory' if self.device == 'cpu' else ''}"
             )
         return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.speed.token)
+
+    def generated_text(self, layers: int, samples: int, tokens: int) -> Estimate:
+        """Samples (samples, tokens) that a model of so many layers writes itself, whole in memory.
+
+        Raises `CapacityError` where the model and one sample do not fit.
+        """
+        weights, each = count_generation_bytes(self.graph, tokens, self._dtype)
+        weights = round(weights * self.count_parameters(layers) / self.count_parameters(len(self.layer_elements)))
+        besides = self.occupied - self.rest_bytes
+        free = self.memory - besides
+        if weights + each > free:
+            raise CapacityError(explain_generation(weights, each, tokens, max(0, free), self._dtype))
+        together = min(GENERATED_TOGETHER, (free - weights) // each, samples)
+        layer, head = self.benchmark.layer_pass(together, 2), self.benchmark.head_pass(together, 2)  # a head needs two tokens
+        lines = {"program": besides, "weights": weights, "keys and values": together * each}
+        return self.opening() + Estimate(
+            peak_bytes=sum(lines.values()),
+            bytes_read=self.count_bytes(layers),
+            flops=samples * tokens * (layers * layer.flops + head.flops) / 2,
+            seconds=samples * tokens * (layers * layer.forward + head.forward) + self.count_bytes(layers) * self.speed.read_again(),
+            how=f"{together} sequences at a time",
+            lines=lines,
+        )
 
     def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0) -> Estimate:
         """The loss of samples (samples, tokens), one boundary held at a time.

@@ -124,7 +124,7 @@ def _run_step(
     parts = (plan, store, machine, reporter, state, group)
     outputs, key, cached = _get_outputs(step, inputs, [one.metric for one in known], lineage, *parts)
     state.outputs[step.id] = outputs
-    options = step.stage.model_dump(mode="json")
+    options = step.stage.model_dump(mode="json", by_alias=True)
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
     state.lineage[step.id] = (*lineage, this)
     with _naming(step):
@@ -207,7 +207,11 @@ def _get_outputs(
                     result = call_stage(step, taken, context, store, workplace, machine.threads)
                 if group.leads:
                     check_outputs(step, result, taken, folder)
-                    record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
+                    record: dict[str, Any] = {
+                        "step": step.id,
+                        "stage": name,
+                        "options": step.stage.model_dump(mode="json", by_alias=True),
+                    }
                     record["seconds"] = time.monotonic() - called + sum(found_finished)
                     result = keep_outputs(result, step, store, folder, key, record)
             give_back(between_steps=True)
