@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from gradmap_pipeline import (
+    CapacityError,
     Context,
     CorrectedSite,
     Drift,
@@ -27,7 +28,6 @@ from gradmap_pipeline import (
     Streams,
     TensorFile,
     capture_site,
-    check_gain,
     check_room,
     find_output_site,
     hookimpl,
@@ -121,11 +121,12 @@ class LinearpatchCompensate(LayerCompensation):
         width = streams.graph.map_sizes()[1]
         patch = find_patch(streams, layer, make_hadamard(width) / width**0.5)
         done, patches = fold_patch(streams, layer, find_output_site(streams, layer, known), patch, context)
-        if done.missing_left > self.tolerance:
-            raise StageError(
-                f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
-                f"adds would be left out, over 'tolerance' ({self.tolerance:g}); raise it to take the nearest fold"
-            )
+        with streams.group.agreeing(StageError):
+            if done.missing_left > self.tolerance:
+                raise StageError(
+                    f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
+                    f"adds would be left out, over 'tolerance' ({self.tolerance:g}); raise it to take the nearest fold"
+                )
         return [done], patches
 
 
@@ -152,7 +153,8 @@ def fold_patch(
     import torch
 
     position, width = streams.graph.layers.index(layer), len(patch)
-    check_room(site.inputs, width, context.memory, context.device)
+    with streams.group.agreeing(CapacityError):
+        check_room(site.inputs, width, context.memory, context.device)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=patch.device)
@@ -161,7 +163,7 @@ def fold_patch(
     change = patch - torch.eye(width, dtype=torch.float64, device=patch.device)
     pruned = streams.pruned
     with pruned.look(layer) as step:
-        check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
+        streams.check_gain(layer, site)
         with capture_site(pruned.model, layer, site, "input") as captured:
             for visit in step:
                 leaving = visit.output[visit.mask].double()
@@ -169,7 +171,8 @@ def fold_patch(
                 drift.add(leaving, streams.target(position, visit.batch)[visit.mask].double())
     streams.join(drift, layer)
     moments.join(streams.group)
-    new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)
+    with streams.group.agreeing(StageError):
+        new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.weight",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,57 +76,6 @@ def test_second_run_of_two_computes_nothing(llama: Path, text: Path, tmp_path: P
     again = run(tmp_path, 2)
     events = [json.loads(line) for line in again.stdout.splitlines()]
     assert all(event["cached"] for event in events if event["event"] == "step_finished")
-
-
-DIES = """
-import os, signal
-from pydantic import BaseModel
-from gradmap_pipeline import ModelGraph, Stage, hookimpl
-
-class Dies(Stage):
-    \"\"\"Lose the second process.\"\"\"
-    name = "lose_process"
-    parallel = True
-    class Inputs(BaseModel):
-        model: ModelGraph
-    class Outputs(BaseModel):
-        model: ModelGraph
-    def run(self, inputs, context):
-        if context.group.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        context.group.sum_values({0: 1.0})
-        return self.Outputs(model=inputs.model)
-
-@hookimpl
-def gradmap_stages():
-    return [Dies]
-"""
-
-
-def test_a_process_that_dies_ends_the_run(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: lose_process\n")
-    (tmp_path / "dies.py").write_text(DIES)
-    started = time.monotonic()
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29517",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "dies.py"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))  # type: ignore[call-overload]
-    _, message = processes[0].communicate(timeout=60)
-    processes[1].communicate(timeout=60)
-    assert processes[1].returncode == -signal.SIGKILL
-    assert processes[0].returncode == 4
-    assert "error: step 'lose_process': another process of this run has ended; its own message says why" in message
-    assert time.monotonic() - started < 60
 
 
 def test_shares_are_disjoint_and_complete() -> None:

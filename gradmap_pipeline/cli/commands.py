@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..machine.launch import is_leading
 from ..machine.streams import sole_errors, sole_output
 from .command_arguments import DeviceName, DtypeName, MemorySize, Overrides, PluginFiles, RecipePath, StorePath, Threads
 from .command_options import CommandGroup, open_store, parse_output, parse_path
-from .ending import endings
+from .ending import endings, tell_end
 from .material_commands import new_plugin, recipes
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(
     """Run a recipe. Steps whose results are in the store are not run again."""
     from ..report.reporters import make_reporter
 
-    leads = environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one reports
+    leads = is_leading(environ)  # of the processes that a launcher started, one reports
     log = store / "quiet.log" if leads else None
     with sole_errors(log, is_wanted=quiet), sole_output(json or quiet) as output:
         reporter = make_reporter(json=json and leads, quiet=quiet or not leads, stream=output)
@@ -77,9 +78,9 @@ def run(
             from ..machine.distributed import open_group
             from ..run.runner import run_plan
 
-            plan = _plan(recipe, overrides, plugins, store)
-            machine = _machine(device, dtype, threads, memory)
-            with open_group(device) as group:
+            with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
+                plan = _plan(recipe, overrides, plugins, store)
+                machine = _machine(device, dtype, threads, memory)
                 run_plan(plan, open_store(store), machine, reporter, group)
 
 
