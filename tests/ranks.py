@@ -30,6 +30,8 @@ class Ended:
     stderr: str
     seconds: float
     """From the start of all."""
+    time: float
+    """When, by the clock that `time.monotonic` reads in all processes."""
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -70,11 +72,11 @@ def run_ranks(
         process = context.Process(target=_run_rank, args=(str(folder), list(arguments), dict(own), *files))
         process.start()
         processes.append(process)
-    ends: dict[int, float] = {}
+    ends: dict[int, float] = {}  # by the number of the process
     while len(ends) < len(processes) and time.monotonic() < started + seconds:
         for number, process in enumerate(processes):
             if number not in ends and process.exitcode is not None:
-                ends[number] = time.monotonic() - started
+                ends[number] = time.monotonic()
         time.sleep(0.02)
     late = [number for number in range(len(processes)) if number not in ends]
     for number in late:
@@ -84,7 +86,8 @@ def run_ranks(
         process.join()
         out, err = ((folder / f"{name}-{number}").read_text() for name in ("stdout", "stderr"))
         assert process.exitcode is not None
-        told.append(Ended(process.exitcode, out, err, ends.get(number, seconds)))
+        ended = ends.get(number, started + seconds)
+        told.append(Ended(process.exitcode, out, err, ended - started, ended))
         process.close()
     assert not late, f"processes {late} did not end: {told}"
     return told

@@ -130,7 +130,7 @@ class Streams:
         return self.targets.get(layer, visit.batch)[visit.mask].double() - entered
 
     def check_gain(self, layer: int, site: Site) -> None:
-        """`check_gain` of a site of a base layer in the pruned model, whose weights must be in. What one process refuses, all do."""
+        """`check_gain` of a site of a base layer in the pruned model, whose weights must be in. What one refuses, all do."""
         position = self.graph.layers.index(layer)
         with self.group.agreeing(NoSiteError, NotFiniteError):
             check_gain(self.pruned.model, layer, self.pruned.boundary(position, 0), self.pruned.arguments(0, layer), site)

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: all come to one place, say what they compute on, and are connected, or told why not."""
+"""How the processes of a run find each other: all come to one place, say what they compute on, and are connected, or told why."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def check_places(places: Sequence[Mapping[str, Any]]) -> None:
         if len(set(gpus)) < len(gpus):
             found = f"{len(set(gpus))} GPU{'s' if len(set(gpus)) > 1 else ''}"
             raise LaunchError(
-                f"{len(gpus)} processes on {host} have {found}, and each needs one of its own; start no more processes on a machine than it has GPUs, or use --device cpu"
+                f"{len(gpus)} processes on {host} have {found}, and each needs one of its own; start no more processes on a "
+                "machine than it has GPUs, or use --device cpu"
             )
 
 
@@ -93,9 +94,9 @@ def _open_store(place: Place, seconds: float) -> Store:
             place.address, place.port, place.size, holds, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=holds
         )
     except (RuntimeError, OSError) as error:
+        where = f"{place.address}:{place.port}, which MASTER_ADDR and MASTER_PORT name"
         raise LaunchError(
-            f"the processes cannot meet at {place.address}:{place.port}, which MASTER_ADDR and MASTER_PORT name: {first_line(error)}; "
-            "name a port that is free on the machine of process 0"
+            f"the processes cannot meet at {where}: {first_line(error)}; name a port that is free on the machine of process 0"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"gradmap/{attempt}", store)  # type: ignore[attr-defined]
@@ -128,7 +129,9 @@ def _look_at_gpus(device: str, local_rank: int) -> tuple[int, dict[str, Any]]:
     if not count:
         return 0, {"gpu": None}
     _, _, number = device.partition(":")
-    own = int(number) if number else local_rank % count  # where a launcher shows each process its own GPU alone, that is number 0
+    own = (
+        int(number) if number.isdigit() else local_rank % count
+    )  # where a launcher shows each process its own GPU alone, that is number 0
     return own, {"gpu": str(torch.cuda.get_device_properties(min(own, count - 1)).uuid)}
 
 
@@ -165,8 +168,8 @@ def _refuse(store: Store, size: int, error: LaunchError) -> None:
 
 def _await_verdict(store: Store, place: Place, seconds: float, deadline: float) -> dict[str, Any]:
     late = LaunchError(
-        f"process 0 of {place.size} has not come, or has ended, within {seconds:g} s; start all processes at once, see what it says, "
-        f"or have them wait longer with {SECONDS}"
+        f"process 0 of {place.size} has not come, or has ended, within {seconds:g} s; start all processes at once, see what it "
+        f"says, or have them wait longer with {SECONDS}"
     )
     try:
         while not store.check(["verdict"]):
