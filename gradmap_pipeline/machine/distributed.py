@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import GradmapError, Interruption, StageError, name_error
+from ..errors import GradmapError, Interruption, StageError, first_line, name_error
 from ..interruptions import OthersEnded
 from .joining import join
 from .launch import read_place
@@ -28,7 +28,6 @@ _PATIENCE = timedelta(days=7)
 _LONGEST_PAUSE = 0.005
 """Seconds between two looks at an exchange that has not ended."""
 _INTERRUPTED = "interrupted; what is finished is kept: run the same command to go on"
-_GONE = "another process of this run has ended; its own message says why. What is finished is kept"
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class ProcessGroup:
             work.wait()
         except RuntimeError as error:
             reason = None if self._line is None else self._line.find_reason()
-            raise reason or StageError(_GONE) from error
+            raise reason or StageError(f"an exchange between the processes of this run failed: {first_line(error)}") from error
 
 
 def _number(text: str) -> int:

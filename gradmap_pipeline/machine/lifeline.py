@@ -66,6 +66,8 @@ class Lifeline:
             self._main_knows = True
         if self.leads:
             self._settle(rebuild_error(describe_error(error)), 0)
+            if isinstance(error, GradmapError):
+                error.agreed = True
         elif self.failure is None:
             told = describe_error(error)
             if not getattr(error, "agreed", False):
