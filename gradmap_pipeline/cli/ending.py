@@ -151,7 +151,9 @@ def has_told() -> bool:
 
 def _describe(error: BaseException, store: Path | None) -> tuple[int, str, str | None]:
     """Exit code, message and place of an error."""
-    is_common = getattr(error, "agreed", False)  # once one of several processes has failed, a launcher ends the others by signals
+    is_common = getattr(
+        error, "is_agreed", False
+    )  # once one of several processes has failed, a launcher ends the others by signals
     if isinstance(error, KeyboardInterrupt) or (_state.number is not None and not is_common):
         # Libraries turn an interruption into errors of theirs.
         return INTERRUPTED, _describe_interruption(), None

@@ -177,7 +177,7 @@ class ProcessGroup:
             told = self._tell(None if error is None else describe_error(error), source)
             if error is None or self.rank != source:
                 error = rebuild_error(told)
-            error.agreed = True  # type: ignore[attr-defined]
+            error.is_agreed = True  # type: ignore[attr-defined]
             raise error
         if highest != -lowest:
             raise StageError(
@@ -189,7 +189,7 @@ class ProcessGroup:
                 f"the processes of this run have different {what}; start all with the same command, on the same files and versions "
                 "of packages"
             )
-            differ.agreed = True
+            differ.is_agreed = True
             raise differ
 
     def _exchange(self, start: Callable[[], Any]) -> None:

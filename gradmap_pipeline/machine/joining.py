@@ -183,7 +183,7 @@ def _await_verdict(store: Store, place: Place, seconds: float, deadline: float) 
         raise late from error
     if "error" in verdict:
         failure = rebuild_error(verdict["error"])
-        failure.agreed = failure.is_told_elsewhere = True
+        failure.is_agreed = failure.is_told_elsewhere = True
         raise failure
     return verdict
 

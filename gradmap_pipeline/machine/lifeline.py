@@ -67,10 +67,10 @@ class Lifeline:
         if self.leads:
             self._settle(rebuild_error(describe_error(error)), 0)
             if isinstance(error, GradmapError):
-                error.agreed = True
+                error.is_agreed = True
         elif self.failure is None:
             told = describe_error(error)
-            if not getattr(error, "agreed", False):
+            if not getattr(error, "is_agreed", False):
                 told["message"] += f" (in process {self.rank} of {self.size})"
             self._send(0, {"error": told})
             self._failed.wait(_ANSWER)
@@ -158,7 +158,7 @@ class Lifeline:
             if self.leads:
                 for rank in self._peers:
                     self._send(rank, {"error": describe_error(error)})
-            error.agreed = True
+            error.is_agreed = True
             self.failure, self._source = error, source
         self._failed.set()
         self._wake.send(b"x")

@@ -98,7 +98,7 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
 
 @contextmanager
 def _naming_unforeseen(step: PlannedStep) -> Iterator[None]:
-    """A step runs in this block; what code raises that is not asked through its stage, such as an artifact's own checks, is an error."""
+    """A step runs in this block; what its code raises that is no `Exception`, such as in an artifact's own checks, is an error."""
     try:
         yield
     except BaseException as error:
