@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from gradmap_pipeline import (
+    CapacityError,
     Context,
     CorrectedSite,
     Drift,
@@ -30,7 +31,6 @@ from gradmap_pipeline import (
     StructureProbe,
     TensorFile,
     capture_site,
-    check_gain,
     check_rescaling,
     check_room,
     find_output_site,
@@ -147,12 +147,13 @@ class LinearpatchCompensate(LayerCompensation):
         if self.rescale:
             position, total = streams.graph.layers.index(layer) + 1, streams.scale_above(layer) * scale
             patches |= rescale_from(streams, position, total, context)
-        if done.missing_left > self.tolerance:
-            raise StageError(
-                f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
-                f"adds would be left out, over 'tolerance' ({self.tolerance:g}); "
-                f"{'' if self.rescale else 'set rescale: true, or '}raise it to take the nearest fold"
-            )
+        with streams.group.agreeing(StageError):
+            if done.missing_left > self.tolerance:
+                raise StageError(
+                    f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
+                    f"adds would be left out, over 'tolerance' ({self.tolerance:g}); "
+                    f"{'' if self.rescale else 'set rescale: true, or '}raise it to take the nearest fold"
+                )
         return [done], patches
 
 
@@ -194,7 +195,8 @@ def fold_patch(
     import torch
 
     position, width = streams.graph.layers.index(layer), len(patch)
-    check_room(site.inputs, width, context.memory, context.device)
+    with streams.group.agreeing(CapacityError):
+        check_room(site.inputs, width, context.memory, context.device)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=patch.device)
@@ -204,7 +206,7 @@ def fold_patch(
     change, added = patch / scale - identity, 0.0
     pruned = streams.pruned
     with pruned.look(layer) as step:
-        check_gain(pruned.model, layer, pruned.boundary(position, 0), pruned.arguments(0, layer), site)
+        streams.check_gain(layer, site)
         with capture_site(pruned.model, layer, site, "input") as captured:
             for visit in step:
                 leaving = visit.output[visit.mask].double()
@@ -214,7 +216,8 @@ def fold_patch(
     streams.join(drift, layer)
     moments.join(streams.group)
     added, rest = streams.group.sum_values({"added": added})["added"], scale**2 * moments.missing
-    new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)
+    with streams.group.agreeing(StageError):
+        new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.weight",

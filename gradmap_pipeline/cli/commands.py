@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..machine.launch import is_leading
 from ..machine.streams import sole_errors, sole_output
 from .command_arguments import (
     DeviceName,
@@ -23,8 +24,9 @@ from .command_arguments import (
     Threads,
 )
 from .command_options import CommandGroup, open_store, parse_output, parse_path
-from .ending import endings
+from .ending import endings, tell_end
 from .material_commands import new_plugin, recipes
+from .verify import verify
 
 if TYPE_CHECKING:
     from ..machine.machine import Machine
@@ -80,7 +82,7 @@ def run(
     """Run a recipe. Steps whose results are in the store are not run again."""
     from ..report.reporters import make_reporter
 
-    leads = environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one reports
+    leads = is_leading(environ)  # of the processes that a launcher started, one reports
     log = store / "quiet.log" if leads else None
     with sole_errors(log, is_wanted=quiet), sole_output(json or quiet) as output:
         reporter = make_reporter(json=json and leads, quiet=quiet or not leads, stream=output)
@@ -88,9 +90,9 @@ def run(
             from ..machine.distributed import open_group
             from ..run.runner import run_plan
 
-            plan = _plan(recipe, overrides, plugins, store)
-            machine = _machine(device, dtype, threads, memory, host_memory)
-            with open_group(device) as group:
+            with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
+                plan = _plan(recipe, overrides, plugins, store)
+                machine = _machine(device, dtype, threads, memory, host_memory)
                 run_plan(plan, open_store(store), machine, reporter, group)
 
 
@@ -245,19 +247,7 @@ def stages(
         print(list_stages(catalog) if name is None else describe_stage(catalog, name))
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", parser=parse_path, help="An exported folder.", show_default=False)],
-) -> None:
-    """Check an exported folder: every file as it was written, and the model loads."""
-    with endings():
-        from ..export.verify import verify_folder
-        from ..run.listening import heard
-        from ..text import show
-
-        with heard(lambda text: print(show(f"note: {text}"))):
-            for line in verify_folder(folder):
-                print(show(line))
+app.command()(verify)
 
 
 @app.command()

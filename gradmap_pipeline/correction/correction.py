@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 
 from ..artifacts import Artifact, TensorFile
 from ..checkpoint.casts import FOR_WRITING, cast_all
-from ..errors import StageError
-from .sites import NoSiteError, check_gain, find_sites, share_sites
+from ..errors import CapacityError, StageError
+from .sites import NoSiteError, find_sites, share_sites
 
 if TYPE_CHECKING:
     import torch
@@ -108,9 +108,11 @@ def correct_site(
     model = streams.pruned.model
     if site.role == "attention" and layer < streams.graph.removed[0]:
         raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
-    moments, drift = collect_moments(streams, layer, site, space, context)
-    new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
-    patches = write_patches(streams, layer, new, context)
+    with streams.group.at(f"{site.name} of layer {layer}"):
+        moments, drift = collect_moments(streams, layer, site, space, context)
+        with streams.group.agreeing(StageError):
+            new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
+        patches = write_patches(streams, layer, new, context)
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.weight",
@@ -134,10 +136,12 @@ def write_patches(streams: Streams, layer: int, new: Mapping[str, torch.Tensor],
     for parameter, value in new.items():
         name = streams.pruned.model.disk_name(layer, parameter)
         stored = streams.graph.stored_tensor(name)
-        if not value.isfinite().all():
-            raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
         exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
-        rounded = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
+        with streams.group.agreeing(StageError):
+            if not value.isfinite().all():
+                raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
+            cast = cast_all(value, exported, name, FOR_WRITING).contiguous()
+        rounded = streams.group.lead(cast).cpu()
         patches[name] = TensorFile.save({name: rounded}, context.folder / f"{name}.safetensors")
         streams.pruned.model.weights.override(layer, parameter, rounded)
     streams.pruned.invalidate_from(layer)
@@ -209,11 +213,12 @@ def collect_moments(
     if site.role == "norm":
         moments = ChannelMoments(zeros(4, width))
     else:
-        check_room(size, width, context.memory, context.device)
+        with streams.group.agreeing(CapacityError):
+            check_room(size, width, context.memory, context.device)
         moments = Moments(zeros(size, size), zeros(size, width), 0.0)
     drift = Drift()
     with pruned.look(layer) as step:
-        check_gain(pruned.model, layer, hidden, pruned.arguments(0, layer), site)
+        streams.check_gain(layer, site)
         with capture_site(pruned.model, layer, site, space) as captured:
             for visit in step:
                 drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()

@@ -20,7 +20,7 @@ from ..sweep.sample_pass import SamplePass
 from ..sweep.sweep import Stream, open_sweep
 from ..sweep.visits import ForwardVisit
 from ..work import Round
-from .sites import NotFiniteError
+from .sites import NoSiteError, NotFiniteError, check_gain
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +148,12 @@ class Streams:
         scale = self.scales.get(layer, 1.0)
         hidden = self.targets.get(layer, batch)
         return hidden if scale == 1 else hidden / scale
+
+    def check_gain(self, layer: int, site: Site) -> None:
+        """`check_gain` of a site of a base layer in the pruned model, whose weights must be in. What one refuses, all do."""
+        position = self.graph.layers.index(layer)
+        with self.group.agreeing(NoSiteError, NotFiniteError):
+            check_gain(self.pruned.model, layer, self.pruned.boundary(position, 0), self.pruned.arguments(0, layer), site)
 
     def join(self, drift: Drift, layer: int) -> None:
         """Sum a layer's drift over the processes. Raises `NotFiniteError` where it is not finite."""

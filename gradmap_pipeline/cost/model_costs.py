@@ -133,13 +133,12 @@ class ModelCosts:
         """
         weights, each = count_generation_bytes(self.graph, tokens, self._dtype)
         weights = round(weights * self.count_parameters(layers) / self.count_parameters(len(self.layer_elements)))
-        besides = self.occupied - self.rest_bytes
-        free = self.memory - besides
+        free = self.memory - self.occupied
         if weights + each > free:
             raise CapacityError(explain_generation(weights, each, tokens, max(0, free), self._dtype))
         together = min(GENERATED_TOGETHER, (free - weights) // each, samples)
         layer, head = self.benchmark.layer_pass(together, 2), self.benchmark.head_pass(together, 2)  # a head needs two tokens
-        lines = {"program": besides, "weights": weights, "keys and values": together * each}
+        lines = {"program": self.occupied, "weights": weights, "keys and values": together * each}
         return self.opening() + Estimate(
             peak_bytes=sum(lines.values()),
             bytes_read=self.count_bytes(layers),

@@ -44,10 +44,10 @@ class Machine:
             torch.set_num_threads(self.threads)
         device_count = torch.cuda.device_count()
         if self.device == "auto":
-            return f"cuda:{group.local_rank}" if device_count else "cpu"
+            return f"cuda:{group.gpu}" if device_count else "cpu"
         device_type, _, number = self.device.partition(":")
         if device_type == "cuda" and not number:
-            number = str(group.local_rank)
+            number = str(group.gpu)
         if device_type == "cuda" and int(number) >= device_count:
             raise CapacityError(f"--device {self.device}: torch sees {device_count} CUDA devices here; use --device cpu, or auto")
         return f"cuda:{number}" if device_type == "cuda" else self.device

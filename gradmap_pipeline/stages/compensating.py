@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from ..context import Context
 from ..correction.correction import Compensation, CorrectedSite
 from ..data.calibration_set import CalibrationSet
 from ..errors import ModelError, OptionError, PluginError, StageError
+from ..machine.distributed import ProcessGroup
 from ..sweep.finite import names_of
 from ..work import Work
 from .forecasts import known
@@ -142,14 +144,14 @@ class LayerCompensation(Stage):
         except NotFiniteError as error:
             self._refuse(error, streams, context)
         with context.progress("correct layers", len(graph.layers), "layer") as advance:
-            for layer in self._choose(streams, known):
+            for layer in self._choose(streams, known, context.group):
                 if layer in tried:
                     raise PluginError(f"stage {self.name!r}: 'choose' gives layer {layer} twice")
                 if layer not in graph.layers:
                     raise PluginError(f"stage {self.name!r}: 'choose' gives {shorten(layer)}; the model has {list(graph.layers)}")
                 tried.add(layer)
                 try:
-                    with context.group.agreeing(NoSiteError):
+                    with context.group.at(f"layer {layer}"), context.group.agreeing(NoSiteError):
                         made = self.correct(streams, layer, known, context)
                 except NoSiteError as error:
                     left_out[layer] = error
@@ -157,7 +159,8 @@ class LayerCompensation(Stage):
                     self._refuse(error, streams, context)
                 else:
                     self._check_corrected(made, graph)
-                    corrected += made[0]
+                    told = context.group.tell([site.model_dump() for site in made[0]])
+                    corrected += [CorrectedSite.model_validate(site) for site in told]
                     patches |= made[1]
                 advance()
         if not corrected and not patches:
@@ -171,11 +174,16 @@ class LayerCompensation(Stage):
             work=Work(rounds=(streams.work(time.perf_counter() - started),)),
         )
 
-    def _choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+    def _choose(self, streams: Streams, known: Mapping[int, Sequence[Site]], group: ProcessGroup) -> Iterator[int]:
         layers = self.choose(streams, known)
         if not isinstance(layers, Iterable):
             raise PluginError(f"stage {self.name!r}: 'choose' must give layers, got {shorten(layers)}")
-        yield from layers
+        chosen = iter(layers)
+        while True:  # the leading process decides, though all choose: a measurement that a choice rests on takes them all
+            told: list[int] = group.tell(list(islice(chosen, 1)))
+            if not told:
+                return
+            yield told[0]
 
     def _check_corrected(self, made: Any, graph: ModelGraph) -> None:
         """Raise `PluginError` unless `correct` gave what was done and patches of tensors that the model has."""

@@ -44,6 +44,10 @@ class SweepPlan:
     lines: dict[Line, int] = field(default_factory=dict, compare=False)
     """Bytes by what they are for, at the moment when the sum is largest."""
 
+    def count_traffic(self, passes: float) -> float:
+        """Bytes read and written by so many passes through all layers."""
+        return self.bytes_read if self.is_resident else passes * (self.bytes_read + self.bytes_written)
+
     def describe(self) -> str:
         """The plan in a few words."""
         layers = "layers stay in memory" if self.is_resident else "layers read ahead" if self.reads_ahead else "layers read again"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted
 from ..errors import ModelError, PluginError
+from ..machine.distributed import ProcessGroup
 from .head_losses import compute_losses, differentiate_losses, slice_positions
 from .kept_tensors import CANDIDATE, GRADIENTS, KeptTensors
 from .layer_arguments import KeptArguments, LayerArguments
@@ -61,6 +62,8 @@ class SamplePass:
         self.keeps_graphs = keep_graphs and model.weights.is_resident
         self.has_weight_gradients = weight_gradients
         self.advance = advance
+        self.scorers = ProcessGroup()
+        """The processes that have the same samples and share the layers to score."""
         self.layer_forwards = 0
         """Passes of all batches through one layer, recomputation included."""
         self.layer_backwards = 0
@@ -92,6 +95,14 @@ class SamplePass:
     def arguments(self, batch: int, layer: int) -> LayerArguments:
         """What the model calls base layer `layer` with for a batch, besides the hidden states."""
         return self._arguments.get(batch, layer)
+
+    def own(self, layers: Sequence[int]) -> list[int]:
+        """Those of the layers to score that this process scores: all, unless processes share layers instead of samples.
+
+        Layers are dealt out forth and back, as those further up have fewer above them.
+        """
+        rank, size = self.scorers.rank, self.scorers.size
+        return [layer for number, layer in enumerate(layers) if number % (2 * size) in (rank, 2 * size - 1 - rank)]
 
     def remove(self, layer: int) -> None:
         """Take a base layer out of the model."""
