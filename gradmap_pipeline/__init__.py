@@ -49,11 +49,24 @@ if TYPE_CHECKING:
     )
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
     from .correction.ridge import Moments as Moments, check_room as check_room, room_for as room_for
+    from .correction.scaling import (
+        magnitude_ratio as magnitude_ratio,
+        nearest_scale as nearest_scale,
+        rescale_from as rescale_from,
+        rescale_stream as rescale_stream,
+    )
     from .correction.sites import NoSiteError as NoSiteError, Site as Site, check_gain as check_gain
     from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
+    from .correction.writers import Writer as Writer
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
-    from .data.calibration_set import CalibrationForecast as CalibrationForecast, CalibrationSet as CalibrationSet
+    from .data.calibration_set import (
+        CalibrationForecast as CalibrationForecast,
+        CalibrationPart as CalibrationPart,
+        CalibrationSet as CalibrationSet,
+    )
+    from .data.calibration_sources import CalibrationSource as CalibrationSource
+    from .data.drawing import draw_samples as draw_samples
     from .data.sequences import SHUFFLE_POOL as SHUFFLE_POOL, digest_sequences as digest_sequences, make_sequences as make_sequences
     from .data.sources import DatasetSource as DatasetSource
     from .data.tokenizer import (
@@ -113,7 +126,11 @@ if TYPE_CHECKING:
     from .machine.extras import explain_missing as explain_missing
     from .measurements import Evaluation as Evaluation, Measurement as Measurement
     from .metrics import Metric as Metric
-    from .stages.compensating import LayerCompensation as LayerCompensation
+    from .stages.compensating import (
+        LayerCompensation as LayerCompensation,
+        check_rescaling as check_rescaling,
+        find_writers as find_writers,
+    )
     from .stages.exporting import FolderExport as FolderExport
     from .stages.forecasts import Forecasts as Forecasts, Outlook as Outlook, known as known
     from .stages.hookspecs import hookimpl as hookimpl

@@ -47,7 +47,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "stages.perplexity": ("perplexity_of",),
     },
     "Corrections": {
-        "stages.compensating": ("LayerCompensation",),
+        "stages.compensating": ("LayerCompensation", "find_writers", "check_rescaling"),
         "correction.streams": ("Streams", "Drift", "capture_site"),
         "correction.sites": ("Site", "NoSiteError", "check_gain"),
         "correction.look_ahead": ("CorrectedModel", "divide_samples"),
@@ -63,6 +63,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "correct_site",
             "write_patches",
         ),
+        "correction.writers": ("Writer",),
+        "correction.scaling": ("nearest_scale", "magnitude_ratio", "rescale_stream", "rescale_from"),
     },
     "Exports": {
         "stages.exporting": ("FolderExport",),
@@ -94,6 +96,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Texts": {
         "data.sources": ("DatasetSource",),
+        "data.calibration_set": ("CalibrationPart",),
+        "data.calibration_sources": ("CalibrationSource",),
+        "data.drawing": ("draw_samples",),
         "data.tokenizer": ("check_length", "load_tokenizer", "check_tokenizer", "count_embeddings"),
         "data.sequences": ("make_sequences", "digest_sequences", "SHUFFLE_POOL"),
     },

@@ -58,6 +58,12 @@ def make_batches(
     return batches
 
 
+def take_first(batch: Batch, most: int) -> Batch:
+    """The first tokens of the first sample, at most so many, without padding."""
+    few = slice(0, min(most, int(batch.mask[0].sum())))
+    return Batch(batch.input_ids[:1, few], batch.mask[:1, few])
+
+
 def count_predicted(batches: Iterable[Batch]) -> int:
     """Tokens that are predicted from a token before them."""
     return sum(int(predicted_tokens(batch).sum()) for batch in batches)

@@ -51,6 +51,8 @@ class Context:
 
     The key must name all that the value depends on, except the stage's code, the compute dtype and library versions.
     """
+    host_memory: int = 0
+    """Where the device is a GPU: bytes this process may have resident in the machine; 0: nothing is kept there for the GPU."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that work on this step together; one, unless the stage is `parallel`."""
     lineage: tuple[FinishedStep, ...] = field(default=())

@@ -17,7 +17,9 @@ class GradmapError(Exception):
     where: str | None = None
     """Place the message speaks of: `file:line:column`, a step, a folder."""
     is_agreed = False
-    """Whether all processes of a run raise it, so that the leading one alone has to tell it."""
+    """Whether all processes of a run raise it."""
+    is_told_elsewhere = False
+    """Whether the leading process of the run tells it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,15 @@ class NotKnownError(GradmapError):
 
 
 class CommandError(GradmapError):
-    """An option of the command line, or a variable of its environment, cannot be used."""
+    """An option of the command line cannot be used."""
 
     exit_code = 2
+
+
+class LaunchError(GradmapError):
+    """The processes of a run were not started as they should be, or do not find each other."""
+
+    exit_code = 4
 
 
 class PluginError(GradmapError):

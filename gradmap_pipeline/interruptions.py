@@ -1,9 +1,14 @@
-"""Whether a `KeyboardInterrupt` comes from outside, or from code that raises it by itself."""
+"""Whether a `KeyboardInterrupt` comes from outside, or from code that raises it by itself; and where none may be raised."""
 
 from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from types import FrameType
+
+
+class OthersEnded(KeyboardInterrupt):
+    """Raised in the main thread of a process when another process of its run has failed."""
 
 
 @dataclass
@@ -29,4 +34,13 @@ def is_interruption(error: BaseException) -> bool:
     """
     if not isinstance(error, KeyboardInterrupt):
         return False
-    return _signals.has_come or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(error, OthersEnded) or _signals.has_come or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported. Libraries in C++ abort where their start is interrupted by an exception."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -10,21 +10,21 @@ from gradmap_pipeline import (
     SHUFFLE_POOL,
     CalibrationForecast,
     CalibrationSet,
+    CalibrationSource,
     Context,
-    DatasetSource,
     Estimate,
     Forecasts,
     ModelCosts,
     ModelGraph,
     Outlook,
     Stage,
+    StructureProbe,
     TensorFile,
     check_length,
-    count_embeddings,
+    draw_samples,
     hookimpl,
     known,
     load_tokenizer,
-    make_sequences,
 )
 
 
@@ -34,7 +34,7 @@ class Calibrate(Stage):
     name = "calibrate"
     libraries = ("torch", "transformers", "tokenizers", "datasets")
 
-    dataset: DatasetSource = Field(description="Text to draw from.")
+    dataset: CalibrationSource = Field(description="Text to draw from.")
     samples: int = Field(128, ge=1, description="Number of sequences.")
     sequence_length: int | None = Field(
         None, ge=2, description="Tokens in a sequence. Default: as long as the model is made for, at most 2048."
@@ -55,22 +55,28 @@ class Calibrate(Stage):
         self.dataset.check_amount(self.samples, length, self.packing)
         return {"calibration": CalibrationForecast(samples=self.samples, sequence_length=length)}
 
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
+        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(probe.graph.base))
+
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
-        length = check_length(self.sequence_length, inputs.of(ModelGraph))
-        tokens = self.samples * known(length)
-        return costs.text(tokens * (SHUFFLE_POOL if self.shuffle else 1), least=tokens)
+        length = known(check_length(self.sequence_length, inputs.of(ModelGraph)))
+        counts = self.dataset.share_out(self.samples)
+        total = Estimate()
+        for part, count in zip(self.dataset.parts(), counts, strict=True):
+            if part.generated is None:
+                tokens = count * length
+                total += costs.text(tokens * (SHUFFLE_POOL if self.shuffle else 1), least=tokens)
+            else:
+                total += costs.generated_text(known(inputs.of(ModelGraph).layers), count, length)
+        return total
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import torch
 
         base = inputs.model.base
-        seed = context.seed if self.shuffle else None
         length = self.sequence_length or base.default_sequence_length
-        with context.progress("read and tokenise", 1, "data set") as advance:
-            documents, embeddings = self.dataset.documents(seed), count_embeddings(base)
-            tokenizer = load_tokenizer(base)
-            input_ids, mask = make_sequences(tokenizer, documents, length, self.samples, self.packing, seed, embeddings)
-            advance()
+        drawn = draw_samples(self.dataset, inputs.model, length, self.samples, self.packing, context, shuffle=self.shuffle)
+        input_ids, mask, parts = drawn
         tensors = {"input_ids": input_ids.to(torch.int32), "attention_mask": mask.to(torch.uint8)}
         return self.Outputs(
             calibration=CalibrationSet(
@@ -80,6 +86,7 @@ class Calibrate(Stage):
                 tokens=int(mask.sum()),
                 tokenizer=base.tokenizer_sha256,
                 source=self.dataset.name,
+                parts=parts,
             )
         )
 

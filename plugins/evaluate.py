@@ -89,6 +89,7 @@ class Evaluate(Stage):
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
+        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(probe.graph.base))
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         model = inputs.of(Model)

@@ -130,7 +130,8 @@ class GradmapScore(LayerScoring):
                 pass
             matrices = [name for name, gradient in step.weight_gradients.items() if gradient.ndim >= 2]
             weights = [step.module.get_parameter(name).detach() for name in matrices]
-            gradients = [group.sum(step.weight_gradients[name]) for name in matrices]
+            with group.at(f"layer {step.layer}"):
+                gradients = [group.sum(step.weight_gradients[name]) for name in matrices]
             scores[step.layer] = weight_importance(gradients, weights, self.norm or "l2", self.weighting or "none") / group.size
         return scores
 

@@ -3,7 +3,8 @@
 Source: https://arxiv.org/abs/2505.24680. With H a Hadamard matrix over √D, x what enters the cut and y what left the removed
 layers, d_c is the mean over samples of mean_t |yH|_c / mean_t |xH|_c, and P = H diag(d) Hᵀ. The published model multiplies
 the stream by P, with a matrix of its own. Here that is folded: the down-projection before the cut gets the least-squares fit of
-x(P - I), and where that leaves more than a tolerance the step is refused.
+x(P - I), and where that leaves more than a tolerance the step is refused. With `rescale`, the multiple s of x that is nearest to xP
+is folded exactly, into all that writes above the cut, and only x(P/s - I) is fitted.
 Sizes: B sequences, T tokens, N tokens that are not padding, D hidden.
 """
 
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from gradmap_pipeline import (
+    CapacityError,
     Context,
     CorrectedSite,
     Drift,
+    Forecasts,
     LayerCompensation,
     ModelGraph,
     Moments,
@@ -25,13 +28,16 @@ from gradmap_pipeline import (
     Stage,
     StageError,
     Streams,
+    StructureProbe,
     TensorFile,
     capture_site,
-    check_gain,
+    check_rescaling,
     check_room,
     find_output_site,
+    find_writers,
     hookimpl,
     layers_before_cuts,
+    rescale_from,
     room_for,
     solve_site,
     write_patches,
@@ -102,6 +108,22 @@ class LinearpatchCompensate(LayerCompensation):
         0.1, gt=0, le=1, description="Largest share of what the patch adds that folding may leave out before the step is refused."
     )
 
+    rescale: bool = Field(
+        False,
+        description="Fold the common part of the rescaling exactly, by dividing what is written above each cut; only the rest is "
+        "fitted.",
+    )
+
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
+        super().inspect(inputs, probe)
+        if self.rescale:
+            check_rescaling(probe)
+
+    def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
+        if self.rescale:
+            streams.writers = find_writers(streams.graph, context)
+        return {}
+
     def room(self, graph: ModelGraph) -> int:
         return room_for(*graph.map_sizes())
 
@@ -120,12 +142,18 @@ class LinearpatchCompensate(LayerCompensation):
     ) -> tuple[list[CorrectedSite], dict[str, TensorFile]]:
         width = streams.graph.map_sizes()[1]
         patch = find_patch(streams, layer, make_hadamard(width) / width**0.5)
-        done, patches = fold_patch(streams, layer, find_output_site(streams, layer, known), patch, context)
-        if done.missing_left > self.tolerance:
-            raise StageError(
-                f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
-                f"adds would be left out, over 'tolerance' ({self.tolerance:g}); raise it to take the nearest fold"
-            )
+        scale = nearest_multiple(streams, layer, patch) if self.rescale else 1.0
+        done, patches = fold_patch(streams, layer, find_output_site(streams, layer, known), patch, context, scale)
+        if self.rescale:
+            position, total = streams.graph.layers.index(layer) + 1, streams.scale_above(layer) * scale
+            patches |= rescale_from(streams, position, total, context)
+        with streams.group.agreeing(StageError):
+            if done.missing_left > self.tolerance:
+                raise StageError(
+                    f"the patch after layer {layer} cannot be folded into {done.parameter}: {done.missing_left:.0%} of what it "
+                    f"adds would be left out, over 'tolerance' ({self.tolerance:g}); "
+                    f"{'' if self.rescale else 'set rescale: true, or '}raise it to take the nearest fold"
+                )
         return [done], patches
 
 
@@ -145,37 +173,57 @@ def find_patch(streams: Streams, layer: int, rotation: torch.Tensor) -> torch.Te
     return (rotation * ratios) @ rotation.T
 
 
+def nearest_multiple(streams: Streams, layer: int, patch: torch.Tensor) -> float:
+    """s minimising Σ ‖xP - s x‖² over the tokens that leave a kept layer."""
+    along = squares = 0.0
+    with streams.pruned.look(layer) as step:
+        for visit in step:
+            leaving = visit.output[visit.mask].double()
+            along += float((leaving @ patch * leaving).sum())
+            squares += float(leaving.square().sum())
+    sums = streams.group.sum_values({"along": along, "squares": squares})
+    return sums["along"] / max(sums["squares"], 1e-300)
+
+
 def fold_patch(
-    streams: Streams, layer: int, site: Site, patch: torch.Tensor, context: Context
+    streams: Streams, layer: int, site: Site, patch: torch.Tensor, context: Context, scale: float = 1.0
 ) -> tuple[CorrectedSite, dict[str, TensorFile]]:
-    """Fit x(P - I) by the inputs of the layer's down-projection, and add it there."""
+    """Fit x(P/s - I) by the inputs of the layer's down-projection, and add it there.
+
+    What is left is relative to all that the patch adds, x(P - I), in its size.
+    """
     import torch
 
     position, width = streams.graph.layers.index(layer), len(patch)
-    check_room(site.inputs, width, context.memory, context.device)
+    with streams.group.agreeing(CapacityError):
+        check_room(site.inputs, width, context.memory, context.device)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=patch.device)
 
     moments, drift = Moments(zeros(site.inputs, site.inputs), zeros(site.inputs, width), 0.0), Drift()
-    change = patch - torch.eye(width, dtype=torch.float64, device=patch.device)
+    identity = torch.eye(width, dtype=torch.float64, device=patch.device)
+    change, added = patch / scale - identity, 0.0
     pruned = streams.pruned
     with pruned.look(layer) as step:
-        check_gain(pruned.model, layer, *pruned.probe(layer), site)
+        streams.check_gain(layer, site)
         with capture_site(pruned.model, layer, site, "input") as captured:
             for visit in step:
                 leaving = visit.output[visit.mask].double()
                 moments.add(captured.pop().reshape(*visit.mask.shape, -1)[visit.mask], leaving @ change)
+                added += float((leaving @ (patch - identity)).square().sum())
                 drift.add(leaving, streams.target(position, visit.batch)[visit.mask].double())
     streams.join(drift, layer)
     moments.join(streams.group)
-    new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)
+    added, rest = streams.group.sum_values({"added": added})["added"], scale**2 * moments.missing
+    with streams.group.agreeing(StageError):
+        new, left = solve_site(pruned.model, layer, site, moments, space="input", ridge=_RIDGE)
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.weight",
         shift=drift.shift,
         relative_shift=drift.relative_shift,
-        missing_left=left,
+        missing_left=left * rest / max(added, 1e-300),
     )
     return corrected, write_patches(streams, layer, new, context)
 

@@ -18,7 +18,6 @@ from gradmap_pipeline import (
     Stage,
     Streams,
     TensorFile,
-    check_gain,
     hookimpl,
     write_patches,
 )
@@ -56,7 +55,7 @@ def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Cont
     position, drift, missing = streams.graph.layers.index(layer), Drift(), 0.0
     pruned = streams.pruned
     with pruned.look(layer) as step:
-        check_gain(pruned.model, layer, *pruned.probe(layer), site)
+        streams.check_gain(layer, site)
         for visit in step:
             drifted, target = visit.output[visit.mask].double(), streams.target(position, visit.batch)[visit.mask].double()
             drift.add(drifted, target)

@@ -15,7 +15,7 @@ class PerplexityScore(LayerScoring):
     parallel = True
 
     def measure(self, context: Context) -> Measure:
-        return Measure(measure_losses, "loss without a layer", keep="all")
+        return Measure(measure_losses, "loss without a layer", keep="all", may_share_layers=True)
 
     def describe(self) -> str:
         return "loss without a layer, one at a time"
@@ -26,7 +26,7 @@ class PerplexityScore(LayerScoring):
 
 def measure_losses(sweep: SamplePass) -> dict[int, float]:
     """Mean loss in nats without each layer; what lies below it is computed once for all."""
-    return {layer: sweep.loss_without(layer) / sweep.predicted for layer in sweep.layers}
+    return {layer: sweep.loss_without(layer) / sweep.predicted for layer in sweep.own(sweep.layers)}
 
 
 @hookimpl

@@ -29,9 +29,13 @@ from gradmap_pipeline import (
     Streams,
     StructureProbe,
     TensorFile,
+    check_rescaling,
     correct_site,
+    find_writers,
     hookimpl,
     layers_before_cuts,
+    nearest_scale,
+    rescale_stream,
     room_for,
     sites_of,
 )
@@ -67,6 +71,12 @@ class ProjectCompensate(LayerCompensation):
         "squared missing residual that it explains.",
     )
 
+    rescale: bool = Field(
+        False,
+        description="First bring the residual stream back to its size at each cut, by dividing what is written above it; what is "
+        "missing then is corrected.",
+    )
+
     @model_validator(mode="after")
     def _check_combinations(self) -> ProjectCompensate:
         if self.sites is not None and not self.site.startswith("largest"):
@@ -81,6 +91,8 @@ class ProjectCompensate(LayerCompensation):
                 "a correction cannot be folded into any layer: none has a linear map or a norm that writes to the residual stream "
                 "unchanged; leave project_compensate out"
             )
+        if self.rescale:
+            check_rescaling(probe)
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         removed = len(costs.graph.layers) - layers
@@ -91,7 +103,8 @@ class ProjectCompensate(LayerCompensation):
         solution = size**3 / 3 + 2 * size**2 * width
         flops = sites * (products + solution) * (2 if self.attention else 1)
         measured = sites * layers if self.site.startswith("largest") else 0
-        again = sites * (1 if self.attention else 0) + measured  # the look at an output is the pass that goes on
+        scaled = layers if self.rescale else 0
+        again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
         try:
             both = costs.two_streams(layers, samples, tokens, self.room(costs.graph), again)
         except CapacityError as error:
@@ -104,6 +117,15 @@ class ProjectCompensate(LayerCompensation):
             layers_before_cuts(graph)
         if self.sites is not None and self.sites > drifting:
             raise StageError(f"'sites' is {self.sites}, but the model has only {drifting} layers that drift")
+
+    def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
+        if not self.rescale:
+            return {}
+        streams.writers = find_writers(streams.graph, context)
+        scales, patches = rescale_stream(streams, nearest_scale, context)
+        for layer, scale in scales.items():
+            context.note(f"the stream is multiplied by {scale:.4g} below layer {layer}")
+        return patches
 
     def room(self, graph: ModelGraph) -> int:
         return room_for(*self._size(graph))
@@ -164,7 +186,7 @@ def correct_layer(
                 corrected.append(done)
                 patches |= new
         if layer != streams.graph.layers[-1]:
-            streams.pruned.run_through(layer)
+            streams.pruned.run_up_to(layer, through=True)
     if not corrected:
         raise refusal
     return corrected, patches

@@ -38,7 +38,7 @@ class SlebScore(LayerScoring):
 
     def measure(self, context: Context) -> Measure:
         key = ["loss without a layer", self.prefix, self.protect_first, self.protect_last]
-        return Measure(self._measure_losses, key, keep="all")
+        return Measure(self._measure_losses, key, keep="all", may_share_layers=True)
 
     def describe(self) -> str:
         return "loss without a layer, greedy"
@@ -56,7 +56,8 @@ class SlebScore(LayerScoring):
         """Mean loss in nats without each layer that may go."""
         candidates = sweep.layers[self.protect_first : len(sweep.layers) - self.protect_last]
         is_recomputed = self.prefix == "computed"
-        return {layer: sweep.loss_without(layer, from_bottom=is_recomputed) / sweep.predicted for layer in candidates}
+        layers = sweep.own(candidates)
+        return {layer: sweep.loss_without(layer, from_bottom=is_recomputed) / sweep.predicted for layer in layers}
 
 
 @hookimpl

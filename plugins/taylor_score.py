@@ -64,7 +64,8 @@ def measure_taylor(group: ProcessGroup, sweep: SamplePass) -> dict[int, float]:
             pass
         names = sorted(step.weight_gradients)
         weights = [step.module.get_parameter(name).detach() for name in names]
-        gradients = [group.sum(step.weight_gradients[name]) for name in names]
+        with group.at(f"layer {step.layer}"):
+            gradients = [group.sum(step.weight_gradients[name]) for name in names]
         scores[step.layer] = taylor_importance(gradients, weights) / group.size
     return scores
 

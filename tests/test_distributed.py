@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torchrun import run_python
+from ranks import Ended, run_ranks, torchrun_variables
 
 from gradmap_pipeline import StageError
 from gradmap_pipeline.machine.distributed import ProcessGroup
@@ -38,13 +36,15 @@ steps:
 """
 
 
-def run(folder: Path, processes: int, *options: str) -> subprocess.CompletedProcess[str]:
-    return run_python(folder, processes, "-m", "gradmap_pipeline", "run", "r.yaml", "--json", *options)
+def run(folder: Path, processes: int) -> Ended:
+    """The leading process of a run."""
+    ends = run_ranks(folder, ["run", "r.yaml", "--json"], torchrun_variables() if processes > 1 else [{}])
+    assert [end.code for end in ends] == [0] * processes, ends
+    return ends[0]
 
 
-def outputs(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    return {event["step"]: event["outputs"] for event in events if event["event"] == "step_finished"}
+def outputs(done: Ended) -> dict[str, Any]:
+    return {event["step"]: event["outputs"] for event in done.events if event["event"] == "step_finished"}
 
 
 @pytest.mark.parametrize("metric", ["gate_gradient", "weight_gradient"])
@@ -55,9 +55,7 @@ def test_two_processes_decide_and_correct_as_one(metric: str, llama: Path, text:
         folder.mkdir()
         recipe = RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)).replace("METRIC", metric)
         (folder / "r.yaml").write_text(recipe)
-        done = run(folder, processes)
-        assert done.returncode == 0, done.stderr
-        scores.append(outputs(done))
+        scores.append(outputs(run(folder, processes)))
         assert (folder / "out" / "model.safetensors").is_file()
         assert not list((folder / ".gradmap" / "steps").glob(".*"))
     one, two = scores
@@ -74,61 +72,52 @@ def test_two_processes_decide_and_correct_as_one(metric: str, llama: Path, text:
 def test_second_run_of_two_computes_nothing(llama: Path, text: Path, tmp_path: Path) -> None:
     recipe = RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)).replace("METRIC", "gate_gradient")
     (tmp_path / "r.yaml").write_text(recipe)
-    assert run(tmp_path, 2).returncode == 0
+    run(tmp_path, 2)
     again = run(tmp_path, 2)
-    events = [json.loads(line) for line in again.stdout.splitlines()]
-    assert all(event["cached"] for event in events if event["event"] == "step_finished")
+    assert all(event["cached"] for event in again.events if event["event"] == "step_finished")
 
 
-DIES = """
-import os, signal
-from pydantic import BaseModel
-from gradmap_pipeline import ModelGraph, Stage, hookimpl
+COMMANDS = [
+    line for line in (Path(__file__).parent.parent / "docs" / "recipes.md").read_text().splitlines()
+    if line.startswith(("torchrun ", "accelerate launch "))
+]  # fmt: skip
 
-class Dies(Stage):
-    \"\"\"Lose the second process.\"\"\"
-    name = "lose_process"
-    parallel = True
-    class Inputs(BaseModel):
-        model: ModelGraph
-    class Outputs(BaseModel):
-        model: ModelGraph
-    def run(self, inputs, context):
-        if context.group.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        context.group.sum_values({0: 1.0})
-        return self.Outputs(model=inputs.model)
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
+def test_commands_of_the_docs_run_two_processes(command: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)).replace("METRIC", "gate_gradient")
+    (tmp_path / "r.yaml").write_text(recipe)
+    (tmp_path / "p.py").write_text(SHARES)
+    words = command.replace(" 8 ", " 2 ").replace("recipe.yaml", "r.yaml").split()
+    words[0] = str(Path(sys.executable).parent / words[0])
+    done = subprocess.run(
+        [*words, "--device", "cpu", "--json", "--plugin", "p.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()][-1] == "run_finished"
+    assert {(tmp_path / f"share-{rank}").read_text() for rank in range(2)} == {"2 4", "2 3"}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_docs_name_both_commands() -> None:
+    assert [command.split()[0] for command in COMMANDS] == ["torchrun", "accelerate"]
+
+
+SHARES = """
+from gradmap_pipeline import hookimpl
+from gradmap_plugins import evaluate
+score_text = evaluate.score_text
+def noted(model, ids, mask, context):
+    with open(f"share-{context.group.rank}", "w") as file:
+        file.write(f"{context.group.size} {len(context.group.share(ids))}")
+    return score_text(model, ids, mask, context)
+evaluate.score_text = noted
 @hookimpl
 def gradmap_stages():
-    return [Dies]
+    return []
 """
-
-
-def test_a_process_that_dies_ends_the_run(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(f"version: 1\nmodel: {{path: {llama}}}\nsteps:\n  - use: lose_process\n")
-    (tmp_path / "dies.py").write_text(DIES)
-    started = time.monotonic()
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29517",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "gradmap_pipeline", "run", "r.yaml", "--plugin", "dies.py"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))  # type: ignore[call-overload]
-    _, message = processes[0].communicate(timeout=60)
-    processes[1].communicate(timeout=60)
-    assert processes[1].returncode == -signal.SIGKILL
-    assert processes[0].returncode == 4
-    assert "error: step 'lose_process': another process of this run has ended; its own message says why" in message
-    assert time.monotonic() - started < 60
 
 
 def test_shares_are_disjoint_and_complete() -> None:

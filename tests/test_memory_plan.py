@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,20 @@ NEEDS = SweepNeeds(
 )
 
 
+def test_measuring_leaves_nothing_in_memory(llama: Path) -> None:
+    """Autograd frees what it saved of the one sample, and with it the weights of the layer."""
+
+    def find_tensors() -> set[int]:
+        gc.collect()
+        return {id(found) for found in gc.get_objects() if type(found) is torch.Tensor and found.ndim > 1}
+
+    model = LayerwiseModel(open_folder(llama), resident_bytes=0)
+    measure_needs(model, 1, 40)
+    before = find_tensors()
+    measure_needs(model, 1, 40)
+    assert find_tensors() <= before
+
+
 def test_reading_ahead_takes_the_room_of_a_second_layer() -> None:
     """It is planned for, and left where hidden states or a reserve need the room."""
     few = replace(NEEDS, samples=1)
@@ -50,7 +65,7 @@ def test_reading_ahead_takes_the_room_of_a_second_layer() -> None:
 def test_too_little_is_said() -> None:
     with pytest.raises(
         CapacityError,
-        match=r"one layer \(0.39 GiB\), one sample of 2048 tokens \(0.63 GiB\) and its logits .* use --dtype bfloat16",
+        match=r"one layer \(0.39 GiB\) and what it computes of one sample of 2048 tokens \(0.63 GiB\), or the head .* use --dtype",
     ):
         plan_sweep(NEEDS, 1 << 30)
 

@@ -60,7 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_is_one_for_each_promised_model() -> None:
     assert {file.stem for file in RECIPES} >= {"quickstart", "llama-2-7b", "llama-3.1-8b", "qwen3-8b", "mistral-7b"}
-    published = {"sleb", "shortgpt", "angular", "taylor", "perplexity", "magnitude", "mka", "replaceme", "linearpatch"}
+    published = {"sleb", "shortgpt", "angular", "taylor", "perplexity", "magnitude", "mka", "replaceme", "linearpatch", "prunecomp"}
     assert {file.stem for file in RECIPES} >= {*published, "gradmap-paper"}
 
 

@@ -233,3 +233,24 @@ def test_keys_and_values_go_into_a_cache_and_come_out() -> None:
     assert all(
         torch.equal(one, other) for pair, same in zip(pairs, again, strict=True) for one, other in zip(pair, same, strict=True)
     )
+
+
+def test_tokens_that_follow_a_cache_are_at_its_end() -> None:
+    """Otherwise text that a model writes is that of another model."""
+    model, ids = make(sliding_window=None), torch.arange(12)[None]
+    whole = model(input_ids=ids, use_cache=False).logits
+    first, cache = adapter.call_with_cache(model, ids[:, :7])
+    parts = [first]
+    for place in range(7, 12):
+        logits, cache = adapter.call_with_cache(model, ids[:, place : place + 1], cache)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_keys_and_values_says_so() -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(
+        ModelError, match="MambaForCausalLM keeps no keys and values, so it cannot generate text one token at a time"
+    ):
+        adapter.call_with_cache(model, torch.arange(4)[None])

@@ -22,6 +22,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "qwen3": SMALL,
     "phi3": SMALL,
+    "gemma2": {**SMALL, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "mixtral": {**SMALL, "num_local_experts": 4},
     "gpt2": {
         "vocab_size": 300,
         "n_embd": 32,

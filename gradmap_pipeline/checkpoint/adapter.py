@@ -191,6 +191,25 @@ def is_tied(module: PreTrainedModel, name: str) -> bool:
     return name in module.all_tied_weights_keys
 
 
+def find_embeddings(module: PreTrainedModel) -> nn.Embedding | None:
+    """The embeddings of tokens, where they are one table."""
+    from torch import nn
+
+    try:
+        found = module.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # an architecture that has several
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def find_head(module: PreTrainedModel) -> nn.Linear | None:
+    """The linear map from the last hidden states to logits, where it is one."""
+    from torch import nn
+
+    found = module.get_output_embeddings()
+    return found if isinstance(found, nn.Linear) else None
+
+
 def compute_buffers(module: PreTrainedModel) -> None:
     """Fill the buffers that no checkpoint holds, and leave parameters as they are."""
     for parameter in module.parameters():
@@ -214,6 +233,18 @@ def call_without_cache(
     """The model's output for token ids (B, T) and mask int64 (B, T). `kept`: positions (n,) whose logits alone are computed."""
     extra = {} if kept is None else {"logits_to_keep": kept}
     return module(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
+
+
+def call_with_cache(module: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Logits (B, T, V) of token ids (B, T) that follow those in the cache, and the cache with these, too.
+
+    Raises `ModelError` where the model keeps no keys and values of earlier tokens.
+    """
+    output = module(input_ids=ids, past_key_values=cache, use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ModelError(f"{type(module).__name__} keeps no keys and values, so it cannot generate text one token at a time here")
+    return output.logits, cache
 
 
 def can_keep_positions(module: PreTrainedModel) -> bool:

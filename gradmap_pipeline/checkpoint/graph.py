@@ -59,6 +59,14 @@ class BaseCheckpoint(BaseModel):
         beyond = (text_config(load_config(self.folder)).get(field) for field in BEYOND_TOP)
         return find_layer_prefix(self.tensors, self.layers, sum(count for count in beyond if isinstance(count, int)))
 
+    @cached_property
+    def names_by_layer(self) -> dict[int | None, tuple[str, ...]]:
+        """Names of the tensors of each layer, in the order of the file; under None those that belong to no layer."""
+        names: dict[int | None, list[str]] = {}
+        for name in self.tensors:
+            names.setdefault(layer_of(name, self.layer_prefix), []).append(name)
+        return {layer: tuple(found) for layer, found in names.items()}
+
     @property
     def default_sequence_length(self) -> int:
         """Tokens that the model is made for, at most 2048."""
@@ -137,8 +145,7 @@ class ModelGraph(Model):
 
     def layer_tensors(self, layer: int) -> dict[str, StoredTensor]:
         """Tensors of one base layer, by their name in the base checkpoint."""
-        prefix = self.base.layer_prefix
-        return {name: self.stored_tensor(name) for name in self.base.tensors if layer_of(name, prefix) == layer}
+        return {name: self.stored_tensor(name) for name in self.base.names_by_layer.get(layer, ())}
 
     def layer_elements(self) -> dict[int, int]:
         """Parameters of each kept layer, by base layer."""
@@ -153,8 +160,7 @@ class ModelGraph(Model):
 
     def other_tensors(self) -> dict[str, StoredTensor]:
         """Embeddings, final norm, head: all that belongs to no layer."""
-        prefix = self.base.layer_prefix
-        return {name: self.stored_tensor(name) for name in self.base.tensors if layer_of(name, prefix) is None}
+        return {name: self.stored_tensor(name) for name in self.base.names_by_layer.get(None, ())}
 
     def export_tensors(self) -> dict[str, StoredTensor]:
         """Every tensor of this model under the name it has on disk after export: kept layers are renumbered from 0."""

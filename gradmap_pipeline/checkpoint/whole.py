@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..batches import Batch
+    from .checkpoint import StoredTensor
     from .graph import ModelGraph
 
 
@@ -34,14 +35,13 @@ def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu", remedy: str =
     wanted: torch.dtype = getattr(torch, dtype)
     config = read_config(graph.base.folder, prune_config(graph.base.folder, graph.layers))
     module = build_skeleton(config, graph.base.tensors, wanted, device)
-    by_layer: dict[int | None, dict[str, torch.Tensor]] = {}
-    tensors = graph.export_tensors()
-    for name in tensors:
-        by_layer.setdefault(layer_of(name, graph.base.layer_prefix), {})
+    by_layer: dict[int | None, dict[str, StoredTensor]] = {}
+    for name, stored in graph.export_tensors().items():
+        by_layer.setdefault(layer_of(name, graph.base.layer_prefix), {})[name] = stored
     missing: set[str] = set()
     for layer in sorted(by_layer, key=lambda layer: -1 if layer is None else layer):
-        names = [name for name in tensors if layer_of(name, graph.base.layer_prefix) == layer]
-        reads = {name: partial(load_rounded, tensors[name], graph.dtype, wanted, remedy=remedy) for name in names}
+        tensors = by_layer[layer]
+        reads = {name: partial(load_rounded, tensors[name], graph.dtype, wanted, remedy=remedy) for name in tensors}
         loading = load_checked(module, reads, wanted, device)
         missing = loading.missing if layer is None else missing
     adapter.tie_weights(module, missing)

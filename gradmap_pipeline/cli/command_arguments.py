@@ -33,6 +33,16 @@ MemorySize = Annotated[
         show_default=False,
     ),
 ]
+HostMemorySize = Annotated[
+    str | None,
+    typer.Option(
+        "--host-memory",
+        metavar="SIZE",
+        callback=check_size,
+        help="Memory of the machine that this process may use beside a GPU's. Default: 80 % of what is free.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", callback=check_threads, help="CPU threads. Default: all cores.", show_default=False)
 ]

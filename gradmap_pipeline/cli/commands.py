@@ -10,11 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..machine.launch import is_leading
 from ..machine.streams import sole_errors, sole_output
-from .command_arguments import DeviceName, DtypeName, MemorySize, Overrides, PluginFiles, RecipePath, StorePath, Threads
+from .command_arguments import (
+    DeviceName,
+    DtypeName,
+    HostMemorySize,
+    MemorySize,
+    Overrides,
+    PluginFiles,
+    RecipePath,
+    StorePath,
+    Threads,
+)
 from .command_options import CommandGroup, open_store, parse_output, parse_path
-from .ending import endings
+from .ending import endings, tell_end
 from .material_commands import new_plugin, recipes
+from .verify import verify
 
 if TYPE_CHECKING:
     from ..machine.machine import Machine
@@ -57,6 +69,7 @@ def run(
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
     memory: MemorySize = None,
+    host_memory: HostMemorySize = None,
     threads: Threads = None,
     plugins: PluginFiles = [],  # noqa: B006
     json: Annotated[
@@ -69,7 +82,7 @@ def run(
     """Run a recipe. Steps whose results are in the store are not run again."""
     from ..report.reporters import make_reporter
 
-    leads = environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one reports
+    leads = is_leading(environ)  # of the processes that a launcher started, one reports
     log = store / "quiet.log" if leads else None
     with sole_errors(log, is_wanted=quiet), sole_output(json or quiet) as output:
         reporter = make_reporter(json=json and leads, quiet=quiet or not leads, stream=output)
@@ -77,9 +90,9 @@ def run(
             from ..machine.distributed import open_group
             from ..run.runner import run_plan
 
-            plan = _plan(recipe, overrides, plugins, store)
-            machine = _machine(device, dtype, threads, memory)
-            with open_group(device) as group:
+            with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
+                plan = _plan(recipe, overrides, plugins, store)
+                machine = _machine(device, dtype, threads, memory, host_memory)
                 run_plan(plan, open_store(store), machine, reporter, group)
 
 
@@ -114,6 +127,7 @@ def plan(
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
     memory: MemorySize = None,
+    host_memory: HostMemorySize = None,
     threads: Threads = None,
     plugins: PluginFiles = [],  # noqa: B006
     json: Annotated[bool, typer.Option("--json", help="Print what each step takes as one JSON object, and nothing else.")] = False,
@@ -135,7 +149,7 @@ def plan(
             planned = _plan(recipe, overrides, plugins, store)
             if not json:
                 print_plan(planned)
-            machine = _machine(device, dtype, threads, memory)
+            machine = _machine(device, dtype, threads, memory, host_memory)
             with heard(lambda text: None if json else print(show(f"note: {text}"), file=output)):
                 costs = estimate_plan(planned, machine, store)
             if json:
@@ -165,6 +179,7 @@ def compare(
     device: DeviceName = "auto",
     dtype: DtypeName = "float32",
     memory: MemorySize = None,
+    host_memory: HostMemorySize = None,
     threads: Threads = None,
     plugins: PluginFiles = [],  # noqa: B006
 ) -> None:
@@ -186,7 +201,7 @@ def compare(
         if left_out:
             print(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
         reporter = CompareReporter([variant.name for variant in variants])
-        comparison = run_variants(variants, open_store(store), _machine(device, dtype, threads, memory), reporter)
+        comparison = run_variants(variants, open_store(store), _machine(device, dtype, threads, memory, host_memory), reporter)
         print_comparison(comparison)
         for line in save_comparison(comparison, out):
             print(show(line))
@@ -232,19 +247,7 @@ def stages(
         print(list_stages(catalog) if name is None else describe_stage(catalog, name))
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", parser=parse_path, help="An exported folder.", show_default=False)],
-) -> None:
-    """Check an exported folder: every file as it was written, and the model loads."""
-    with endings():
-        from ..export.verify import verify_folder
-        from ..run.listening import heard
-        from ..text import show
-
-        with heard(lambda text: print(show(f"note: {text}"))):
-            for line in verify_folder(folder):
-                print(show(line))
+app.command()(verify)
 
 
 @app.command()
@@ -278,13 +281,14 @@ def _catalog(plugins: list[Path]) -> Catalog:
     return load_catalog(plugins)
 
 
-def _machine(device: str, dtype: str, threads: int | None, memory: str | None) -> Machine:
+def _machine(device: str, dtype: str, threads: int | None, memory: str | None, host_memory: str | None) -> Machine:
     from ..machine.machine import Machine
     from ..machine.memory import parse_size
     from ..machine.supervision import check_address_space
 
     check_address_space()
-    return Machine(device, dtype, threads, None if memory is None else parse_size(memory))
+    sizes = [None if size is None else parse_size(size) for size in (memory, host_memory)]
+    return Machine(device, dtype, threads, *sizes)
 
 
 def _plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..interruptions import note_interruption
+from ..interruptions import is_importing, note_interruption
+from ..machine.launch import is_one_of_many
 from ..machine.streams import error_number
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         _state.is_repeated = False
         if _state.is_telling:
             return
-        if _is_importing(frame):
+        if is_importing(frame):
             _repeat()
             return
         raise KeyboardInterrupt
@@ -90,15 +91,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             number = error_number()
             os.write(number, (_SHOW_CURSOR if os.isatty(number) else b"") + b"error: interrupted again; ended at once\n")
         os._exit(INTERRUPTED)
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported. Libraries in C++ abort where their start is interrupted by an exception."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _repeat() -> None:
@@ -131,14 +123,14 @@ def endings(reporter: Reporter | None = None, store: Path | None = None) -> Iter
 
 
 def tell_end(error: BaseException, reporter: Reporter | None = None, store: Path | None = None) -> int:
-    """Tell one error, whatever it is; return its exit code. Of the processes of one `torchrun`, the first to fail tells."""
+    """Tell one error, whatever it is, unless the leading process of the run does; return its exit code."""
     code, message, where = _describe(error, store)
     _state.is_telling = True
     if reporter is None:
         from ..report.reporters import make_reporter
 
         reporter = make_reporter(json="--json" in sys.argv, quiet=True)
-    if _is_first_of_group() or reporter.is_for_programs:
+    if not getattr(error, "is_told_elsewhere", False):
         reporter.error(code, message, where)
     return code
 
@@ -157,23 +149,13 @@ def has_told() -> bool:
     return _state.is_telling
 
 
-def _is_first_of_group() -> bool:
-    """Whether no other process that this `torchrun` started here has told an error: they share a folder that it made."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file:
-        return True
-    try:
-        os.close(os.open(Path(file).parent.parent / "gradmap-told", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _describe(error: BaseException, store: Path | None) -> tuple[int, str, str | None]:
     """Exit code, message and place of an error."""
-    if isinstance(error, KeyboardInterrupt) or _state.number is not None:  # libraries turn an interruption into errors of theirs
+    is_common = getattr(
+        error, "is_agreed", False
+    )  # once one of several processes has failed, a launcher ends the others by signals
+    if isinstance(error, KeyboardInterrupt) or (_state.number is not None and not is_common):
+        # Libraries turn an interruption into errors of theirs.
         return INTERRUPTED, _describe_interruption(), None
     from ..errors import CapacityError, GradmapError, name_error, text_of
     from ..machine.shortages import find_shortage
@@ -227,7 +209,7 @@ def finish(code: Any) -> NoReturn:
         _flush()
         os._exit(exit_code)
     _flush()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if is_one_of_many(os.environ):
         # Threads of the communication library may outlive the interpreter, and abort a process that has done its work.
         os._exit(exit_code)
     sys.stdout = sys.stderr = None  # else Python flushes them, and where that fails ends with a code of its own

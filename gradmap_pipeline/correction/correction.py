@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 
 from ..artifacts import Artifact, TensorFile
 from ..checkpoint.casts import FOR_WRITING, cast_all
-from ..errors import StageError
-from .sites import NoSiteError, check_gain, find_sites, share_sites
+from ..errors import CapacityError, StageError
+from .sites import NoSiteError, find_sites, share_sites
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,8 @@ class Compensation(Artifact):
     sites: tuple[CorrectedSite, ...]
     shifts: dict[int, float] = Field(default_factory=dict)
     """Mean shift by kept base layer, before any correction; where the choice of layers rests on it."""
+    scales: dict[int, float] = Field(default_factory=dict)
+    """By the base layer right above a cut: what the residual stream is multiplied by there, with all cuts below; where it is."""
 
 
 def layers_before_cuts(graph: ModelGraph) -> list[int]:
@@ -104,14 +106,16 @@ def correct_site(
     model = streams.pruned.model
     if site.role == "attention" and layer < streams.graph.removed[0]:
         raise NoSiteError(f"layer {layer} can be corrected only for what was missing before it, and nothing was")
-    moments, drift = collect_moments(streams, layer, site, space, context)
-    new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
-    patches = write_patches(streams, layer, new, context, site)
+    with streams.group.at(f"{site.name} of layer {layer}"):
+        moments, drift = collect_moments(streams, layer, site, space, context)
+        with streams.group.agreeing(StageError):
+            new, left = solve_site(model, layer, site, moments, space=space, ridge=ridge, shrink=shrink, towards=towards)
+        patches = write_patches(streams, layer, new, context, site)
     corrected = CorrectedSite(
         layer=layer,
         parameter=f"{site.name}.weight",
         role=site.role,
-        shift=drift.shift,
+        shift=drift.shift * streams.scale_above(layer),
         relative_shift=drift.relative_shift,
         missing_left=left,
     )
@@ -138,10 +142,12 @@ def write_patches(
     for parameter, value in new.items():
         name = streams.pruned.model.disk_name(layer, parameter)
         stored = streams.graph.stored_tensor(name)
-        if not value.isfinite().all():
-            raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
         exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
-        values[parameter] = streams.group.lead(cast_all(value, exported, name, FOR_WRITING).contiguous()).cpu()
+        with streams.group.agreeing(StageError):
+            if not value.isfinite().all():
+                raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
+            cast = cast_all(value, exported, name, FOR_WRITING).contiguous()
+        values[parameter] = streams.group.lead(cast).cpu()
         patches[name] = TensorFile.save({name: values[parameter]}, context.folder / f"{name}.safetensors")
     use_values(streams, layer, values, site)
     return patches
@@ -229,7 +235,8 @@ def collect_moments(
     if site.role == "norm":
         moments = ChannelMoments(zeros(4, width))
     else:
-        check_room(size, width, context.memory, context.device)
+        with streams.group.agreeing(CapacityError):
+            check_room(size, width, context.memory, context.device)
         moments = Moments(zeros(size, size), zeros(size, width), 0.0)
     drift = Drift()
     if site.role == "attention":
@@ -240,7 +247,7 @@ def collect_moments(
     else:
         keeps = goes_on and can_add_change(streams, site, space) and pruned.taken.has_room(site.inputs, width, pruned.model.dtype)
         with pruned.look(layer, keep=keeps) as step:
-            check_gain(pruned.model, layer, *pruned.probe(layer), site)
+            streams.check_gain(layer, site)
             with capture_site(pruned.model, layer, site, space) as captured:
                 for visit in step:
                     drifted = visit.output[visit.mask].double()

@@ -93,7 +93,7 @@ class CorrectedModel:
         """KL divergence from the original model's predictions to this one's: nats a token, on the samples held out."""
         self._checked.run_forward()
         last = len(self._checked.layers)
-        return self._compare((index, self._checked.boundary(last, index)) for index in range(len(self._checked.batches)))
+        return self._compare([((index, self._checked.boundary(last, index)) for index in range(len(self._checked.batches)))])
 
     def divergence_without(self, layer: int) -> float:
         """The same, without one more base layer, the layer below it corrected for that and none above corrected anew.
@@ -150,7 +150,7 @@ class CorrectedModel:
                 new = dict(self._solve(self._streams, layer, site, goes_on=True))
                 if new:
                     use_values(self._streams, layer, new, site)
-            pruned.run_through(layer)
+            pruned.run_up_to(layer, through=True)
 
     def _solve(self, streams: Streams, layer: int, site: Site, *, goes_on: bool) -> Sequence[tuple[str, torch.Tensor]]:
         """New values of a site's parameters; none where it takes no correction. `goes_on`: as in `collect_moments`."""
@@ -168,18 +168,25 @@ class CorrectedModel:
     def _keep_predictions(self) -> None:
         self._checked.run_forward()
         last = len(self._checked.layers)
-        for index in range(len(self._checked.batches)):
-            for number, _, ours in self._predict(index, self._checked.boundary(last, index)):
-                self._predictions.put(number, index, ours.half())
+        with self._checked.model.weights.head():
+            for index in range(len(self._checked.batches)):
+                for number, _, ours in self._predict(index, self._checked.boundary(last, index)):
+                    self._predictions.put(number, index, ours.half())
 
-    def _compare(self, outputs: Iterable[tuple[int, torch.Tensor]]) -> float:
-        """KL divergence by what leaves the last layer for each batch, (B, T, D)."""
+    def _compare(self, outputs: Iterable[Iterable[tuple[int, torch.Tensor]]]) -> float:
+        """KL divergence by what leaves the last layer for each batch, (B, T, D), in groups of batches."""
         total = 0.0
-        for index, hidden in outputs:
-            for number, counted, q in self._predict(index, hidden):
-                p = self._predictions.get(number, index).float().log_softmax(-1)
-                total += float((p.exp().mul_(p - q).sum(-1) * counted).double().sum())
+        for group in outputs:
+            with self._checked.model.weights.head():
+                total += sum(self._sum_divergence(index, hidden) for index, hidden in group)
         return total / max(1, sum(int(batch.mask[:, :-1].sum()) for batch in self._checked.batches))
+
+    def _sum_divergence(self, index: int, hidden: torch.Tensor) -> float:
+        total = 0.0
+        for number, counted, q in self._predict(index, hidden):
+            p = self._predictions.get(number, index).float().log_softmax(-1)
+            total += float((p.exp().mul_(p - q).sum(-1) * counted).double().sum())
+        return total
 
     def _predict(self, index: int, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """A batch in slices of positions: number, which tokens count (B, n), and log-probabilities (B, n, V), fp32.

@@ -63,7 +63,7 @@ def find_sites(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
     """
     import torch
 
-    search = _Search(model, index, hidden, arguments)
+    search = Search(model, index, hidden, arguments)
     with torch.no_grad():
         linear = [site for site in search.linear_maps() if site.inputs * _NARROWEST >= hidden.shape[-1]]
         linear.sort(key=lambda site: site.inputs)  # stable: the last called of the widest comes last
@@ -92,7 +92,7 @@ def check_gain(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
 
     if site.role != "attention":
         with torch.no_grad():
-            measured = _Search(model, index, hidden, arguments).estimate_gain(site)
+            measured = Search(model, index, hidden, arguments).estimate_gain(site)
         if not math.isfinite(measured):
             raise NotFiniteError(f"what leaves layer {index}")
         if not abs(measured / site.gain - 1) <= 0.05:
@@ -105,19 +105,22 @@ def share_sites(sites_by_layer: Mapping[int, Sequence[Site]], group: ProcessGrou
     return {int(layer): tuple(Site(**site) for site in sites) for layer, sites in told.items()}
 
 
-class _Search:
+class Search:
+    """A layer that is run with changes, to see what reaches its output."""
+
     def __init__(self, model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> None:
         import torch
 
         self.model, self.index, self.hidden, self.arguments = model, index, hidden, arguments
         self.layer = model.module.get_submodule(f"{model.layers_path}.{index}")
         with torch.no_grad():
-            self.plain = self._run()
+            self.plain = self.run()
         nudge = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(self.plain)
         self.nudge = nudge * self.plain.float().square().mean().sqrt().to(nudge)  # of the stream's usual size, not of its peaks
         self.tolerance = (32 if hidden.dtype == torch.float32 else 8) * torch.finfo(hidden.dtype).eps
 
-    def _run(self) -> torch.Tensor:
+    def run(self) -> torch.Tensor:
+        """The layer's output as it is now, (B, T, D)."""
         return self.model.run_layer(self.index, self.hidden, self.arguments)
 
     def linear_maps(self) -> list[Site]:
@@ -160,10 +163,13 @@ class _Search:
     def _move(self, site: Site) -> torch.Tensor:
         written = self.layer.get_submodule(site.name)
         with _hooked(written.register_forward_hook(lambda _module, _input, output: output + self.nudge)):
-            return self._run() - self.plain
+            return self.run() - self.plain
 
-    def measure_gain_inside(self, site: Site) -> float:
-        """The number times which a module's output, added to the layer's input, is what a later module takes; 0 if none does."""
+    def measure_gain_inside(self, site: Site, *, flattened: bool = False) -> float:
+        """The number times which a module's output, added to the layer's input, is what a later module takes; 0 if none does.
+
+        `flattened`: a module that takes all tokens in a row, as in OPT, counts too.
+        """
         import torch
 
         returned: list[torch.Tensor] = []
@@ -174,6 +180,8 @@ class _Search:
 
         def compare(_module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             taken = next((value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor)), None)
+            if flattened and taken is not None and taken.shape == self.hidden.flatten(0, -2).shape:
+                taken = taken.view_as(self.hidden)
             if returned and taken is not None and taken.shape == self.hidden.shape and taken.dtype == self.hidden.dtype:
                 gains.append(self._factor(taken - self.hidden, returned[0], taken))
 
@@ -181,7 +189,7 @@ class _Search:
         others = [module for module in self.layer.modules() if id(module) not in own and module is not self.layer]
         handles = [module.register_forward_pre_hook(compare, with_kwargs=True) for module in others]
         with _hooked(self.layer.get_submodule(site.name).register_forward_hook(keep), *handles):
-            self._run()
+            self.run()
         return next(filter(None, gains), 0.0)
 
     def _factor(self, moved: torch.Tensor, vector: torch.Tensor, stream: torch.Tensor) -> float:
@@ -211,7 +219,7 @@ class _Search:
 
                 handles.append(module.register_forward_hook(listen))
         with _hooked(*handles):
-            self._run()
+            self.run()
         return [name for name in called if called.count(name) == 1]
 
 

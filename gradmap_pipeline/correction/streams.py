@@ -6,7 +6,7 @@ Sizes: B sequences a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from ..sweep.sample_pass import SamplePass
 from ..sweep.sweep import Stream, open_sweep
 from ..sweep.visits import ForwardVisit
 from ..work import Round
-from .sites import NotFiniteError
+from .sites import NoSiteError, NotFiniteError, check_gain
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..context import Context
     from ..data.calibration_set import CalibrationSet
     from .sites import Site
+    from .writers import Writer
 
 
 @dataclass
@@ -69,14 +70,14 @@ class Drift:
         return self.shift / max(self.norm / self.tokens, 1e-300)
 
 
-def plan_streams(needs: SweepNeeds, free: int, reserve: int) -> tuple[SweepPlan, int]:
+def plan_streams(needs: SweepNeeds, free: int, reserve: int, host_free: int = 0) -> tuple[SweepPlan, int]:
     """How to run the original and the pruned model over samples, and the bytes of boundaries to hold in memory for each.
 
-    `reserve`: bytes to leave free for what is done with them.
+    `reserve`: bytes to leave free for what is done with them. `host_free`: bytes in the machine's memory beside that of a GPU.
     """
     alone = replace(needs, is_backward=False, has_head=False)
-    plan = plan_sweep(alone, free, divisible=False, reserve=reserve)
-    return plan, max(0, plan.kept_limit - reserve) // 2
+    plan = plan_sweep(alone, free, divisible=False, reserve=reserve, host_free=host_free)
+    return plan, (max(0, plan.kept_limit - reserve) + plan.host_limit) // 2
 
 
 def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
@@ -110,6 +111,10 @@ class Streams:
     group: ProcessGroup
     original_forwards: int = 0
     """Layer forwards of the original model."""
+    scales: dict[int, float] = field(default_factory=dict)
+    """By base layer, what the pruned stream that enters it is times too small by design; 1 where it is not there."""
+    writers: Mapping[int, Sequence[Writer]] = field(default_factory=dict)
+    """What writes to the residual stream, by base layer; empty until it is looked for."""
     measured: dict[int, Drift] = field(default_factory=dict)
     """The drift of every layer, as it was first measured; empty until then."""
 
@@ -120,12 +125,32 @@ class Streams:
     def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
         kept = self.graph.layers
-        return self.targets.get(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
+        return self._original(kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers, batch)
 
     def target_before(self, layer: int, visit: ForwardVisit) -> torch.Tensor:
-        """What enters a kept layer of the original model, for a batch: (tokens not padded, D), fp64."""
-        entering = visit.input if layer < self.graph.removed[0] else self.targets.get(layer, visit.batch)
+        """What should enter a kept layer, for a batch: (tokens not padded, D), fp64."""
+        entering = visit.input if layer < self.graph.removed[0] else self._original(layer, visit.batch)
         return entering[visit.mask].double()
+
+    def list_scales(self) -> dict[int, float]:
+        """The scales right above cuts; none where nothing is rescaled."""
+        return {layer: scale for layer, scale in self.scales.items() if layer - 1 in self.graph.removed}
+
+    def scale_above(self, layer: int) -> float:
+        """What the stream that leaves a kept layer is times too small by design."""
+        above = [other for other in self.graph.layers if other > layer]
+        return self.scales.get(above[0] if above else self.graph.base.layers, 1.0)
+
+    def _original(self, layer: int, batch: int) -> torch.Tensor:
+        """What enters a base layer of the original model, in the size that the pruned stream has there."""
+        scale = self.scales.get(layer, 1.0)
+        hidden = self.targets.get(layer, batch)
+        return hidden if scale == 1 else hidden / scale
+
+    def check_gain(self, layer: int, site: Site) -> None:
+        """`check_gain` of a site of a base layer in the pruned model, whose weights must be in. What one refuses, all do."""
+        with self.group.agreeing(NoSiteError, NotFiniteError):
+            check_gain(self.pruned.model, layer, *self.pruned.probe(layer), site)
 
     def join(self, drift: Drift, layer: int) -> None:
         """Sum a layer's drift over the processes. Raises `NotFiniteError` where it is not finite."""

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ..batches import BATCH_TOKENS
+from ..machine.accelerators import wait_for
 from .machine_speed import time_call
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Pass:
 
 
 class LayerBenchmark:
-    """A model without its weights. Embeddings and head have made-up ones, and a layer gets them when it is tried."""
+    """A model without its weights. A layer, or the head, gets made-up ones when it is tried."""
 
     def __init__(self, graph: ModelGraph, device: str, dtype: str) -> None:
         from ..sweep.layerwise import LayerwiseModel
@@ -48,6 +49,8 @@ class LayerBenchmark:
         config = self._model.module.config.get_text_config()
         self.hidden_size = int(config.hidden_size)
         """D"""
+        self.stored_vocabulary_bytes = sum(tensor.stored_bytes for tensor in self._model.weights.vocabulary.tensors)
+        """Of embeddings and head on disk, where they are read when they are used."""
         self.dtype = self._model.dtype
         self._words = int(config.vocab_size)
         self._head_elements = self.hidden_size * self._words
@@ -92,10 +95,7 @@ class LayerBenchmark:
         return self._time(load)
 
     def _time(self, call: Callable[[], object]) -> float:
-        import torch
-
-        device = self._model.device
-        return time_call(call, wait=partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None)
+        return time_call(call, wait=partial(wait_for, str(self._model.device)))
 
     def _make_batch(self, samples: int, tokens: int) -> Batch:
         import torch
@@ -110,7 +110,7 @@ class LayerBenchmark:
 
         from ..sweep.weight_sources import make_up
 
-        hidden, arguments = self._model.record(self._make_batch(samples, tokens))
+        hidden, arguments = self._model.record(self._make_batch(samples, tokens), is_made_up=True)
         with self._model.layer(self._layer) as module:
             make_up(module)
             wanted = list(module.parameters()) if weight_gradients else []
@@ -140,15 +140,21 @@ class LayerBenchmark:
         return tried
 
     def _try_head(self, samples: int, tokens: int) -> Pass:
-        from ..sweep.sample_pass import SamplePass
+        from ..sweep.head_losses import compute_losses, differentiate_losses
+        from ..sweep.weight_sources import make_up
 
-        sweep = SamplePass(self._model, [self._make_batch(samples, tokens)])
-        for layer in self._model.graph.layers:
-            sweep.remove(layer)
-        both = self._time(sweep.put_head_gradients) / samples
-        forward = self._time(lambda: list(sweep.losses())) / samples
-        flops = _count_flops(lambda: list(sweep.losses())) / samples
-        return Pass(forward, forward, max(0.0, both - forward), flops, flops)
+        batch = self._make_batch(samples, tokens)
+        hidden = self._model.record(batch, is_made_up=True)[0]
+
+        def forward() -> torch.Tensor:
+            return compute_losses(self._model, batch, hidden)
+
+        with self._model.weights.head():
+            make_up(self._model.module)
+            both = self._time(lambda: differentiate_losses(self._model, batch, hidden, 1.0)) / samples
+            alone = self._time(forward) / samples
+            flops = _count_flops(forward) / samples
+        return Pass(alone, alone, max(0.0, both - alone), flops, flops)
 
 
 def _count_tried(samples: int, tokens: int, elements: int) -> int:

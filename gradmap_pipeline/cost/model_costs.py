@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..correction.streams import plan_streams
+from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, explain_generation
 from ..errors import CapacityError
 from ..machine.machine import Machine
-from ..machine.memory import free_bytes, give_back, resident_bytes, tune_allocator
+from ..machine.memory import free_bytes, free_on_host, give_back, resident_bytes, tune_allocator
 from ..sweep.memory_plan import SweepPlan, format_size, plan_sweep
 from ..sweep.needs import SweepNeeds
 from .estimate import Estimate
@@ -42,6 +43,7 @@ class ModelCosts:
         self.device = machine.prepare_torch()
         self._dtype = machine.dtype
         self.memory = machine.budget(self.device)
+        self.host_free = free_on_host(self.device, machine.host_budget(self.device))
         self._check_room()
         LayerBenchmark(self.graph, self.device, machine.dtype)
         give_back()
@@ -53,16 +55,11 @@ class ModelCosts:
         """Seconds to import torch and transformers; paid once, by the first step."""
         give_back()
         self.occupied = resident_bytes(self.device)
-        """Bytes a process has resident when it has opened the model, without layers."""
-        self.program_bytes = resident_bytes() - (self.rest_bytes if self.device == "cpu" else 0)
+        """Bytes a process has resident when it has opened the model, without layers, embeddings and head."""
+        self.program_bytes = resident_bytes()
         """Bytes the program and its libraries have resident in the machine."""
         self.speed = MachineSpeed(self.base, self.benchmark.dtype, self.device, self.memory, store)
         self._seen: set[Hashable] = set()
-
-    @cached_property
-    def rest_bytes(self) -> int:
-        """Bytes of embeddings, norm and head, in the type to compute in."""
-        return sum(tensor.elements for tensor in self.graph.other_tensors().values()) * self._item
 
     @cached_property
     def layer_elements(self) -> dict[int, int]:
@@ -76,7 +73,7 @@ class ModelCosts:
 
     @cached_property
     def stored_rest_bytes(self) -> int:
-        """Bytes of all else on disk."""
+        """Bytes of embeddings, norm and head on disk."""
         return sum(tensor.size for tensor in self.graph.other_tensors().values())
 
     def first_time(self, key: Hashable) -> bool:
@@ -109,9 +106,10 @@ class ModelCosts:
         )
 
     def opening(self) -> Estimate:
-        """Open the model and read what belongs to no layer."""
-        seconds = self.open_seconds + self.stored_rest_bytes * self.speed.read_again()
-        return Estimate(self.occupied, self.stored_rest_bytes, seconds=seconds, lines=self._opened)
+        """Open the model, and read what is neither in a layer nor read when it is used."""
+        read = self.stored_rest_bytes - self.benchmark.stored_vocabulary_bytes
+        seconds = self.open_seconds + read * self.speed.read_again()
+        return Estimate(self.occupied, read, seconds=seconds, lines={"program": self.occupied})
 
     def text(self, tokens: int, least: int | None = None) -> Estimate:
         """Make ids of so many tokens of text; the time to download it is not known.
@@ -128,13 +126,35 @@ class ModelCosts:
             )
         return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.speed.token)
 
+    def generated_text(self, layers: int, samples: int, tokens: int) -> Estimate:
+        """Samples (samples, tokens) that a model of so many layers writes itself, whole in memory.
+
+        Raises `CapacityError` where the model and one sample do not fit.
+        """
+        weights, each = count_generation_bytes(self.graph, tokens, self._dtype)
+        weights = round(weights * self.count_parameters(layers) / self.count_parameters(len(self.layer_elements)))
+        free = self.memory - self.occupied
+        if weights + each > free:
+            raise CapacityError(explain_generation(weights, each, tokens, max(0, free), self._dtype))
+        together = min(GENERATED_TOGETHER, (free - weights) // each, samples)
+        layer, head = self.benchmark.layer_pass(together, 2), self.benchmark.head_pass(together, 2)  # a head needs two tokens
+        lines = {"program": self.occupied, "weights": weights, "keys and values": together * each}
+        return self.opening() + Estimate(
+            peak_bytes=sum(lines.values()),
+            bytes_read=self.count_bytes(layers),
+            flops=samples * tokens * (layers * layer.flops + head.flops) / 2,
+            seconds=samples * tokens * (layers * layer.forward + head.forward) + self.count_bytes(layers) * self.speed.read_again(),
+            how=f"{together} sequences at a time",
+            lines=lines,
+        )
+
     def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0) -> Estimate:
         """The loss of samples (samples, tokens), one boundary held at a time.
 
         `besides`: bytes of other files that the step reads and writes.
         """
         needs = replace(self.needs(layers, samples, tokens), is_backward=False, keeps_boundaries=False)
-        plan = plan_sweep(needs, self.memory - self.occupied)
+        plan = plan_sweep(needs, self.memory - self.occupied, host_free=self.host_free)
         layer, head = self.benchmark.layer_pass(plan.batch_samples, tokens), self.benchmark.head_pass(plan.batch_samples, tokens)
         moving = self._moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
         passes = samples + (min(samples, plan.batch_samples) if plan.is_resident else 0)  # the first batch warms up
@@ -154,7 +174,7 @@ class ModelCosts:
     ) -> Estimate:
         """Backward sweeps in a row, over models of so many layers each. Reuse between them is left out."""
         needs = replace(self.needs(layers[0], samples, tokens), has_weight_gradients=weight_gradients)
-        plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible)
+        plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible, host_free=self.host_free)
         layer, head = (
             self.benchmark.layer_pass(plan.batch_samples, tokens, weight_gradients),
             self.benchmark.head_pass(plan.batch_samples, tokens),
@@ -178,13 +198,13 @@ class ModelCosts:
         """
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
-        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve)
+        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve, self.host_free)
         held = free - plan.kept_limit
-        if held + reserve > free + self.rest_bytes:  # embeddings and head are gone by then
-            enough = self.memory + held + reserve - free - self.rest_bytes
+        if held + reserve > free:
+            enough = self.memory + held + reserve - free
             raise CapacityError(
                 f"one layer and what is computed with it ({format_size(reserve)}) need {format_size(held + reserve)}, and of the "
-                f"memory allowed {format_size(free + self.rest_bytes)} are left; allow {format_size(enough)} or more with --memory"
+                f"memory allowed {format_size(free)} are left; allow {format_size(enough)} or more with --memory"
             )
         boundaries = [samples * self.needs(count, 1, tokens).boundary_bytes * (count + 1) for count in (whole, layers)]
         written = sum(max(0, size - limit) for size in boundaries)
@@ -199,8 +219,8 @@ class ModelCosts:
         layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(
-            peak_bytes=self.occupied + max(0, sum(lines.values()) + allocator - self.rest_bytes),
-            lines={"program": self.occupied - self.rest_bytes, **lines, "allocator": allocator},
+            peak_bytes=self.occupied + sum(lines.values()) + allocator,
+            lines={"program": self.occupied, **lines, "allocator": allocator},
             bytes_read=read + written,
             bytes_written=written,
             flops=count * layer.flops,
@@ -209,15 +229,9 @@ class ModelCosts:
             disk_bytes=written,
         )
 
-    @property
-    def _opened(self) -> dict[str, int]:
-        """What a process that has opened the model holds."""
-        rest = min(self.rest_bytes, self.occupied)
-        return {"program": self.occupied - rest, "embeddings and head": rest}
-
     def _lines_of(self, plan: SweepPlan) -> dict[str, int]:
         lines = {str(line): size for line, size in plan.lines.items()}
-        return {**self._opened, **lines, "allocator": plan.peak_bytes - sum(plan.lines.values())}
+        return {"program": self.occupied, **lines, "allocator": plan.peak_bytes - sum(plan.lines.values())}
 
     def _moving(self, read: int, spilled: int, besides: int = 0) -> float:
         """Seconds to bring in so many bytes of layers, and to write boundaries and read them again."""
@@ -231,10 +245,11 @@ class ModelCosts:
     def _check_room(self) -> None:
         """Before anything is allocated: what every sweep needs at least."""
         layer = max(self.layer_elements.values()) * self._item
-        needed = resident_bytes(self.device) + self.rest_bytes + layer
+        other = max(tensor.elements for tensor in self.graph.other_tensors().values()) * self._item
+        needed = resident_bytes(self.device) + max(layer, other)
         if needed > self.memory:
             raise CapacityError(
-                f"embeddings and head ({format_size(self.rest_bytes)}) and one layer ({format_size(layer)}) in {self._dtype} need "
+                f"the embeddings ({format_size(other)}) or one layer ({format_size(layer)}) in {self._dtype} need "
                 f"{format_size(needed)} with the program itself, over the {format_size(self.memory)} allowed; "
                 f"{'use --dtype bfloat16, or ' if self._item > 2 else ''}allow more with --memory"
             )

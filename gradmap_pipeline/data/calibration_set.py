@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, PlainSerializer
+from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from ..artifacts import Artifact, NameOf, TensorFile, only_for_people
 
@@ -17,6 +17,18 @@ class CalibrationForecast(BaseModel):
 
     samples: int | None = None
     sequence_length: int | None = None
+
+
+class CalibrationPart(BaseModel):
+    """What one part of a mix gave to a calibration set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int
+    tokens: int
+    """Tokens that are not padding."""
+    sha256: str
+    """Of its samples, as `digest_sequences` makes it."""
 
 
 class CalibrationSet(Artifact):
@@ -34,6 +46,8 @@ class CalibrationSet(Artifact):
     """Digest of the tokenizer that made the ids."""
     source: Annotated[str, NameOf("dataset"), PlainSerializer(only_for_people)]
     """The text they come from, for people: no part of the content."""
+    parts: tuple[CalibrationPart, ...] = ()
+    """Of a mix, its parts in the order of the recipe; `source` names them. Their samples stand in turn."""
 
     def load(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input_ids int64 and attention_mask int64, both (samples, length)."""

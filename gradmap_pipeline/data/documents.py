@@ -18,6 +18,7 @@ LONG_BYTES = 1 << 20
 """Size from which a text file is read in parts."""
 _SHUFFLE_BUFFER = 1000  # documents
 _DAY = "26 Jul 2024"  # what Llama 3.1's template takes where no day is given
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIXED_DAY = (  # in front of templates that require the date, so that a recipe gives the same ids on every day
     "{%- macro strftime_now(form) -%}{{ '26 Jul 2024' if form == '%d %b %Y' else '2024-07-26' }}{%- endmacro -%}"
 )
@@ -51,11 +52,24 @@ class Chat:
             )
         try:
             template = tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, and none is the default
+            raise StageError(f"{self.place}: the tokenizer has no default chat template ({error})") from error
+        self._check_roles(template)
+        try:
             template = _FIXED_DAY + template if "strftime_now" in template else template
             text = tokenizer.apply_chat_template(self.messages, chat_template=template, tokenize=False, date_string=_DAY)
         except Exception as error:  # a template may fail in any way its author thought of
             raise StageError(f"{self.place}: the tokenizer's chat template refuses the messages ({error})") from error
         return str(text)
+
+    def _check_roles(self, template: str) -> None:
+        """Raise `StageError` for a role that no template has, or that this one does not name: many would print any word."""
+        for number, turn in enumerate(self.messages, 1):
+            role = turn["role"]
+            if not isinstance(role, str) or not (role in _ROLES or f"'{role}'" in template or f'"{role}"' in template):
+                accepted = f"{', '.join(_ROLES)}, and roles that the tokenizer's chat template names"
+                found = repr(role) if isinstance(role, str) else describe(role)
+                raise StageError(f"{self.place}: message {number} has the role {found}; accepted: {accepted}")
 
 
 Document = str | LongText | Chat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +39,19 @@ def make_sequences(
     padded on the right. `samples` None takes all. With a seed, samples are drawn from eight times as many sequences.
     `embeddings`: rows of the model's token embeddings; an id beyond them is refused.
     """
+    return stack_rows(draw_rows(tokenizer, documents, length, samples, packing, seed, embeddings), tokenizer, embeddings)
+
+
+def draw_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    length: int,
+    samples: int | None,
+    packing: Packing,
+    seed: int | None,
+    embeddings: int | None,
+) -> list[array[int]]:
+    """The ids of each sequence, without padding. As in `make_sequences`."""
     import torch
 
     sequences: Iterator[list[int]]
@@ -62,6 +75,15 @@ def make_sequences(
     if samples is not None and seed is not None:
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
         rows = [rows[index] for index in chosen.tolist()]
+    return rows
+
+
+def stack_rows(
+    rows: Sequence[array[int]], tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask), both int64 (samples, length of the longest), padded on the right."""
+    import torch
+
     padding = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     if embeddings is not None and padding >= embeddings:
         padding = 0  # it is masked, so any id that the model has will do

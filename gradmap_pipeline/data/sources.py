@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import OptionError, StageError, first_line
 from ..machine.digests import sha256_of_value
-from .documents import LONG_BYTES, Document, LongText, make_documents, shuffle_documents
+from .documents import LONG_BYTES, Chat, Document, LongText, make_documents, shuffle_documents
 from .files import compression_of, find_files, format_of
 from .readers import Row, read_rows, read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BUILTIN_BYTES = 1 << 26
 """More than the sources of Python's standard library hold."""
@@ -42,16 +45,21 @@ class DatasetSource(BaseModel):
         None, description="Commit, tag or branch of a hub data set. Without it, changes there go unnoticed."
     )
 
+    places: ClassVar[dict[str, str]] = {"path": "path", "id": "id", "builtin": "builtin"}
+    """Options of which exactly one says where the text comes from: name in a recipe, and field."""
+
     @model_validator(mode="after")
     def _one_place(self) -> DatasetSource:
-        given = [name for name in ("path", "id", "builtin") if getattr(self, name) is not None]
+        given = [name for name, at in self.places.items() if getattr(self, at) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of 'path', 'id' and 'builtin'; found {' and '.join(map(repr, given)) or 'none'}")
+            *others, last = map(repr, self.places)
+            found = " and ".join(map(repr, given)) or "none"
+            raise ValueError(f"give exactly one of {', '.join(others)} and {last}; found {found}")
         for name in ("config", "split", "revision"):
             if name in self.model_fields_set and self.id is None:
                 raise ValueError(f"{name!r} belongs to a hub data set, given by 'id'")
-        if self.builtin is not None and "column" in self.model_fields_set:
-            raise ValueError("'column' does not go with 'builtin'")
+        if "column" in self.model_fields_set and given[0] not in ("path", "id"):
+            raise ValueError(f"'column' does not go with {given[0]!r}")
         if self.id is not None:
             from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -96,6 +104,23 @@ class DatasetSource(BaseModel):
         if any(compression_of(file) or format_of(file) in ("parquet", "arrow") for file in files):
             return None
         return sum(file.stat().st_size for file in files)
+
+    def check_fits_tokenizer(self, load_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
+        """Raise `OptionError` where the first row of local files is a chat that the tokenizer makes no text of.
+
+        Other faults of the data are left to those who read them. `load_tokenizer` is called where the row is a chat.
+        """
+        if self.path is None or format_of(self.files()[0]) == "text":
+            return
+        try:
+            first = next(self._read_files(None), None)
+        except StageError:
+            return
+        if isinstance(first, Chat):
+            try:
+                first.render(load_tokenizer())
+            except StageError as error:
+                raise OptionError("dataset", str(error)) from error
 
     def local_paths(self) -> list[Path]:
         """Files and folders on this machine that are read."""

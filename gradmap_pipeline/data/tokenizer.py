@@ -56,6 +56,14 @@ def count_embeddings(base: BaseCheckpoint) -> int:
     return int(stored[0].shape[0] if len(stored) == 1 else table.shape[0])
 
 
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that texts start from: BOS, else EOS. Raises `OptionError` where the tokenizer has neither."""
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if not isinstance(token, int):
+        raise OptionError("dataset", "the tokenizer has neither a BOS nor an EOS token to start from; give 'prompts' under 'self'")
+    return token
+
+
 def check_ids(rows: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
     """Raise `StageError` where a token has no row in the embeddings."""
     beyond = next((token for row in rows if max(row, default=0) >= embeddings for token in row if token >= embeddings), None)

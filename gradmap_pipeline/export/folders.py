@@ -163,5 +163,5 @@ def _read_lineage(folder: Path) -> dict[str, Any]:
 
 def _list_steps(stage: Stage, context: Context) -> list[dict[str, Any]]:
     """The steps that led here, and this one last, whose outputs are the folder itself."""
-    this = FinishedStep(context.step or stage.name, stage.name, stage.model_dump(mode="json"), {})
+    this = FinishedStep(context.step or stage.name, stage.name, stage.model_dump(mode="json", by_alias=True), {})
     return [vars(step) for step in (*context.lineage, this)]

@@ -10,6 +10,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from .accelerators import is_accelerator, module_of
+
 DEFAULT_SHARE = 0.8
 """Share of the memory that is free when a run starts."""
 
@@ -36,10 +38,8 @@ def parse_size(text: str) -> int:
 
 def resident_bytes(device: str = "cpu") -> int:
     """What this process has in memory now: its own pages and those mapped from files. On a GPU: what torch holds there."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.memory_reserved(device)
+    if is_accelerator(device):
+        return int(module_of(device).memory_reserved(device))
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -73,8 +73,14 @@ def give_back(*, between_steps: bool = False) -> None:
         gc.freeze()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         sys.modules["torch"].cuda.empty_cache()
+        getattr(sys.modules["torch"]._C, "_host_emptyCache", lambda: None)()  # pinned memory; builds for the CPU have none
     with suppress(OSError, AttributeError):  # another C library keeps or returns memory as it likes
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def free_on_host(device: str, host_memory: int) -> int:
+    """What is left of the bytes that this process may have resident in the machine beside a GPU; none where there is no GPU."""
+    return max(0, host_memory - resident_bytes()) if is_accelerator(device) else 0
 
 
 def default_budget(device: str = "cpu") -> int:
@@ -87,10 +93,8 @@ def free_bytes(device: str = "cpu") -> int:
 
     On a GPU: what the GPU has free.
     """
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
+    if is_accelerator(device):
+        return int(module_of(device).mem_get_info(device)[0])
     import psutil
 
     return min([int(psutil.virtual_memory().available), *_free_in_control_groups(), *_free_in_address_space()])

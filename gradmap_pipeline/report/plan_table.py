@@ -15,7 +15,7 @@ def print_plan(plan: Plan) -> None:
     add_row(table, "model", "", "", plan.model.name, f"{layers} layers" if layers else "")
     for step in plan.steps:
         takes = ", ".join(".".join(source) if source[1] != name else source[0] for name, source in step.inputs.items())
-        options = step.stage.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        options = step.stage.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
         known = [
             f"{value} {key if value != 1 else key[:-1]}"
             for forecast in step.forecasts.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
 
 def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup) -> RunState:
     started = time.monotonic()
+    group.agree_on("recipes", json.dumps([[step.id, step.stage.name, step.stage.model_dump(mode="json")] for step in plan.steps]))
     if group.leads:
         store.prepare()
         reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
@@ -76,6 +78,7 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
     else:
         group.tell(None)
         base = open_model(plan.model, store.digest_of)
+    group.agree_on("models", base.digest)
     state = RunState(outputs={"model": {"model": base}}, lineage={"model": ()})
 
     def finish() -> RunFinished:
@@ -84,7 +87,7 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
 
     try:
         for step in plan.steps:
-            with _agreeing(step, group):
+            with _naming_unforeseen(step):
                 _run_step(step, plan, store, machine, reporter, state, group)
     except QualityError:
         reporter.run_stopped(finish())
@@ -94,19 +97,15 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
 
 
 @contextmanager
-def _agreeing(step: PlannedStep, group: ProcessGroup) -> Iterator[None]:
-    """A step runs in this block; what one process raises, all raise."""
+def _naming_unforeseen(step: PlannedStep) -> Iterator[None]:
+    """A step runs in this block; what its code raises that is no `Exception`, such as in an artifact's own checks, is an error."""
     try:
         yield
-    except Exception as error:
-        group.agree(error)
-        raise
-    except BaseException as error:  # of code that is not asked through its stage, such as an artifact's own checks
-        if is_interruption(error):
+    except BaseException as error:
+        if isinstance(error, Exception) or is_interruption(error):
             raise
         failure = StageError(f"stage {step.stage.name!r} ({step.plugin}) failed: {name_error(error)}")
         failure.where = f"step {step.id!r}"
-        group.agree(failure)
         raise failure from error
 
 
@@ -124,7 +123,7 @@ def _run_step(
     parts = (plan, store, machine, reporter, state, group)
     outputs, key, cached = _get_outputs(step, inputs, [one.metric for one in known], lineage, *parts)
     state.outputs[step.id] = outputs
-    options = step.stage.model_dump(mode="json")
+    options = step.stage.model_dump(mode="json", by_alias=True)
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
     state.lineage[step.id] = (*lineage, this)
     with _naming(step):
@@ -170,19 +169,21 @@ def _get_outputs(
     name = step.stage.name
     workplace = _workplace_of(step, store)
     key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace, known)
+    group.agree_on(f"options, inputs or code of step {step.id!r}", key)
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
     if not cached:
         if not state.is_inspected:
             rest = plan.steps[plan.steps.index(step) :]
+            memory = group.least(machine.budget("cpu", group))
             with heard(lambda text: reporter.note(step.id, text), state.heard):
-                inspect_steps(rest, state.outputs["model"]["model"], machine.budget("cpu", group))  # type: ignore[arg-type]
+                inspect_steps(rest, state.outputs["model"]["model"], memory)  # type: ignore[arg-type]
             for later in rest:
                 if group.leads and (place := _workplace_of(later, store)) is not None:
                     _prepare(place, later, reporter)
             state.is_inspected = True
-        together = group if step.stage.parallel else ALONE
-        if group.leads or step.stage.parallel:
+        together = group if step.stage.parallel and workplace is None else ALONE  # in another Python one process runs
+        if group.leads or together is group:
             with store.step(name, key) if group.leads else scratch_step() as folder, noticing_loss(step, store, folder):
                 device = machine.prepare_torch(group)
                 found_finished: list[float] = []
@@ -191,7 +192,7 @@ def _get_outputs(
                     seed=plan.seed,
                     device=device,
                     dtype=machine.dtype,
-                    memory=machine.budget(device, group),
+                    memory=together.least(machine.budget(device, group)),
                     progress=progress_of(step.id, reporter),
                     note=lambda text: reporter.note(step.id, text),
                     remember=memory_of(step, workplace, machine.dtype, store, together, found_finished),
@@ -199,6 +200,7 @@ def _get_outputs(
                     lineage=lineage,
                     step=step.id,
                     metrics=tuple(known),
+                    host_memory=machine.host_budget(device, group),
                 )
                 called = time.monotonic()
                 taken = step.stage.Inputs.model_validate(inputs)
@@ -206,7 +208,11 @@ def _get_outputs(
                     result = call_stage(step, taken, context, store, workplace, machine.threads)
                 if group.leads:
                     check_outputs(step, result, taken, folder)
-                    record: dict[str, Any] = {"step": step.id, "stage": name, "options": step.stage.model_dump(mode="json")}
+                    record: dict[str, Any] = {
+                        "step": step.id,
+                        "stage": name,
+                        "options": step.stage.model_dump(mode="json", by_alias=True),
+                    }
                     record["seconds"] = time.monotonic() - called + sum(found_finished)
                     result = keep_outputs(result, step, store, folder, key, record)
             give_back(between_steps=True)

@@ -28,7 +28,8 @@ def memory_of(
 
     def remember(key: Any, compute: Callable[[], Any]) -> Any:
         whole = sha256_of_value([step.code.digest, dtype, versions, key])
-        unit = group.tell(store.load_unit(step.stage.name, whole))
+        group.agree_on(f"inputs of step {step.id!r}", whole)
+        unit = group.tell(store.load_unit(step.stage.name, whole) if group.leads else None)
         if unit is not None:
             found_finished.append(unit["seconds"])
             return unit["value"]

@@ -87,6 +87,7 @@ def make_worker_context(request: dict[str, Any], line: ParentChannel) -> Context
         device=request["device"],
         dtype=request["dtype"],
         memory=request["memory"],
+        host_memory=request["host_memory"],
         progress=progress,
         note=lambda text: line.tell(note=text),
         remember=remember,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
@@ -13,7 +14,8 @@ from ..checkpoint.graph import ModelGraph
 from ..context import Context
 from ..correction.correction import Compensation, CorrectedSite
 from ..data.calibration_set import CalibrationSet
-from ..errors import ModelError, PluginError, StageError
+from ..errors import ModelError, OptionError, PluginError, StageError
+from ..machine.distributed import ProcessGroup
 from ..sweep.finite import names_of
 from ..work import Work
 from .forecasts import known
@@ -24,12 +26,32 @@ from .structure_probe import StructureProbe
 if TYPE_CHECKING:
     from ..correction.sites import NotFiniteError, Site
     from ..correction.streams import Streams
+    from ..correction.writers import Writer
     from ..cost.estimate import Estimate
     from ..cost.model_costs import ModelCosts
     from .forecasts import Forecasts, Outlook
 
 Corrected = tuple[list[CorrectedSite], dict[str, TensorFile]]
 """What was done at one layer, and the patched tensors by name."""
+
+
+def check_rescaling(probe: StructureProbe) -> None:
+    """Raise `OptionError` where the residual stream of a model cannot be rescaled."""
+    try:
+        probe.find_writers()
+    except ModelError as error:
+        raise OptionError("rescale", f"{error}; set it to false") from None
+
+
+def find_writers(graph: ModelGraph, context: Context) -> dict[int, tuple[Writer, ...]]:
+    """What writes to the residual stream of a model, by layer, the same in all processes. Raises `ModelError` where it cannot
+    be rescaled."""
+    from ..correction.writers import share_writers
+    from ..machine.memory import give_back
+
+    writers = StructureProbe(graph, context.memory).find_writers()
+    give_back()
+    return share_writers(writers, context.group)
 
 
 class LayerCompensation(Stage):
@@ -54,6 +76,10 @@ class LayerCompensation(Stage):
     def correct(self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Context) -> Corrected:
         """Correct one layer in the pruned stream. A `NoSiteError` leaves it as it is, and goes on with the next."""
         raise NotImplementedError
+
+    def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
+        """Change the pruned stream as a whole before any layer is corrected. Returns the patched tensors by name."""
+        return {}
 
     def room(self, graph: ModelGraph) -> int:
         """Bytes that correcting one layer takes."""
@@ -113,15 +139,19 @@ class LayerCompensation(Stage):
         left_out: dict[int, NoSiteError] = {}
         patches: dict[str, TensorFile] = {}
         tried: set[int] = set()
+        try:
+            patches |= self.prepare(streams, context)
+        except NotFiniteError as error:
+            self._refuse(error, streams, context)
         with context.progress("correct layers", len(graph.layers), "layer") as advance:
-            for layer in self._choose(streams, known):
+            for layer in self._choose(streams, known, context.group):
                 if layer in tried:
                     raise PluginError(f"stage {self.name!r}: 'choose' gives layer {layer} twice")
                 if layer not in graph.layers:
                     raise PluginError(f"stage {self.name!r}: 'choose' gives {shorten(layer)}; the model has {list(graph.layers)}")
                 tried.add(layer)
                 try:
-                    with context.group.agreeing(NoSiteError):
+                    with context.group.at(f"layer {layer}"), context.group.agreeing(NoSiteError):
                         made = self.correct(streams, layer, known, context)
                 except NoSiteError as error:
                     left_out[layer] = error
@@ -129,25 +159,31 @@ class LayerCompensation(Stage):
                     self._refuse(error, streams, context)
                 else:
                     self._check_corrected(made, graph)
-                    corrected += made[0]
+                    told = context.group.tell([site.model_dump() for site in made[0]])
+                    corrected += [CorrectedSite.model_validate(site) for site in told]
                     patches |= made[1]
                 advance()
-        if not corrected:
+        if not corrected and not patches:
             raise next(iter(left_out.values()), None) or StageError("no layer takes this correction")
         for line in [*(f"left as it is: {error}" for error in left_out.values()), *map(self.tell, corrected)]:
             context.note(line)
         shifts = {layer: at.shift for layer, at in streams.measured.items()}
         return self.Outputs(
             model=graph.with_patches(patches, "compensated"),
-            compensation=Compensation(sites=tuple(corrected), shifts=shifts),
+            compensation=Compensation(sites=tuple(corrected), shifts=shifts, scales=streams.list_scales()),
             work=Work(rounds=(streams.work(time.perf_counter() - started),)),
         )
 
-    def _choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+    def _choose(self, streams: Streams, known: Mapping[int, Sequence[Site]], group: ProcessGroup) -> Iterator[int]:
         layers = self.choose(streams, known)
         if not isinstance(layers, Iterable):
             raise PluginError(f"stage {self.name!r}: 'choose' must give layers, got {shorten(layers)}")
-        yield from layers
+        chosen = iter(layers)
+        while True:  # the leading process decides, though all choose: a measurement that a choice rests on takes them all
+            told: list[int] = group.tell(list(islice(chosen, 1)))
+            if not told:
+                return
+            yield told[0]
 
     def _check_corrected(self, made: Any, graph: ModelGraph) -> None:
         """Raise `PluginError` unless `correct` gave what was done and patches of tensors that the model has."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..checkpoint.graph import ModelGraph
 from ..context import Context
 from ..data.calibration_set import CalibrationSet
-from ..errors import PluginError, StageError
+from ..errors import CapacityError, PluginError, StageError
+from ..machine.accelerators import wait_for
+from ..machine.distributed import ProcessGroup
+from ..machine.memory import resident_bytes
 from ..work import Round
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ class Measure:
     """Whether a forward pass keeps hidden states at all boundaries between layers, for `boundary` and `loss_without`."""
     sample_share: float = 1.0
     """Share of the calibration samples that are swept, the first of them."""
+    may_share_layers: bool = False
+    """Whether `of` scores the layers of `SamplePass.own` alone, each by a way through the layers above it. Several processes then
+    share layers instead of samples, where that reads and writes less."""
 
 
 def check_scores(stage: str, scores: Any, layers: Sequence[int]) -> Scores:
@@ -76,6 +82,7 @@ class Scorer:
         self.stage, self.measure, self.model, self.calibration, self.context = stage, measure, model, calibration, context
         self._sweep: Sweep | None = None
         self._left: set[int] = set()
+        self._shares_layers = False
 
     @property
     def used_samples(self) -> int:
@@ -94,24 +101,40 @@ class Scorer:
             since = time.perf_counter()
             if self.measure.need != "forward":
                 samples.run_forward()
+                wait_for(self.context.device)
             forward_seconds += time.perf_counter() - since
-            for layer, score in check_scores(self.stage, self.measure.of(samples), sorted(kept)).items():
+            made = self.measure.of(samples)
+            if self._shares_layers and made == {}:
+                continue  # more processes than layers to score
+            for layer, score in check_scores(self.stage, made, sorted(kept)).items():
                 scores[layer] = scores.get(layer, 0.0) + score
-        scores = self.context.group.sum_values(scores)
+        scores = self._join(scores, kept)
         broken = [layer for layer, score in sorted(scores.items()) if not math.isfinite(score)]
         if broken:
             self._refuse(broken[0], kept)
+        forwards: float = sweep.layer_forwards - before[0]
+        if self._shares_layers:
+            forwards = self.context.group.sum_values({0: forwards})[0]
         seconds = time.perf_counter() - started
         share = self.used_samples / self.calibration.samples
         saved = forward_seconds / max(1, len(kept) - reused) * reused
         work = Round(
-            layer_forwards=(sweep.layer_forwards - before[0]) * share,
+            layer_forwards=forwards * share,
             layer_backwards=(sweep.layer_backwards - before[1]) * share,
             seconds=seconds,
             reused_layers=reused,
             saved=saved / (seconds + saved),
         )
         return {"scores": scores, "work": work.model_dump()}
+
+    def _join(self, scores: Scores, kept: set[int]) -> Scores:
+        """Scores of all processes: sums over samples, or of other layers in each."""
+        group = self.context.group
+        if not self._shares_layers:
+            return group.sum_values(scores)
+        counts = group.sum_values({layer: float(layer in scores) for layer in kept})
+        sums = group.sum_values({layer: scores.get(layer, 0.0) for layer in kept})
+        return {layer: sums[layer] for layer in sorted(kept) if counts[layer]}
 
     def _refuse(self, layer: int, kept: set[int]) -> None:
         """Raise the error that tells why the score of a layer is not finite."""
@@ -135,21 +158,43 @@ class Scorer:
 
     def _open_sweep(self, kept: set[int]) -> Sweep:
         """The sweep over the layers that are left: the one before with fewer layers, where it keeps what lies below them."""
-        from ..sweep.sweep import open_sweep
-
         if self._sweep is None:
-            layers = set(self.model.layers)
-            ids, mask = (part[: self.used_samples] for part in self.calibration.load())
-            self._sweep = open_sweep(
-                self.model.without_layers(layers - kept) if kept < layers else self.model,
-                (ids, mask),
-                self.context,
-                need=self.measure.need,
-                keep=self.measure.keep,
-                divisible=self.measure.need != "weight gradients",
-            )
+            self._sweep = self._open_cheapest(kept)
             self._left = set(kept)
         for layer in self._left - kept:
             self._sweep.remove(layer)
         self._left = set(kept)
         return self._sweep
+
+    def _open_cheapest(self, kept: set[int]) -> Sweep:
+        """A sweep over this process's share of the samples, or over all of them where processes had better share layers."""
+        group, self._shares_layers = self.context.group, False
+        sweep = self._open(kept, self.context)
+        if not self.measure.may_share_layers or group.size == 1 or sweep.plan.is_resident:
+            return sweep
+        ways = 1 + len(kept) / 2, 1 + len(kept) / 2 / group.size  # through all layers; from half-way up, for each layer
+        by_samples = sweep.plan.count_traffic(ways[0])
+        sweep.close()
+        memory = group.least(self.context.memory - resident_bytes(self.context.device)) + resident_bytes(self.context.device)
+        with group.agreeing(CapacityError):
+            whole = self._open(kept, replace(self.context, group=ProcessGroup(), memory=memory))
+        self._shares_layers = group.tell(whole.plan.count_traffic(ways[1]) < by_samples)
+        if self._shares_layers:
+            whole.scorers = group
+            return whole
+        whole.close()
+        return self._open(kept, self.context)
+
+    def _open(self, kept: set[int], context: Context) -> Sweep:
+        from ..sweep.sweep import open_sweep
+
+        layers = set(self.model.layers)
+        ids, mask = (part[: self.used_samples] for part in self.calibration.load())
+        return open_sweep(
+            self.model.without_layers(layers - kept) if kept < layers else self.model,
+            (ids, mask),
+            context,
+            need=self.measure.need,
+            keep=self.measure.keep,
+            divisible=self.measure.need != "weight gradients",
+        )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.graph import ModelGraph
     from ..correction.sites import Site
+    from ..correction.writers import Writer
     from ..sweep.layer_arguments import LayerArguments
     from ..sweep.layerwise import LayerwiseModel
 
@@ -122,6 +123,26 @@ class StructureProbe:
                     sites = ()
             sites_by_layer |= dict.fromkeys(alike, sites)
         return sites_by_layer
+
+    def find_writers(self) -> dict[int, tuple[Writer, ...]]:
+        """The modules that write to the residual stream, by layer. Without the layers that are too large to try.
+
+        Raises `ModelError` where the model depends on the size of the stream, which then cannot be rescaled.
+        """
+        from ..correction.sites import NoSiteError
+        from ..correction.writers import check_head, find_writers
+
+        writers: dict[int, tuple[Writer, ...]] = {}
+        hidden, arguments = self._model.record(self._batch)
+        hidden = self._normal(hidden.shape)
+        try:
+            check_head(self._model, self._batch, hidden)
+            for layer, alike in self._kinds().items():
+                with self._model.layer(layer):
+                    writers |= dict.fromkeys(alike, find_writers(self._model, layer, hidden, arguments[layer]))
+        except NoSiteError as error:
+            raise ModelError(str(error)) from None
+        return writers
 
     def _run_once(self, layer: int, hidden: torch.Tensor, arguments: dict[int, LayerArguments]) -> None:
         """Have a layer leave the keys and values that others take from it."""

@@ -99,12 +99,12 @@ def _find_place(graph: ModelGraph, batches: Sequence[Batch], device: str, dtype:
         for visit in step:
             if not visit.output[visit.mask].isfinite().all():
                 return step.layer
-    for index, batch in enumerate(batches):
-        for positions in slice_positions(model, batch):
-            with torch.no_grad():
+    with torch.no_grad(), model.weights.head():
+        for index, batch in enumerate(batches):
+            for positions in slice_positions(model, batch):
                 logits = model.head(batch, sweep.boundary(len(graph.layers), index), positions)
-            if not logits[batch.mask[:, positions].to(logits.device)].isfinite().all():
-                return "logits"
+                if not logits[batch.mask[:, positions].to(logits.device)].isfinite().all():
+                    return "logits"
     return "nowhere"
 
 

@@ -42,6 +42,17 @@ def compute_losses(model: LayerwiseModel, batch: Batch, hidden: torch.Tensor) ->
     return torch.cat(parts, dim=1)
 
 
+def compute_logits(model: LayerwiseModel, batch: Batch, hidden: torch.Tensor, last: int | None = None) -> torch.Tensor:
+    """Logits (B, n, V) from what leaves the last layer, (B, T, D): of the `last` positions alone, where that is given."""
+    import torch
+
+    tokens = hidden.shape[1]
+    wanted = slice(0 if last is None else max(0, tokens - last), tokens)
+    with torch.no_grad():
+        logits = model.head(batch, hidden, wanted if len(slice_positions(model, batch)) > 1 else None)
+    return logits[:, -(wanted.stop - wanted.start) :]
+
+
 def differentiate_losses(model: LayerwiseModel, batch: Batch, hidden: torch.Tensor, factor: float) -> torch.Tensor:
     """The gradient of `factor` times the sum of a batch's losses with respect to what leaves the last layer, (B, T, D)."""
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..batches import Batch
@@ -31,7 +32,7 @@ class _Recorded(Exception):  # noqa: N818 - stops a forward pass, not an error
 
 
 class LayerwiseModel:
-    """A model on the meta device; embeddings, norm and head are brought in at once, layers when they are used.
+    """A model on the meta device; layers, embeddings and head are brought in when they are used, all else at once.
 
     The layers' `forward` is replaced by a pass-through that records its arguments, so that each layer can be
     called later exactly as its architecture calls it, without code for any architecture here.
@@ -85,10 +86,11 @@ class LayerwiseModel:
         self.shares_state |= sizes != [len(container) for container in arguments.containers]
         return hidden_of(output)
 
-    def record(self, batch: Batch) -> tuple[torch.Tensor, dict[int, LayerArguments]]:
+    def record(self, batch: Batch, *, is_made_up: bool = False) -> tuple[torch.Tensor, dict[int, LayerArguments]]:
         """The input of the first layer (batch, tokens, hidden), and what each kept layer is called with.
 
-        Raises `ModelError` where layers hand each other more than hidden states.
+        `is_made_up`: the input is of random embeddings, and those of the model are not brought in. Raises `ModelError` where layers
+        hand each other more than hidden states.
         """
         import torch
 
@@ -109,14 +111,18 @@ class LayerwiseModel:
             return hidden
 
         with torch.no_grad():
-            self._run_model(batch, listen)
+            if is_made_up:
+                self._run_model(batch, listen, embed=_make_up)
+            else:
+                with self.weights.embeddings():
+                    self._run_model(batch, listen)
             if first[0].shape[:2] != batch.input_ids.shape or first[0].ndim != 3:
                 raise refuse(self.module, f"its hidden states have shape {tuple(first[0].shape)}, not (batch, tokens, hidden)")
             if self._shape_of_output is None:
                 index = next(iter(recorded))
                 with self.layer(index):
                     self._shape_of_output = OutputShape.of(self.try_layer(index, first[0], recorded[index]))
-                return self.record(batch)
+                return self.record(batch, is_made_up=is_made_up)
         if any(self._shape_of_output.hands_on(arguments) for arguments in recorded.values()):
             raise refuse(self.module, "each layer gets more from the one below than hidden states")
         idle = next((index for index in kept if index not in recorded), None)
@@ -125,13 +131,17 @@ class LayerwiseModel:
         return first[0], {index: recorded[index] for index in kept}
 
     def head(self, batch: Batch, hidden: torch.Tensor, positions: slice | None = None) -> torch.Tensor:
-        """Logits (batch, tokens, vocabulary) for the output of the last layer, at all positions or at those of a slice."""
+        """Logits (batch, tokens, vocabulary) for the output of the last layer, at all positions or at those of a slice.
+
+        The embeddings of the tokens do not matter here, and are not brought in.
+        """
         import torch
 
         last, kept = len(self._layers) - 1, None
         if positions is not None and positions != slice(0, hidden.shape[1]):
             kept = torch.arange(positions.start, positions.stop, device=self.device)
-        output = self._run_model(batch, lambda index, passing, _: hidden if index == last else passing, kept)
+        with self.weights.head():
+            output = self._run_model(batch, lambda index, passing, _: hidden if index == last else passing, kept, _fill_with_zeros)
         logits: torch.Tensor = output.logits
         return logits
 
@@ -154,8 +164,9 @@ class LayerwiseModel:
         batch: Batch,
         passing: Callable[[int, torch.Tensor, LayerArguments], torch.Tensor],
         kept: torch.Tensor | None = None,
+        embed: Callable[[nn.Embedding, torch.Tensor], torch.Tensor] | None = None,
     ) -> Any:
-        """Run the model with `passing(index, hidden, arguments)` in place of every layer."""
+        """Run the model with `passing(index, hidden, arguments)` in place of layers, and `embed`, if given, for the embeddings."""
 
         def make(index: int) -> Callable[..., Any]:
             def forward(*positional: Any, **named: Any) -> Any:
@@ -168,6 +179,11 @@ class LayerwiseModel:
 
         for index, layer in enumerate(self._layers):
             layer.forward = make(index)
+        vocabulary = self.weights.vocabulary.embeddings
+        embeddings: Any = None if vocabulary is None else vocabulary.modules[0]
+        real = None if embeddings is None else embeddings.forward
+        if embeddings is not None and embed is not None:
+            embeddings.forward = partial(embed, embeddings)
         try:
             with refusing(self.module):
                 mask = batch.mask.long().to(self.device) if batch.has_padding else None
@@ -177,6 +193,8 @@ class LayerwiseModel:
         finally:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.forward = forward
+            if embeddings is not None:
+                embeddings.forward = real
 
     def try_layer(self, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> Any:
         """All that base layer `index` returns. Raises `ModelError` where it does not take these arguments."""
@@ -184,3 +202,15 @@ class LayerwiseModel:
 
         with refusing(self.module), torch.no_grad():
             return self._forwards[index](hidden, *arguments.positional, **arguments.named)
+
+
+def _fill_with_zeros(embeddings: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    return embeddings.weight.new_zeros((*ids.shape, embeddings.embedding_dim), device=ids.device)
+
+
+def _make_up(embeddings: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    """Small numbers, other ones at each position, so that experts are chosen evenly."""
+    import torch
+
+    made = torch.randn((*ids.shape, embeddings.embedding_dim), generator=torch.Generator().manual_seed(0))
+    return made.to(ids.device, embeddings.weight.dtype)

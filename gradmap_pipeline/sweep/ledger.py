@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 Line = Literal[
+    "embeddings and head",
     "layer weights",
     "read ahead",
     "hidden states",

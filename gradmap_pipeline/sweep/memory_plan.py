@@ -15,6 +15,8 @@ from .needs import SweepNeeds
 
 _SLACK = 96 << 20
 """Allocator fragments, thread buffers, Python objects."""
+_HOST_SLACK = 64 << 20
+"""Of the same in the machine's memory, where a GPU computes."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,16 @@ class SweepPlan:
     """Above what the process has before: the sum of `lines`, and what the allocator needs."""
     bytes_read: int
     bytes_written: int
+    host_limit: int = 0
+    """Bytes of it held besides in the machine's memory, where the device is a GPU."""
     spilled_bytes: int = 0
     """Bytes of what is kept that are in a file at a time."""
     lines: dict[Line, int] = field(default_factory=dict, compare=False)
     """Bytes by what they are for, at the moment when the sum is largest."""
+
+    def count_traffic(self, passes: float) -> float:
+        """Bytes read and written by so many passes through all layers."""
+        return self.bytes_read if self.is_resident else passes * (self.bytes_read + self.bytes_written)
 
     def describe(self) -> str:
         """The plan in a few words."""
@@ -48,26 +56,27 @@ class SweepPlan:
         return ", ".join(filter(None, (layers, "graphs kept" if self.keeps_graphs else "", passes, spilled)))
 
 
-def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0) -> SweepPlan:
+def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0, host_free: int = 0) -> SweepPlan:
     """The fastest plan that fits into `free` bytes.
 
     `divisible` False: what is computed is not a sum over samples, so they must go through together.
-    `reserve`: bytes of those that are better left free than used to read ahead.
+    `reserve`: bytes of those that are better left free than used to read ahead. `host_free`: bytes in the machine's memory, where
+    the device has its own.
     Raises `CapacityError` when the largest layer and one sample do not fit.
     """
     layer = needs.layer_bytes + needs.weight_gradient_bytes
-    least = _count_phases(needs, 1, needs.layer_bytes)
+    least = _count_phases(needs, 1, is_resident=False)
     if sum(least.values()) + _SLACK > free:
         raise CapacityError(
-            f"one layer ({format_size(layer)}), one sample of {needs.tokens} tokens ({format_size(needs.count_work(1))}) and its "
-            f"logits ({format_size(needs.count_logit_bytes(1))}) need {format_size(sum(least.values()) + _SLACK)}, and of the "
+            f"one layer ({format_size(layer)}) and what it computes of one sample of {needs.tokens} tokens "
+            f"({format_size(needs.count_work(1))}), or the head ({format_size(needs.head_bytes)}) and its logits "
+            f"({format_size(needs.count_logit_bytes(1))}), need {format_size(sum(least.values()) + _SLACK)}, and of the "
             f"memory allowed {format_size(max(free, 0))} are left; shorten 'sequence_length', use --dtype bfloat16, or allow more "
             "with --memory"
         )
-    is_resident = sum(_count_phases(needs, 1, needs.all_layer_bytes).values()) + _SLACK <= free
-    weights = needs.all_layer_bytes if is_resident else needs.layer_bytes
-    batch = _choose_batch(needs, free, weights)
-    lines = _count_phases(needs, batch, weights)
+    is_resident = sum(_count_phases(needs, 1, is_resident=True).values()) + _SLACK <= free
+    batch = _choose_batch(needs, free, is_resident=is_resident)
+    lines = _count_phases(needs, batch, is_resident=is_resident)
     held = sum(lines.values()) + _SLACK
     left = free - held
     kept = needs.kept_bytes + needs.count_own_arguments(batch)
@@ -78,13 +87,17 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
         lines["read ahead"] = needs.layer_bytes
         held, left = held + needs.layer_bytes, left - needs.layer_bytes
     each = kept + graphs if keeps_graphs else kept
-    fitting = min(needs.samples, max(1, left // each // batch) * batch)
+    # Layers go through pinned memory: the one that is read ahead, in blocks of up to twice its size. So are what is kept.
+    host_limit = max(0, host_free - _HOST_SLACK - (2 * needs.layer_bytes if reads_ahead else needs.largest_tensor_bytes))
+    room = left + host_limit // 2
+    fitting = min(needs.samples, max(1, (left if keeps_graphs else room) // each // batch) * batch)
     passes = math.ceil(needs.samples / fitting) if divisible else 1
     sweeps = 2 if needs.is_backward else 1
-    again = 0 if is_resident else (passes - 1) * sweeps * needs.stored_bytes
-    spilled = max(0, needs.samples * kept - left)
+    ends = needs.stored_embedding_bytes + (needs.stored_head_bytes if needs.has_head else 0)
+    again = 0 if is_resident else (passes - 1) * (sweeps * needs.stored_bytes + ends)
+    spilled = max(0, needs.samples * kept - room)
     # What finds no room of the gradients is written anew at each layer, and so is the boundary of a sweep that keeps one.
-    gradients = max(0, needs.samples * needs.boundary_bytes - left) * needs.layers if needs.is_backward else 0
+    gradients = max(0, needs.samples * needs.boundary_bytes - room) * needs.layers if needs.is_backward else 0
     written = spilled * (1 if needs.keeps_boundaries else needs.layers) + gradients
     if passes > 1 and not keeps_graphs and 2 * written <= again:
         passes, again, fitting = 1, 0, needs.samples
@@ -104,33 +117,47 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
         keeps_graphs=keeps_graphs,
         kept_limit=left,
         peak_bytes=sum(lines.values()) + _SLACK,
-        bytes_read=needs.stored_bytes * (1 if is_resident else sweeps) + again + written,
+        bytes_read=needs.stored_bytes * (1 if is_resident else sweeps) + ends + again + written,
         bytes_written=written,
+        host_limit=host_limit,
         spilled_bytes=spilled,
         lines=lines,
     )
 
 
-def _choose_batch(needs: SweepNeeds, free: int, weights: int) -> int:
+def _choose_batch(needs: SweepNeeds, free: int, *, is_resident: bool) -> int:
     """As many samples as make a batch of the usual size, and take no more than a third of what is free beside one."""
-    room = (free - sum(_count_phases(needs, 1, weights).values()) - _SLACK) // 3
+    room = (free - sum(_count_phases(needs, 1, is_resident=is_resident).values()) - _SLACK) // 3
     most = max(1, min(needs.samples, BATCH_TOKENS // needs.tokens, 1 + room // max(needs.count_work(1), 1)))
-    while most > 1 and sum(_count_phases(needs, most, weights).values()) + _SLACK > free:
+    while most > 1 and sum(_count_phases(needs, most, is_resident=is_resident).values()) + _SLACK > free:
         most -= 1
     return most
 
 
-def _count_phases(needs: SweepNeeds, batch: int, weights: int) -> dict[Line, int]:
-    """Bytes by line while a layer works, while the head does, or while a layer is loaded: of those the most."""
-    arguments = (
-        0 if needs.has_padding else 2 * (needs.fixed_argument_bytes + batch * needs.argument_bytes)
-    )  # the last batch is smaller
-    common: dict[Line, int] = {"layer weights": weights, "layer arguments": arguments}
-    at_layer: dict[Line, int] = {"activations": needs.count_work(batch), "weight gradients": needs.weight_gradient_bytes}
-    at_head: dict[Line, int] = {"logits": needs.count_logit_bytes(batch), "activations": 3 * batch * needs.boundary_bytes}
-    loading: dict[Line, int] = {"read ahead": needs.largest_tensor_bytes}
-    phase = max((at_layer, at_head, loading), key=lambda lines: sum(lines.values()))
-    return {line: size for line, size in (common | phase).items() if size}
+def _count_phases(needs: SweepNeeds, batch: int, *, is_resident: bool) -> dict[Line, int]:
+    """Bytes by line at the moment that takes most: while tokens are embedded, a layer is loaded or works, or the head works.
+
+    Embeddings, layers and head are in memory one at a time, unless all of them stay.
+    """
+    # Of arguments that batches share there are two: the last batch is smaller.
+    arguments = 0 if needs.has_padding else 2 * (needs.fixed_argument_bytes + batch * needs.argument_bytes)
+    staying: dict[Line, int] = {"embeddings and head": needs.vocabulary_bytes, "layer weights": needs.all_layer_bytes}
+    boundary = batch * needs.boundary_bytes
+    embedding: dict[Line, int] = {"embeddings and head": needs.embedding_bytes, "activations": 2 * boundary}
+    loading: dict[Line, int] = {"layer weights": needs.layer_bytes, "read ahead": needs.largest_tensor_bytes}
+    layer: dict[Line, int] = {
+        "layer weights": needs.layer_bytes,
+        "activations": needs.count_work(batch),
+        "weight gradients": needs.weight_gradient_bytes,
+    }
+    phases = [embedding, loading, layer]
+    if needs.has_head:
+        head: dict[Line, int] = {"embeddings and head": needs.head_bytes, "logits": needs.count_logit_bytes(batch)}
+        phases.append({**head, "activations": 3 * boundary})
+    if is_resident:
+        phases = [{**phase, **staying} for phase in phases]
+    most = max(phases, key=lambda lines: sum(lines.values()))
+    return {line: size for line, size in {**most, "layer arguments": arguments}.items() if size}
 
 
 def _split_kept(needs: SweepNeeds, samples: int, arguments: int, limit: int) -> dict[Line, int]:

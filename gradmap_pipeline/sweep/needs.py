@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..batches import Batch
+from ..machine.accelerators import is_accelerator
 from ..machine.memory import free_bytes
 from .head_losses import LOGIT_BYTES, LOGITS_AT_ONCE
 
@@ -50,6 +51,12 @@ class SweepNeeds:
     """Elements of a layer's largest parameter."""
     largest_tensor_bytes: int = 0
     """Bytes of the largest tensor of a layer, as it is stored and as it is computed with: what loading holds besides the layer."""
+    embedding_bytes: int = 0
+    head_bytes: int = 0
+    vocabulary_bytes: int = 0
+    """Bytes of both at a time; as many as of one where the head is tied to the embeddings."""
+    stored_embedding_bytes: int = 0
+    stored_head_bytes: int = 0
     argument_bytes: int = 0
     """What a layer is called with besides hidden states, of one sample."""
     fixed_argument_bytes: int = 0
@@ -110,11 +117,14 @@ def measure_needs(
     graph, size = model.graph, model.dtype.itemsize
     elements = graph.layer_elements()
     largest = max(elements, key=elements.__getitem__)
-    hidden, arguments = model.record(_make_batch(1, tokens, has_padding=has_padding and not model.lengths_apart))
+    is_padded = has_padding and not model.lengths_apart
+    hidden, arguments = model.record(_make_batch(1, tokens, has_padding=is_padded), is_made_up=True)
     one = count_bytes(arguments.values())
-    more = model.record(_make_batch(2, tokens, has_padding=has_padding and not model.lengths_apart))[1]
+    more = model.record(_make_batch(2, tokens, has_padding=is_padded), is_made_up=True)[1]
     each = max(0, count_bytes(more.values()) - one)
     del more
+    vocabulary = model.weights.vocabulary
+    embeddings, head = vocabulary.embeddings, vocabulary.head
     tensors = [tensor for layer in graph.layers for tensor in graph.layer_tensors(layer).values()]
     one_by_one = max(tensor.size + tensor.elements * size for tensor in tensors)
     needs = SweepNeeds(
@@ -131,6 +141,11 @@ def measure_needs(
         layer_elements=elements[largest],
         largest_parameter=max(parameter.numel() for parameter in model.parameters_of(largest)),
         largest_tensor_bytes=max(one_by_one, elements[largest] * size * count_conversion_copies(model.module)),
+        embedding_bytes=embeddings.weight.nbytes if embeddings else 0,
+        head_bytes=head.weight.nbytes if head else 0,
+        vocabulary_bytes=sum(tensor.weight.nbytes for tensor in vocabulary.tensors),
+        stored_embedding_bytes=embeddings.stored_bytes if embeddings else 0,
+        stored_head_bytes=head.stored_bytes if head else 0,
         argument_bytes=each,
         fixed_argument_bytes=max(0, one - each),
         has_padding=has_padding,
@@ -139,7 +154,7 @@ def measure_needs(
         keeps_boundaries=keeps_boundaries,
         has_head=has_head,
     )
-    return replace(needs, has_slow_reads=model.device.type == "cuda" or needs.stored_bytes > free_bytes())
+    return replace(needs, has_slow_reads=is_accelerator(str(model.device)) or needs.stored_bytes > free_bytes())
 
 
 def _make_batch(samples: int, tokens: int, *, has_padding: bool) -> Batch:
@@ -159,7 +174,7 @@ def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, argu
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that holds its own output is never freed
 
     with model.layer(layer) as module:
         weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from ..batches import Batch, count_predicted
+from ..batches import Batch, count_predicted, take_first
 from ..errors import ModelError, PluginError
-from .head_losses import compute_losses, differentiate_losses, slice_positions
+from ..machine.distributed import ProcessGroup
+from .candidates import Outputs, run_layers, sum_losses
+from .head_losses import compute_logits, compute_losses, differentiate_losses
 from .kept_tensors import CANDIDATE, GRADIENTS, TAKEN, KeptTensors
 from .layer_arguments import KeptArguments, LayerArguments
 from .layer_graphs import LayerGraphs, accumulate, opened
@@ -51,17 +53,19 @@ class SamplePass:
     ) -> None:
         """`keep_boundaries` False: for one forward pass, holding one boundary at a time.
 
-        `keep_graphs`: keep what autograd needs from the forward pass, so that going down recomputes nothing; for
-        models whose layers stay in memory. `weight_gradients`: go down with gradients of the layers' parameters.
-        `predicted`: tokens that the mean loss is over, where these batches are a part of more.
+        `keep_graphs`: keep what autograd needs from the forward pass, so that going down recomputes nothing; for models whose layers
+        stay in memory. `weight_gradients`: go down with gradients of the layers' parameters. `predicted`: tokens of the mean loss.
         """
         self.model = model
         self.batches = list(batches)
+        self._masks = [batch.mask.to(model.device) for batch in self.batches]  # once: the host waits for such a copy
         self.layers = list(model.graph.layers)
         self.keeps_boundaries = keep_boundaries
         self.keeps_graphs = keep_graphs and model.weights.is_resident
         self.has_weight_gradients = weight_gradients
         self.advance = advance
+        self.scorers = ProcessGroup()
+        """The processes that have the same samples and share the layers to score."""
         self.layer_forwards = 0
         """Passes of all batches through one layer, recomputation included."""
         self.layer_backwards = 0
@@ -69,14 +73,13 @@ class SamplePass:
         self._arguments = KeptArguments(self._kept)
         self.taken = TakenInputs(self._kept, self.batches)
         """Inputs of a map of the layer that the sweep looks at, where something keeps them."""
-        for index, batch in enumerate(self.batches):
-            hidden, arguments = model.record(batch)
-            self._kept.put(0, index, hidden)
-            self._arguments.add(index, arguments)
-        first = self.batches[0]
-        few = slice(0, min(_PROBE_TOKENS, int(first.mask[0].sum())))
-        self._few = Batch(first.input_ids[:1, few], first.mask[:1, few])
-        self._few_arguments = model.record(self._few)[1]
+        self._few = take_first(self.batches[0], _PROBE_TOKENS)
+        with model.weights.embeddings():
+            for index, batch in enumerate(self.batches):
+                hidden, arguments = model.record(batch)
+                self._kept.put(0, index, hidden)
+                self._arguments.add(index, arguments)
+            self._few_arguments = model.record(self._few)[1]
         self._graphs = LayerGraphs(keep=self.keeps_graphs)
         self.done = 0
         """Layers, from the bottom, whose outputs are known."""
@@ -100,13 +103,14 @@ class SamplePass:
         return self._arguments.get(batch, layer)
 
     def probe(self, layer: int) -> tuple[torch.Tensor, LayerArguments]:
-        """What enters base layer `layer` for the first tokens of the first sample (1, n, D), and what the layer is called with.
-
-        To try out what a layer does, at little cost.
-        """
+        """What enters base layer `layer` for the first tokens (1, n, D), and what it is called with: to try it at little cost."""
         self.run_up_to(layer)
         hidden = self.boundary(self.layers.index(layer), 0)[:1, : self._few.input_ids.shape[1]]
         return hidden, self._few_arguments[layer]
+
+    def own(self, layers: Sequence[int]) -> list[int]:
+        """Those of the layers to score that this process scores: all, unless processes share layers instead of samples."""
+        return self.scorers.deal(layers)  # forth and back, as those further up have fewer above them
 
     def remove(self, layer: int) -> None:
         """Take a base layer out of the model."""
@@ -123,6 +127,7 @@ class SamplePass:
         yield from self._forward_to(len(self.layers))
 
     def _forward_to(self, end: int) -> Iterator[ForwardLayer]:
+        self._kept.is_going_down = False
         for position in range(self.done, end):
             layer = self.layers[position]
             with self.model.layer(layer) as module, opened(self._parameters_of(module)):
@@ -140,14 +145,9 @@ class SamplePass:
         for _ in self.forward():
             pass
 
-    def run_up_to(self, layer: int) -> None:
-        """Go up to what enters a base layer."""
-        for _ in self._forward_to(self.layers.index(layer)):
-            pass
-
-    def run_through(self, layer: int) -> None:
-        """Go up to what leaves a base layer."""
-        for _ in self._forward_to(self.layers.index(layer) + 1):
+    def run_up_to(self, layer: int, *, through: bool = False) -> None:
+        """Go up to what enters a base layer; `through`: to what leaves it."""
+        for _ in self._forward_to(self.layers.index(layer) + through):
             pass
 
     @contextmanager
@@ -163,7 +163,7 @@ class SamplePass:
         self.layer_forwards += 1
 
     def change_output(self, layer: int, change: torch.Tensor) -> None:
-        """Add to what leaves a base layer what a changed weight of the map adds whose inputs are in `taken`. `change` (inputs, D)."""
+        """Add to what leaves a base layer what the change of a weight adds (inputs, D), of the map whose inputs are in `taken`."""
         position = self.layers.index(layer)
         self.taken.add_change(position + 1, change)
         self._invalidate(position + 1)
@@ -171,55 +171,39 @@ class SamplePass:
     def losses(self) -> Iterator[torch.Tensor]:
         """Cross-entropy of each token (B, T-1) of each batch, 0 where padded."""
         self.run_forward()
-        for index, batch in enumerate(self.batches):
-            yield compute_losses(self.model, batch, self._kept.get(len(self.layers), index))
-            self.advance()
+        with self.model.weights.head():
+            for index, batch in enumerate(self.batches):
+                yield compute_losses(self.model, batch, self._kept.get(len(self.layers), index))
+                self.advance()
 
     def loss_without(self, layer: int, *, from_bottom: bool = False) -> float:
         """Sum of the losses of all tokens with one base layer left out; what lies below it is not computed again.
 
         `from_bottom`: compute it again all the same. Raises `PluginError` where the sweep keeps no hidden states.
         """
+        self._check_kept("a loss without a layer starts")
         self.run_up_to(layer)
         start = 0 if from_bottom else self.layers.index(layer)
-        left = [other for other in self.layers[start:] if other != layer]
-        outputs = self.outputs_of(left, start)
-        return sum(float(compute_losses(self.model, self.batches[index], hidden).double().sum()) for index, hidden in outputs)
+        return sum_losses(self, self.outputs_of([other for other in self.layers[start:] if other != layer], start))
 
-    def outputs_of(self, layers: Sequence[int], start: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Run some base layers one after another from what enters the layer at `start`: each batch, and what leaves the last.
+    def outputs_of(self, layers: Sequence[int], start: int) -> Iterator[Outputs]:
+        """Run some base layers one after another from what enters the layer at `start`: batches, and what leaves the last layer.
 
-        Nothing of it is kept. Raises `PluginError` where the sweep keeps no hidden states.
+        They come in groups, of those that are run together. Raises `PluginError` where the sweep keeps no hidden states.
         """
-        import torch
+        self._check_kept("a run of some layers starts")
+        return run_layers(self, self._kept, layers, start)
 
+    def _check_kept(self, use: str) -> None:
         if not self.keeps_boundaries:
-            raise PluginError(f"a loss without a layer starts from hidden states below it, which are not kept: {_KEEP_ALL}")
-        # Layers that stay in memory cost nothing to use again, so one batch at a time is enough.
-        batches = range(len(self.batches))
-        for group in ([index] for index in batches) if self.model.weights.is_resident else [list(batches)]:
-            for number, layer in enumerate(layers):
-                with self.model.layer(layer), torch.no_grad():
-                    for index in group:
-                        hidden = self._kept.get(CANDIDATE if number else start, index)
-                        self._kept.put(CANDIDATE, index, self.model.run_layer(layer, hidden, self.arguments(index, layer)))
-            for index in group:
-                yield index, self._kept.get(CANDIDATE if layers else start, index)
-                self._kept.forget(CANDIDATE, index)
-        self.layer_forwards += len(layers)
+            raise PluginError(f"{use} from hidden states below it, which are not kept: {_KEEP_ALL}")
 
     def logits(self, last: int | None = None) -> Iterator[torch.Tensor]:
         """Logits (B, T, V) of each batch; of the `last` positions alone, where that is given."""
-        import torch
-
         self.run_forward()
-        with torch.no_grad():
+        with self.model.weights.head():
             for index, batch in enumerate(self.batches):
-                hidden = self._kept.get(len(self.layers), index)
-                tokens = hidden.shape[1]
-                wanted = slice(0 if last is None else max(0, tokens - last), tokens)
-                logits = self.model.head(batch, hidden, wanted if len(slice_positions(self.model, batch)) > 1 else None)
-                yield logits[:, -(wanted.stop - wanted.start) :]
+                yield compute_logits(self.model, batch, self._kept.get(len(self.layers), index), last)
 
     def backward(self) -> Iterator[BackwardLayer]:
         """Go down from the mean next-token loss over all batches.
@@ -230,6 +214,7 @@ class SamplePass:
         self.run_forward()
         if self.model.shares_state:
             raise ModelError("layers use keys and values of other layers, so the gradients of hidden states are not complete")
+        self._kept.is_going_down = True
         self.put_head_gradients()
         for position in reversed(range(len(self.layers))):
             layer = self.layers[position]
@@ -261,7 +246,7 @@ class SamplePass:
     def _forward_visits(self, position: int, *, keep: bool = True) -> Iterator[ForwardVisit]:
         import torch
 
-        for index, batch in enumerate(self.batches):
+        for index in range(len(self.batches)):
             hidden = self._kept.get(position, index)
             if keep and self.keeps_graphs and self._needs_gradient(position):
                 output = self._run_with_graph(position, index, hidden).detach()
@@ -273,15 +258,16 @@ class SamplePass:
                 if not self.keeps_boundaries:
                     self._kept.forget(position, index)
                 self._kept.put(position + 1, index, output)
-            yield ForwardVisit(hidden, output, batch.mask.to(hidden.device), index)
+            yield ForwardVisit(hidden, output, self._masks[index], index)
             self.advance()
 
     def put_head_gradients(self) -> None:
         """Compute the gradient of the mean loss with respect to the output of the last layer, (B, T, D) for each batch."""
-        for index, batch in enumerate(self.batches):
-            hidden = self._kept.get(len(self.layers), index)
-            self._kept.put(GRADIENTS, index, differentiate_losses(self.model, batch, hidden, self._scale / self.predicted))
-            self.advance()
+        with self.model.weights.head():
+            for index, batch in enumerate(self.batches):
+                hidden = self._kept.get(len(self.layers), index)
+                self._kept.put(GRADIENTS, index, differentiate_losses(self.model, batch, hidden, self._scale / self.predicted))
+                self.advance()
 
     def _run_with_graph(self, position: int, index: int, hidden: torch.Tensor) -> torch.Tensor:
         layer = self.layers[position]
@@ -303,7 +289,7 @@ class SamplePass:
             gradient = self._kept.get(GRADIENTS, index)
             hidden, output = self._kept.get(position, index), self._kept.get(position + 1, index)
             shown = gradient if self._scale == 1 else gradient.float() / self._scale
-            yield BackwardVisit(hidden, output, self.batches[index].mask.to(hidden.device), index, shown)
+            yield BackwardVisit(hidden, output, self._masks[index], index, shown)
             if self._needs_gradient(position):
                 if not self._graphs.has(position, index):
                     self._run_with_graph(position, index, hidden)

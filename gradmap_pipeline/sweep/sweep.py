@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..batches import Batch, count_predicted, make_batches
-from ..machine.memory import give_back, resident_bytes
+from ..errors import CapacityError
+from ..machine.distributed import ProcessGroup
+from ..machine.memory import free_on_host, give_back, resident_bytes
 from .kept_tensors import KeptTensors
 from .layerwise import LayerwiseModel
 from .ledger import Ledger
@@ -63,8 +65,9 @@ def open_sweep(
     that shares memory with others. `plan`: to be followed; None makes one for the memory that is free.
     Raises `CapacityError` where one layer and one sample do not fit into the memory of the step.
     """
-    ids, mask = (context.group.share(part) for part in samples)
-    count, tokens = ids.shape
+    group = context.group
+    ids, mask = (group.share(part) for part in samples)
+    count, tokens = math.ceil(len(samples[0]) / group.size), ids.shape[1]  # the largest share, so that all plan alike
     is_backward, has_weight_gradients = need != "forward", need == "weight gradients"
     keeps_boundaries = is_backward or keep == "all"
     reserve = stream.reserve if stream else 0
@@ -78,27 +81,31 @@ def open_sweep(
             is_backward=is_backward,
             has_weight_gradients=has_weight_gradients,
             keeps_boundaries=keeps_boundaries,
-            has_padding=not bool(mask.bool().all()),
+            has_padding=not bool(samples[1].bool().all()),
             has_head=has_head,
         )
-        plan = plan_sweep(needs, context.memory - resident_bytes(context.device), divisible=divisible, reserve=reserve)
+        free = group.least(context.memory - resident_bytes(context.device))
+        host_free = group.least(free_on_host(context.device, context.host_memory))
+        with group.agreeing(CapacityError):
+            plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve, host_free=host_free)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
-    kept_limit = max(0, plan.kept_limit - reserve) // (stream.sharers if stream else 1)
-    size = math.ceil(count / plan.passes)
+    sharers = stream.sharers if stream else 1
+    kept_limit = max(0, plan.kept_limit - reserve) // sharers
+    passes = min(plan.passes, len(samples[0]) // group.size)
     parts = [
         make_batches(part, part_mask, plan.batch_samples * tokens, lengths_apart=model.lengths_apart)
-        for part, part_mask in zip(ids.split(size), mask.split(size), strict=True)
+        for part, part_mask in zip(ids.tensor_split(passes), mask.tensor_split(passes), strict=True)
     ]
     predicted = sum(count_predicted(part) for part in parts)
     return Sweep(
         model,
         parts,
         plan,
-        KeptTensors(kept_limit, context.folder, ledger=model.weights.ledger),
+        KeptTensors(kept_limit, context.folder, host_bytes=plan.host_limit // sharers, ledger=model.weights.ledger),
         keeps_boundaries=keeps_boundaries,
         has_weight_gradients=has_weight_gradients,
         has_head=has_head,
-        predicted=int(context.group.sum_values({0: predicted})[0]),
+        predicted=int(group.sum_values({0: predicted})[0]),
     )
 
 
@@ -133,6 +140,8 @@ class Sweep:
         self._only: SamplePass | None = None
         self.advance: Advance = lambda units=1, /: None
         """Called after each batch of each layer, and of the head."""
+        self.scorers = ProcessGroup()
+        """The processes that have the same samples and share the layers to score."""
         self.layer_forwards = 0
         """Passes of all samples through one layer, recomputation included."""
         self.layer_backwards = 0
@@ -230,6 +239,7 @@ class Sweep:
             predicted=self._predicted,
             advance=lambda units=1, /: self.advance(units),
         )
+        one.scorers = self.scorers
         if not self._has_head:
             self.model.weights.forget_rest()
         for layer in self._removed:

@@ -1,4 +1,4 @@
-"""What a linear map took of all tokens, kept until its layer is done, so that a change of its weight needs no other run of the layer.
+"""What a linear map took of all tokens, kept until its layer is done, so that its weight can change without another run.
 
 Sizes: B sequences a batch, T tokens, F inputs of the map, D hidden.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ from ..checkpoint.casts import FOR_COMPUTING, cast_all
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.loading import hold, load_checked
 from ..errors import ModelError
+from ..machine.accelerators import is_accelerator
 from .ledger import Ledger
 from .prefetch import Prefetcher
 from .refusals import refuse
+from .vocabulary import VocabularyTensor, find_vocabulary
 from .weight_sources import WeightSource
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ RESIDENT_BYTES = 1 << 30
 
 
 class WeightLoader:
-    """Embeddings, norm and head are brought in at once, layers when they are used."""
+    """Layers, embeddings and head are brought in when they are used, all else at once."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class WeightLoader:
         self.reads_ahead = False
         """Whether to read the layer that is expected next while another computes."""
         self._prefetcher = Prefetcher(device)
+        self.vocabulary = find_vocabulary(module, graph.other_tensors())
         self._bring_in_rest()
 
     @contextmanager
@@ -83,6 +86,39 @@ class WeightLoader:
             if not self.is_resident and not self._open[index]:
                 self.drop(index)
 
+    def embeddings(self) -> AbstractContextManager[None]:
+        """The embeddings of tokens are there for the time of the `with` block."""
+        return self._present(self.vocabulary.embeddings)
+
+    def head(self) -> AbstractContextManager[None]:
+        """The head is there for the time of the `with` block."""
+        return self._present(self.vocabulary.head)
+
+    @contextmanager
+    def _present(self, tensor: VocabularyTensor | None) -> Iterator[None]:
+        if tensor is None:
+            yield
+            return
+        if tensor.weight.is_meta:
+            self._load(self._reads(tensor.stored))
+            self.ledger.add("embeddings and head", tensor.weight.nbytes)
+            for module in tensor.modules:
+                module.weight = tensor.weight
+            tensor.weight.requires_grad_(False)
+        tensor.users += 1
+        try:
+            yield
+        finally:
+            tensor.users -= 1
+            if not tensor.users and not self.is_resident:
+                self._drop_vocabulary(tensor)
+
+    def _drop_vocabulary(self, tensor: VocabularyTensor) -> None:
+        if not tensor.weight.is_meta:
+            self.ledger.add("embeddings and head", -tensor.weight.nbytes)
+            for module in tensor.modules:
+                _drop_weight(module, "weight")
+
     def drop(self, index: int) -> None:
         """Put the weights of base layer `index` back on the meta device."""
         self.ledger.add("layer weights", -_bytes_of(self._layers[index]))
@@ -91,10 +127,12 @@ class WeightLoader:
     def expect(self, index: int) -> None:
         """Base layer `index` is the next to be used."""
         if self.reads_ahead and _lacks_weights(self._layers[index]):
-            self._prefetcher.start(index, partial(self._read_all, index, pinned=self._device.type == "cuda"))
+            self._prefetcher.start(index, partial(self._read_all, index, pinned=is_accelerator(str(self._device))))
 
     def forget_rest(self) -> None:
         """Drop embeddings, norm and head; from now on layers alone can be run."""
+        for tensor in self.vocabulary.tensors:
+            self._drop_vocabulary(tensor)
         inside = {id(module) for layer in self._layers for module in layer.modules()}
         for module in self._module.modules():
             if id(module) not in inside:
@@ -122,12 +160,14 @@ class WeightLoader:
         return self._load(self._reads(tensors))
 
     def _bring_in_rest(self) -> None:
-        """Load what belongs to no layer, tie what is tied."""
-        missing = self._load(self._reads(self._graph.other_tensors())).missing
+        """Load what belongs to no layer, besides embeddings and head; tie what is tied."""
+        later = {name for tensor in self.vocabulary.tensors for name in tensor.stored}
+        others = {name: stored for name, stored in self._graph.other_tensors().items() if name not in later}
+        missing = self._load(self._reads(others)).missing - {tensor.name for tensor in self.vocabulary.tensors}
         adapter.tie_weights(self._module, missing)
         layers = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
         for name, parameter in self._module.named_parameters():
-            if id(parameter) not in layers and parameter.is_meta:
+            if id(parameter) not in layers and parameter.is_meta and not self.vocabulary.has(parameter):
                 raise ModelError(f"{str(self._graph.base.folder)!r} lacks the weights of {name!r}")
             parameter.requires_grad_(False)
 
@@ -164,12 +204,17 @@ def drop_weights(layer: nn.Module) -> None:
 
 
 def _drop_own_weights(module: nn.Module) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            _drop_weight(module, name)
+
+
+def _drop_weight(module: nn.Module, name: str) -> None:
     import torch
     from torch import nn
 
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    empty = torch.empty_like(module._parameters[name], device="meta")  # type: ignore[arg-type]
+    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
 
 def _bytes_of(layer: nn.Module) -> int:

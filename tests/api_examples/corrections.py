@@ -12,20 +12,29 @@ from gradmap_pipeline import (
     Context,
     CorrectedSite,
     Drift,
+    Forecasts,
     LayerCompensation,
     ModelGraph,
     Moments,
     NoSiteError,
     Site,
     Streams,
+    StructureProbe,
     TensorFile,
+    Writer,
     capture_site,
     check_gain,
+    check_rescaling,
     check_room,
     collect_moments,
     correct_site,
     find_output_site,
+    find_writers,
     layers_before_cuts,
+    magnitude_ratio,
+    nearest_scale,
+    rescale_from,
+    rescale_stream,
     room_for,
     sites_of,
     solve_site,
@@ -107,3 +116,34 @@ for way in ("whole", "in parts", "by hand"):
     assert all(0 < left < 1 for left in results[way])
 assert torch.allclose(torch.tensor(results["whole"]), torch.tensor(results["in parts"]))
 assert torch.allclose(torch.tensor(results["whole"]), torch.tensor(results["by hand"]))
+
+
+class Rescale(LayerCompensation):
+    """Bring the residual stream back to its size at cuts, without a fit of any matrix."""
+
+    name = "rescale_only"
+
+    ratio: Literal["nearest", "magnitude", "given"] = Field("nearest", description="How a scale is found.")
+
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
+        check_rescaling(probe)  # raises OptionError where the model depends on the size of the stream
+
+    def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
+        streams.writers = find_writers(streams.graph, context)
+        lowest: Writer = streams.writers[streams.graph.layers[0]][0]
+        assert lowest.offset == 0  # of a Llama
+        if self.ratio == "given":  # the stream is multiplied by 1.1 below the first layer above a cut
+            position = sum(layer < streams.graph.removed[0] for layer in streams.graph.layers)
+            return rescale_from(streams, position, 1.1, context)
+        _, patches = rescale_stream(streams, nearest_scale if self.ratio == "nearest" else magnitude_ratio, context)
+        return patches
+
+    def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
+        return iter(())
+
+
+for ratio in ("nearest", "magnitude", "given"):
+    rescaled = run_stage(Rescale.model_validate({"ratio": ratio}), Path(ratio), **inputs)
+    scales = rescaled.compensation.scales
+    assert all(0.5 < scale < 2 for scale in scales.values())
+    assert ratio != "given" or set(scales.values()) == {1.1}

@@ -65,7 +65,9 @@ assert set(gradients) == set(model.layers)
 
 # Several processes share the samples; a group sums what each has.
 group: ProcessGroup = context.group
-assert group.sum_values({"loss": total}) == {"loss": total}
+with group.at("the loss"):  # two that are at different places say so, and sum nothing
+    assert group.sum_values({"loss": total}) == {"loss": total}
+assert group.least(7) == 7  # decide by what all have, never by what one sees
 
 # Where a result is not finite, these say which tensor or which layer it comes from.
 assert find_nonfinite_weights(model) is None

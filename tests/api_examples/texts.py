@@ -7,7 +7,9 @@ from pydantic import BaseModel
 
 from gradmap_pipeline import (
     SHUFFLE_POOL,
+    CalibrationPart,
     CalibrationSet,
+    CalibrationSource,
     DatasetSource,
     ModelForecast,
     ModelGraph,
@@ -18,11 +20,12 @@ from gradmap_pipeline import (
     check_tokenizer,
     count_embeddings,
     digest_sequences,
+    draw_samples,
     load_tokenizer,
     make_sequences,
     open_model,
 )
-from gradmap_pipeline.testing import make_inputs
+from gradmap_pipeline.testing import make_context, make_inputs
 
 model = open_model(ModelSource(builtin="docs-llama"))
 dataset = DatasetSource(builtin="calibration")
@@ -35,6 +38,13 @@ assert int(ids.max()) < embeddings
 again, _ = make_sequences(tokenizer, dataset.documents(shuffle_seed=0), 32, 8, seed=0, embeddings=embeddings)
 assert digest_sequences(ids, mask) == digest_sequences(again, mask)
 assert SHUFFLE_POOL * 8 == 64  # sequences that are read to draw eight of them
+
+# A calibration set may be a mix, with text that the model writes itself; parts stand in turn.
+mix = CalibrationSource.model_validate({"mix": [{"builtin": "calibration", "weight": 3}, {"self": {"top_k": 20}}]})
+ids, mask, parts = draw_samples(mix, model, 32, 8, "documents", make_context(Path("mix")))
+first: CalibrationPart = parts[0]
+assert [part.samples for part in parts] == mix.share_out(8) == [6, 2]
+assert first.tokens == 6 * 32
 
 # A plan knows how long sequences may be.
 assert check_length(None, ModelForecast(layers=12, positions=64)) == 64

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gradmap_pipeline.batches import Batch, make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.machine.accelerators import wait_for
 from gradmap_pipeline.machine.memory import tune_allocator
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sample_pass import SamplePass
@@ -43,7 +44,7 @@ def run_plain(model: LlamaForCausalLM, batches: list[Batch]) -> float:
     predicted = sum(int(predicted_tokens(batch).sum()) for batch in batches)
     total = 0.0
     for batch in batches:
-        embedded = model.get_input_embeddings()(batch.input_ids).requires_grad_()
+        embedded = model.get_input_embeddings()(batch.input_ids.to(model.device)).requires_grad_()
         loss = next_token_losses(model(inputs_embeds=embedded, use_cache=False).logits, batch).sum() / predicted
         loss.backward()
         assert embedded.grad is not None
@@ -58,9 +59,11 @@ def run_sweep(model: LayerwiseModel, batches: list[Batch], keep_graphs: bool) ->
     )
 
 
-def measure(action: Callable[[], float]) -> float:
+def measure(action: Callable[[], float], device: str) -> float:
+    wait_for(device)
     started = time.perf_counter()
     action()
+    wait_for(device)
     return time.perf_counter() - started
 
 
@@ -72,15 +75,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     tune_allocator(tight=False)  # as a run does
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval()
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval().to(arguments.device)
         for parameter in plain.parameters():
             parameter.requires_grad_(False)
-        model = LayerwiseModel(open_folder(Path(folder)), dtype=arguments.dtype)
+        model = LayerwiseModel(open_folder(Path(folder)), dtype=arguments.dtype, device=arguments.device)
         shape = arguments.samples, arguments.length
         ids = torch.randint(0, 8192, shape, generator=torch.Generator().manual_seed(0))
         batches = make_batches(ids, torch.ones(shape), arguments.batch_tokens)
@@ -91,7 +95,7 @@ def main() -> None:
         }
         for action in ways.values():
             action()
-        seconds = [{name: measure(action) for name, action in ways.items()} for _ in range(arguments.rounds)]
+        seconds = [{name: measure(action, arguments.device) for name, action in ways.items()} for _ in range(arguments.rounds)]
     print(f"{sum(p.numel() for p in plain.parameters()) / 1e6:.1f} M parameters, {shape[0]} x {shape[1]} tokens, ", end="")
     print(f"{arguments.dtype}, {arguments.threads} threads, {arguments.rounds} rounds")
     print(f"{'':12} {'seconds':>8} {'ratio':>6}  range")

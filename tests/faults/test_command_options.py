@@ -1,4 +1,4 @@
-"""Odd values of options and of the variables that torchrun sets: one line, exit code 2; 3 for a device that is not there."""
+"""Odd values of options: one line, exit code 2; 3 for a device that is not there, 4 for odd variables of a launcher."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.errors import CommandError
-from gradmap_pipeline.machine.distributed import read_place
 from gradmap_pipeline.machine.memory import parse_size
 
 
@@ -94,34 +92,6 @@ def test_plugin(folder: Path) -> None:
         refused(gradmap("--plugin", name), message)
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"WORLD_SIZE": "x"}, "the environment variable WORLD_SIZE is 'x', accepted: 1 or more"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
-        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT not set; let torchrun set them"),
-        ({"RANK": "1"}, "RANK is '1', accepted: 0 to 0"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is '2', accepted: 0 to 1"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT is 'x', accepted: 0 to 65535"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
-    ],
-)
-def test_variables_of_torchrun(variables: dict[str, str], message: str) -> None:
-    with pytest.raises(CommandError, match="environment variable") as refusal:
-        read_place(variables)
-    assert message in str(refusal.value)
-    assert refusal.value.exit_code == 2
-
-
-def test_variables_of_torchrun_that_are_right() -> None:
-    assert read_place({}) == (0, 1, 0)
-    assert read_place({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}) == (0, 1, 0)
-    four = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
-    assert read_place(four) == (3, 4, 1)
-
-
 def test_odd_variables_end_a_run_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "x")
-    refused(gradmap(), "the environment variable WORLD_SIZE is 'x'")
+    refused(gradmap(), "the environment variable WORLD_SIZE is 'x'", 4)
