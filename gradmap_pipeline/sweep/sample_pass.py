@@ -51,11 +51,9 @@ class SamplePass:
         predicted: int | None = None,
         advance: Advance = lambda units=1, /: None,
     ) -> None:
-        """`keep_boundaries` False: for one forward pass, holding one boundary at a time.
-
-        `keep_graphs`: keep what autograd needs from the forward pass, so that going down recomputes nothing; for models whose layers
-        stay in memory. `weight_gradients`: go down with gradients of the layers' parameters. `predicted`: tokens of the mean loss.
-        """
+        """`keep_boundaries` False: for one forward pass, holding one boundary at a time. `keep_graphs`: keep what autograd needs
+        from the forward pass, where layers stay in memory. `weight_gradients`: go down with gradients of the layers' parameters.
+        `predicted`: tokens that the mean loss is over, where these are a part of more."""
         self.model = model
         self.batches = list(batches)
         self._masks = [batch.mask.to(model.device) for batch in self.batches]  # once: the host waits for such a copy
