@@ -247,11 +247,6 @@ def call_with_cache(module: PreTrainedModel, ids: torch.Tensor, cache: Any = Non
     return output.logits, cache
 
 
-def can_keep_positions(module: PreTrainedModel) -> bool:
-    """Whether logits can be computed at some positions alone."""
-    return takes(module, "logits_to_keep")
-
-
 def linear_classes() -> tuple[type[nn.Module], ...]:
     """Classes of modules that are one linear map."""
     from torch import nn

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from gradmap_pipeline import (
+    CapacityError,
     Compensation,
     Context,
     CorrectedSite,
@@ -88,11 +89,13 @@ class RidgeCompensate(LayerCompensation):
         """What `collect_moments` does: AᵀA and AᵀR over tokens, A (n, inputs) the map's inputs, R (n, hidden) what is missing."""
         position, pruned = streams.graph.layers.index(layer), streams.pruned
         _, width = streams.graph.map_sizes()
-        check_room(site.inputs, width, context.memory, context.device)
+        with streams.group.agreeing(CapacityError):  # what one of several processes lacks the memory for, none tries
+            check_room(site.inputs, width, context.memory, context.device)
         gram = torch.zeros(site.inputs, site.inputs, dtype=torch.float64)
         moments, drift = Moments(gram, torch.zeros(site.inputs, width, dtype=torch.float64), 0.0), Drift()
         with pruned.look(layer) as step:
-            check_gain(pruned.model, layer, *pruned.probe(layer), site)
+            with streams.group.agreeing(NoSiteError):  # as `streams.check_gain(layer, site)` does
+                check_gain(pruned.model, layer, *pruned.probe(layer), site)
             with capture_site(pruned.model, layer, site, "input") as captured:
                 for visit in step:
                     leaving = visit.output[visit.mask].double()

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import Ended, run_ranks, torchrun_variables
@@ -43,6 +45,14 @@ CORRECTIONS = {
 }
 OTHERS = {"evaluate": "{dataset: {path: TEXT}, samples: 7, sequence_length: 16}"}
 STAGES = {**SCORES, **CORRECTIONS, **OTHERS}
+SOME = ("gradmap_score", "sleb_score", "project_compensate", "linearpatch_compensate", "mean_bias", "evaluate")
+"""Run with `make test`; all are with `make test-slow`."""
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in SOME else pytest.mark.slow) for name in names]
+
+
 PLUGIN = '''
 """Acts in one process, in the middle of a stage, and notes what each process gets from it."""
 import json, os, signal, time
@@ -129,7 +139,7 @@ def results(folder: Path) -> list[str]:
     return [(folder / f"result-{rank}.json").read_text() for rank in range(2)]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", cases(STAGES))
 def test_two_processes_come_to_equal_bytes_and_to_the_decisions_of_one(
     stage: str, prepared: Path, tmp_path: Path, llama: Path, text: Path
 ) -> None:
@@ -163,7 +173,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", cases(STAGES))
 def test_fault_of_one_process_ends_all_with_one_message(
     stage: str, fault: str, prepared: Path, tmp_path: Path, llama: Path, text: Path
 ) -> None:
