@@ -200,7 +200,7 @@ def _get_outputs(
                     lineage=lineage,
                     step=step.id,
                     metrics=tuple(known),
-                    host_memory=machine.host_budget(device, group),
+                    host_memory=together.least(machine.host_budget(device, group)),
                 )
                 called = time.monotonic()
                 taken = step.stage.Inputs.model_validate(inputs)

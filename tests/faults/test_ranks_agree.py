@@ -39,9 +39,11 @@ SCORES = {
 CORRECTIONS = {
     "project_compensate": "{}",
     "project_compensate where it drifted most": "{site: largest_shift}",
+    "project_compensate on a rescaled stream": "{rescale: true}",
     "replaceme_compensate": "{ridge: 0.1}",
     "linearpatch_compensate": "{tolerance: 1}",
     "mean_bias": "{}",
+    "prunecomp_compensate": "{}",
 }
 OTHERS = {"evaluate": "{dataset: {path: TEXT}, samples: 7, sequence_length: 16}"}
 STAGES = {**SCORES, **CORRECTIONS, **OTHERS}
