@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from ..machine.machine import Machine
     from ..run.store import Store
 
 _UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -132,3 +133,14 @@ def open_store(folder: Path) -> Store:
         advice = "name a folder that can be written"
         raise CommandError(f"--store {str(folder)!r} cannot be used: {error.strerror}; {advice}") from error
     return Store(folder)
+
+
+def make_machine(device: str, dtype: str, threads: int | None, memory: str | None, host_memory: str | None) -> Machine:
+    """What the options say of this machine."""
+    from ..machine.machine import Machine
+    from ..machine.memory import parse_size
+    from ..machine.supervision import check_address_space
+
+    check_address_space()
+    sizes = [None if size is None else parse_size(size) for size in (memory, host_memory)]
+    return Machine(device, dtype, threads, *sizes)

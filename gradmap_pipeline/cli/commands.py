@@ -23,13 +23,12 @@ from .command_arguments import (
     StorePath,
     Threads,
 )
-from .command_options import CommandGroup, open_store, parse_output, parse_path
+from .command_options import CommandGroup, make_machine, open_store, parse_output, parse_path
 from .ending import endings, tell_end
 from .material_commands import new_plugin, recipes
 from .verify import verify
 
 if TYPE_CHECKING:
-    from ..machine.machine import Machine
     from ..recipe.catalog import Catalog
     from ..recipe.plan import Plan
 
@@ -92,7 +91,7 @@ def run(
 
             with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
                 plan = _plan(recipe, overrides, plugins, store)
-                machine = _machine(device, dtype, threads, memory, host_memory)
+                machine = make_machine(device, dtype, threads, memory, host_memory)
                 run_plan(plan, open_store(store), machine, reporter, group)
 
 
@@ -149,7 +148,7 @@ def plan(
             planned = _plan(recipe, overrides, plugins, store)
             if not json:
                 print_plan(planned)
-            machine = _machine(device, dtype, threads, memory, host_memory)
+            machine = make_machine(device, dtype, threads, memory, host_memory)
             with heard(lambda text: None if json else print(show(f"note: {text}"), file=output)):
                 costs = estimate_plan(planned, machine, store)
             if json:
@@ -201,7 +200,7 @@ def compare(
         if left_out:
             print(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
         reporter = CompareReporter([variant.name for variant in variants])
-        comparison = run_variants(variants, open_store(store), _machine(device, dtype, threads, memory, host_memory), reporter)
+        comparison = run_variants(variants, open_store(store), make_machine(device, dtype, threads, memory, host_memory), reporter)
         print_comparison(comparison)
         for line in save_comparison(comparison, out):
             print(show(line))
@@ -279,16 +278,6 @@ def _catalog(plugins: list[Path]) -> Catalog:
     from ..recipe.catalog import load_catalog
 
     return load_catalog(plugins)
-
-
-def _machine(device: str, dtype: str, threads: int | None, memory: str | None, host_memory: str | None) -> Machine:
-    from ..machine.machine import Machine
-    from ..machine.memory import parse_size
-    from ..machine.supervision import check_address_space
-
-    check_address_space()
-    sizes = [None if size is None else parse_size(size) for size in (memory, host_memory)]
-    return Machine(device, dtype, threads, *sizes)
 
 
 def _plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:
