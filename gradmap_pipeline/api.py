@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Rankings": {
         "stages.scoring": ("LayerScoring", "take_lowest"),
         "stages.ranking": ("Measure", "Scoring"),
+        "correction.look_ahead": ("CorrectedModel", "divide_samples"),
         "stages.removal": ("count_removed", "check_removal_by_config", "check_regular_removal", "choose_expressible"),
     },
     "Sweeps": {
@@ -50,7 +51,6 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "stages.compensating": ("LayerCompensation", "find_writers", "check_rescaling"),
         "correction.streams": ("Streams", "Drift", "capture_site"),
         "correction.sites": ("Site", "NoSiteError", "check_gain"),
-        "correction.look_ahead": ("CorrectedModel", "divide_samples"),
         "correction.ridge": ("Moments", "room_for", "check_room"),
         "correction.correction": (
             "Compensation",

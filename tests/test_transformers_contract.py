@@ -182,7 +182,7 @@ def test_a_call_without_cache_keeps_none() -> None:
 def test_logits_of_some_positions_are_those_of_all() -> None:
     """Otherwise the head of a large vocabulary takes all positions at once."""
     model, ids = make(), torch.arange(6)[None]
-    assert adapter.takes(model, "logits_to_keep")
+    assert adapter.can_keep_positions(model)
     some = adapter.call_without_cache(model, ids, None, torch.tensor([2, 4])).logits
     assert torch.allclose(some, adapter.call_without_cache(model, ids, None).logits[:, [2, 4]], atol=1e-6)
 

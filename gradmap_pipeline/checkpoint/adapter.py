@@ -34,8 +34,7 @@ class Loading:
     @property
     def missing(self) -> set[str]:
         """Names of parameters that got no value."""
-        names: set[str] = self.report.missing_keys
-        return names
+        return set(self.report.missing_keys)
 
     def find_left_over(self, module: PreTrainedModel) -> set[str]:
         """Names on disk that the model has no place for, without those that its class ignores."""
@@ -227,12 +226,16 @@ def takes(module: PreTrainedModel, argument: str) -> bool:
     return argument in inspect.signature(module.forward).parameters
 
 
+def can_keep_positions(module: PreTrainedModel) -> bool:
+    """Whether logits can be computed at some positions alone."""
+    return takes(module, "logits_to_keep")
+
+
 def call_without_cache(
     module: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, kept: torch.Tensor | None = None
 ) -> Any:
     """The model's output for token ids (B, T) and mask int64 (B, T). `kept`: positions (n,) whose logits alone are computed."""
-    extra = {} if kept is None else {"logits_to_keep": kept}
-    return module(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
+    return module(input_ids=ids, attention_mask=mask, use_cache=False, **({} if kept is None else {"logits_to_keep": kept}))
 
 
 def call_with_cache(module: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
@@ -257,9 +260,7 @@ def linear_classes() -> tuple[type[nn.Module], ...]:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a linear map holds its matrix as (inputs, outputs)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
+    return isinstance(module, linear_classes()[1])
 
 
 def silence_progress() -> None:
@@ -296,5 +297,4 @@ def make_cache(pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None) -> 
 
 def read_cache(cache: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer of a cache."""
-    for layer in cache.layers:
-        yield layer.keys, layer.values
+    return ((layer.keys, layer.values) for layer in cache.layers)

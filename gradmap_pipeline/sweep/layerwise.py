@@ -148,7 +148,7 @@ class LayerwiseModel:
     @property
     def can_slice_logits(self) -> bool:
         """Whether the head computes some positions alone."""
-        return adapter.takes(self.module, "logits_to_keep")
+        return adapter.can_keep_positions(self.module)
 
     def parameters_of(self, index: int) -> Iterator[nn.Parameter]:
         """Parameters of base layer `index`, on the meta device unless its weights are in."""
