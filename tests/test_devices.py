@@ -33,14 +33,14 @@ def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
     run_tests("refusals.py", "standin:0")
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("device", ["standin:0", GPU])
 def test_stages_give_what_they_give_on_the_cpu(device: str) -> None:
     run_tests("stages.py", device)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("device", ["standin:0", GPU])
 def test_sweeps_keep_their_budgets_and_read_ahead_in_order(device: str) -> None:

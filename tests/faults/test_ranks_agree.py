@@ -47,7 +47,7 @@ CORRECTIONS = {
 }
 OTHERS = {"evaluate": "{dataset: {path: TEXT}, samples: 7, sequence_length: 16}"}
 STAGES = {**SCORES, **CORRECTIONS, **OTHERS}
-SOME = ("gradmap_score", "sleb_score", "project_compensate", "linearpatch_compensate", "mean_bias", "evaluate")
+SOME = ("gradmap_score", "project_compensate")
 """Run with `make test`; all are with `make test-slow`."""
 
 

@@ -14,7 +14,7 @@ from tiny import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import make_config
 
-from gradmap_pipeline import DatasetSource, Forecasts
+from gradmap_pipeline import Forecasts
 from gradmap_pipeline.checkpoint.graph import ModelGraph, open_folder
 from gradmap_pipeline.stages.structure_probe import StructureProbe
 from gradmap_pipeline.testing import run_stage
@@ -46,7 +46,7 @@ def test_correction_lowers_what_is_missing_as_transformers_computes_it(removed: 
     graph = open_folder(tmp_path / "base")
     pruned = graph.without_layers(removed)
     StructureProbe(graph, 2**30).check_layerwise()
-    draw = Calibrate(dataset=DatasetSource(path=text), samples=16, sequence_length=32)
+    draw = Calibrate.model_validate({"dataset": {"path": text}, "samples": 16, "sequence_length": 32})
     calibration = run_stage(draw, tmp_path / "calibrate", model=graph).calibration
     stage = ProjectCompensate(ridge=0.01, shrink=0)
     ProjectCompensate.inspect(stage, Forecasts(ProjectCompensate), StructureProbe(graph, 2**30))
