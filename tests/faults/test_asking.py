@@ -119,7 +119,7 @@ def test_a_result_of_the_wrong_type_is_told(answer: str, shown: str, folder: Pat
 @pytest.mark.parametrize("command", ["check", "plan", "run"])
 def test_an_error_without_words_is_told_with_its_step(command: str, method: str, folder: Path) -> None:
     code, message = gradmap(command, method, "raise Unprintable")
-    words = "Unprintable: its message cannot be had, as __str__ fails with ValueError"
+    words = "Unprintable: its message is not known, as __str__ fails with ValueError"
     assert (code, message) == (2, f"error: step 's': {method}() of stage 'odd' (p.py) failed: {words}\n")
 
 
