@@ -128,7 +128,7 @@ def test_an_error_without_words_of_a_run_is_told_with_its_step(error: str, named
     code, message = gradmap("run", "run", f"raise {error}")
     assert code == 4
     assert message.startswith("error: step 's': ")
-    assert f"{named} cannot be had, as __str__ fails with ValueError" in message.replace("its message its message", "its message")
+    assert f"{named} is not known, as __str__ fails with ValueError" in message.replace("its message its message", "its message")
     assert message.count("\n") == 1
 
 
