@@ -27,6 +27,7 @@ from gradmap_pipeline import (
     ModelCosts,
     ModelGraph,
     OptionError,
+    Outlook,
     Round,
     Scoring,
     Stage,
@@ -67,15 +68,26 @@ class LookaheadScore(LayerScoring):
         super().inspect(inputs, probe)
         probe.find_sites()
 
-    def open_scorer(self, model: ModelGraph, calibration: CalibrationSet, context: Context) -> tuple[Any, Scoring]:
-        ids, mask = calibration.load()
-        used = math.ceil(self.sample_share * len(ids))
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        samples = inputs.of(CalibrationSet).samples
+        if samples is not None:
+            self._count_used(samples)
+        return super().forecast(inputs)
+
+    def _count_used(self, samples: int) -> int:
+        """How many samples layers are scored on. Raises `OptionError` where they are fewer than two."""
+        used = math.ceil(self.sample_share * samples)
         if used < 2:
             raise OptionError(
                 "sample_share",
-                f"{used} of {len(ids)} samples are used, and corrections and predictions need one each at least; raise "
+                f"{used} of {samples} samples are used, and corrections and predictions need one each at least; raise "
                 "'sample_share', or 'samples' of the calibration",
             )
+        return used
+
+    def open_scorer(self, model: ModelGraph, calibration: CalibrationSet, context: Context) -> tuple[Any, Scoring]:
+        ids, mask = calibration.load()
+        used = self._count_used(len(ids))
         key = [self.sample_share, self.candidates, self.ridge, self.shrink, self.protect_first, self.protect_last]
         return key, Search(self, model, (ids[:used], mask[:used]), used / len(ids), context)
 
