@@ -195,18 +195,18 @@ def find_embeddings(module: PreTrainedModel) -> nn.Embedding | None:
     from torch import nn
 
     try:
-        found = module.get_input_embeddings()
+        embeddings = module.get_input_embeddings()
     except (NotImplementedError, AttributeError):  # an architecture that has several
         return None
-    return found if isinstance(found, nn.Embedding) else None
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def find_head(module: PreTrainedModel) -> nn.Linear | None:
     """The linear map from the last hidden states to logits, where it is one."""
     from torch import nn
 
-    found = module.get_output_embeddings()
-    return found if isinstance(found, nn.Linear) else None
+    head = module.get_output_embeddings()
+    return head if isinstance(head, nn.Linear) else None
 
 
 def compute_buffers(module: PreTrainedModel) -> None:

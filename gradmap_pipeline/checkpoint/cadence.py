@@ -13,7 +13,7 @@ from typing import Any
 
 Config = Mapping[str, Any]
 Marks = tuple[bool, ...]
-"""What a cadence says of each layer."""
+"""The kind that a cadence gives each layer."""
 
 
 @dataclass(frozen=True)
