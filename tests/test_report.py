@@ -159,13 +159,14 @@ def test_json_is_one_object_a_line_and_progress_is_thinned(summary: Summary, mon
     for done in range(10):
         reporter.progress(Progress("prune", "work", done, 10, "layer", None, None))
         clock[0] += 0.1
-    reporter.note("prune", "said to people only")
+    reporter.note("prune", "removed layers 3")
     reporter.run_finished(RunFinished(1.0, summary))
     reporter.error(4, "broken", "step 'prune'")
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [event["event"] for event in events] == ["run_started", "progress", "progress", "run_finished", "error"]
-    assert events[3]["summary"]["models"][1]["metrics"]["perplexity on text"]["value"] == 40.0
-    assert events[4] == {"event": "error", "exit_code": 4, "message": "broken", "where": "step 'prune'"}
+    assert [event["event"] for event in events] == ["run_started", "progress", "progress", "note", "run_finished", "error"]
+    assert events[3] == {"event": "note", "step": "prune", "text": "removed layers 3"}
+    assert events[4]["summary"]["models"][1]["metrics"]["perplexity on text"]["value"] == 40.0
+    assert events[5] == {"event": "error", "exit_code": 4, "message": "broken", "where": "step 'prune'"}
 
 
 def test_lines_of_long_work_are_far_between(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,11 +106,13 @@ def test_impossible_machine(folder: Path, arguments: list[str], code: int, messa
 
 def test_json_events(folder: Path) -> None:
     told = events(gradmap("run", "r.yaml", "--json"))
-    assert [event["event"] for event in told if event["event"] != "progress"] == [
+    assert [event["event"] for event in told if event["event"] not in ("progress", "note")] == [
         "run_started",
         *["step_started", "step_finished"] * 8,
         "run_finished",
     ]
+    notes = [(event["step"], event["text"]) for event in told if event["event"] == "note"]
+    assert ("export", "wrote out: 0.2 MB, loaded back, logits equal") in notes
     finished = {event["step"]: event for event in told if event["event"] == "step_finished"}
     figures = {"seconds", "computed_seconds", "metrics", "limits"}
     assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "outputs", *figures}

@@ -31,10 +31,13 @@ def write_companions(model: ModelGraph, folder: Path) -> None:
     from ..checkpoint.older import add_older_rope
     from ..checkpoint.older_tokenizer import add_older_tokenizer
     from ..checkpoint.tokenizer_check import TEXTS, check_tokenizer_copy
+    from ..checkpoint.tying import has_own_head, untie
 
     config = prune_config(model.base.folder, model.layers)
     config = add_older_rope(model.base.folder, config)
     config.pop(CODE_KEY, None)
+    if has_own_head(model):
+        untie(config)
     if model.dtype is not None:
         for part in (config, config.get("text_config") or {}):
             part["torch_dtype" if "torch_dtype" in part else "dtype"] = model.dtype
@@ -52,12 +55,18 @@ def explain_config(model: ModelGraph, *, with_types: bool = True) -> list[str]:
     from ..checkpoint.companions import describe_left_out
     from ..checkpoint.pretrained import name_generative_class
     from ..checkpoint.source import load_config
+    from ..checkpoint.tying import TIE_KEY, has_own_head
 
     lines = [describe_left_out(model.base.folder), _explain_types(model) if with_types else None]
     generative = name_generative_class(model.base.folder)
     if generative is not None:
         named = load_config(model.base.folder)["architectures"][0]
         lines.append(f"config.json of the model names the class {named}; the export's names {generative}, which it is")
+    if has_own_head(model):
+        lines.append(
+            f"config.json of the model says `{TIE_KEY}: true`, and its checkpoint holds a head that differs from the embeddings; "
+            "the export's says false, so that no program drops the head"
+        )
     return [line for line in lines if line is not None]
 
 

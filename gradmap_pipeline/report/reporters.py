@@ -73,6 +73,9 @@ class JsonReporter(QuietReporter):
             self._last_progress = now
             self._write("progress", event)
 
+    def note(self, step: str, text: str) -> None:
+        self._print({"event": "note", "step": step, "text": text})
+
     def step_finished(self, event: StepFinished) -> None:
         self._write("step_finished", event)
 

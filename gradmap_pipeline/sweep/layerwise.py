@@ -164,9 +164,13 @@ class LayerwiseModel:
         batch: Batch,
         passing: Callable[[int, torch.Tensor, LayerArguments], torch.Tensor],
         kept: torch.Tensor | None = None,
-        embed: Callable[[nn.Embedding, torch.Tensor], torch.Tensor] | None = None,
+        embed: Callable[[nn.Embedding, torch.Size], torch.Tensor] | None = None,
     ) -> Any:
-        """Run the model with `passing(index, hidden, arguments)` in place of layers, and `embed`, if given, for the embeddings."""
+        """Run the model with `passing(index, hidden, arguments)` in place of layers.
+
+        `embed(module, shape)`, if given, makes what the embeddings give for token ids (batch, tokens), which may lie on the meta
+        device: some models bring them to where the weights are.
+        """
 
         def make(index: int) -> Callable[..., Any]:
             def forward(*positional: Any, **named: Any) -> Any:
@@ -183,7 +187,7 @@ class LayerwiseModel:
         embeddings: Any = None if vocabulary is None else vocabulary.modules[0]
         real = None if embeddings is None else embeddings.forward
         if embeddings is not None and embed is not None:
-            embeddings.forward = partial(embed, embeddings)
+            embeddings.forward = partial(_give, embed, embeddings, self.device)
         try:
             with refusing(self.module):
                 mask = batch.mask.long().to(self.device) if batch.has_padding else None
@@ -204,13 +208,21 @@ class LayerwiseModel:
             return self._forwards[index](hidden, *arguments.positional, **arguments.named)
 
 
-def _fill_with_zeros(embeddings: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    return embeddings.weight.new_zeros((*ids.shape, embeddings.embedding_dim), device=ids.device)
+def _give(
+    embed: Callable[[nn.Embedding, torch.Size], torch.Tensor], embeddings: nn.Embedding, device: torch.device, ids: torch.Tensor
+) -> torch.Tensor:
+    return embed(embeddings, ids.shape).to(device)
 
 
-def _make_up(embeddings: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+def _fill_with_zeros(embeddings: nn.Embedding, shape: torch.Size) -> torch.Tensor:
+    import torch
+
+    return torch.zeros((*shape, embeddings.embedding_dim), dtype=embeddings.weight.dtype)
+
+
+def _make_up(embeddings: nn.Embedding, shape: torch.Size) -> torch.Tensor:
     """Small numbers, other ones at each position, so that experts are chosen evenly."""
     import torch
 
-    made = torch.randn((*ids.shape, embeddings.embedding_dim), generator=torch.Generator().manual_seed(0))
-    return made.to(ids.device, embeddings.weight.dtype)
+    made = torch.randn((*shape, embeddings.embedding_dim), generator=torch.Generator().manual_seed(0))
+    return made.to(embeddings.weight.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from spoilt import Q1, assert_refused, change_config, change_tensors, gradmap
 from tiny import make_model
 from zoo import make_config
@@ -371,6 +371,22 @@ def test_an_export_names_the_class_that_it_is_of(named: str, model: Path) -> Non
     assert json.loads(Path("out/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     said = " ".join(result.stdout.split())
     assert f"config.json of the model names the class {named}; the export's names LlamaForCausalLM, which it is" in said
+
+
+@pytest.mark.parametrize("is_equal", [False, True])
+def test_an_export_says_that_its_head_is_its_own(is_equal: bool, model: Path) -> None:
+    """Where the config ties what the checkpoint holds as two, transformers goes by the values, and other programs by the config."""
+    change_config(model, tie_word_embeddings=True)
+    weights = load_file(model / "model.safetensors")
+    if is_equal:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    result = gradmap("run")
+    assert result.exit_code == 0, result.output
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is is_equal
+    told = "`tie_word_embeddings: true`, and its checkpoint holds a head that differs from the embeddings; the export's says false"
+    assert (told in " ".join(result.stdout.split())) is not is_equal
+    assert torch.equal(load_file("out/model.safetensors")["lm_head.weight"], weights["lm_head.weight"])
 
 
 @pytest.mark.parametrize("named", [5, "LlamaForCausalLM", [5]])
