@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_model
 from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
