@@ -34,6 +34,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 @onnx_libraries
 def test_prune_quantize_onnx_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One table with perplexity and bytes at each point, all on the same text."""

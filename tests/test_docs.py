@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tools.reference import make_api_page, make_pages
+from typing_of import check_types
 
 from gradmap_pipeline.api import HOMES
 from gradmap_pipeline.recipe.catalog import load_catalog
@@ -140,7 +141,5 @@ def test_python_in_the_docs_imports_public_names_only(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_python_in_the_docs_is_typed(tmp_path: Path) -> None:
     files = [file for file in write_python_blocks(tmp_path) if "gradmap_pipeline" in file.read_text()]
-    command = [sys.executable, "-m", "mypy", "--strict", f"--config-file={ROOT / 'pyproject.toml'}", *map(str, files)]
-    environment = {**os.environ, "MYPYPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = check_types(files, tmp_path)
     assert done.returncode == 0, done.stdout

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from gradmap_plugins.evaluate import Evaluate
 from gradmap_plugins.prune import Prune
 from pydantic import BaseModel
 from typer.testing import CliRunner, Result
+from typing_of import check_types
 
 from gradmap_pipeline import (
     Artifact,
@@ -261,10 +259,7 @@ WRONG = {
 def test_type_checkers_see_the_fields_of_forecasts(tmp_path: Path) -> None:
     file = tmp_path / "typed.py"
     file.write_text(TYPED + "".join(f"    _ = {expression}\n" for expression in WRONG))
-    options = ["--strict", "--config-file=", "--follow-imports=silent", f"--cache-dir={tmp_path / 'cache'}"]
-    command = [sys.executable, "-m", "mypy", *options, file.name]
-    environment = {**os.environ, "MYPYPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    done = check_types([file], tmp_path)
     first = len(TYPED.splitlines()) + 1
     errors = [line for line in done.stdout.splitlines() if ": error: " in line]
     assert len(errors) == len(WRONG), done.stdout

@@ -141,14 +141,16 @@ def test_fewer_gpus_than_processes_end_with_one_message(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("rank", "message"),
+    ("rank", "seconds", "message"),
     [
-        (0, "error: process 1 of 2 has not come within 20 s; start all processes at once, see what each says"),
-        (1, "error: process 0 of 2 has not come: nothing answers at 127.0.0.1:"),
+        (0, None, "error: process 1 of 2 has not come within 20 s; start all processes at once, see what each says"),
+        (1, "3", "error: process 0 of 2 has not come: nothing answers at 127.0.0.1:"),
     ],
 )
-def test_process_that_never_comes(rank: int, message: str, tmp_path: Path) -> None:
-    (end,) = run_ranks(tmp_path, ["run", "r.yaml"], torchrun_variables()[rank : rank + 1])
+def test_process_that_never_comes(rank: int, seconds: str | None, message: str, tmp_path: Path) -> None:
+    """It is waited for 20 s, or as long as the environment says."""
+    waiting = {} if seconds is None else {"GRADMAP_JOIN_SECONDS": seconds}
+    (end,) = run_ranks(tmp_path, ["run", "r.yaml"], [{**torchrun_variables()[rank], **waiting}])
     assert end.code == 4
     (line,) = end.stderr.splitlines()
     assert line.startswith(message)
