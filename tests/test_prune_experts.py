@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,20 @@ from typer.testing import CliRunner, Result
 from walk import make_model
 
 from gradmap_pipeline import CalibrationSet, ModelGraph, find_experts
+from gradmap_pipeline.checkpoint.experts import SUPPORTED
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import ModelError
 from gradmap_pipeline.testing import run_stage
 
 QUICK = ("mixtral", "qwen3_moe", "gpt_oss")
-MIXTURES = ("olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "granitemoe", "phimoe", "jamba")
-"""Architectures that are tried, besides the quick ones."""
+MIXTURES = ("olmoe", "deepseek_v3", "ernie4_5_moe", "granitemoe", "qwen3_5_moe", "nemotron_h")
+"""Of several layouts: the rest takes a minute."""
+
+
+def mark(kind: str) -> Any:
+    marks = [] if kind in QUICK else [pytest.mark.full if kind in MIXTURES else pytest.mark.slow]
+    return pytest.param(kind, marks=marks)
 
 
 def make_inputs(kind: str, folder: Path) -> tuple[ModelGraph, CalibrationSet]:
@@ -37,20 +44,23 @@ def make_inputs(kind: str, folder: Path) -> tuple[ModelGraph, CalibrationSet]:
     return model, run_stage(stage, folder / "calibration", model=model).calibration
 
 
+def layer_in(name: str) -> int:
+    """The layer that a parameter of a module is of; -1 where it is of none."""
+    numbers = re.findall(r"\blayers\.(\d+)\.", name)
+    return int(numbers[0]) if numbers else -1
+
+
 @contextmanager
-def masking(module: Any, removed: dict[int, set[int]], prefix: str) -> Iterator[None]:
+def masking(module: Any, removed: dict[int, set[int]]) -> Iterator[None]:
     """Routers never choose the experts removed, by layer."""
     real = torch.nn.functional.linear
     routers: dict[int, set[int]] = {}
     for name, parameter in module.named_parameters():
-        number = name.removeprefix(f"{prefix}.").split(".")[0] if name.startswith(prefix) else ""
-        parts = set(name.split("."))
-        if number.isdigit() and int(number) in removed and parts & {"gate", "router"} and name.endswith("weight"):
-            routers[id(parameter)] = removed[int(number)]
+        if (layer := layer_in(name)) in removed and set(name.split(".")) & {"gate", "router"} and name.endswith("weight"):
+            routers[id(parameter)] = removed[layer]
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        number = name.removeprefix(f"{prefix}.").split(".")[0] if name.startswith(prefix) else ""
-        if number.isdigit() and int(number) in removed and "correction_bias" in name:
-            tensor.data[..., sorted(removed[int(number)])] = -1e9
+        if (layer := layer_in(name)) in removed and name.endswith(("correction_bias", "expert_bias")):
+            tensor.data[..., sorted(removed[layer])] = -1e9
 
     def linear(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         output = real(values, weight, bias)
@@ -67,7 +77,7 @@ def masking(module: Any, removed: dict[int, set[int]], prefix: str) -> Iterator[
         torch.nn.functional.linear = real
 
 
-@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.full) for kind in MIXTURES)])
+@pytest.mark.parametrize("kind", [mark(kind) for kind in sorted(SUPPORTED)])
 def test_what_is_left_is_the_model_with_experts_masked_out(kind: str, tmp_path: Path) -> None:
     model, calibration = make_inputs(kind, tmp_path)
     result = run_stage(PruneExperts(experts=1), tmp_path / "stage", model=model, calibration=calibration)
@@ -80,7 +90,7 @@ def test_what_is_left_is_the_model_with_experts_masked_out(kind: str, tmp_path: 
     left = AutoModelForCausalLM.from_pretrained(result.model.base.folder, dtype=torch.float32).eval()
     with torch.no_grad():
         plain = whole(input_ids=ids, use_cache=False).logits
-        with masking(whole, removed, model.base.layer_prefix):
+        with masking(whole, removed):
             expected = whole(input_ids=ids, use_cache=False).logits
         found = left(input_ids=ids, use_cache=False).logits
     scale = float(plain.abs().max())
@@ -197,3 +207,14 @@ def test_what_cannot_be_pruned_is_refused_before_a_run(tmp_path: Path, monkeypat
 def test_a_model_without_experts_is_refused(llama: Path) -> None:
     with pytest.raises(ModelError, match="llama has no experts: its config has none of num_experts, num_local_experts"):
         find_experts(open_folder(llama))
+
+
+def test_the_docs_name_all_that_were_tried() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    part = page[page.index("## Mixtures of experts") : page.index("## A model that drafts")]
+    assert set(re.findall(r"`(\w+)`", part[part.index("Those that were:") :])) == SUPPORTED
+
+
+def test_a_layout_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="experts of llama4_text cannot be cut out; those of these model types can: aria_text, "):
+        find_experts(open_folder(make_model(tmp_path / "model", "llama4_text")))

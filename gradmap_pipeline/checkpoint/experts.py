@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from .architecture import full_config
 from .checkpoint import StoredTensor, load_tensor, read_header
+from .source import load_config
 
 if TYPE_CHECKING:
     from .graph import ModelGraph
@@ -25,6 +26,58 @@ _GROUPS = ("n_group", "num_expert_group", "moe_n_group")
 _ONE = re.compile(r"(.*\bexperts\.)([0-9]+)(\..*)")
 _ROUTERS = {"gate", "router", "experts", "e_score_correction_bias", "expert_bias", "moe_statics", "input_linear", "output_linear"}
 """Parts of names of tensors that hold something for each expert."""
+
+SUPPORTED = frozenset(
+    (
+        "aria_text",
+        "axk1",
+        "axk2",
+        "bailing_hybrid",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "dots3_note_text",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "flint",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "jamba",
+        "kimi_linear",
+        "kolibri1",
+        "laguna",
+        "lfm2_moe",
+        "mellum",
+        "mimo_v2_flash",
+        "minimax",
+        "minimax_m2",
+        "minimax_m3_vl_text",
+        "mixtral",
+        "nemotron_h",
+        "olmoe",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen4_exp",
+        "qwen4_exp_text",
+        "solar_open",
+    )
+)
+"""Model types whose experts are known to be cut out rightly: what is left equals the model with those experts masked out."""
 
 
 @dataclass
@@ -54,9 +107,11 @@ def find_experts(graph: ModelGraph) -> ExpertLayout:
     """Raises `ModelError` where there are none, or not the same number in all layers that have some."""
     config = full_config(graph.base.folder)
     fields = tuple(name for name in _COUNTS if isinstance(config.get(name), int) and config[name] > 1)
-    kind = config.get("model_type", "this model")
+    kind = str(load_config(graph.base.folder).get("model_type", "this model"))
     if not fields:
         raise ModelError(f"{kind} has no experts: its config has none of {', '.join(_COUNTS)} over 1")
+    if kind not in SUPPORTED:
+        raise ModelError(f"experts of {kind} cannot be cut out; those of these model types can: {', '.join(sorted(SUPPORTED))}")
     counts = {config[name] for name in fields}
     if len(counts) > 1:
         raise ModelError(f"the config says several numbers of experts: {', '.join(f'{name} {config[name]}' for name in fields)}")

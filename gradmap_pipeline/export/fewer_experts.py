@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import StageError
 from .folders import check_loading
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def write_fewer_experts(
     from ..checkpoint.graph import open_folder
     from ..checkpoint.infinities import to_json
 
+    if not kept:
+        raise StageError("no layer has experts to keep")
     cuts = folder / "cuts"
     cuts.mkdir(parents=True)
     with context.progress("cut experts out", len(layout.layers) + 1, "layer") as advance:
