@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .checkpoint.architecture import full_config as full_config
     from .checkpoint.checkpoint import load_tensor as load_tensor
+    from .checkpoint.experts import ExpertLayout as ExpertLayout, find_experts as find_experts
     from .checkpoint.forecast import ModelForecast as ModelForecast
     from .checkpoint.graph import ModelGraph as ModelGraph, open_model as open_model
     from .checkpoint.layer_check import check_same_layers as check_same_layers
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
         TransformersFolder as TransformersFolder,
         load_folder as load_folder,
     )
+    from .export.fewer_experts import write_fewer_experts as write_fewer_experts
     from .export.folders import (
         explain_config as explain_config,
         extend_lineage as extend_lineage,
@@ -136,6 +138,7 @@ if TYPE_CHECKING:
     from .stages.hookspecs import hookimpl as hookimpl
     from .stages.layer_scores import Decision as Decision, LayerScores as LayerScores, ScoresForecast as ScoresForecast
     from .stages.perplexity import perplexity_of as perplexity_of
+    from .stages.pruning_target import PruningTarget as PruningTarget
     from .stages.ranking import Measure as Measure, Scoring as Scoring
     from .stages.removal import (
         check_regular_removal as check_regular_removal,

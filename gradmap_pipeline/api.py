@@ -14,6 +14,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "artifacts": ("Artifact", "TensorFile", "ExportedFile", "NameOf"),
         "data.calibration_set": ("CalibrationSet", "CalibrationForecast"),
         "stages.layer_scores": ("LayerScores", "Decision", "ScoresForecast"),
+        "stages.pruning_target": ("PruningTarget",),
         "work": ("Round", "Work"),
         "checkpoint.forecast": ("ModelForecast",),
         "measurements": ("Measurement", "Evaluation"),
@@ -31,6 +32,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "checkpoint.checkpoint": ("load_tensor",),
         "checkpoint.architecture": ("full_config",),
         "checkpoint.layer_check": ("check_same_layers",),
+        "checkpoint.experts": ("ExpertLayout", "find_experts"),
+        "export.fewer_experts": ("write_fewer_experts",),
         "checkpoint.lengths": ("lengths_apart_in",),
     },
     "Rankings": {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from gradmap_pipeline import (
+    CalibrationSet,
     Context,
     Estimate,
     Forecasts,
@@ -17,6 +20,7 @@ from gradmap_pipeline import (
     ModelGraph,
     OptionError,
     Outlook,
+    PruningTarget,
     ScoresForecast,
     Stage,
     StageError,
@@ -24,6 +28,7 @@ from gradmap_pipeline import (
     check_regular_removal,
     check_removal_by_config,
     check_same_layers,
+    check_tokenizer,
     choose_expressible,
     count_removed,
     find_index_programs,
@@ -45,6 +50,11 @@ class Prune(Stage):
         description="How many layers to remove, instead of `ratio`; or a list of the layers to remove, by their number in the "
         "original model, counted from 0.",
     )
+    target: PruningTarget | None = Field(
+        None,
+        description="What the pruned model is to meet, instead of `ratio`: `parameters`, `bytes` or `max_perplexity_ratio`, "
+        "as in `target: {parameters: 110M}`. The fewest layers that reach a size are removed, or the most that hold a ratio.",
+    )
     among: Literal["any", "expressible", "regular"] = Field(
         "any",
         description="`any`: the first of the scored decisions. `expressible`: of the removals after which a config can still "
@@ -56,14 +66,16 @@ class Prune(Stage):
     class Inputs(BaseModel):
         model: ModelGraph
         scores: LayerScores | None = None
+        calibration: CalibrationSet | None = None
 
     class Outputs(BaseModel):
         model: ModelGraph
 
     @model_validator(mode="after")
     def _check_choice(self) -> Prune:
-        if self.ratio is not None and self.layers is not None:
-            raise ValueError("give 'ratio' or 'layers', not both")
+        given = [name for name in ("ratio", "layers", "target") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of 'ratio', 'layers' and 'target'; found {' and '.join(map(repr, given))}")
         if isinstance(self.layers, int) and self.layers < 1:
             raise ValueError(f"'layers' must be at least 1, found {self.layers}")
         if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0):
@@ -73,10 +85,25 @@ class Prune(Stage):
     def forecast(self, inputs: Forecasts) -> Outlook:
         return {"model": self._forecast_model(inputs)}
 
+    def request(self, inputs: Forecasts) -> Mapping[str, Mapping[str, Any]]:
+        """As many scored removals as this step may make."""
+        if "scores" not in inputs or isinstance(self.layers, list):
+            return {}
+        if self.target is not None:
+            worst = self._count_worst(self.target, inputs)
+            return {} if worst is None else {"scores": {"layers": worst}}
+        if self.layers is not None:
+            return {"scores": {"layers": self.layers}}
+        return {} if self.ratio is None else {"scores": {"ratio": self.ratio}}
+
     def _forecast_model(self, inputs: Forecasts) -> ModelForecast:
         """The model that is left. Raises `OptionError` where there is none."""
         model = inputs.of(ModelGraph)
         depth, kept = model.layers, model.kept
+        if self.target is not None:
+            self._count_worst(self.target, inputs)
+            self.target.check_scored(model, inputs.of(LayerScores))
+            return model.model_copy(update={"layers": None, "kept": None})
         if isinstance(self.layers, list):
             missing = sorted(set(self.layers) - set(kept)) if kept is not None else []
             if missing:
@@ -96,6 +123,20 @@ class Prune(Stage):
         layers = None if depth is None else depth - count
         return model.model_copy(update={"layers": layers, "kept": kept})
 
+    @staticmethod
+    def _count_worst(target: PruningTarget, inputs: Forecasts) -> int | None:
+        """Layers that may have to go for it. Raises `OptionError` where it cannot be met, or what it takes is not there."""
+        scores = inputs.of(LayerScores)
+        if "scores" not in inputs:
+            raise OptionError("target", "nothing says which layers to remove; put gradmap_score before this step")
+        if scores.all_or_nothing:
+            raise OptionError(
+                "target", "the scored layers were chosen to go together; give this step and that one the same 'ratio'"
+            )
+        if target.measured_text and "calibration" not in inputs:
+            raise OptionError("target", "perplexity is measured on the calibration set; put calibrate before this step")
+        return target.count_worst(inputs.of(ModelGraph), scores)
+
     def advise(self, inputs: Forecasts) -> Sequence[str]:
         model = inputs.of(ModelGraph)
         if self.among == "regular" or isinstance(self.layers, list):
@@ -111,7 +152,7 @@ class Prune(Stage):
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         kept = self._forecast_model(inputs).kept
-        if self.among == "regular":
+        if self.among == "regular" and self.target is None:
             layers = inputs.of(ModelGraph).kept or probe.graph.layers
             count = len(self.layers) if isinstance(self.layers, list) else self._count(len(layers), None)
             check_regular_removal(full_config(probe.graph.base.folder), layers, count, kept)
@@ -121,22 +162,34 @@ class Prune(Stage):
             probe.check_removable()
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
-        return Estimate(costs.program_bytes)
+        if self.target is None or not self.target.measured_text:
+            return Estimate(costs.program_bytes)
+        text, tried = inputs.of(CalibrationSet), known(self._count_worst(self.target, inputs))
+        sweep = costs.forward_sweep(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length))
+        return sweep * (1 + math.ceil(math.log2(tried + 1)))
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         model = inputs.model
-        removed = self.layers if isinstance(self.layers, list) else self._choose(model, inputs.scores)
+        removed = self.layers if isinstance(self.layers, list) else self._choose(inputs, context)
         pruned = model.without_layers(removed)
         check_same_layers(model.base, pruned.layers)  # now rather than when the model is exported
         context.note(f"removed layers {', '.join(map(str, sorted(removed)))} of {model.base.layers}")
         return self.Outputs(model=pruned)
 
-    def _choose(self, model: ModelGraph, scores: LayerScores | None) -> list[int]:
+    def _choose(self, inputs: Inputs, context: Context) -> list[int]:
         """Base layers to remove, by their scores."""
+        model, scores, text = inputs.model, inputs.scores, inputs.calibration
         assert scores is not None
         if scores.model != model.digest:
             raise StageError("the scores were made on another model than the one to prune; score this model first")
-        count = self._count(len(model.layers), None)
+        take = partial(self._take, model, scores)
+        if self.target is None:
+            return take(self._count(len(model.layers), None))
+        if text is not None:
+            check_tokenizer(text, model)
+        return self.target.choose(model, len(scores.order), take, text, context)
+
+    def _take(self, model: ModelGraph, scores: LayerScores, count: int) -> list[int]:
         if self.among == "any":
             return list(scores.order[:count])
         return choose_expressible(model, scores, count, regular=self.among == "regular")

@@ -48,7 +48,7 @@ def test_scores_of_another_model(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0.2, "layers": 2}, "give 'ratio' or 'layers', not both"),
+        ({"ratio": 0.2, "layers": 2}, "give one of 'ratio', 'layers' and 'target'; found 'ratio' and 'layers'"),
         ({"layers": 0}, "'layers' must be at least 1, found 0"),
         ({"layers": [1, 1]}, "must list different layers"),
         ({"layers": []}, "must list different layers"),

@@ -112,8 +112,8 @@ CASES = {
         ],
     ),
     "more than was scored": (
-        HEAD + CALIBRATE + "  - use: gradmap_score\n  - use: prune\n    with: {ratio: 0.5}\n",
-        ["8:12: step 'prune': option 'ratio': removes 2 of 4 layers, but only 1 removals are scored; set the same 'ratio'"],
+        HEAD + CALIBRATE + "  - use: gradmap_score\n    with: {ratio: 0.25}\n  - use: prune\n    with: {ratio: 0.5}\n",
+        ["9:12: step 'prune': option 'ratio': removes 2 of 4 layers, but only 1 removals are scored; set the same 'ratio'"],
     ),
     "a list": ("- a\n- b\n", ["1:1: a recipe is a mapping with the keys version, model and steps; found a list"]),
     "a word": ("recipe\n", ["1:1: a recipe is a mapping with the keys version, model and steps; found 'recipe'"]),
@@ -173,7 +173,8 @@ def test_mistake(case: str, command: str, folder: Path, llama: Path) -> None:
         ),
         (
             "prune.ratio=0.5",
-            "step 'prune': give 'ratio' or 'layers', not both; an option of the file is unset by --set prune.OPTION=null",
+            "step 'prune': give one of 'ratio', 'layers' and 'target'; found 'ratio' and 'layers'; an option of the file is unset "
+            "by --set prune.OPTION=null",
         ),
         ("prune.layers.0=3", "--set prune.layers.0=3: 'layers' is a list; replace the whole of it"),
         ("seed=x", "--set seed=x: seed: found 'x', accepted: a whole number"),

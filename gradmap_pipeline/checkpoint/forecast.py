@@ -20,6 +20,8 @@ class ModelForecast(BaseModel):
     """config.json of the whole model; of its text decoder, where it has other parts."""
     folder: Path | None = None
     """The base model's folder."""
+    dtype: str | None = None
+    """The type that its weights get, as `bfloat16`, where the recipe names one; else they stay as they are stored."""
 
     def explain_unusable(self) -> str | None:
         """Why no program of this machine can run it; None where one can, or that is not known."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
-from ..artifacts import TensorFile
+from ..artifacts import StoredPath, TensorFile
 from ..errors import ModelError
 from ..machine.digests import sha256_of, sha256_of_value
 from .architecture import find_layer_prefix, layer_of
@@ -35,7 +35,7 @@ class BaseCheckpoint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    folder: Path
+    folder: StoredPath
     name: str
     """The name that the recipe has for it."""
     sha256: str
@@ -162,19 +162,22 @@ class ModelGraph(Model):
         """Embeddings, final norm, head: all that belongs to no layer."""
         return {name: self.stored_tensor(name) for name in self.base.names_by_layer.get(None, ())}
 
-    def export_tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of this model under the name it has on disk after export: kept layers are renumbered from 0."""
+    def export_names(self) -> dict[str, str]:
+        """By name of a tensor in the base, the name it has after export: kept layers are renumbered from 0."""
         prefix = self.base.layer_prefix
         number = {layer: position for position, layer in enumerate(self.layers)}
-        tensors = {}
+        names = {}
         for name in self.base.tensors:
             layer = layer_of(name, prefix)
             if layer is None:
-                tensors[name] = self.stored_tensor(name)
+                names[name] = name
             elif layer in number:
-                tail = name[len(f"{prefix}.{layer}.") :]
-                tensors[f"{prefix}.{number[layer]}.{tail}"] = self.stored_tensor(name)
-        return tensors
+                names[name] = f"{prefix}.{number[layer]}.{name[len(f'{prefix}.{layer}.') :]}"
+        return names
+
+    def export_tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of this model under the name it has on disk after export."""
+        return {new: self.stored_tensor(name) for name, new in self.export_names().items()}
 
     def count_parameters(self) -> int:
         """Elements of all tensors on disk; tied weights are stored, and counted, once."""

@@ -125,7 +125,8 @@ class ModelSource(BaseModel):
         check_sizes(config, read_shapes(folder), folder)
         layers = count_layers(config)
         kept = None if layers is None else tuple(range(layers))
-        return ModelForecast(layers=layers, kept=kept, positions=count_positions(config), config=text_config(config), folder=folder)
+        positions, config = count_positions(config), text_config(config)
+        return ModelForecast(layers=layers, kept=kept, positions=positions, config=config, folder=folder, dtype=self.dtype)
 
 
 def check_model_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ from .command_arguments import (
 from .command_options import CommandGroup, make_machine, open_store, parse_output, parse_path
 from .ending import endings, tell_end
 from .material_commands import new_plugin, recipes
+from .suggest import suggest
 from .verify import verify
 
 if TYPE_CHECKING:
@@ -260,6 +261,7 @@ def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
 
 
 app.command()(recipes)
+app.command()(suggest)
 app.command(name="new-plugin")(new_plugin)
 
 

@@ -52,8 +52,9 @@ class LayerBenchmark:
         self.stored_vocabulary_bytes = sum(tensor.stored_bytes for tensor in self._model.weights.vocabulary.tensors)
         """Of embeddings and head on disk, where they are read when they are used."""
         self.dtype = self._model.dtype
-        self._words = int(config.vocab_size)
-        self._head_elements = self.hidden_size * self._words
+        self.words = int(config.vocab_size)
+        """V"""
+        self._head_elements = self.hidden_size * self.words
         elements = graph.layer_elements()
         by_size = sorted(elements, key=elements.__getitem__)
         self._layer = by_size[len(by_size) // 2]
@@ -102,7 +103,7 @@ class LayerBenchmark:
 
         from ..batches import Batch
 
-        ids = torch.randint(self._words, (samples, tokens), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(self.words, (samples, tokens), generator=torch.Generator().manual_seed(0))
         return Batch(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def _try_layer(self, samples: int, tokens: int, weight_gradients: bool) -> Pass:

@@ -66,6 +66,11 @@ class ModelCosts:
         """Parameters by base layer."""
         return self.graph.layer_elements()
 
+    @property
+    def words(self) -> int:
+        """Words of the vocabulary."""
+        return self.benchmark.words
+
     @cached_property
     def stored_layer_bytes(self) -> int:
         """Bytes of all layers on disk."""

@@ -36,12 +36,18 @@ def _is_named(answer: Any) -> bool:
     return isinstance(answer, Mapping) and all(isinstance(name, str) for name in answer)
 
 
+def _is_named_mappings(answer: Any) -> bool:
+    return _is_named(answer) and all(_is_named(options) for options in answer.values())
+
+
 def _holds(cls: type) -> Callable[[Any], bool]:
     return lambda answer: isinstance(answer, list | tuple) and all(isinstance(item, cls) for item in answer)
 
 
 _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "forecast": ("a mapping of output names", _is_named),
+    "request": ("a mapping of input names to options", _is_named_mappings),
+    "take_requests": ("a stage", lambda answer: isinstance(answer, Stage)),
     "inspect": ("nothing, and raise an OptionError or ModelError to refuse", lambda answer: answer is None),
     "advise": ("a list of texts", _holds(str)),
     "estimate": ("an Estimate or None", _is_estimate),
@@ -51,7 +57,7 @@ _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """By method: what it must return, in words and as a test."""
 
 
-_NOT_KNOWN: dict[str, Any] = {"forecast": {}, "inspect": None, "advise": (), "estimate": None}
+_NOT_KNOWN: dict[str, Any] = {"forecast": {}, "request": {}, "inspect": None, "advise": (), "estimate": None}
 """By method: its answer where it needs a value that the plan does not know."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.forecast import ModelForecast
 from ..checkpoint.graph import ModelGraph
@@ -81,9 +82,23 @@ def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> 
 
     `store`: the folder for results, which no step may write over.
     """
+    steps, board, problems = _plan_steps(recipe, catalog, {})
+    if board.requests:
+        steps, board, problems = _plan_steps(recipe, catalog, board.requests)
+    problems += _find_clashes(steps, recipe, find_machine_places(store, recipe.path, catalog.plugin_files))
+    if problems or recipe.model is None:
+        raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
+    forecast: Any = board.forecasts[MODEL_STEP, "model"]
+    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast)
+
+
+def _plan_steps(
+    recipe: Recipe, catalog: Catalog, requests: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[list[PlannedStep], Board, list[Problem]]:
+    """The steps, what they offer and request, and what is wrong. `requests`: of later steps, by the id of who may take them."""
     problems = list(recipe.problems)
     board = Board(types={(MODEL_STEP, "model"): ModelGraph})
-    board.forecasts[MODEL_STEP, "model"] = forecast = _forecast_model(recipe, problems)
+    board.forecasts[MODEL_STEP, "model"] = _forecast_model(recipe, problems)
     steps = []
     seen: set[str] = {MODEL_STEP}
     for index, step in enumerate(recipe.steps):
@@ -93,13 +108,10 @@ def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> 
             advice = "this name stands for the recipe's model" if is_reserved else "an earlier step has this id"
             problems.append(recipe.problem((*at, "id"), f"{advice}; give this step another, as in `id: {step.id}_2`"))
         seen.add(step.id)
-        planned = _plan_step(step, at, recipe, catalog, board, problems)
+        planned = _plan_step(step, at, recipe, catalog, board, problems, requests.get(step.id, ()))
         if planned is not None:
             steps.append(planned)
-    problems += _find_clashes(steps, recipe, find_machine_places(store, recipe.path, catalog.plugin_files))
-    if problems or recipe.model is None:
-        raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
-    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast)
+    return steps, board, problems
 
 
 def _forecast_model(recipe: Recipe, problems: list[Problem]) -> ModelForecast | None:
@@ -144,7 +156,13 @@ def _find_option(stage: Stage, path: Path) -> Location:
 
 
 def _plan_step(
-    step: RecipeStep, at: Location, recipe: Recipe, catalog: Catalog, board: Board, problems: list[Problem]
+    step: RecipeStep,
+    at: Location,
+    recipe: Recipe,
+    catalog: Catalog,
+    board: Board,
+    problems: list[Problem],
+    requests: Sequence[Mapping[str, Any]],
 ) -> PlannedStep | None:
     stage_class = catalog.find(step.stage)
     if stage_class is None:
@@ -174,6 +192,8 @@ def _plan_step(
             classes = {name: board.types[source] for name, source in inputs.items()}
             known = Forecasts(stage_class, classes, **{name: board.forecasts.get(source) for name, source in inputs.items()})
             try:
+                stage = ask("take_requests", stage, step.id, plugin, requests, known) if requests else stage
+                board.add_requests(inputs, ask("request", stage, step.id, plugin, known))
                 forecasts = ask("forecast", stage, step.id, plugin, known)
                 advice = tuple(ask("advise", stage, step.id, plugin, known))
             except OptionError as error:
@@ -191,15 +211,20 @@ def _plan_step(
         return None
     python = step.run.python if step.run is not None else None
     environment = stage_class.environment if python is None else stage_class.environment or Environment(())
-    writes = tuple(ask("writes", stage, step.id, plugin))
-    makers = {source[0]: None for source in inputs.values() if not StageCode.is_shipped(board.types[source])}
-    behind = tuple(board.codes[maker] for maker in makers if maker in board.codes)
-    code = replace(catalog.code_of[stage_class.name], behind=behind)
-    board.codes[step.id] = code
+    code = board.codes[step.id] = replace(catalog.code_of[stage_class.name], behind=board.find_codes(inputs))
     places = {present: recipe.where((*at, "with", name)) for present, name in written.items()}
     overrides = {name: place for name, place in places.items() if place.startswith("--set ")}
     notices = tuple(find_notices(stage_class, step, written, at, recipe))
-    settings = (environment, python, writes, plugin, overrides, notices, step.limits, measured)
+    settings = (
+        environment,
+        python,
+        tuple(ask("writes", stage, step.id, plugin)),
+        plugin,
+        overrides,
+        notices,
+        step.limits,
+        measured,
+    )
     return PlannedStep(step.id, stage, inputs, code, known, dict(forecasts), advice, *settings)
 
 

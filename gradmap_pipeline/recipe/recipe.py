@@ -112,7 +112,12 @@ class Recipe:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `--set` options. Raises `RecipeError` where it cannot be read; else notes every problem."""
-    document = load_yaml(_read_text(path), str(path))
+    return read_recipe(_read_text(path), path, overrides)
+
+
+def read_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a text. `path`: what messages call it. Raises as `load_recipe`."""
+    document = load_yaml(text, str(path))
     if not isinstance(document.data, dict):
         shown = "a list" if isinstance(document.data, list) else repr(document.data)
         message = f"a recipe is a mapping with the keys version, model and steps; found {shown}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..artifacts import Artifact
 from ..errors import Problem
@@ -28,8 +29,21 @@ class Board:
     forecasts: dict[tuple[str, str], BaseModel | None] = field(default_factory=dict)
     codes: dict[str, StageCode] = field(default_factory=dict)
     """The code of each step's stage, by step id."""
+    requests: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    """What later steps request of a step, by its id."""
     unknown: set[str] = field(default_factory=set)
     """Ids of steps whose stage is not known, nor, therefore, what they make."""
+
+    def find_codes(self, inputs: Mapping[str, tuple[str, str]]) -> tuple[StageCode, ...]:
+        """The code of the steps that make inputs of classes that do not ship."""
+        makers = {source[0]: None for source in inputs.values() if not StageCode.is_shipped(self.types[source])}
+        return tuple(self.codes[maker] for maker in makers if maker in self.codes)
+
+    def add_requests(self, inputs: Mapping[str, tuple[str, str]], requests: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note what a step requests, by input, of the steps that make its inputs."""
+        for name, request in requests.items():
+            if name in inputs:
+                self.requests.setdefault(inputs[name][0], []).append(request)
 
     def latest(self, name: str) -> tuple[str, str] | None:
         """The last output of this name."""

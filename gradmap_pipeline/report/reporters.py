@@ -23,13 +23,15 @@ _MOST_METRICS_BESIDE = 3
 """Metrics that fit as columns into the table of models; more get a table of their own."""
 
 
-def make_reporter(*, json: bool = False, quiet: bool = False, stream: IO[str] | None = None) -> Reporter:
-    """The reporter that fits the options and what standard output is. `stream`: gets the JSON."""
+def make_reporter(*, json: bool = False, quiet: bool = False, stream: IO[str] | None = None, has_tables: bool = True) -> Reporter:
+    """The reporter that fits the options and standard output. `stream`: gets the JSON. `has_tables`: at the end of a run."""
     if json:
         return JsonReporter(stream or sys.stdout)
     if quiet:
         return QuietReporter()
-    return TerminalReporter() if sys.stdout.isatty() else LineReporter()
+    reporter = TerminalReporter() if sys.stdout.isatty() else LineReporter()
+    reporter.has_tables = has_tables
+    return reporter
 
 
 class QuietReporter:
@@ -102,6 +104,8 @@ class LineReporter(QuietReporter):
 
     def __init__(self) -> None:
         self.console = make_console()
+        self.has_tables = True
+        """Whether tables end a run."""
         self._last_line = 0.0
 
     def step_started(self, event: StepStarted) -> None:
@@ -122,7 +126,8 @@ class LineReporter(QuietReporter):
         self._say(f"{event.step}: done ({how})")
 
     def run_finished(self, event: RunFinished) -> None:
-        print_summary(self.console, event.summary, event.seconds)
+        if self.has_tables:
+            print_summary(self.console, event.summary, event.seconds)
 
     def run_stopped(self, event: RunFinished) -> None:
         self.progress_ended("", "")

@@ -12,6 +12,8 @@ class ScoresForecast(BaseModel):
 
     decisions: int | None = None
     all_or_nothing: bool = False
+    removable: int | None = None
+    """Layers that are not protected."""
 
 
 class Decision(BaseModel):

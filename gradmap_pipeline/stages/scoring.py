@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -80,7 +80,21 @@ class LayerScoring(Stage):
     def forecast(self, inputs: Forecasts) -> Outlook:
         depth = inputs.of(ModelGraph).layers
         decisions = self.layers if depth is None else self.count_decisions(depth)
-        return {"scores": ScoresForecast(decisions=decisions, all_or_nothing=self.all_or_nothing)}
+        removable = None if depth is None else max(0, depth - self.protect_first - self.protect_last)
+        return {"scores": ScoresForecast(decisions=decisions, all_or_nothing=self.all_or_nothing, removable=removable)}
+
+    def take_requests(self, requests: Sequence[Mapping[str, Any]], inputs: Forecasts) -> Stage:
+        """As many decisions as the step that wants most of them, where neither `ratio` nor `layers` is set."""
+        requests = [request for request in requests if request.keys() & {"ratio", "layers"}]
+        if self.ratio is not None or self.layers is not None or not requests:
+            return self
+        depth = inputs.of(ModelGraph).layers
+        if depth is None:
+            ratios = [request["ratio"] for request in requests if "ratio" in request]
+            layers = [request["layers"] for request in requests if "layers" in request]
+            return self.model_copy(update={"ratio": max(ratios)} if ratios else {"layers": max(layers)})
+        counts = [request["layers"] if "layers" in request else count_removed(depth, request["ratio"]) for request in requests]
+        return self.model_copy(update={"layers": max(counts)})
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()

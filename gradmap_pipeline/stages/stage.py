@@ -75,6 +75,20 @@ class Stage(BaseModel):
         """
         return {}
 
+    def request(self, inputs: Forecasts) -> Mapping[str, Mapping[str, Any]]:
+        """By input, options that the step which makes it should have where the recipe leaves them open.
+
+        So a recipe says once what two steps must agree on. `inputs` has forecasts, as for `forecast`. Raise `OptionError` as there.
+        """
+        return {}
+
+    def take_requests(self, requests: Sequence[Mapping[str, Any]], inputs: Forecasts) -> Stage:
+        """This stage with what later steps request of it, where the recipe leaves that open. Here nothing is taken.
+
+        `inputs`: forecasts of this stage's own inputs.
+        """
+        return self
+
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         """Raise `OptionError` or `ModelError` where this stage cannot work on a model of this structure.
 

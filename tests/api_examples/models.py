@@ -1,19 +1,28 @@
 """A model as layers kept and tensors replaced over a checkpoint."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from gradmap_pipeline import (
+    ExpertLayout,
     ExportableModel,
     Model,
+    ModelError,
     ModelGraph,
     ModelSource,
+    StageError,
     check_same_layers,
+    find_experts,
     full_config,
     lengths_apart_in,
     load_tensor,
     make_batches,
     open_model,
+    write_fewer_experts,
 )
+from gradmap_pipeline.testing import make_context
 
 model: ModelGraph = open_model(ModelSource(builtin="docs-llama"))
 assert isinstance(model, Model)
@@ -31,3 +40,10 @@ ids = torch.tensor([[1, 2, 3, 4]])
 (batch,) = make_batches(ids, torch.ones_like(ids), lengths_apart=lengths_apart_in(model.base.folder))
 logits = pruned.open("cpu")(batch)
 assert logits.shape == (1, 4, full_config(model.base.folder)["vocab_size"])
+
+# A mixture of experts says what it has; a model without is refused, and so is one whose names are of no known layout.
+with pytest.raises(ModelError, match="llama has no experts"):
+    find_experts(model)
+layout = ExpertLayout(count=4, chosen=2, fields=("num_experts",), layers={})
+with pytest.raises(StageError, match="no layer has experts"):
+    write_fewer_experts(model, layout, {}, Path("fewer"), make_context(Path("step")))

@@ -29,6 +29,7 @@ from gradmap_pipeline import (
     NameOf,
     OptionError,
     Outlook,
+    PruningTarget,
     QualityError,
     Round,
     ScoresForecast,
@@ -42,7 +43,7 @@ from gradmap_pipeline import (
     known,
     load_tensor,
 )
-from gradmap_pipeline.testing import make_inputs, run_stage
+from gradmap_pipeline.testing import make_context, make_inputs, run_stage
 
 
 class Norms(Artifact):
@@ -159,3 +160,9 @@ assert explain_missing(["no_such_module"], extra="onnx") == (
     "needs no_such_module, which is not installed: pip install 'gradmap-pipeline[onnx]'"
 )
 assert Environment(("llmcompressor==0.14.0",)).requirements == ("llmcompressor==0.14.0",)
+
+# What a pruned model is to meet is a value of its own: sizes are told from the shapes of tensors alone.
+target = PruningTarget.model_validate({"parameters": "600k"})
+model = inputs["model"]
+removed = target.choose(model, 6, lambda count: list(range(2, 2 + count)), None, make_context(Path("target")))
+assert model.without_layers(removed).count_parameters() <= 600_000 < model.without_layers(removed[1:]).count_parameters()

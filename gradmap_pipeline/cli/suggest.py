@@ -1,0 +1,104 @@
+"""`gradmap suggest`: how small a model can get, before a recipe is written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..machine.streams import sole_output
+from .command_arguments import DeviceName, DtypeName, HostMemorySize, MemorySize, PluginFiles, StorePath, Threads
+from .command_options import make_machine, open_store, parse_path
+from .ending import endings
+
+
+def suggest(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, `owner/name` of a hub, or builtin:docs-llama.", show_default=False)
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE", parser=parse_path, help="Text to rank layers on. Default: Python code.", show_default=False
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--held-out",
+            metavar="FILE",
+            parser=parse_path,
+            help="Text to measure on. Default: other Python code.",
+            show_default=False,
+        ),
+    ] = None,
+    ranking: Annotated[str, typer.Option("--ranking", metavar="STAGE", help="Stage that ranks the layers.")] = "gradmap_score",
+    share: Annotated[float, typer.Option("--share", min=0.01, max=0.9, help="Most layers to remove, as a share of all.")] = 0.5,
+    points: Annotated[int, typer.Option("--points", min=1, max=200, help="Depths to measure, besides the whole model.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences to rank on, and to measure on.")] = 32,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length", min=2, help="Tokens in a sequence. Default: 512, or what the model is made for.", show_default=False
+        ),
+    ] = None,
+    store: StorePath = Path(".gradmap"),
+    device: DeviceName = "auto",
+    dtype: DtypeName = "float32",
+    memory: MemorySize = None,
+    host_memory: HostMemorySize = None,
+    threads: Threads = None,
+    plugins: PluginFiles = [],  # noqa: B006 - typer reads the default
+    json: Annotated[bool, typer.Option("--json", help="Print the points as one JSON list, and nothing else.")] = False,
+) -> None:
+    """Measure a model at several depths, all from one ranking: layers, parameters, bytes, speed and perplexity.
+
+    Nothing is corrected and nothing is written but the store. Interrupted, the same command goes on.
+    """
+    from ..report.reporters import make_reporter
+
+    with sole_output(json) as output, endings(make_reporter(json=json, quiet=True, stream=output), store):
+        from ..recipe.catalog import load_catalog
+        from ..recipe.plan import make_plan
+        from ..recipe.recipe import read_recipe
+        from ..report.curve_table import print_curve
+        from ..run.runner import run_plan
+        from ..run.size_curve import choose_counts, name_model, read_curve, write_curve_recipe
+        from ..text import dump_json
+
+        source = name_model(model)
+        depth, longest = _look_at(source)
+        counts = choose_counts(max(1, min(round(depth * share), depth - 2)), points)
+        texts: list[dict[str, Any]] = [
+            {"builtin": builtin} if file is None else {"path": str(file)}
+            for file, builtin in ((text, "calibration"), (held_out, "heldout"))
+        ]
+        amount: dict[str, int] = {"samples": samples, "sequence_length": length or min(512, longest or 512)}
+        recipe = read_recipe(write_curve_recipe(source, ranking, counts, texts[0], texts[1], **amount), Path("suggest"))
+        plan = make_plan(recipe, load_catalog(plugins), store)
+        machine = make_machine(device, dtype, threads, memory, host_memory)
+        state = run_plan(plan, open_store(store), machine, make_reporter(quiet=json, has_tables=False))
+        curve = read_curve(state, counts, machine)
+        if json:
+            print(dump_json([asdict(point) for point in curve]), file=output, flush=True)
+        else:
+            print_curve(curve, "Python code" if held_out is None else str(held_out), ranking)
+
+
+def _look_at(source: dict[str, str]) -> tuple[int, int | None]:
+    """Layers of the model, and the longest sequence it is made for. It is downloaded if it must be."""
+    from ..checkpoint.source import ModelSource
+    from ..errors import CommandError, ModelError
+    from ..recipe.validation import Invalid, validate
+
+    try:
+        given = validate(ModelSource, source)
+        given.fetch_folder()
+        forecast = given.forecast()
+    except Invalid as invalid:
+        raise CommandError(f"MODEL: {invalid.complaints[0][1]}") from invalid
+    if forecast.layers is None:
+        raise ModelError("config.json does not say how many layers the model has")
+    return forecast.layers, forecast.positions
