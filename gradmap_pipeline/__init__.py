@@ -48,6 +48,16 @@ if TYPE_CHECKING:
         write_patches as write_patches,
     )
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
+    from .correction.refit import (
+        HELD_OUT as HELD_OUT,
+        Refit as Refit,
+        RefitSettings as RefitSettings,
+        count_batch_samples as count_batch_samples,
+        measure_room_for_refit as measure_room_for_refit,
+        put_values as put_values,
+        refit_layer as refit_layer,
+        room_for_refit as room_for_refit,
+    )
     from .correction.ridge import Moments as Moments, check_room as check_room, room_for as room_for
     from .correction.scaling import (
         magnitude_ratio as magnitude_ratio,
@@ -55,8 +65,18 @@ if TYPE_CHECKING:
         rescale_from as rescale_from,
         rescale_stream as rescale_stream,
     )
-    from .correction.sites import NoSiteError as NoSiteError, Site as Site, check_gain as check_gain
-    from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
+    from .correction.sites import (
+        NoSiteError as NoSiteError,
+        NotFiniteError as NotFiniteError,
+        Site as Site,
+        check_gain as check_gain,
+    )
+    from .correction.streams import (
+        Drift as Drift,
+        Streams as Streams,
+        capture_site as capture_site,
+        open_streams as open_streams,
+    )
     from .correction.writers import Writer as Writer
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts

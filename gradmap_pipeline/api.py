@@ -49,8 +49,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Corrections": {
         "stages.compensating": ("LayerCompensation", "find_writers", "check_rescaling"),
-        "correction.streams": ("Streams", "Drift", "capture_site"),
-        "correction.sites": ("Site", "NoSiteError", "check_gain"),
+        "correction.streams": ("Streams", "Drift", "capture_site", "open_streams"),
+        "correction.sites": ("Site", "NoSiteError", "NotFiniteError", "check_gain"),
         "correction.ridge": ("Moments", "room_for", "check_room"),
         "correction.correction": (
             "Compensation",
@@ -62,6 +62,16 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "solve_site",
             "correct_site",
             "write_patches",
+        ),
+        "correction.refit": (
+            "HELD_OUT",
+            "Refit",
+            "RefitSettings",
+            "count_batch_samples",
+            "room_for_refit",
+            "measure_room_for_refit",
+            "refit_layer",
+            "put_values",
         ),
         "correction.writers": ("Writer",),
         "correction.scaling": ("nearest_scale", "magnitude_ratio", "rescale_stream", "rescale_from"),
