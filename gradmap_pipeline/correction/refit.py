@@ -20,6 +20,7 @@ from ..errors import CapacityError, ModelError, StageError
 from ..machine.memory import give_back, resident_bytes
 from ..sweep.layer_graphs import accumulate, opened
 from ..sweep.memory_plan import format_size
+from .adam import Adam
 from .sites import NotFiniteError
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ _LOOKS = 10
 """How often the error on the held-out samples is measured."""
 _LEAST_SIZE = 1e-3
 """Root mean square from which a parameter of smaller values is changed: one of zeros would stay as it is."""
-_EPSILON = 1e-12
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def room_for_refit(needs: SweepNeeds, batch_samples: int) -> int:
     """Bytes that refitting the largest layer takes besides its weights. `needs`: of a sweep with gradients."""
     gradients = needs.layer_bytes  # those of one batch
     losses = 2 * _LOSS_COPIES * batch_samples * needs.boundary_bytes
-    return _STATE * needs.layer_elements + gradients + needs.count_work(batch_samples) + losses
+    return _STATE * needs.layer_elements + 8 * needs.largest_parameter + gradients + needs.count_work(batch_samples) + losses
 
 
 def measure_room_for_refit(graph: ModelGraph, tokens: int, batch_samples: int, context: Context) -> int:
@@ -109,6 +109,11 @@ def token_errors(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor)
     """‖h' - h‖² / ‖h‖² of each token, (N,), fp32, from output h' and target h (B, T, D) and mask bool (B, T)."""
     left, wanted = output[mask].float(), target[mask].float()
     return (left - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)
+
+
+def size_of(weight: torch.Tensor) -> float:
+    """Root mean square of a parameter, which a step is relative to; at least 10⁻³."""
+    return max(_LEAST_SIZE, float(weight.norm()) / math.sqrt(weight.numel()))
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -208,9 +213,8 @@ class _Fitting:
 
         settings = self._settings
         weights = {name: parameter.detach().float().clone() for name, parameter in self._parameters.items()}
-        groups = [{"params": [weight], "lr": 0.0} for weight in weights.values()]
-        optimiser = torch.optim.Adam(groups, eps=_EPSILON, foreach=False)
-        sizes = [max(_LEAST_SIZE, float(weight.double().square().mean().sqrt())) for weight in weights.values()]
+        optimiser = Adam(weights)
+        sizes = {name: size_of(weight) for name, weight in weights.items()}
         best: dict[str, torch.Tensor] = {}
         least, best_step, error = before, 0, before
         order = self._draw_steps()
@@ -223,12 +227,9 @@ class _Fitting:
                     f"{self._pruned.model.dtype}; lower 'learning_rate'".replace("torch.", "")
                 )
             rate = settings.learning_rate * rate_at(step, settings.steps)
-            for group, size, (name, weight) in zip(optimiser.param_groups, sizes, weights.items(), strict=True):
-                group["lr"], weight.grad = rate * size, gradients[name]
-            optimiser.step()
+            optimiser.step(gradients, {name: rate * size for name, size in sizes.items()})
             del gradients
             for name, weight in weights.items():
-                weight.grad = None
                 self._parameters[name].data.copy_(weight)
             if (step + 1) % every == 0 or step + 1 == settings.steps:
                 error = self.measure()
