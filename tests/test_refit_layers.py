@@ -108,7 +108,7 @@ def test_first_step_goes_against_the_gradient(architecture: str, text: Path, tmp
     train.mean().backward()
     first = result.refit.layers[0]
     assert (first.layer, first.step) == (1, 1)
-    assert first.before == pytest.approx(float(held.mean()), rel=1e-4)
+    assert first.before == pytest.approx(float(held.detach().mean()), rel=1e-4)
     assert first.after < first.before
     compared = 0
     for name, parameter in layers[1].named_parameters():
@@ -278,7 +278,7 @@ def test_progress_tells_the_loss(folder: Path) -> None:
             "found 15; the calibration set has 16 samples, and one in 8 is held out: at most 14 are",
         ),
         (["calibrate.samples=7"], 2, "the calibration set has 7 samples, and one in 8 is held out; calibrate on at least 8"),
-        (["refit_layers.learning_rate=1"], 2, "option 'learning_rate': found 1.0, accepted: less than 1"),
+        (["refit_layers.learning_rate=1"], 2, "option 'learning_rate': found 1, accepted: less than 1"),
         (["refit_layers.steps=0"], 2, "option 'steps': found 0, accepted: at least 1"),
     ],
 )
@@ -290,20 +290,20 @@ def test_what_cannot_work_is_refused_before_the_run(folder: Path, changes: list[
 
 def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    make_model(tmp_path / "model", hidden_size=1024, intermediate_size=8192, num_hidden_layers=4)
+    make_model(tmp_path / "model", hidden_size=512, intermediate_size=8192)
     (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", str(tmp_path / "model")).replace("TEXT", str(text)))
     assert gradmap("plan", "r.yaml", "--memory", "3GiB").exit_code == 0
-    allowed = (resident_bytes() >> 20) + 500
+    allowed = (resident_bytes() >> 20) + 300
     result = gradmap("plan", "r.yaml", "--memory", f"{allowed}MiB")
     assert result.exit_code == 3
-    assert "one layer and what is computed with it (0." in result.output
+    assert "one layer and what is computed with it (" in result.output
     assert "with --memory, or lower 'batch_size' or 'sequence_length'" in result.output
 
 
 def test_memory_that_does_not_suffice_is_refused_by_the_run(text: Path, tmp_path: Path) -> None:
     graph, calibration = make_inputs(tmp_path, text)
     stage = RefitLayers(steps=1)
-    context = make_context(tmp_path / "out", memory=resident_bytes() + (1 << 10))
+    context = make_context(tmp_path / "out", memory=1 << 20)
     with pytest.raises(CapacityError, match=r"refitting the largest layer takes .* KiB for its weights, .* are left; lower 'batch"):
         stage.run(stage.Inputs(model=graph.without_layers([1]), calibration=calibration), context)
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from gradmap_pipeline import (
+    HELD_OUT,
     CapacityError,
     Compensation,
     Context,
@@ -18,6 +19,9 @@ from gradmap_pipeline import (
     ModelGraph,
     Moments,
     NoSiteError,
+    NotFiniteError,
+    Refit,
+    RefitSettings,
     Site,
     Streams,
     StructureProbe,
@@ -29,19 +33,25 @@ from gradmap_pipeline import (
     check_room,
     collect_moments,
     correct_site,
+    count_batch_samples,
     find_output_site,
     find_writers,
     layers_before_cuts,
     magnitude_ratio,
+    measure_room_for_refit,
     nearest_scale,
+    open_streams,
+    put_values,
+    refit_layer,
     rescale_from,
     rescale_stream,
     room_for,
+    room_for_refit,
     sites_of,
     solve_site,
     write_patches,
 )
-from gradmap_pipeline.testing import make_inputs, run_stage
+from gradmap_pipeline.testing import make_context, make_inputs, run_stage
 
 
 class RidgeCompensate(LayerCompensation):
@@ -150,3 +160,26 @@ for ratio in ("nearest", "magnitude", "given"):
     scales = rescaled.compensation.scales
     assert all(0.5 < scale < 2 for scale in scales.values())
     assert ratio != "given" or set(scales.values()) == {1.1}
+
+
+# One layer trained by gradient, towards what the original model hands on there.
+pruned, calibration = inputs["model"], inputs["calibration"]
+samples, tokens = calibration.load()[0].shape
+context = make_context(Path("refit"))
+together = count_batch_samples(4, samples, tokens)
+assert together * HELD_OUT <= samples  # batches are several, so that one can be held out
+room = measure_room_for_refit(pruned, tokens, together, context)  # raises CapacityError where it does not fit
+assert room > 4 * 5 * max(pruned.layer_elements().values())  # as `room_for_refit(needs, together)` says of a plan's needs
+assert callable(room_for_refit)
+streams = open_streams(pruned, calibration, context, room, together)
+lowest = layers_before_cuts(pruned)[0]
+settings = RefitSettings(steps=10, learning_rate=0.01, batch_size=4, seed=0)
+losses: list[str] = []
+try:
+    made: Refit = refit_layer(streams, lowest, settings, lambda units=1, /, *, detail="": losses.append(detail))
+except NotFiniteError as error:  # what the layer computes is not finite before the first step
+    raise SystemExit(str(error)) from None
+assert made.after < made.before
+assert len(losses) == 10
+with streams.pruned.model.layer(lowest) as module:  # a later visit finds them changed where layers stay in memory; else put them in
+    put_values(module, made.values)
