@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .checkpoint.lengths import lengths_apart_in as lengths_apart_in
     from .checkpoint.model import ExportableModel as ExportableModel, Model as Model
     from .checkpoint.source import ModelSource as ModelSource
+    from .checkpoint.whole import load_whole as load_whole, name_on_disk as name_on_disk
     from .context import Context as Context
     from .correction.correction import (
         Compensation as Compensation,
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
         sites_of as sites_of,
         solve_site as solve_site,
         write_patches as write_patches,
+    )
+    from .correction.distilling import (
+        check_memory_for_training as check_memory_for_training,
+        divergence_from as divergence_from,
+        loss_on as loss_on,
+        training_bytes as training_bytes,
     )
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
     from .correction.refit import (
@@ -170,6 +177,7 @@ if TYPE_CHECKING:
     from .sweep.finite import explain_nonfinite as explain_nonfinite, find_nonfinite_weights as find_nonfinite_weights
     from .sweep.sample_pass import SamplePass as SamplePass
     from .sweep.sweep import Sweep as Sweep, open_sweep as open_sweep
+    from .sweep.top_choices import find_top_choices as find_top_choices
     from .tasks.folder import TaskFolder as TaskFolder
     from .tasks.task_harness import TaskHarness as TaskHarness
     from .work import Round as Round, Work as Work

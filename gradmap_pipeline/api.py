@@ -29,6 +29,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "checkpoint.graph": ("ModelGraph", "open_model"),
         "checkpoint.source": ("ModelSource",),
         "checkpoint.checkpoint": ("load_tensor",),
+        "checkpoint.whole": ("load_whole", "name_on_disk"),
         "checkpoint.architecture": ("full_config",),
         "checkpoint.layer_check": ("check_same_layers",),
         "checkpoint.lengths": ("lengths_apart_in",),
@@ -42,6 +43,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Sweeps": {
         "sweep.sweep": ("open_sweep", "Sweep"),
         "sweep.sample_pass": ("SamplePass",),
+        "sweep.top_choices": ("find_top_choices",),
         "machine.distributed": ("ProcessGroup",),
         "batches": ("Batch", "make_batches", "next_token_losses", "predicted_tokens", "count_predicted"),
         "sweep.finite": ("find_nonfinite_weights", "explain_nonfinite"),
@@ -73,6 +75,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "refit_layer",
             "put_values",
         ),
+        "correction.distilling": ("divergence_from", "loss_on", "training_bytes", "check_memory_for_training"),
         "correction.writers": ("Writer",),
         "correction.scaling": ("nearest_scale", "magnitude_ratio", "rescale_stream", "rescale_from"),
     },

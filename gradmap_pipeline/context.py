@@ -76,3 +76,6 @@ class Context:
 
     They are kept until the step has finished; nowhere where there is no store beside the stage: in another Python, in a test.
     """
+    keep_folder: Callable[[Any], Path] | None = None
+    """`context.keep_folder(key)`: a folder that stays where a run is killed, until the step has finished; what the stage wrote
+    there before under an equal key is in it. None where `remember_tensors` keeps nothing."""

@@ -198,6 +198,7 @@ def _get_outputs(
                     note=lambda text: reporter.note(step.id, text),
                     remember=memory_of(step, workplace, machine.dtype, store, together, found_finished),
                     remember_tensors=tensors.remember,
+                    keep_folder=tensors.keep_folder,
                     group=together,
                     lineage=lineage,
                     step=step.id,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from ..context import Advance
@@ -61,6 +63,7 @@ class KeptTensorUnits:
         self._stage, self._store, self._is_alone, self._found_finished = step.stage.name, store, group.size == 1, found_finished
         self._made_by = [step.code.digest, dtype, versions_of(step, workplace)]
         self._keys: list[str] = []
+        self._folders: list[Path] = []
 
     def remember(self, key: Any, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """See `Context.remember_tensors`. Of several processes that work together each computes them."""
@@ -77,10 +80,18 @@ class KeptTensorUnits:
         self._store.save_tensors(self._stage, whole, value, time.monotonic() - started)
         return value
 
+    def keep_folder(self, key: Any) -> Path:
+        """See `Context.keep_folder`."""
+        folder = self._store.hold_folder(self._stage, sha256_of_value(["folder", *self._made_by, key]))
+        self._folders.append(folder)
+        return folder
+
     def drop(self) -> None:
         """Forget those that were asked for: their step has finished."""
         for key in self._keys:
             self._store.drop_tensors(self._stage, key)
+        for folder in self._folders:
+            rmtree(folder, ignore_errors=True)
 
 
 def progress_of(step: str, reporter: Reporter) -> Any:

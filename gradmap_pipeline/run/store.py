@@ -188,6 +188,23 @@ class Store:
         for file in (self._unit(stage, key), self._unit(stage, key).with_suffix(_TENSORS)):
             file.unlink(missing_ok=True)
 
+    def hold_folder(self, stage: str, key: str) -> Path:
+        """A folder of this process alone for work under way, with what an earlier run left in it.
+
+        Where another process works under the same key, the folder is a new one of this run.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = self._unit(stage, key).with_suffix("")
+        lock = FileLock(folder.with_suffix(".lock"), blocking=False)
+        try:
+            self._resources.enter_context(lock)
+        except Timeout:
+            return self._resources.enter_context(atomic_folder(self.root / "drafts"))
+        _remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder)
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def save_traceback(self, text: str) -> Path:
         """Keep the traceback of the latest failure for whoever wrote the stage."""
         file = self.root / "traceback.txt"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradmap_pipeline import Batch, DatasetSource, ModelGraph, SamplePass, load_tokenizer, make_batches, make_sequences
+from gradmap_pipeline.sweep.head_losses import slice_positions
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Text:
         layerwise, parts = LayerwiseModel(model), []
         for dense, (batch, hidden) in zip(self._dense, self._run(layerwise), strict=True):
             sums = torch.zeros(3, len(hidden), dtype=torch.float64)
-            for positions in layerwise.head_slices(batch):
+            for positions in slice_positions(layerwise, batch):
                 ours, whole = (layerwise.head(batch, each, positions).float().log_softmax(-1) for each in (hidden, dense))
                 following = batch.input_ids[:, positions.start + 1 : positions.stop + 1]
                 ours, whole = ours[:, : following.shape[1]], whole[:, : following.shape[1]]

@@ -62,7 +62,7 @@ def main() -> None:
 
     dense = [math.log(one.read(graph).perplexity) for one in texts]
     print(name, "dense", *(f"{math.exp(loss):.3f}" for loss in dense), flush=True)
-    drawn = {"dataset": text, "samples": SAMPLES, "sequence_length": LENGTH}
+    drawn = {"dataset": text.model_dump(exclude_unset=True), "samples": SAMPLES, "sequence_length": LENGTH}
     calibration_set = run("calibrate", 0, drawn, model=graph).calibration
     scores = run("gradmap_score", 1, {"ratio": given.ratio}, model=graph, calibration=calibration_set).scores
     model: ModelGraph = run("prune", 2, {"ratio": given.ratio}, model=graph, scores=scores).model
