@@ -144,7 +144,7 @@ class RefitLayers(Stage):
             raise StageError(f"'{error.option}': {error}") from None
         started = time.perf_counter()
         together = count_batch_samples(self.batch_size, samples, tokens)
-        room = measure_room_for_refit(graph, tokens, together, context)
+        room = measure_room_for_refit(graph, samples, tokens, together, context)
         streams = open_streams(graph, calibration, context, room, together)
         streams.take_scales(find_scales(context))
         chosen = self.choose(graph)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,7 @@ def test_what_cannot_work_is_refused_before_the_run(folder: Path, changes: list[
     assert said in result.output
 
 
+@pytest.mark.full
 def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "model", hidden_size=512, intermediate_size=8192)
@@ -300,12 +303,54 @@ def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, mon
     assert "with --memory, or lower 'batch_size' or 'sequence_length'" in result.output
 
 
-def test_memory_that_does_not_suffice_is_refused_by_the_run(text: Path, tmp_path: Path) -> None:
+def test_memory_that_does_not_suffice_is_refused_by_the_run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, calibration = make_inputs(tmp_path, text)
     stage = RefitLayers(steps=1)
-    context = make_context(tmp_path / "out", memory=1 << 20)
-    with pytest.raises(CapacityError, match=r"refitting the largest layer takes .* KiB for its weights, .* are left; lower 'batch"):
+    context = make_context(tmp_path / "out", memory=resident_bytes() + (100 << 20))
+    monkeypatch.setattr("gradmap_pipeline.correction.refit._STATE", 1 << 14)
+    message = r"refitting the largest layer takes .* MiB besides its weights, .* are left for that; lower 'batch_size' or 'sequ"
+    with pytest.raises(CapacityError, match=message):
         stage.run(stage.Inputs(model=graph.without_layers([1]), calibration=calibration), context)
+
+
+PEAK = """
+import json, sys
+from pathlib import Path
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.machine.memory import give_back, tune_allocator
+from gradmap_pipeline.testing import make_context, run_stage
+from gradmap_plugins.calibrate import Calibrate
+from gradmap_plugins.refit_layers import RefitLayers
+
+def read(field):
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":")).split()[1]) << 10
+
+tune_allocator(is_tight=True)
+folder, draw = Path(sys.argv[1]), {"dataset": {"path": sys.argv[2]}, "samples": 8, "sequence_length": 16}
+for name, allowed in (("small", 1 << 40), ("model", int(sys.argv[3]) << 20)):
+    graph = open_folder(folder / name)
+    calibration = run_stage(Calibrate.model_validate(draw), folder / f"{name}-text", model=graph).calibration
+    stage = RefitLayers(steps=2)
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")  # the system forgets the peak
+    resident = read("VmRSS")
+    context = make_context(folder / f"{name}-out", memory=resident + allowed)
+    stage.run(stage.Inputs(model=graph.without_layers([1]), calibration=calibration), context)
+print(json.dumps(read("VmHWM") - resident))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the counters of /proc are Linux's")
+def test_the_memory_allowed_is_kept_to(text: Path, tmp_path: Path) -> None:
+    """Six layers of 16 MiB, of which one with its optimiser takes 80 MiB more; the layers do not stay beside that."""
+    make_model(tmp_path / "small")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8, "head_dim": 64}
+    make_model(tmp_path / "model", **sizes, num_key_value_heads=8)
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(text), "250"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 80 << 20 < int(done.stdout) < 250 << 20
 
 
 def test_a_model_that_has_all_its_layers_is_refused(text: Path, tmp_path: Path) -> None:

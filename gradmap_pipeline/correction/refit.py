@@ -22,6 +22,7 @@ from ..sweep.layer_graphs import accumulate, opened
 from ..sweep.memory_plan import format_size
 from .adam import Adam
 from .sites import NotFiniteError
+from .streams import plan_streams
 
 if TYPE_CHECKING:
     import torch
@@ -87,20 +88,23 @@ def room_for_refit(needs: SweepNeeds, batch_samples: int) -> int:
     return _STATE * needs.layer_elements + 8 * needs.largest_parameter + gradients + needs.count_work(batch_samples) + losses
 
 
-def measure_room_for_refit(graph: ModelGraph, tokens: int, batch_samples: int, context: Context) -> int:
-    """`room_for_refit` of a model, for samples of so many tokens. Raises `CapacityError` where that and the layer do not fit."""
+def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_samples: int, context: Context) -> int:
+    """`room_for_refit` of a model, for samples of so many tokens. Raises `CapacityError` where that does not fit."""
     from ..sweep.layerwise import LayerwiseModel
     from ..sweep.needs import measure_needs
 
-    needs = measure_needs(LayerwiseModel(graph, device=context.device, dtype=context.dtype, resident_bytes=0), 1, tokens)
+    needs = measure_needs(
+        LayerwiseModel(graph.dense, device=context.device, dtype=context.dtype, resident_bytes=0), samples, tokens
+    )
     room = room_for_refit(needs, batch_samples)
     give_back()
     free = context.memory - resident_bytes(context.device)
-    if needs.layer_bytes + room > free:
+    plan, _ = plan_streams(needs, free, room)
+    if plan.kept_limit < room:
         raise CapacityError(
-            f"refitting the largest layer takes {format_size(needs.layer_bytes + room)}: {format_size(needs.layer_bytes)} for its "
-            f"weights, and {format_size(room)} for those in fp32, gradients, Adam's moments and activations; of the memory allowed "
-            f"{format_size(max(0, free))} are left; lower 'batch_size' or 'sequence_length', or allow more with --memory"
+            f"refitting the largest layer takes {format_size(room)} besides its weights, for those in fp32, gradients, Adam's "
+            f"moments and activations, and of the memory allowed {format_size(max(0, plan.kept_limit))} are left for that; lower "
+            "'batch_size' or 'sequence_length', or allow more with --memory"
         )
     return room
 

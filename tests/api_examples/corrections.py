@@ -168,7 +168,7 @@ samples, tokens = calibration.load()[0].shape
 context = make_context(Path("refit"))
 together = count_batch_samples(4, samples, tokens)
 assert together * HELD_OUT <= samples  # batches are several, so that one can be held out
-room = measure_room_for_refit(pruned, tokens, together, context)  # raises CapacityError where it does not fit
+room = measure_room_for_refit(pruned, samples, tokens, together, context)  # raises CapacityError where it does not fit
 assert room > 4 * 5 * max(pruned.layer_elements().values())  # as `room_for_refit(needs, together)` says of a plan's needs
 assert callable(room_for_refit)
 streams = open_streams(pruned, calibration, context, room, together)
