@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from .checkpoint.lengths import lengths_apart_in as lengths_apart_in
     from .checkpoint.model import ExportableModel as ExportableModel, Model as Model
     from .checkpoint.source import ModelSource as ModelSource
-    from .checkpoint.whole import load_whole as load_whole, name_on_disk as name_on_disk
     from .context import Context as Context
     from .correction.correction import (
         Compensation as Compensation,
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
     )
     from .correction.distilling import (
         check_memory_for_training as check_memory_for_training,
-        divergence_from as divergence_from,
-        loss_on as loss_on,
         training_bytes as training_bytes,
     )
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
@@ -84,6 +81,7 @@ if TYPE_CHECKING:
         capture_site as capture_site,
         open_streams as open_streams,
     )
+    from .correction.training import Trained as Trained, TrainingSettings as TrainingSettings, train_whole as train_whole
     from .correction.writers import Writer as Writer
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from ..context import Advance
@@ -91,7 +90,7 @@ class KeptTensorUnits:
         for key in self._keys:
             self._store.drop_tensors(self._stage, key)
         for folder in self._folders:
-            rmtree(folder, ignore_errors=True)
+            self._store.drop_folder(folder)
 
 
 def progress_of(step: str, reporter: Reporter) -> Any:

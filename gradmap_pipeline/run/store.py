@@ -205,6 +205,11 @@ class Store:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def drop_folder(self, folder: Path) -> None:
+        """Delete a folder that this process holds."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+
     def save_traceback(self, text: str) -> Path:
         """Keep the traceback of the latest failure for whoever wrote the stage."""
         file = self.root / "traceback.txt"

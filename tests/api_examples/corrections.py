@@ -26,21 +26,26 @@ from gradmap_pipeline import (
     Streams,
     StructureProbe,
     TensorFile,
+    Trained,
+    TrainingSettings,
     Writer,
     capture_site,
     check_gain,
+    check_memory_for_training,
     check_rescaling,
     check_room,
     collect_moments,
     correct_site,
     count_batch_samples,
     find_output_site,
+    find_top_choices,
     find_writers,
     layers_before_cuts,
     magnitude_ratio,
     measure_room_for_refit,
     nearest_scale,
     open_streams,
+    open_sweep,
     put_values,
     refit_layer,
     rescale_from,
@@ -49,6 +54,8 @@ from gradmap_pipeline import (
     room_for_refit,
     sites_of,
     solve_site,
+    train_whole,
+    training_bytes,
     write_patches,
 )
 from gradmap_pipeline.testing import make_context, make_inputs, run_stage
@@ -183,3 +190,25 @@ assert made.after < made.before
 assert len(losses) == 10
 with streams.pruned.model.layer(lowest) as module:  # a later visit finds them changed where layers stay in memory; else put them in
     put_values(module, made.values)
+
+# A model trained as a whole on what the original predicts; what it learns is merged into tensors that are there.
+ids = calibration.load()[0]
+check_memory_for_training(2**28, 2**30, "lora")  # raises CapacityError; a plan takes the sum of `training_bytes`
+assert callable(training_bytes)
+with open_sweep(pruned.dense, (ids, torch.ones_like(ids)), context) as sweep:
+    found = list(find_top_choices(sweep, 16))
+choices, logs = (torch.cat([part[at] for part in found]) for at in (0, 1))
+plan = TrainingSettings(
+    teacher_share=1.0,
+    weights="lora",
+    rank=4,
+    alpha=8,
+    steps=4,
+    learning_rate=3e-3,
+    batch_size=4,
+    patience=3,
+    held_out=2,
+)
+trained: Trained = train_whole(pruned, (ids, choices, logs), plan, Path("training"), context)
+assert trained.after < trained.before
+assert set(trained.values) <= set(pruned.base.tensors)
