@@ -186,18 +186,18 @@ def add_lora(module: Any, names: dict[str, str], rank: int, alpha: int) -> Any:
     `names`: parameters that can be written. Raises `StageError` where there is no such map.
     """
     from peft import LoraConfig, get_peft_model
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+
+    from ..checkpoint.adapter import is_transposed, linear_classes
 
     head = module.get_output_embeddings()
     maps = [
         name
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | Conv1D) and child is not head and f"{name}.weight" in names
+        if isinstance(child, linear_classes()) and child is not head and f"{name}.weight" in names
     ]
     if not maps:
         raise StageError("the model has no linear map that LoRA could change; set weights: all")
-    conv = isinstance(module.get_submodule(maps[0]), Conv1D)
+    conv = is_transposed(module.get_submodule(maps[0]))
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=maps, fan_in_fan_out=conv)
     with warnings.catch_warnings():  # peft asks transformers by an old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
