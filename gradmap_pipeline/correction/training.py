@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..checkpoint.architecture import layer_of
 from ..checkpoint.checkpoint import load_tensor
 from ..checkpoint.whole import load_whole, name_on_disk
 from ..errors import StageError
@@ -88,7 +89,8 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
     names = name_on_disk(module, graph)
     model: Any = module
     if settings.weights == "lora":
-        model = add_lora(module, names, settings.rank, settings.alpha)
+        inside = {name: disk for name, disk in names.items() if layer_of(disk, graph.base.layer_prefix) is not None}
+        model = add_lora(module, inside, settings.rank, settings.alpha)
     else:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in names)
@@ -183,7 +185,7 @@ def measure(module: Any, samples: list[dict[str, torch.Tensor]], settings: Train
 def add_lora(module: Any, names: dict[str, str], rank: int, alpha: int) -> Any:
     """The model with low-rank updates of the linear maps in its layers, which alone are open to training.
 
-    `names`: parameters that can be written. Raises `StageError` where there is no such map.
+    `names`: parameters of layers that can be written. Raises `StageError` where there is no such map.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -245,13 +247,17 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The trainer's own log says nothing meanwhile."""
+    """The trainer's own log says nothing meanwhile, and no thread watches bars that nobody sees."""
+    import tqdm  # type: ignore[import-untyped]
+
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
     levels = [logger.level for logger in loggers]
+    interval, tqdm.tqdm.monitor_interval = tqdm.tqdm.monitor_interval, 0
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        tqdm.tqdm.monitor_interval = interval
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
