@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     )
     from .correction.distilling import (
         check_memory_for_training as check_memory_for_training,
+        count_trained as count_trained,
         training_bytes as training_bytes,
     )
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples

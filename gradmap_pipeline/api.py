@@ -74,7 +74,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "refit_layer",
             "put_values",
         ),
-        "correction.distilling": ("training_bytes", "check_memory_for_training"),
+        "correction.distilling": ("count_trained", "training_bytes", "check_memory_for_training"),
         "correction.training": ("TrainingSettings", "Trained", "train_whole"),
         "correction.writers": ("Writer",),
         "correction.scaling": ("nearest_scale", "magnitude_ratio", "rescale_stream", "rescale_from"),

@@ -30,6 +30,7 @@ from gradmap_pipeline import (
     check_length,
     check_memory_for_training,
     count_embeddings,
+    count_trained,
     find_top_choices,
     hookimpl,
     known,
@@ -116,7 +117,7 @@ class Distill(Stage):
         layers, tokens = known(inputs.of(ModelGraph).layers), known(check_length(self.sequence_length, inputs.of(ModelGraph)))
         needs = costs.needs(layers, self.batch_size, tokens)
         weights = costs.count_parameters(layers)
-        trained = weights if self.weights == "all" else min(weights, layers * 14 * self.rank * costs.benchmark.hidden_size)
+        trained = count_trained(self.weights, weights, layers, self.rank, costs.benchmark.hidden_size)
         lines = training_bytes(needs, weights, trained, self.batch_size)
         needed = costs.occupied + sum(lines.values())
         check_memory_for_training(needed, costs.memory, self.weights)

@@ -13,7 +13,7 @@ from gradmap_plugins.distill import Distill
 from tiny import make_model
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import StageError, find_top_choices, open_sweep
+from gradmap_pipeline import CapacityError, StageError, find_top_choices, open_sweep
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.whole import load_whole, name_on_disk
 from gradmap_pipeline.cli import app
@@ -226,6 +226,14 @@ def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, mon
         in result.output
     )
     assert gradmap("plan", "r.yaml", "--memory", "3GiB", "--set", "distill.weights=all").exit_code == 0
+
+
+def test_memory_that_does_not_suffice_is_refused_by_the_run(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {"dataset": {"path": text}, "samples": 16, "sequence_length": 16, "steps": 4, "batch_size": 4}
+    stage = Distill.model_validate(options)
+    inputs = stage.Inputs(model=open_folder(llama).without_layers([1]))
+    with pytest.raises(CapacityError, match=r"training the whole model takes .*, over the .* allowed; lower 'batch_size' or"):
+        stage.run(inputs, make_context(tmp_path / "out", memory=resident_bytes() + (200 << 20)))
 
 
 def test_a_loss_that_is_not_finite_is_told(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

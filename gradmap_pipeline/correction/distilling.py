@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..sweep.needs import SweepNeeds
 
 _LEAST = 1e-30
+_LIBRARIES = 256 << 20
+"""What the trainer brings into memory: the compiler of torch, accelerate and peft."""
 
 
 def divergence_from(logits: torch.Tensor, choices: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
@@ -46,6 +48,12 @@ def loss_on(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
+def count_trained(weights: Literal["lora", "all"], parameters: int, layers: int, rank: int, width: int) -> int:
+    """About how many parameters are trained: of LoRA, rank · (inputs + outputs) of seven maps a layer, one side of each `width`
+    and the other up to four times that."""
+    return parameters if weights == "all" else layers * rank * 20 * width
+
+
 def training_bytes(needs: SweepNeeds, parameters: int, trained: int, batch: int) -> dict[str, int]:
     """Bytes that training a whole model in fp32 with Adam takes, by what they are for.
 
@@ -53,6 +61,7 @@ def training_bytes(needs: SweepNeeds, parameters: int, trained: int, batch: int)
     """
     logits = LOGIT_BYTES * batch * needs.tokens * needs.words
     return {
+        "libraries": _LIBRARIES,
         "weights": 4 * parameters,
         "gradients and moments": 16 * trained,
         "activations": batch * (needs.layers * (needs.saved_bytes + needs.boundary_bytes) + needs.saved_bytes),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,8 @@ from ..checkpoint.architecture import layer_of
 from ..checkpoint.checkpoint import load_tensor
 from ..checkpoint.whole import load_whole, name_on_disk
 from ..errors import StageError
-from .distilling import divergence_from, loss_on
+from ..machine.memory import give_back, resident_bytes
+from .distilling import check_memory_for_training, count_trained, divergence_from, loss_on, training_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,11 @@ LOOKS = 10
 """How often, at most, the loss on the held-out samples is measured."""
 _DONE = "complete"
 """File in a checkpoint of the trainer that is whole."""
+
+_OF_LAUNCHERS = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PMI_", "OMPI_", "MV2_",
+)  # fmt: skip
+"""How names of variables begin by which accelerate takes a process for one of several."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,24 @@ def train_whole(
     `folder`: holds the trainer's checkpoints; training goes on from the last whole one. Raises `StageError` where a loss is not
     finite.
     """
-    with _own_randomness(context.seed), _quiet():
+    check_room(graph, data[0].shape[1], settings, context)
+    with _own_randomness(context.seed), _quiet(), _alone():
         return _train(graph, data, settings, folder, context)
+
+
+def check_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context) -> None:
+    """Raise `CapacityError` where training does not fit into the memory of the step."""
+    from ..sweep.layerwise import LayerwiseModel
+    from ..sweep.needs import measure_needs
+
+    model = LayerwiseModel(graph.dense, device=context.device, dtype="float32", resident_bytes=0)
+    needs, parameters = replace(measure_needs(model, 1, tokens), layers=len(graph.layers)), graph.count_parameters()
+    width = int(model.module.config.get_text_config().hidden_size)
+    del model
+    give_back()
+    trained = count_trained(settings.weights, parameters, len(graph.layers), settings.rank, width)
+    needed = sum(training_bytes(needs, parameters, trained, settings.batch_size).values())
+    check_memory_for_training(resident_bytes(context.device) + needed, context.memory, settings.weights)
 
 
 def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSettings, folder: Path, context: Context) -> Trained:
@@ -243,6 +266,17 @@ def _own_randomness(seed: int) -> Iterator[None]:
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Nothing says meanwhile that a launcher started several processes, of which this one trains while the others wait."""
+    names = [name for name in os.environ if name.startswith(_OF_LAUNCHERS)]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from gradmap_pipeline import (
     collect_moments,
     correct_site,
     count_batch_samples,
+    count_trained,
     find_output_site,
     find_top_choices,
     find_writers,
@@ -195,6 +196,7 @@ with streams.pruned.model.layer(lowest) as module:  # a later visit finds them c
 ids = calibration.load()[0]
 check_memory_for_training(2**28, 2**30, "lora")  # raises CapacityError; a plan takes the sum of `training_bytes`
 assert callable(training_bytes)
+assert count_trained("all", 1000, 2, 8, 32) == 1000
 with open_sweep(pruned.dense, (ids, torch.ones_like(ids)), context) as sweep:
     found = list(find_top_choices(sweep, 16))
 choices, logs = (torch.cat([part[at] for part in found]) for at in (0, 1))
