@@ -86,7 +86,7 @@ class RefitLayers(Stage):
     )
     steps: int = Field(300, ge=1, description="Steps of Adam for each layer.")
     learning_rate: float = Field(
-        0.01, gt=0, lt=1, description="Size of a step, relative to the root mean square of each parameter; it falls to 0."
+        0.02, gt=0, lt=1, description="Size of a step, relative to the root mean square of each parameter; it falls to 0."
     )
     batch_size: int = Field(4, ge=1, description="Samples that a step takes.")
 
