@@ -48,7 +48,22 @@ if TYPE_CHECKING:
         solve_site as solve_site,
         write_patches as write_patches,
     )
+    from .correction.distilling import (
+        check_memory_for_training as check_memory_for_training,
+        count_trained as count_trained,
+        training_bytes as training_bytes,
+    )
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
+    from .correction.refit import (
+        HELD_OUT as HELD_OUT,
+        Refit as Refit,
+        RefitSettings as RefitSettings,
+        count_batch_samples as count_batch_samples,
+        measure_room_for_refit as measure_room_for_refit,
+        put_values as put_values,
+        refit_layer as refit_layer,
+        room_for_refit as room_for_refit,
+    )
     from .correction.ridge import Moments as Moments, check_room as check_room, room_for as room_for
     from .correction.scaling import (
         magnitude_ratio as magnitude_ratio,
@@ -56,8 +71,19 @@ if TYPE_CHECKING:
         rescale_from as rescale_from,
         rescale_stream as rescale_stream,
     )
-    from .correction.sites import NoSiteError as NoSiteError, Site as Site, check_gain as check_gain
-    from .correction.streams import Drift as Drift, Streams as Streams, capture_site as capture_site
+    from .correction.sites import (
+        NoSiteError as NoSiteError,
+        NotFiniteError as NotFiniteError,
+        Site as Site,
+        check_gain as check_gain,
+    )
+    from .correction.streams import (
+        Drift as Drift,
+        Streams as Streams,
+        capture_site as capture_site,
+        open_streams as open_streams,
+    )
+    from .correction.training import Trained as Trained, TrainingSettings as TrainingSettings, train_whole as train_whole
     from .correction.writers import Writer as Writer
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
@@ -153,6 +179,7 @@ if TYPE_CHECKING:
     from .sweep.finite import explain_nonfinite as explain_nonfinite, find_nonfinite_weights as find_nonfinite_weights
     from .sweep.sample_pass import SamplePass as SamplePass
     from .sweep.sweep import Sweep as Sweep, open_sweep as open_sweep
+    from .sweep.top_choices import find_top_choices as find_top_choices
     from .tasks.folder import TaskFolder as TaskFolder
     from .tasks.task_harness import TaskHarness as TaskHarness
     from .work import Round as Round, Work as Work

@@ -45,6 +45,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Sweeps": {
         "sweep.sweep": ("open_sweep", "Sweep"),
         "sweep.sample_pass": ("SamplePass",),
+        "sweep.top_choices": ("find_top_choices",),
         "machine.distributed": ("ProcessGroup",),
         "batches": ("Batch", "make_batches", "next_token_losses", "predicted_tokens", "count_predicted"),
         "sweep.finite": ("find_nonfinite_weights", "explain_nonfinite"),
@@ -52,8 +53,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Corrections": {
         "stages.compensating": ("LayerCompensation", "find_writers", "check_rescaling"),
-        "correction.streams": ("Streams", "Drift", "capture_site"),
-        "correction.sites": ("Site", "NoSiteError", "check_gain"),
+        "correction.streams": ("Streams", "Drift", "capture_site", "open_streams"),
+        "correction.sites": ("Site", "NoSiteError", "NotFiniteError", "check_gain"),
         "correction.ridge": ("Moments", "room_for", "check_room"),
         "correction.correction": (
             "Compensation",
@@ -66,6 +67,18 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "correct_site",
             "write_patches",
         ),
+        "correction.refit": (
+            "HELD_OUT",
+            "Refit",
+            "RefitSettings",
+            "count_batch_samples",
+            "room_for_refit",
+            "measure_room_for_refit",
+            "refit_layer",
+            "put_values",
+        ),
+        "correction.distilling": ("count_trained", "training_bytes", "check_memory_for_training"),
+        "correction.training": ("TrainingSettings", "Trained", "train_whole"),
         "correction.writers": ("Writer",),
         "correction.scaling": ("nearest_scale", "magnitude_ratio", "rescale_stream", "rescale_from"),
     },

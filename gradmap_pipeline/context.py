@@ -6,16 +6,25 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .machine.distributed import ProcessGroup
 from .metrics import Metric
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Advance(Protocol):
     """Count finished units of work."""
 
-    def __call__(self, units: int = 1, /) -> None: ...
+    def __call__(self, units: int = 1, /, *, detail: str = "") -> None:
+        """`detail`: a figure that changes as the work goes on, in a few words."""
+
+
+def compute_anew(key: Any, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What `Context.remember_tensors` does where nothing is kept."""
+    return compute()
 
 
 @dataclass(frozen=True)
@@ -62,3 +71,11 @@ class Context:
     metrics: tuple[Metric, ...] = ()
     """What earlier steps have measured of the models that this one takes, and of those they were made from, where the stage has
     `reads_metrics`."""
+    remember_tensors: Callable[[Any, Callable[[], dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = compute_anew
+    """As `remember`, for tensors by name, of a stage that one process runs.
+
+    They are kept until the step has finished; nowhere where there is no store beside the stage: in another Python, in a test.
+    """
+    keep_folder: Callable[[Any], Path] | None = None
+    """`context.keep_folder(key)`: a folder that stays where a run is killed, until the step has finished; what the stage wrote
+    there before under an equal key is in it. None where `remember_tensors` keeps nothing."""

@@ -43,6 +43,8 @@ def test_recipe_of_the_builtin_model_runs(file: Path, store: Path, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     steps = [step.id for step in load_recipe(file).steps]
     smaller = [f"--set={step}.samples=24" for step in steps if step.startswith(("evaluate", "calibrate"))]
+    smaller += ["--set=refit_layers.steps=20"] if "refit_layers" in steps else []
+    smaller += ["--set=distill.steps=10", "--set=distill.samples=32"] if "distill" in steps else []
     result = CliRunner().invoke(app, ["run", str(file), "--store", str(store), "--json", *smaller])
     assert result.exit_code == 0, result.output
     events = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]

@@ -11,9 +11,9 @@ from . import adapter
 from .architecture import layer_of, prune_config
 from .casts import FOR_COMPUTING
 from .checkpoint import load_rounded
-from .loading import load_checked
+from .loading import load_checked, trace_disk_name
 from .pretrained import read_config
-from .skeleton import build_skeleton
+from .skeleton import build_skeleton, find_layer_list
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,31 @@ def load_whole(graph: ModelGraph, dtype: str, device: str = "cpu", remedy: str =
         raise ModelError(f"{str(graph.base.folder)!r} lacks the weights of {lacking!r}")
     module.requires_grad_(False)
     return module
+
+
+def name_on_disk(module: PreTrainedModel, graph: ModelGraph) -> dict[str, str]:
+    """Name in the base checkpoint of each floating-point parameter that is one tensor there, by its name in `module`.
+
+    `module`: what `load_whole` made of the graph. Parameters that are tied have one name.
+    """
+    path, _ = find_layer_list(module, len(graph.layers), graph.base.layer_prefix)
+    names: dict[str, str] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        disk = name
+        if name.startswith(f"{path}."):
+            position, _, inside = name[len(path) + 1 :].partition(".")
+            layer = graph.layers[int(position)]
+            disk = f"{graph.base.layer_prefix}.{layer}.{inside}"
+            if disk not in graph.base.tensors:
+                try:
+                    disk = trace_disk_name(graph, layer, inside)
+                except ModelError:
+                    continue
+        if disk in graph.base.tensors and graph.stored_tensor(disk).shape == tuple(parameter.shape):
+            names[name] = disk
+    return names
 
 
 def compute_logits(model: PreTrainedModel, device: str) -> Callable[[Batch], torch.Tensor]:

@@ -80,12 +80,15 @@ def plan_streams(needs: SweepNeeds, free: int, reserve: int, host_free: int = 0)
     return plan, (max(0, plan.kept_limit - reserve) + plan.host_limit) // 2
 
 
-def open_streams(graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int) -> Streams:
+def open_streams(
+    graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int, batch_samples: int | None = None
+) -> Streams:
     """Run the original model, keep what enters its kept layers, and open the pruned one; one model is in memory at a time.
 
-    `reserve`: bytes to leave free for what is done with them.
+    `reserve`: bytes to leave free for what is done with them. `batch_samples`: samples of a batch, where not as many as memory
+    and speed say.
     """
-    stream = Stream(reserve, sharers=2)
+    stream = Stream(reserve, sharers=2, batch_samples=batch_samples)
     original = open_sweep(graph.dense, calibration.load(), context, keep="all", divisible=False, stream=stream)
     units = graph.base.layers * len(original.batches)
     with context.progress("run the original model", units, "layer batch") as original.advance:
@@ -135,6 +138,11 @@ class Streams:
     def list_scales(self) -> dict[int, float]:
         """The scales right above cuts; none where nothing is rescaled."""
         return {layer: scale for layer, scale in self.scales.items() if layer - 1 in self.graph.removed}
+
+    def take_scales(self, scales: Mapping[int, float]) -> None:
+        """Take the pruned stream for one that is rescaled already, by what `list_scales` gave."""
+        for cut, scale in sorted(scales.items()):
+            self.scales |= {layer: scale for layer in (*self.graph.layers, self.graph.base.layers) if layer >= cut}
 
     def scale_above(self, layer: int) -> float:
         """What the stream that leaves a kept layer is times too small by design."""

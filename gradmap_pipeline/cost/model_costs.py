@@ -196,10 +196,12 @@ class ModelCosts:
             total += Estimate(0, read, plan.bytes_written, samples * flops, samples * per_sample + moving)
         return self.opening() + total
 
-    def two_streams(self, layers: int, samples: int, tokens: int, reserve: int, again: int) -> Estimate:
+    def two_streams(
+        self, layers: int, samples: int, tokens: int, reserve: int, again: int, purpose: str = "sums of a correction"
+    ) -> Estimate:
         """The original model and one of so many layers over the same samples, then `again` layers of it once more.
 
-        `reserve`: bytes to leave free for what is done with them.
+        `reserve`: bytes to leave free for what is done with them. `purpose`: what these are.
         """
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
@@ -216,7 +218,7 @@ class ModelCosts:
         lines: dict[str, int] = {
             **{str(line): size for line, size in plan.lines.items()},
             "hidden states": sum(min(limit, size) for size in boundaries),
-            "sums of a correction": reserve,
+            purpose: reserve,
         }
         allocator = plan.peak_bytes - sum(plan.lines.values())
         layer_bytes = self.stored_layer_bytes / whole

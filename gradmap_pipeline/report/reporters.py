@@ -116,7 +116,9 @@ class LineReporter(QuietReporter):
         if event.rate is not None and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = f", {format_seconds(event.seconds_left)} left" if event.seconds_left is not None else ""
-            self._say(f"{event.step}: {event.description} {event.done}/{event.total}, {event.rate:.2g} {event.unit}/s{left}")
+            detail = f", {event.detail}" if event.detail else ""
+            done = f"{event.done}/{event.total}{detail}, {event.rate:.2g} {event.unit}/s{left}"
+            self._say(f"{event.step}: {event.description} {done}")
 
     def note(self, step: str, text: str) -> None:
         self._say(f"  {text}")
@@ -170,7 +172,7 @@ class TerminalReporter(LineReporter):
             self._start_bar(event)
         if self._bars is not None and self._task is not None:
             rate = show(f"{event.rate:.3g} {event.unit}/s") if event.rate else ""
-            self._bars.update(self._task, completed=event.done, rate=rate)
+            self._bars.update(self._task, completed=event.done, rate=", ".join(filter(None, (rate, show(event.detail)))))
 
     def progress_ended(self, step: str, description: str) -> None:
         if self._bars is not None:

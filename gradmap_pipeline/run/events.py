@@ -33,6 +33,8 @@ class Progress:
     rate: float | None
     """Units a second, None before the first unit."""
     seconds_left: float | None
+    detail: str = ""
+    """A figure that changes as the work goes on, such as a loss."""
 
 
 @dataclass(frozen=True)

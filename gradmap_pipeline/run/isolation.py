@@ -158,8 +158,8 @@ class _Relay:
                 stack = ExitStack()
                 self._shown[number] = stack, stack.enter_context(self._context.progress(*description))
             elif message_type == "advance":
-                number, units = value
-                self._shown[number][1](units)
+                number, units, detail = value
+                self._shown[number][1](units, detail=detail)
             elif message_type == "progress_ended":
                 self._shown.pop(value)[0].close()
             elif message_type == "recall":

@@ -29,7 +29,7 @@ from .limits import check_limits, raise_missed
 from .listening import heard
 from .measured import Measured, read_metrics
 from .stage_call import call_stage, check_outputs, keep_outputs, noticing_loss, scratch_step
-from .step_context import memory_of, progress_of
+from .step_context import KeptTensorUnits, memory_of, progress_of
 from .store import Store
 from .summary import summarise
 
@@ -187,6 +187,7 @@ def _get_outputs(
             with store.step(name, key) if group.leads else scratch_step() as folder, noticing_loss(step, store, folder):
                 device = machine.prepare_torch(group)
                 found_finished: list[float] = []
+                tensors = KeptTensorUnits(step, workplace, machine.dtype, store, together, found_finished)
                 context = Context(
                     folder=folder.path,
                     seed=plan.seed,
@@ -196,6 +197,8 @@ def _get_outputs(
                     progress=progress_of(step.id, reporter),
                     note=lambda text: reporter.note(step.id, text),
                     remember=memory_of(step, workplace, machine.dtype, store, together, found_finished),
+                    remember_tensors=tensors.remember,
+                    keep_folder=tensors.keep_folder,
                     group=together,
                     lineage=lineage,
                     step=step.id,
@@ -215,6 +218,7 @@ def _get_outputs(
                     }
                     record["seconds"] = time.monotonic() - called + sum(found_finished)
                     result = keep_outputs(result, step, store, folder, key, record)
+                    tensors.drop()
             give_back(between_steps=True)
         group.tell("the result is in the store")
     if not group.leads:

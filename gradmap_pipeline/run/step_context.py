@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..context import Advance
 from ..machine.digests import sha256_of_value
@@ -15,6 +16,9 @@ from ..recipe.plan import PlannedStep
 from .events import Progress, Reporter
 from .keys import versions_of
 from .store import Store
+
+if TYPE_CHECKING:
+    import torch
 
 
 def memory_of(
@@ -42,6 +46,53 @@ def memory_of(
     return remember
 
 
+class KeptTensorUnits:
+    """Tensors of finished units, kept from run to run until their step has finished."""
+
+    def __init__(
+        self,
+        step: PlannedStep,
+        workplace: Workplace | None,
+        dtype: str,
+        store: Store,
+        group: ProcessGroup,
+        found_finished: list[float],
+    ) -> None:
+        """`found_finished`: gets the seconds of those that earlier runs have computed."""
+        self._stage, self._store, self._is_alone, self._found_finished = step.stage.name, store, group.size == 1, found_finished
+        self._made_by = [step.code.digest, dtype, versions_of(step, workplace)]
+        self._keys: list[str] = []
+        self._folders: list[Path] = []
+
+    def remember(self, key: Any, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """See `Context.remember_tensors`. Of several processes that work together each computes them."""
+        if not self._is_alone:
+            return compute()
+        whole = sha256_of_value(["tensors", *self._made_by, key])
+        self._keys.append(whole)
+        kept = self._store.load_tensors(self._stage, whole)
+        if kept is not None:
+            self._found_finished.append(kept[1])
+            return kept[0]
+        started = time.monotonic()
+        value = compute()
+        self._store.save_tensors(self._stage, whole, value, time.monotonic() - started)
+        return value
+
+    def keep_folder(self, key: Any) -> Path:
+        """See `Context.keep_folder`."""
+        folder = self._store.hold_folder(self._stage, sha256_of_value(["folder", *self._made_by, key]))
+        self._folders.append(folder)
+        return folder
+
+    def drop(self) -> None:
+        """Forget those that were asked for: their step has finished."""
+        for key in self._keys:
+            self._store.drop_tensors(self._stage, key)
+        for folder in self._folders:
+            self._store.drop_folder(folder)
+
+
 def progress_of(step: str, reporter: Reporter) -> Any:
     """How a stage tells how far it is, for the context of a step."""
 
@@ -49,17 +100,17 @@ def progress_of(step: str, reporter: Reporter) -> Any:
     def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
         started, done = time.monotonic(), 0
 
-        def report() -> None:
+        def report(detail: str = "") -> None:
             seconds = time.monotonic() - started
             rate = done / seconds if done and seconds > 0 else None
             left = (total - done) / rate if rate else None
-            reporter.progress(Progress(step, description, done, total, unit, rate, left))
+            reporter.progress(Progress(step, description, done, total, unit, rate, left, detail))
 
-        def advance(units: int = 1, /) -> None:
+        def advance(units: int = 1, /, *, detail: str = "") -> None:
             nonlocal done
             done = min(total, done + units)
             if not has_ended:
-                report()
+                report(detail)
 
         has_ended = False
         report()

@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from ..artifacts import Artifact
+from ..artifacts import Artifact, TensorFile
 from ..errors import StageError, first_line
 from ..machine.atomic_folder import atomic_folder, clear_unfinished_folders, replace_folder, write_file
 from ..machine.digests import sha256_of, sha256_of_value
 from .output_checks import dump_outputs
 
+if TYPE_CHECKING:
+    import torch
+
 _OUTPUTS = "outputs.json"
+_TENSORS = ".safetensors"
 _SHORT = 16  # hexadecimal digits of a key in a folder's name
 _DIGEST = "sha256"
 """Key under which a JSON file of the store has the digest of all that it holds besides."""
@@ -40,7 +44,8 @@ class StepFolder:
 class Store:
     """A folder of results, shared by all recipes that use it.
 
-    steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json     files.json (digests of files elsewhere)
+    steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json (and .safetensors, of steps at work)
+    files.json (digests of files elsewhere)
     traceback.txt (of the latest stage that failed unexpectedly)
     environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
     quiet.log (what others than this program printed in the latest run under --quiet)
@@ -159,6 +164,52 @@ class Store:
             ) from error
         self._write(self._unit(stage, key), json.dumps(_with_digest(json.loads(text))))
 
+    def load_tensors(self, stage: str, key: str) -> tuple[dict[str, torch.Tensor], float] | None:
+        """The tensors of a finished unit, and the seconds it took; None where there are none as they were written."""
+        unit, file = self.load_unit(stage, key), self._unit(stage, key).with_suffix(_TENSORS)
+        try:
+            if unit is None or not _is_own_file(file) or sha256_of(file) != unit["value"]:
+                return None
+        except OSError:
+            return None
+        return TensorFile(path=file, sha256=unit["value"]).load(), unit["seconds"]
+
+    def save_tensors(self, stage: str, key: str, tensors: dict[str, torch.Tensor], seconds: float) -> None:
+        """Keep the tensors of a finished unit of work, until `drop_tensors`."""
+        file = self._unit(stage, key).with_suffix(_TENSORS)
+        draft = self._open_drafts() / file.name
+        written = TensorFile.save(tensors, draft)
+        _remove_unless(_is_own_file, file)
+        draft.replace(file)
+        self.save_unit(stage, key, written.sha256, seconds)
+
+    def drop_tensors(self, stage: str, key: str) -> None:
+        """Forget the tensors of a unit."""
+        for file in (self._unit(stage, key), self._unit(stage, key).with_suffix(_TENSORS)):
+            file.unlink(missing_ok=True)
+
+    def hold_folder(self, stage: str, key: str) -> Path:
+        """A folder of this process alone for work under way, with what an earlier run left in it.
+
+        Where another process works under the same key, the folder is a new one of this run.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = self._unit(stage, key).with_suffix("")
+        lock = FileLock(folder.with_suffix(".lock"), blocking=False)
+        try:
+            self._resources.enter_context(lock)
+        except Timeout:
+            return self._resources.enter_context(atomic_folder(self.root / "drafts"))
+        _remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder)
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def drop_folder(self, folder: Path) -> None:
+        """Delete a folder that this process holds."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+
     def save_traceback(self, text: str) -> Path:
         """Keep the traceback of the latest failure for whoever wrote the stage."""
         file = self.root / "traceback.txt"
@@ -193,10 +244,13 @@ class Store:
         self._drafts = None
 
     def _write(self, file: Path, text: str) -> None:
+        _remove_unless(_is_own_file, file)
+        write_file(file, text, self._open_drafts())
+
+    def _open_drafts(self) -> Path:
         if self._drafts is None or not self._drafts.is_dir():
             self._drafts = self._resources.enter_context(atomic_folder(self.root / "drafts"))
-        _remove_unless(_is_own_file, file)
-        write_file(file, text, self._drafts)
+        return self._drafts
 
     def _step(self, stage: str, key: str) -> Path:
         return self.root / "steps" / f"{stage}-{key[:_SHORT]}"

@@ -66,8 +66,8 @@ def make_worker_context(request: dict[str, Any], line: ParentChannel) -> Context
         number = next(numbers)
         line.tell(progress=[number, description, total, unit])
 
-        def advance(units: int = 1, /) -> None:
-            line.tell(advance=[number, units])
+        def advance(units: int = 1, /, *, detail: str = "") -> None:
+            line.tell(advance=[number, units, detail])
 
         try:
             yield advance

@@ -60,8 +60,8 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
     """The fastest plan that fits into `free` bytes.
 
     `divisible` False: what is computed is not a sum over samples, so they must go through together.
-    `reserve`: bytes of those that are better left free than used to read ahead. `host_free`: bytes in the machine's memory, where
-    the device has its own.
+    `reserve`: bytes of those that are better left free than used to keep layers or to read ahead. `host_free`: bytes in the
+    machine's memory, where the device has its own.
     Raises `CapacityError` when the largest layer and one sample do not fit.
     """
     layer = needs.layer_bytes + needs.weight_gradient_bytes
@@ -74,7 +74,7 @@ def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve:
             f"memory allowed {format_size(max(free, 0))} are left; shorten 'sequence_length', use --dtype bfloat16, or allow more "
             "with --memory"
         )
-    is_resident = sum(_count_phases(needs, 1, is_resident=True).values()) + _SLACK <= free
+    is_resident = sum(_count_phases(needs, 1, is_resident=True).values()) + _SLACK + reserve <= free
     batch = _choose_batch(needs, free, is_resident=is_resident)
     lines = _count_phases(needs, batch, is_resident=is_resident)
     held = sum(lines.values()) + _SLACK

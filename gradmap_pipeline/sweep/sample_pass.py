@@ -49,7 +49,7 @@ class SamplePass:
         keep_graphs: bool = False,
         weight_gradients: bool = False,
         predicted: int | None = None,
-        advance: Advance = lambda units=1, /: None,
+        advance: Advance = lambda units=1, /, *, detail="": None,
     ) -> None:
         """`keep_boundaries` False: for one forward pass, holding one boundary at a time. `keep_graphs`: keep what autograd needs
         from the forward pass, where layers stay in memory. `weight_gradients`: go down with gradients of the layers' parameters.

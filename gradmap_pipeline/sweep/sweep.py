@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..batches import Batch, count_predicted, make_batches
@@ -43,6 +43,8 @@ class Stream:
     """Such sweeps, which have equal parts of the rest."""
     has_head: bool = False
     """Whether logits are computed; else layers alone are run."""
+    batch_samples: int | None = None
+    """Samples of a batch; None: as many as the plan chooses. More than that have their room in `reserve`."""
 
 
 def open_sweep(
@@ -88,6 +90,8 @@ def open_sweep(
         host_free = group.least(free_on_host(context.device, context.host_memory))
         with group.agreeing(CapacityError):
             plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve, host_free=host_free)
+    if stream and stream.batch_samples:
+        plan = replace(plan, batch_samples=stream.batch_samples)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
     sharers = stream.sharers if stream else 1
     kept_limit = max(0, plan.kept_limit - reserve) // sharers
@@ -138,7 +142,7 @@ class Sweep:
         self._predicted = predicted
         self._removed: list[int] = []
         self._only: SamplePass | None = None
-        self.advance: Advance = lambda units=1, /: None
+        self.advance: Advance = lambda units=1, /, *, detail="": None
         """Called after each batch of each layer, and of the head."""
         self.scorers = ProcessGroup()
         """The processes that have the same samples and share the layers to score."""
@@ -237,7 +241,7 @@ class Sweep:
             keep_graphs=self.plan.keeps_graphs,
             weight_gradients=self._has_weight_gradients,
             predicted=self._predicted,
-            advance=lambda units=1, /: self.advance(units),
+            advance=lambda units=1, /, *, detail="": self.advance(units, detail=detail),
         )
         one.scorers = self.scorers
         if not self._has_head:

@@ -124,6 +124,12 @@ class WeightLoader:
         self.ledger.add("layer weights", -_bytes_of(self._layers[index]))
         drop_weights(self._layers[index])
 
+    def reload(self, index: int) -> None:
+        """Read base layer `index` again, whose weights somebody has changed in place."""
+        self.drop(index)
+        with self.layer(index):
+            pass
+
     def expect(self, index: int) -> None:
         """Base layer `index` is the next to be used."""
         if self.reads_ahead and _lacks_weights(self._layers[index]):

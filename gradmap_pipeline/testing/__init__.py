@@ -81,7 +81,7 @@ def make_inputs(cls: type[Stage], folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _silent_progress(description: str, total: int, unit: str) -> Iterator[Advance]:
-    def advance(units: int = 1, /) -> None:
+    def advance(units: int = 1, /, *, detail: str = "") -> None:
         pass
 
     yield advance

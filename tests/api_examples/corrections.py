@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from gradmap_pipeline import (
+    HELD_OUT,
     CapacityError,
     Compensation,
     Context,
@@ -18,30 +19,47 @@ from gradmap_pipeline import (
     ModelGraph,
     Moments,
     NoSiteError,
+    NotFiniteError,
+    Refit,
+    RefitSettings,
     Site,
     Streams,
     StructureProbe,
     TensorFile,
+    Trained,
+    TrainingSettings,
     Writer,
     capture_site,
     check_gain,
+    check_memory_for_training,
     check_rescaling,
     check_room,
     collect_moments,
     correct_site,
+    count_batch_samples,
+    count_trained,
     find_output_site,
+    find_top_choices,
     find_writers,
     layers_before_cuts,
     magnitude_ratio,
+    measure_room_for_refit,
     nearest_scale,
+    open_streams,
+    open_sweep,
+    put_values,
+    refit_layer,
     rescale_from,
     rescale_stream,
     room_for,
+    room_for_refit,
     sites_of,
     solve_site,
+    train_whole,
+    training_bytes,
     write_patches,
 )
-from gradmap_pipeline.testing import make_inputs, run_stage
+from gradmap_pipeline.testing import make_context, make_inputs, run_stage
 
 
 class RidgeCompensate(LayerCompensation):
@@ -150,3 +168,49 @@ for ratio in ("nearest", "magnitude", "given"):
     scales = rescaled.compensation.scales
     assert all(0.5 < scale < 2 for scale in scales.values())
     assert ratio != "given" or set(scales.values()) == {1.1}
+
+
+# One layer trained by gradient, towards what the original model hands on there.
+pruned, calibration = inputs["model"], inputs["calibration"]
+samples, tokens = calibration.load()[0].shape
+context = make_context(Path("refit"))
+together = count_batch_samples(4, samples, tokens)
+assert together * HELD_OUT <= samples  # batches are several, so that one can be held out
+room = measure_room_for_refit(pruned, samples, tokens, together, context)  # raises CapacityError where it does not fit
+assert room > 4 * 5 * max(pruned.layer_elements().values())  # as `room_for_refit(needs, together)` says of a plan's needs
+assert callable(room_for_refit)
+streams = open_streams(pruned, calibration, context, room, together)
+lowest = layers_before_cuts(pruned)[0]
+settings = RefitSettings(steps=10, learning_rate=0.01, batch_size=4, seed=0)
+losses: list[str] = []
+try:
+    made: Refit = refit_layer(streams, lowest, settings, lambda units=1, /, *, detail="": losses.append(detail))
+except NotFiniteError as error:  # what the layer computes is not finite before the first step
+    raise SystemExit(str(error)) from None
+assert made.after < made.before
+assert len(losses) == 10
+with streams.pruned.model.layer(lowest) as module:  # a later visit finds them changed where layers stay in memory; else put them in
+    put_values(module, made.values)
+
+# A model trained as a whole on what the original predicts; what it learns is merged into tensors that are there.
+ids = calibration.load()[0]
+check_memory_for_training(2**28, 2**30, "lora")  # raises CapacityError; a plan takes the sum of `training_bytes`
+assert callable(training_bytes)
+assert count_trained("all", 1000, 2, 8, 32) == 1000
+with open_sweep(pruned.dense, (ids, torch.ones_like(ids)), context) as sweep:
+    found = list(find_top_choices(sweep, 16))
+choices, logs = (torch.cat([part[at] for part in found]) for at in (0, 1))
+plan = TrainingSettings(
+    teacher_share=1.0,
+    weights="lora",
+    rank=4,
+    alpha=8,
+    steps=4,
+    learning_rate=3e-3,
+    batch_size=4,
+    patience=3,
+    held_out=2,
+)
+trained: Trained = train_whole(pruned, (ids, choices, logs), plan, Path("training"), context)
+assert trained.after < trained.before
+assert set(trained.values) <= set(pruned.base.tensors)

@@ -15,6 +15,7 @@ from gradmap_pipeline import (
     count_predicted,
     explain_nonfinite,
     find_nonfinite_weights,
+    find_top_choices,
     make_batches,
     next_token_losses,
     open_model,
@@ -49,6 +50,12 @@ with open_sweep(model, (ids, mask), context) as sweep:
 assert list(updates) == list(model.layers)
 loss = total / count_predicted(batches)
 assert perplexity_of(loss, "random tokens") == math.exp(loss)
+
+# The likeliest next tokens at each position, and the logarithms of their probabilities (B, T-1, K).
+with open_sweep(model, (ids, mask), context) as sweep:
+    choices, logs = next(find_top_choices(sweep, 3))
+assert choices.shape == logs.shape == (len(batches[0].input_ids), 15, 3)
+assert bool((logs.diff(dim=-1) <= 0).all())
 
 # The same loss by hand, from the logits (B, T, V) of the model in one piece.
 run = model.open("cpu")

@@ -1,0 +1,297 @@
+"""Train a model as a whole, in fp32 and in memory, by transformers' loop; what is learned ends in the weights that are there.
+
+LoRA, https://arxiv.org/abs/2106.09685, is peft's: W + B A · alpha / rank, merged at the end.
+Sizes: S samples, T tokens, K choices of the teacher.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..checkpoint.architecture import layer_of
+from ..checkpoint.checkpoint import load_tensor
+from ..checkpoint.whole import load_whole, name_on_disk
+from ..errors import StageError
+from ..machine.memory import give_back, resident_bytes
+from .distilling import check_memory_for_training, count_trained, divergence_from, loss_on, training_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.graph import ModelGraph
+    from ..context import Context
+
+LOOKS = 10
+"""How often, at most, the loss on the held-out samples is measured."""
+_DONE = "complete"
+"""File in a checkpoint of the trainer that is whole."""
+
+_OF_LAUNCHERS = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PMI_", "OMPI_", "MV2_",
+)  # fmt: skip
+"""How names of variables begin by which accelerate takes a process for one of several."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained as a whole."""
+
+    teacher_share: float
+    """Share of the loss that is the KL to the teacher's predictions; the rest is the loss on text."""
+    weights: Literal["lora", "all"]
+    rank: int
+    """Of LoRA."""
+    alpha: int
+    steps: int
+    """At most."""
+    learning_rate: float
+    """Of AdamW; it rises for a tenth of the steps, then falls to 0."""
+    batch_size: int
+    """Samples that a step takes."""
+    patience: int
+    """Looks at the held-out samples that may be no better before training stops."""
+    held_out: int
+    """Samples, the last ones, that are not trained on."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did. Losses are means over the tokens of held-out samples."""
+
+    values: dict[str, torch.Tensor]
+    """New tensors by name in the checkpoint, in its types; none where no step lowered the loss."""
+    before: float
+    after: float
+    """With the values as they are stored."""
+    best_step: int
+    steps: int
+    parameters: int
+    """That were trained."""
+
+
+def train_whole(
+    graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSettings, folder: Path, context: Context
+) -> Trained:
+    """Train a model on ids int64 (S, T), and the choices int32 and their logs fp32 (S, T-1, K) that `find_top_choices` gives.
+
+    `folder`: holds the trainer's checkpoints; training goes on from the last whole one. Raises `StageError` where a loss is not
+    finite.
+    """
+    check_room(graph, data[0].shape[1], settings, context)
+    with _own_randomness(context.seed), _quiet(), _alone():
+        return _train(graph, data, settings, folder, context)
+
+
+def check_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context) -> None:
+    """Raise `CapacityError` where training does not fit into the memory of the step."""
+    from ..sweep.layerwise import LayerwiseModel
+    from ..sweep.needs import measure_needs
+
+    model = LayerwiseModel(graph.dense, device=context.device, dtype="float32", resident_bytes=0)
+    needs, parameters = replace(measure_needs(model, 1, tokens), layers=len(graph.layers)), graph.count_parameters()
+    width = int(model.module.config.get_text_config().hidden_size)
+    del model
+    give_back()
+    trained = count_trained(settings.weights, parameters, len(graph.layers), settings.rank, width)
+    needed = sum(training_bytes(needs, parameters, trained, settings.batch_size).values())
+    check_memory_for_training(resident_bytes(context.device) + needed, context.memory, settings.weights)
+
+
+def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSettings, folder: Path, context: Context) -> Trained:
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    module: Any = load_whole(graph, "float32", context.device)
+    names = name_on_disk(module, graph)
+    model: Any = module
+    if settings.weights == "lora":
+        inside = {name: disk for name, disk in names.items() if layer_of(disk, graph.base.layer_prefix) is not None}
+        model = add_lora(module, inside, settings.rank, settings.alpha)
+    else:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in names)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    samples = [dict(zip(("input_ids", "choices", "logs"), one, strict=True)) for one in zip(*data, strict=True)]
+    held = settings.held_out
+    every = max(1, settings.steps // LOOKS)
+
+    class KlTrainer(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            loss = mixed_loss(model, inputs, settings.teacher_share)
+            if not math.isfinite(float(loss.detach())):
+                step = self.state.global_step + 1
+                raise StageError(f"the loss is not finite at step {step} of {settings.steps}; lower 'learning_rate'")
+            return (loss, {}) if return_outputs else loss
+
+        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            import torch
+
+            with torch.no_grad():
+                return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    class Tell(TrainerCallback):
+        detail = ""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            advance(detail=self.detail)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            shown = {"loss": "loss", "eval_loss": "held out", "learning_rate": "learning rate"}
+            found = [f"{text} {logs[name]:.4g}" for name, text in shown.items() if name in (logs or {})]
+            self.detail = ", ".join(found) or self.detail
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            (folder / f"checkpoint-{state.global_step}" / _DONE).touch()
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=settings.steps, learning_rate=settings.learning_rate, seed=context.seed, report_to=[],
+        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size, optim="adamw_torch",
+        lr_scheduler_type="linear", warmup_steps=max(1, settings.steps // 10), weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
+        eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2, disable_tqdm=True,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
+        use_cpu=context.device == "cpu", dataloader_pin_memory=False, prediction_loss_only=True, label_names=[],
+        restore_callback_states_from_checkpoint=True,
+    )  # fmt: skip
+    tell = Tell()
+    trainer = KlTrainer(
+        model=model, args=arguments, train_dataset=samples[:-held], eval_dataset=samples[-held:],
+        callbacks=[EarlyStoppingCallback(settings.patience), tell],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.model_accepts_loss_kwargs = False
+    before = measure(module, samples[-held:], settings, context.device)
+    last = find_whole_checkpoint(folder)
+    with context.progress("train", settings.steps, "step") as advance:
+        if last is not None:
+            advance(int(last.name.rpartition("-")[2]))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    state = trainer.state
+    if settings.weights == "lora":
+        module = model.merge_and_unload()
+    values = round_as_stored(module, names, graph)
+    after = measure(module, samples[-held:], settings, context.device)
+    if not after < before:
+        return Trained({}, before, before, 0, state.global_step, trained)
+    best = int(str(state.best_model_checkpoint).rpartition("-")[2])
+    return Trained(values, before, after, best, state.global_step, trained)
+
+
+def mixed_loss(model: Any, inputs: Any, share: float) -> torch.Tensor:
+    """Mean over positions of `share` times the KL to the original, and the rest of the loss on text."""
+    logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+    parts = []
+    if share:
+        parts.append(share * divergence_from(logits, inputs["choices"].long(), inputs["logs"]).mean())
+    if share < 1:
+        parts.append((1 - share) * loss_on(logits, inputs["input_ids"]).mean())
+    return sum(parts[1:], parts[0])
+
+
+def measure(module: Any, samples: list[dict[str, torch.Tensor]], settings: TrainingSettings, device: str) -> float:
+    """Mean loss of samples, each by itself."""
+    import torch
+
+    module.eval()
+    with torch.no_grad():
+        batches = ({name: part[None].to(device) for name, part in one.items()} for one in samples)
+        losses = [float(mixed_loss(module, batch, settings.teacher_share)) for batch in batches]
+    return sum(losses) / len(losses)
+
+
+def add_lora(module: Any, names: dict[str, str], rank: int, alpha: int) -> Any:
+    """The model with low-rank updates of the linear maps in its layers, which alone are open to training.
+
+    `names`: parameters of layers that can be written. Raises `StageError` where there is no such map.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from ..checkpoint.adapter import is_transposed, linear_classes
+
+    head = module.get_output_embeddings()
+    maps = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, linear_classes()) and child is not head and f"{name}.weight" in names
+    ]
+    if not maps:
+        raise StageError("the model has no linear map that LoRA could change; set weights: all")
+    conv = is_transposed(module.get_submodule(maps[0]))
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=maps, fan_in_fan_out=conv)
+    with warnings.catch_warnings():  # peft asks transformers by an old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model: Any = get_peft_model(module, config)
+    model.peft_config["default"].base_model_name_or_path = ""  # no folder, and no model of the hub to be looked for
+    return model
+
+
+def round_as_stored(module: Any, names: dict[str, str], graph: ModelGraph) -> dict[str, torch.Tensor]:
+    """Give parameters the values that the types of the checkpoint can hold, and return those that are not as the graph has them."""
+    import torch
+
+    changed = {}
+    for name, parameter in module.named_parameters():
+        if name in names:
+            stored = graph.stored_tensor(names[name])
+            value = parameter.detach().to("cpu", getattr(torch, graph.dtype or stored.torch_dtype)).contiguous().clone()
+            if not torch.equal(value, load_tensor(stored).to(value.dtype)):
+                changed[names[name]] = value
+            parameter.data.copy_(value)
+    return changed
+
+
+def find_whole_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint of the trainer that is whole."""
+    whole = [file.parent for file in folder.glob(f"checkpoint-*/{_DONE}")]
+    return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Random numbers start from a seed, and their states are afterwards what they were."""
+    import random
+
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Nothing says meanwhile that a launcher started several processes, of which this one trains while the others wait."""
+    names = [name for name in os.environ if name.startswith(_OF_LAUNCHERS)]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The trainer's own log says nothing meanwhile, and no thread watches bars that nobody sees."""
+    import tqdm  # type: ignore[import-untyped]
+
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    levels = [logger.level for logger in loggers]
+    interval, tqdm.tqdm.monitor_interval = tqdm.tqdm.monitor_interval, 0
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        tqdm.tqdm.monitor_interval = interval
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

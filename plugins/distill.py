@@ -1,0 +1,195 @@
+"""Train a pruned model as a whole to predict what the original does, or the text, and merge what was learned into its weights.
+
+Source: distillation by the teacher's distribution is https://arxiv.org/abs/1503.02531, low-rank updates (LoRA) are
+https://arxiv.org/abs/2106.09685: W + B A · alpha / rank. The training loop is that of transformers, LoRA is peft's.
+Sizes: S samples, T tokens, K choices of the teacher, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gradmap_pipeline import (
+    Artifact,
+    Context,
+    DatasetSource,
+    Estimate,
+    Forecasts,
+    ModelCosts,
+    ModelGraph,
+    OptionError,
+    Outlook,
+    Stage,
+    StageError,
+    StructureProbe,
+    TensorFile,
+    TrainingSettings,
+    check_length,
+    check_memory_for_training,
+    count_embeddings,
+    count_trained,
+    find_top_choices,
+    hookimpl,
+    known,
+    load_tokenizer,
+    make_sequences,
+    open_sweep,
+    train_whole,
+    training_bytes,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_HELD_OUT = 8
+"""One sample of so many is held out."""
+_LEAST_SAMPLES = 16
+_TAUGHT = 64
+"""Samples whose choices are one unit of work."""
+_SETTINGS = ("teacher_share", "weights", "rank", "alpha", "steps", "learning_rate", "batch_size", "patience")
+"""Options that training takes as they are."""
+
+
+class Distillation(Artifact):
+    """What training a whole model did. Losses are means over the tokens of held-out samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    before: float
+    after: float
+    best_step: int
+    """After which the loss was least; 0: the model is as it was."""
+    steps: int
+    """Taken until training stopped."""
+    trained_parameters: int
+
+
+class Distill(Stage):
+    """Train a pruned model as a whole towards the original's predictions, by LoRA that is merged, or all of its weights."""
+
+    name = "distill"
+    requires = ("accelerate", "peft")
+    extra = "distill"
+    libraries = ("torch", "transformers", "accelerate", "peft")
+
+    dataset: DatasetSource = Field(description="Text to train on.")
+    samples: int = Field(512, ge=_LEAST_SAMPLES, description="Sequences to train on; one in eight of them is held out.")
+    sequence_length: int | None = Field(
+        None, ge=8, description="Tokens in a sequence. Default: as long as the model is made for, at most 2048."
+    )
+    teacher_share: float = Field(
+        1.0, ge=0, le=1, description="Share of the loss that is the KL to the original's predictions; the rest is the loss on text."
+    )
+    top_k: int = Field(64, ge=1, description="Likeliest next tokens of the original that are learned; all others count as one.")
+    weights: Literal["lora", "all"] = Field(
+        "lora", description="`lora`: low-rank updates of the layers' linear maps, merged at the end. `all`: every weight."
+    )
+    rank: int = Field(16, ge=1, description="Rank of LoRA.")
+    alpha: int = Field(32, ge=1, description="LoRA's updates are scaled by alpha / rank.")
+    steps: int = Field(300, ge=1, description="Steps of AdamW at most.")
+    learning_rate: float = Field(1e-3, gt=0, lt=1, description="Of AdamW; it rises for a tenth of the steps, then falls to 0.")
+    batch_size: int = Field(8, ge=1, description="Samples that a step takes.")
+    patience: int = Field(3, ge=1, description="Looks at held-out samples, one every tenth of the steps, that may be no better.")
+
+    class Inputs(BaseModel):
+        model: ModelGraph
+
+    class Outputs(BaseModel):
+        model: ModelGraph
+        distillation: Distillation
+
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        model = inputs.of(ModelGraph)
+        self.dataset.check_amount(self.samples, check_length(self.sequence_length, model), "documents")
+        left = self.samples - self.samples // _HELD_OUT
+        if self.batch_size > left:
+            raise OptionError("batch_size", f"found {self.batch_size}; of {self.samples} samples {left} are left to train on")
+        return {"model": model}
+
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
+        probe.check_layerwise()
+        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(probe.graph.base))
+
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        layers, tokens = known(inputs.of(ModelGraph).layers), known(check_length(self.sequence_length, inputs.of(ModelGraph)))
+        needs = costs.needs(layers, self.batch_size, tokens)
+        weights = costs.count_parameters(layers)
+        trained = count_trained(self.weights, weights, layers, self.rank, costs.benchmark.hidden_size)
+        lines = training_bytes(needs, weights, trained, self.batch_size)
+        needed = costs.occupied + sum(lines.values())
+        check_memory_for_training(needed, costs.memory, self.weights)
+        taught = costs.text(self.samples * tokens) + costs.forward_sweep(len(costs.graph.layers), self.samples, tokens)
+        layer = costs.benchmark.layer_pass(self.batch_size, tokens, weight_gradients=True)
+        head = costs.benchmark.head_pass(self.batch_size, tokens)
+        passes = self.steps * self.batch_size
+        forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
+        looks = 11 * self.samples // _HELD_OUT
+        kept = self.samples * tokens * min(self.top_k, needs.words) * 8
+        return taught + Estimate(
+            needed,
+            bytes_written=kept,
+            flops=passes * (layers * (layer.flops + layer.backward_flops) + head.flops + head.backward_flops),
+            seconds=passes * (forward + backward) + looks * forward,
+            how=f"trained as a whole, {'LoRA' if self.weights == 'lora' else 'all weights'}",
+            disk_bytes=kept,
+            lines={"program": costs.occupied, **lines},
+        )
+
+    def run(self, inputs: Any, context: Context) -> Any:
+        graph: ModelGraph = inputs.model
+        tokens = self.sequence_length or graph.base.default_sequence_length
+        tokenizer, rows = load_tokenizer(graph.base), count_embeddings(graph.base)
+        ids, _ = make_sequences(tokenizer, self.dataset.documents(), tokens, self.samples, embeddings=rows)
+        if len(ids) < self.samples:
+            raise StageError(f"the text gives {len(ids)} sequences of {tokens} tokens; lower 'samples' or 'sequence_length'")
+        choices, logs = self._teach(graph.dense, ids, context)
+        key = ["train", graph.digest, self._text_key(ids), self.model_dump(mode="json"), context.seed]
+        folder = context.folder / "training" if context.keep_folder is None else context.keep_folder(key)
+        settings = TrainingSettings(**{name: getattr(self, name) for name in _SETTINGS}, held_out=self.samples // _HELD_OUT)
+        made = train_whole(graph, (ids, choices, logs), settings, folder, context)
+        if context.keep_folder is None:
+            rmtree(folder, ignore_errors=True)
+        if not made.best_step:
+            context.note(f"the model is left as it is; no step lowered its loss on held-out samples, {made.before:.4g}")
+        else:
+            context.note(f"loss on held-out samples {made.before:.4g} → {made.after:.4g}, best after step {made.best_step}")
+        patches = {}
+        for name, value in made.values.items():
+            patches[name] = TensorFile.save({name: value}, context.folder / f"{name}.safetensors")
+        return self.Outputs(
+            model=graph.with_patches(patches, "distilled"),
+            distillation=Distillation(
+                before=made.before, after=made.after, best_step=made.best_step, steps=made.steps, trained_parameters=made.parameters
+            ),
+        )
+
+    def _text_key(self, ids: torch.Tensor) -> str:
+        import hashlib
+
+        return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+    def _teach(self, dense: ModelGraph, ids: torch.Tensor, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choices int32 (S, T-1, K) of the original, and the logarithms of their probabilities; kept in the store meanwhile."""
+        import torch
+
+        parts = []
+        with context.progress("read the original's predictions", len(ids), "sample") as advance:
+            for some in ids.split(_TAUGHT):
+
+                def compute(some: torch.Tensor = some) -> dict[str, torch.Tensor]:
+                    with open_sweep(dense, (some, torch.ones_like(some)), context) as sweep:
+                        found = list(find_top_choices(sweep, self.top_k))
+                    return {name: torch.cat([one[at] for one in found]) for at, name in enumerate(("choices", "logs"))}
+
+                key = ["teach", dense.digest, self._text_key(some), self.top_k]
+                parts.append(context.remember_tensors(key, compute))
+                advance(len(some))
+        return torch.cat([part["choices"] for part in parts]), torch.cat([part["logs"] for part in parts])
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [Distill]

@@ -1,0 +1,244 @@
+"""A pruned model trained as a whole: its parts against formulas in fp64, and what holds of every run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gradmap_plugins.distill import Distill
+from tiny import make_model
+from typer.testing import CliRunner, Result
+
+from gradmap_pipeline import CapacityError, StageError, find_top_choices, open_sweep
+from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.checkpoint.whole import load_whole, name_on_disk
+from gradmap_pipeline.cli import app
+from gradmap_pipeline.correction import training
+from gradmap_pipeline.correction.distilling import divergence_from, loss_on
+from gradmap_pipeline.correction.training import add_lora
+from gradmap_pipeline.machine.memory import resident_bytes
+from gradmap_pipeline.testing import make_context, run_stage
+
+RECIPE = """\
+version: 1
+model: {path: MODEL}
+steps:
+  - use: prune
+    with: {layers: [1]}
+  - use: distill
+    with: {dataset: {path: TEXT}, samples: 24, sequence_length: 16, steps: 10, batch_size: 4, learning_rate: 0.003}
+"""
+
+
+def test_divergence_is_that_of_the_likeliest_tokens_and_the_rest() -> None:
+    """Σ p log(p/q) over the choices and one outcome for all others, in fp64; with all tokens chosen, torch's own KL."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (3 * torch.randn(2, 5, 11, generator=generator) for _ in range(2))
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    logs, choices = teacher.log_softmax(-1).topk(4, dim=-1)
+    a, b = p.gather(-1, choices), q.gather(-1, choices)
+    rest_a, rest_b = 1 - a.sum(-1), 1 - b.sum(-1)
+    expected = (a * (a / b).log()).sum(-1) + rest_a * (rest_a / rest_b).log()
+    torch.testing.assert_close(divergence_from(student, choices, logs).double(), expected, rtol=1e-5, atol=1e-6)
+    logs, choices = teacher.log_softmax(-1).topk(11, dim=-1)
+    whole = torch.nn.functional.kl_div(q.log(), p.log(), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(divergence_from(student, choices, logs).double(), whole, rtol=1e-5, atol=1e-6)
+    assert bool((expected <= whole + 1e-9).all())
+
+
+def test_certain_predictions_have_no_infinite_divergence() -> None:
+    """A teacher and a student that leave nothing to all other tokens."""
+    logits = torch.zeros(1, 1, 8)
+    logits[..., 2] = 200.0
+    logs, choices = logits.log_softmax(-1).topk(1, dim=-1)
+    student = logits.clone().requires_grad_()
+    loss = divergence_from(student, choices, logs).sum()
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())
+
+
+def test_loss_on_text_is_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(2, 4, 7, generator=generator), torch.randint(7, (2, 5), generator=generator)
+    expected = -logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(loss_on(logits, ids).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_choices_of_the_teacher_are_those_of_the_whole_model(
+    slices: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slices:
+        monkeypatch.setattr("gradmap_pipeline.sweep.head_losses.LOGITS_AT_ONCE", 4 * 300 * 3)
+    graph = open_folder(llama)
+    ids = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(0))
+    with open_sweep(graph, (ids, torch.ones_like(ids)), make_context(tmp_path)) as sweep:
+        parts = list(find_top_choices(sweep, 5))
+    choices, logs = (torch.cat([part[at] for part in parts]) for at in (0, 1))
+    module: Any = load_whole(graph, "float32")
+    expected = module.double()(input_ids=ids).logits[:, :-1].log_softmax(-1).topk(5, dim=-1)
+    assert choices.dtype == torch.int32
+    torch.testing.assert_close(logs.double(), expected.values, rtol=1e-4, atol=1e-5)
+    assert torch.equal(choices.long(), expected.indices)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_merged_updates_are_w_plus_b_a(architecture: str, tmp_path: Path) -> None:
+    graph = open_folder(make_model(tmp_path / "model", architecture)).without_layers([1])
+    module: Any = load_whole(graph, "float32")
+    names = name_on_disk(module, graph)
+    before = {name: parameter.detach().double().clone() for name, parameter in module.named_parameters()}
+    model = add_lora(module, names, rank=4, alpha=6)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    parts = {name.removeprefix("base_model.model."): parameter.detach().double() for name, parameter in model.named_parameters()}
+    ids = torch.randint(300, (1, 8), generator=generator)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
+    changed = 0
+    for name, parameter in merged.named_parameters():
+        expected, stem = before[name], name.removesuffix(".weight")
+        if f"{stem}.lora_A.default.weight" in parts:
+            product = parts[f"{stem}.lora_B.default.weight"] @ parts[f"{stem}.lora_A.default.weight"] * 6 / 4
+            expected = expected + (product.T if architecture == "gpt2" else product)
+            changed += 1
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    assert changed == 3 * (7 if architecture == "llama" else 4)
+
+
+@pytest.mark.parametrize("weights", ["lora", "all"])
+def test_loss_falls_and_parameters_stay_as_many(weights: str, llama: Path, text: Path, tmp_path: Path) -> None:
+    graph = open_folder(llama)
+    pruned = graph.without_layers([1])
+    options = {"dataset": {"path": text}, "samples": 24, "sequence_length": 16, "steps": 12, "batch_size": 4}
+    stage = Distill.model_validate({**options, "learning_rate": 3e-3, "weights": weights, "teacher_share": 0.5})
+    states = torch.get_rng_state()
+    result = run_stage(stage, tmp_path / "out", model=pruned)
+    assert torch.equal(states, torch.get_rng_state())
+    assert result.distillation.after < 0.98 * result.distillation.before
+    assert result.model.count_parameters() == pruned.count_parameters()
+    assert result.model.label == "distilled"
+    assert any("embed" in name for name in result.model.patches) == (weights == "all")
+    assert not (tmp_path / "out" / "training").exists()
+    lora = 3 * 16 * sum(32 + size for size in (32, 16, 16, 32, 64, 64, 64))  # of each map (inputs + outputs) · rank
+    assert result.distillation.trained_parameters == (lora if weights == "lora" else pruned.count_parameters())
+
+
+def test_a_model_that_no_step_betters_is_left(llama: Path, text: Path, tmp_path: Path) -> None:
+    """It stops after two looks that are no better, and says so."""
+    pruned, notes = open_folder(llama).without_layers([1]), []  # type: ignore[var-annotated]
+    options = {"dataset": {"path": text}, "samples": 24, "sequence_length": 16, "steps": 40, "batch_size": 4, "patience": 2}
+    stage = Distill.model_validate({**options, "learning_rate": 0.9, "weights": "all"})
+    result: Any = stage.run(stage.Inputs(model=pruned), make_context(tmp_path / "out", notes=notes))
+    assert (result.distillation.best_step, result.model.patches) == (0, {})
+    assert result.distillation.steps < 40
+    assert "the model is left as it is; no step lowered its loss on held-out samples" in notes[-1]
+
+
+def gradmap(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path, text: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", str(llama)).replace("TEXT", str(text)))
+    return tmp_path
+
+
+def outcome_of(result: Result) -> tuple[dict[str, Any], dict[str, str]]:
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    found = next(event for event in events if event["event"] == "step_finished" and event["stage"] == "distill")["outputs"]
+    return found["distillation"], {name: file["sha256"] for name, file in found["model"]["patches"].items()}
+
+
+@pytest.mark.parametrize("weights", ["lora", "all"])
+def test_a_killed_run_goes_on_to_the_same_bytes(weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("r.yaml", "--json", "--set", f"distill.weights={weights}")
+    wanted = outcome_of(gradmap("run", *options, "--store", "whole"))
+    real, calls = training.mixed_loss, []  # type: ignore[var-annotated]
+
+    def lose(model: Any, *rest: Any) -> Any:
+        calls.append(model.training)
+        if calls.count(True) == 6:
+            raise KeyboardInterrupt
+        return real(model, *rest)
+
+    monkeypatch.setattr(training, "mixed_loss", lose)
+    assert gradmap("run", *options).exit_code == 130
+    assert list(Path(".gradmap/units").glob("distill-*/checkpoint-5/complete"))
+    checkpoint = next(Path(".gradmap/units").glob("distill-*/checkpoint-5"))
+    half = checkpoint.with_name("checkpoint-6")  # as a kill leaves it that comes while one is written
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{")
+    monkeypatch.setattr(training, "mixed_loss", lambda model, *rest: (calls.append(model.training), real(model, *rest))[1])
+    calls.clear()
+    assert outcome_of(gradmap("run", *options)) == wanted
+    assert 0 < calls.count(True) <= 5  # not those before the checkpoint
+    assert wanted[1]
+    assert not list(Path(".gradmap/units").glob("distill-*"))
+
+
+def test_progress_tells_loss_and_rate(folder: Path) -> None:
+    result = gradmap("run", "r.yaml", "--json", "--set", "distill.steps=60", "--set", "distill.patience=60")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    details = [event["detail"] for event in events if event["event"] == "progress" and event["description"] == "train"]
+    assert any(detail.startswith("loss ") and "learning rate " in detail for detail in details)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("distill.batch_size=22", "option 'batch_size': found 22; of 24 samples 21 are left to train on"),
+        ("distill.samples=15", "option 'samples': found 15, accepted: at least 16"),
+        ("distill.samples=100000", "option 'samples'"),
+        ("distill.teacher_share=1.5", "option 'teacher_share': found 1.5, accepted: at most 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run(change: str, said: str, folder: Path) -> None:
+    result = gradmap("check", "r.yaml", "--set", change)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.full
+def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model", hidden_size=512, intermediate_size=8192)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", str(tmp_path / "model")).replace("TEXT", str(text)))
+    allowed = f"{(resident_bytes() >> 20) + 300}MiB"
+    result = gradmap("plan", "r.yaml", "--memory", allowed, "--set", "distill.weights=all")
+    assert result.exit_code == 3
+    assert "training the whole model takes" in result.output
+    assert (
+        "use weights: lora, lower 'batch_size' or 'sequence_length', allow more with --memory, or take refit_layers"
+        in result.output
+    )
+    assert gradmap("plan", "r.yaml", "--memory", "3GiB", "--set", "distill.weights=all").exit_code == 0
+
+
+def test_memory_that_does_not_suffice_is_refused_by_the_run(llama: Path, text: Path, tmp_path: Path) -> None:
+    options = {"dataset": {"path": text}, "samples": 16, "sequence_length": 16, "steps": 4, "batch_size": 4}
+    stage = Distill.model_validate(options)
+    inputs = stage.Inputs(model=open_folder(llama).without_layers([1]))
+    with pytest.raises(CapacityError, match=r"training the whole model takes .*, over the .* allowed; lower 'batch_size' or"):
+        stage.run(inputs, make_context(tmp_path / "out", memory=resident_bytes() + (200 << 20)))
+
+
+def test_a_loss_that_is_not_finite_is_told(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.mixed_loss
+    monkeypatch.setattr(training, "mixed_loss", lambda model, *rest: real(model, *rest) * (math.nan if model.training else 1))
+    options = {"dataset": {"path": text}, "samples": 24, "sequence_length": 16, "steps": 4, "batch_size": 4}
+    with pytest.raises(StageError, match="the loss is not finite at step 1 of 4; lower 'learning_rate'"):
+        run_stage(Distill.model_validate(options), tmp_path / "out", model=open_folder(llama).without_layers([1]))
