@@ -19,10 +19,11 @@ import torch
 from gradmap_pipeline import Artifact, Evaluation, ModelGraph, TensorFile
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.report import reporters
-from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_seconds, print_summary
+from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, print_summary
 from gradmap_pipeline.run.events import Progress, RunFinished, RunStarted, StepFinished
 from gradmap_pipeline.run.measured import Measured, read_metrics
 from gradmap_pipeline.run.summary import ModelRow, Summary, summarise
+from gradmap_pipeline.text import format_seconds
 
 
 @pytest.fixture

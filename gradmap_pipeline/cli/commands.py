@@ -26,6 +26,7 @@ from .command_arguments import (
 from .command_options import CommandGroup, make_machine, open_store, parse_output, parse_path
 from .ending import endings, tell_end
 from .material_commands import new_plugin, recipes
+from .report import report
 from .verify import verify
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run(
             with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
                 plan = _plan(recipe, overrides, plugins, store)
                 machine = make_machine(device, dtype, threads, memory, host_memory)
-                run_plan(plan, open_store(store), machine, reporter, group)
+                run_plan(plan, open_store(store), machine, reporter, group, is_recorded=True)
 
 
 @app.command()
@@ -247,6 +248,7 @@ def stages(
 
 
 app.command()(verify)
+app.command()(report)
 
 
 @app.command()

@@ -132,7 +132,12 @@ def make_lineage(
     return {
         "made_by": f"gradmap-pipeline {__version__}",
         "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
-        "base": {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers},
+        "base": describe_base(model),
+        "model": {
+            "label": model.label,
+            "parameters": model.count_parameters(),
+            "bytes": sum(file.size for name, file in files.items() if name.endswith(WEIGHTS)),
+        },
         "layers_kept": model.layers,
         "layers_removed": model.removed,
         "patched": {name: file.sha256 for name, file in model.patches.items()},
@@ -141,6 +146,13 @@ def make_lineage(
         "max_logit_difference": difference,
         "files": {name: file.model_dump() for name, file in sorted(files.items())},
     }
+
+
+def describe_base(model: ModelGraph) -> dict[str, Any]:
+    """The unpruned model that a model was made from, for machines; `bytes` are those of its weights."""
+    dense = model.dense
+    described = {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers}
+    return described | {"parameters": dense.count_parameters(), "bytes": dense.size_bytes}
 
 
 def check_loading(folder: Path) -> None:

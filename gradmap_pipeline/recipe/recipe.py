@@ -85,6 +85,8 @@ class Recipe:
     broken: frozenset[int] = frozenset()
     """Steps that are invalid in themselves: of these, only the stage and the id are known."""
     problems: tuple[Problem, ...] = ()
+    text: str = ""
+    """The file as it was read."""
 
     def where(self, location: Location) -> str:
         """`file:line:column` of a value, or the command-line option that set it."""
@@ -112,7 +114,8 @@ class Recipe:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `--set` options. Raises `RecipeError` where it cannot be read; else notes every problem."""
-    document = load_yaml(_read_text(path), str(path))
+    text = _read_text(path)
+    document = load_yaml(text, str(path))
     if not isinstance(document.data, dict):
         shown = "a list" if isinstance(document.data, list) else repr(document.data)
         message = f"a recipe is a mapping with the keys version, model and steps; found {shown}"
@@ -126,7 +129,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         except RecipeError as error:
             problems += [replace(problem, order=(1, len(applied), 0)) for problem in error.problems]
             faulty.add(_find_target(document.data, override))  # as it stands in the file, it is not what is meant
-    recipe = Recipe(path, document, applied)
+    recipe = Recipe(path, document, applied, text=text)
     try:
         validate(RecipeFile, document.data)
     except Invalid as invalid:

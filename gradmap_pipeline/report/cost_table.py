@@ -7,8 +7,7 @@ from dataclasses import asdict
 from ..cost.estimate import Estimate
 from ..run.costs import PlanCosts
 from ..sweep.memory_plan import format_size
-from ..text import add_row, dump_json, make_console, make_table
-from .reporters import format_seconds
+from ..text import add_row, dump_json, format_bytes, format_seconds, make_console, make_table
 
 
 def print_costs(costs: PlanCosts | None) -> None:
@@ -52,16 +51,8 @@ def costs_as_json(costs: PlanCosts | None) -> str:
 def _cells(estimate: Estimate) -> list[str]:
     return [
         format_size(estimate.peak_bytes) if estimate.peak_bytes else "",
-        _format_bytes(estimate.bytes_read),
-        _format_bytes(estimate.bytes_written),
+        format_bytes(estimate.bytes_read),
+        format_bytes(estimate.bytes_written),
         f"{estimate.flops:.1e}" if estimate.flops else "",
         format_seconds(estimate.seconds),
     ]
-
-
-def _format_bytes(size: int) -> str:
-    """A size in powers of ten, as disks are sold."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1000:.0f} kB" if size else ""

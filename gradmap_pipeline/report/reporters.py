@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..machine.streams import error_stream, is_lost
 from ..run.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from ..run.summary import ModelRow, Summary
-from ..text import add_row, dump_json, make_console, make_table, say, show
+from ..text import add_row, dump_json, format_seconds, make_console, make_table, say, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -221,20 +221,3 @@ def print_summary(console: Console, summary: Summary, seconds: float) -> None:
 
 def _show_figure(row: ModelRow, column: str) -> str:
     return row.metrics[column].figure if column in row.metrics else ""
-
-
-def format_seconds(seconds: float | None) -> str:
-    """Short text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min, 12 days, 31,710 years."""
-    if seconds is None:
-        return "?"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    days = whole // 86400
-    if days < 3:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{days} days" if days < 3 * 365 else f"{days // 365:,} years"

@@ -50,6 +50,8 @@ class StepFinished:
     """Metrics that the outputs carry."""
     limits: list[CheckedLimit] = field(default_factory=list)
     """Limits that the recipe sets, kept or missed."""
+    peak_bytes: int | None = None
+    """The most memory that the process had held when the result was computed; None: not known."""
 
 
 @dataclass(frozen=True)
