@@ -225,7 +225,7 @@ def make_facts(scores: dict[int, float], removed: tuple[int, ...] = (), name: st
     metric = Metric(name=name, value=1.5, better="lower", unit=name, on=name)
     scored = {"method": name, "decisions": [{"removed": layer, "scores": scores} for layer in removed or (0,)]}
     site = {"layer": 0, "parameter": name, "role": name, "shift": 1.0, "relative_shift": 0.5, "missing_left": 0.25}
-    answer = {"prompt": name, "answer": name, "base_answer": name, "repeats": True, "base_repeats": False}
+    answer = {"prompt": name, "answer": name, "base_answer": name, "repetition": 0.5, "base_repetition": 0.4}
     outputs: dict[str, Any] = {
         name: scored,
         "compensation": {"sites": [site], "shifts": {}},

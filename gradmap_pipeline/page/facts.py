@@ -15,6 +15,9 @@ from ..artifacts import PAGE
 from ..errors import GradmapError
 from ..metrics import Metric, show_number
 
+_REPEATED_FROM = 0.5
+"""Repetition from which an answer counts as one that repeats itself."""
+
 
 class _View(BaseModel):
     """The part of a recorded value that a page shows."""
@@ -75,8 +78,18 @@ class Answer(_View):
     prompt: str
     answer: str
     base_answer: str
-    repeats: bool
-    base_repeats: bool
+    repetition: float
+    base_repetition: float
+
+    @property
+    def repeats(self) -> bool:
+        """Whether half of the answer, or more, stood in it before."""
+        return self.repetition >= _REPEATED_FROM
+
+    @property
+    def base_repeats(self) -> bool:
+        """The same of the unpruned model's answer."""
+        return self.base_repetition >= _REPEATED_FROM
 
 
 class Answers(_View):

@@ -32,6 +32,7 @@ pre{background:var(--raised);border:1px solid var(--line);border-radius:8px;padd
 .answers div{
 background:var(--raised);border:1px solid var(--line);border-radius:8px;padding:10px 14px;
 white-space:pre-wrap;overflow-wrap:anywhere}
+.prompt{white-space:pre-wrap;overflow-wrap:anywhere}
 .answers span{display:block;font-size:.85rem;white-space:normal}details{margin:0 0 12px}summary{cursor:pointer;color:var(--soft)}
 footer{margin-top:48px;padding-top:12px;border-top:1px solid var(--line);color:var(--soft);font-size:.9rem}
 @media(max-width:600px){
@@ -87,7 +88,7 @@ PAGE = (
 {% endif %}{% endfor %}\
 {% for group in answers %}<section><h2>Answers before and after</h2>
 <p class="soft">{{ group.about }}</p>
-{% for answer in group.answers %}<p><strong>{{ answer.prompt }}</strong></p>
+{% for answer in group.answers %}<p class="prompt"><strong>{{ answer.prompt }}</strong></p>
 <div class="answers"><div><span class="soft">before</span>\
 {% if answer.base_repeats %}<span class="warn">Repeats itself.</span>{% endif %}{{ answer.base_answer }}</div>
 <div><span class="soft">after</span>\
