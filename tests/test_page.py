@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.machine.digests import sha256_of, sha256_of_value
 from gradmap_pipeline.metrics import Metric
+from gradmap_pipeline.page.comparison import Compared, draw_tradeoff, find_front, make_comparison_page
 from gradmap_pipeline.page.facts import Base, Decision, Facts, Limit, ModelLine, Ranking, Step, facts_of_lineage, facts_of_run
 from gradmap_pipeline.page.page import make_page
 from gradmap_pipeline.page.pictures import draw_layers
@@ -336,6 +337,48 @@ def test_last_ranking_is_shown() -> None:
     facts = facts_of_lineage({"base": {"name": "m", "sha256": "0", "layers": 1}, "layers_kept": [0], "steps": steps})
     assert facts is not None
     assert facts.ranking == Ranking(method="last", decisions=(Decision(removed=0, scores={0: 1.0}),))
+
+
+def compare_models(points: list[tuple[int, float]], better: Any = "lower", name: str = "m") -> list[Compared]:
+    """Variants with these bytes and values of one metric."""
+    metrics = [Metric(name=name, value=value, better=better) for _, value in points]
+    sizes = [size for size, _ in points]
+    return [Compared(name, name, 1, 2, size, {name: metric}, 1.0) for size, metric in zip(sizes, metrics, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("points", "better", "front"),
+    [
+        ({1: (3, 1), 2: (2, 2), 3: (2, 3), 4: (1, 5), 5: (3, 2)}, "lower", [4, 2, 1]),
+        ({1: (3, 1), 2: (2, 2), 3: (2, 3), 4: (1, 5), 5: (3, 2)}, "higher", [4]),
+        ({1: (1, 1), 2: (1, 1), 3: (2, 1)}, "lower", [1, 2]),
+        ({7: (1, 1)}, "higher", [7]),
+    ],
+)
+def test_front_is_what_no_other_beats(points: dict[int, tuple[float, float]], better: Any, front: list[int]) -> None:
+    assert find_front(points, better) == front
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0), (10.0, 1000.0, 1e5), (-5.0, 0.0, 5.0), (0.0, 0.0, 0.0), (7.0, 7.0, 7.0)])
+def test_points_of_a_comparison_lie_where_their_values_are(values: tuple[float, ...]) -> None:
+    variants = compare_models([(1000 * number, value) for number, value in enumerate(values, 1)])
+    root = ElementTree.fromstring(draw_tradeoff(variants, "m"))
+    heights = [-float(circle.attrib["cy"]) for circle in root.iter(f"{_SVG}circle")]
+    across = [float(circle.attrib["cx"]) for circle in root.iter(f"{_SVG}circle")]
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.2) != 0
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    assert (heights[1] > heights[0]) == (values[1] > values[0])
+    lines = root.findall(f"{_SVG}line")
+    assert 2 <= len(lines) <= 12
+    assert all(0 <= float(line.attrib["y1"]) <= 420 for line in lines)
+
+
+def test_page_of_a_comparison_stands_alone() -> None:
+    text = make_comparison_page(compare_models([(1, 2.0), (2, 1.0)], name=_EVIL), [_EVIL], _EVIL)
+    page = Page(text)
+    check_alone(page, text)
+    assert page.text.count("<script>alert('x')</script>") > 8
+    assert page.tags.count("circle") == 2
 
 
 def test_digest_of_an_export_covers_its_page(folder: Path) -> None:

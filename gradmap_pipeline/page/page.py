@@ -9,7 +9,7 @@ from typing import Any
 from ..text import format_bytes, format_seconds, name_without_place, show, show_lines
 from .facts import Answers, Facts, Loss, Step, show_metric
 from .pictures import draw_layers
-from .template import PAGE, STYLE
+from .template import FOOT, GENERATOR, HEAD, PAGE, STYLE
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,26 @@ class AnswerGroup:
     answers: Sequence[Any] = field(default_factory=tuple)
 
 
-def make_page(facts: Facts) -> str:
-    """The page. Whatever comes from names, files and models is text in it, never markup."""
+def fill_template(body: str, **values: Any) -> str:
+    """A page from a template of what stands between head and foot. Every value is text in it, unless it is `Markup`."""
     from jinja2 import Environment
     from markupsafe import Markup
 
     def as_text(value: Any) -> Any:
         return value if isinstance(value, Markup) else show_lines(str(value))
 
-    template = Environment(autoescape=True, finalize=as_text, trim_blocks=False).from_string(PAGE)
-    return template.render(
+    filled = Environment(autoescape=True, finalize=as_text).from_string(HEAD + body + FOOT)
+    return filled.render(style=Markup(STYLE), generator=Markup(GENERATOR), **values)
+
+
+def make_page(facts: Facts) -> str:
+    """The page. Whatever comes from names, files and models is text in it, never markup."""
+    from markupsafe import Markup
+
+    return fill_template(
+        PAGE,
         title=_make_title(facts),
         subtitle=_make_subtitle(facts),
-        style=Markup(STYLE),
         failure=facts.failure,
         tiles=_make_tiles(facts),
         picture=Markup(draw_layers(facts)),

@@ -19,7 +19,7 @@ _LOG_FROM = 50.0
 _MOST_LABELS = 32
 PICTURE_START = '<svg class="gm" xmlns="http://www.w3.org/2000/svg"'
 """How every picture begins."""
-_STYLE = """\
+PICTURE_STYLE = """\
 .gm{--gm-ink:#1f2933;--gm-soft:#6b7785;--gm-line:#d5dbe1;--gm-keep:#2f6fb3;--gm-cut:#d1495b;--gm-fix:#b7791f;\
 font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 @media(prefers-color-scheme:dark){.gm{--gm-ink:#e6eaee;--gm-soft:#9aa7b4;--gm-line:#3a444e;--gm-keep:#6fa8e6;--gm-cut:#f08391;--gm-fix:#e7b55a}}
@@ -43,7 +43,7 @@ def draw_layers(facts: Facts) -> str:
     about = f"Removed, counted from 0: {', '.join(map(str, facts.removed)) or 'none'}."
     return (
         f'{PICTURE_START} viewBox="0 0 {_WIDTH} {height}" role="img">'
-        f"<title>{escape(title)}</title><desc>{escape(about)}</desc><style>{_STYLE}</style>{placed}</svg>"
+        f"<title>{escape(title)}</title><desc>{escape(about)}</desc><style>{PICTURE_STYLE}</style>{placed}</svg>"
     )
 
 
@@ -54,8 +54,7 @@ class _Axes:
         self.layers, self.is_log = layers, is_log
         self.low, self.high = low, high if high > low else low + 1
         if not is_log:
-            step = _round_up((self.high - self.low) / 4)
-            self.low, self.high = step * math.floor(self.low / step), step * math.ceil(self.high / step - 1e-9)
+            self.low, self.high = widen(self.low, self.high)
         self.step = (_WIDTH - _LEFT - _RIGHT) / max(1, layers)
 
     def x(self, layer: int) -> float:
@@ -71,21 +70,20 @@ class _Axes:
 
     def draw(self, title: str, unit: str = "") -> str:
         """The title, lines across with their values, and the numbers of the layers."""
-        parts = [_text(_LEFT, 20, title, "gm-title")]
+        parts = [write_text(_LEFT, 20, title, "gm-title")]
         for value in self._ticks():
             y = self.y(value)
             parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-            parts.append(_text(_LEFT - 8, y + 4, f"{value:.3g}{unit}", "gm-soft", "end"))
+            parts.append(write_text(_LEFT - 8, y + 4, f"{show_tick(value)}{unit}", "gm-soft", "end"))
         every = -(-self.layers // _MOST_LABELS)
         for layer in range(0, self.layers, every):
-            parts.append(_text(self.x(layer), _HEIGHT - _BOTTOM + 18, str(layer), "gm-soft", "middle"))
+            parts.append(write_text(self.x(layer), _HEIGHT - _BOTTOM + 18, str(layer), "gm-soft", "middle"))
         return "".join(parts)
 
     def _ticks(self) -> list[float]:
         if self.is_log:
             return [self.low * (self.high / self.low) ** (part / 3) for part in range(4)]
-        step = _round_up((self.high - self.low) / 4)
-        return [step * number for number in range(math.ceil(self.low / step), math.floor(self.high / step + 1e-9) + 1)]
+        return list_ticks(self.low, self.high)
 
 
 def _draw_importance(facts: Facts) -> str:
@@ -112,7 +110,7 @@ def _draw_importance(facts: Facts) -> str:
         parts.append(f'<rect class="{shape}" x="{x:.1f}" y="{above}" width="{width:.1f}" height="{height:.1f}" rx="2">')
         parts.append(f"<title>layer {layer}: {was}, {known}</title></rect>")
         if layer in removed and layer in order and axes.step >= 12:
-            parts.append(_text(axes.x(layer), above - 5, str(order[layer]), "gm-order", "middle"))
+            parts.append(write_text(axes.x(layer), above - 5, str(order[layer]), "gm-order", "middle"))
         if layer in corrected:
             y, half = _HEIGHT - _BOTTOM + 25, min(4.0, axes.step / 2)
             points = f"{axes.x(layer)},{y - half} {axes.x(layer) + half},{y} {axes.x(layer)},{y + half} {axes.x(layer) - half},{y}"
@@ -132,8 +130,8 @@ def _first_scores(ranking: Ranking | None, layers: int) -> dict[int, float]:
 
 def _draw_bare(axes: _Axes, title: str) -> str:
     numbers = range(0, axes.layers, -(-axes.layers // _MOST_LABELS))
-    labels = [_text(axes.x(layer), _HEIGHT - _BOTTOM + 18, str(layer), "gm-soft", "middle") for layer in numbers]
-    return _text(_LEFT, 20, title, "gm-title") + "".join(labels)
+    labels = [write_text(axes.x(layer), _HEIGHT - _BOTTOM + 18, str(layer), "gm-soft", "middle") for layer in numbers]
+    return write_text(_LEFT, 20, title, "gm-title") + "".join(labels)
 
 
 def _draw_legend(has_removed: bool, has_order: bool, has_corrected: bool) -> str:
@@ -142,11 +140,13 @@ def _draw_legend(has_removed: bool, has_order: bool, has_corrected: bool) -> str
     if has_removed:
         entries.append(("gm-cut", "removed; the number is the order" if has_order else "removed"))
     for kind, label in entries:
-        parts.append(f'<rect class="{kind}" x="{x}" y="30" width="12" height="12" rx="2"/>{_text(x + 18, 41, label, "gm-soft")}')
+        parts.append(
+            f'<rect class="{kind}" x="{x}" y="30" width="12" height="12" rx="2"/>{write_text(x + 18, 41, label, "gm-soft")}'
+        )
         x += 44 + 7 * len(label)
     if has_corrected:
         parts.append(f'<polygon class="gm-fix" points="{x + 6},31 {x + 11},36 {x + 6},41 {x + 1},36"/>')
-        parts.append(_text(x + 18, 41, "corrected", "gm-soft"))
+        parts.append(write_text(x + 18, 41, "corrected", "gm-soft"))
     return "".join(parts)
 
 
@@ -194,7 +194,7 @@ def _draw_series(layers: int, title: str, series: Mapping[str, Mapping[int, floa
             told = f"layer {layer}, {escape(show(name))}: {value:.3g}{unit}"
             parts.append(f'<circle class="{kind}" cx="{axes.x(layer)}" cy="{axes.y(value)}" r="4"><title>{told}</title></circle>')
         if len(series) > 1:
-            parts.append(f'<circle class="{kind}" cx="{x + 6}" cy="36" r="4"/>{_text(x + 18, 41, name, "gm-soft")}')
+            parts.append(f'<circle class="{kind}" cx="{x + 6}" cy="36" r="4"/>{write_text(x + 18, 41, name, "gm-soft")}')
             x += 44 + 7 * len(name)
     return "".join(parts)
 
@@ -205,5 +205,22 @@ def _round_up(step: float) -> float:
     return next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= step * (1 - 1e-9))
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+def widen(low: float, high: float) -> tuple[float, float]:
+    """The range between two round numbers that holds this one."""
+    step = _round_up((high - low) / 4)
+    return step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
+
+
+def list_ticks(low: float, high: float) -> list[float]:
+    """Round numbers in a range."""
+    step = _round_up((high - low) / 4)
+    return [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def show_tick(value: float) -> str:
+    """A number at an axis: 0.25, 1500, 20,000."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}" if value % 1 == 0 else f"{value:.3g}"
+
+
+def write_text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
     return f'<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{escape(show(text))}</text>'

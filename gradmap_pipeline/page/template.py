@@ -39,8 +39,7 @@ footer{margin-top:48px;padding-top:12px;border-top:1px solid var(--line);color:v
 main{padding:16px 14px 48px}.answers{grid-template-columns:1fr}th,td{padding-right:10px}h1{font-size:1.35rem}}
 """
 
-PAGE = (
-    """\
+HEAD = """\
 {%- macro table(rows) -%}
 <div class="wide"><table><thead><tr>{% for heading in rows.headings %}\
 <th{% if heading in rows.numbers %} class="number"{% endif %}>{{ heading }}</th>{% endfor %}</tr></thead>
@@ -56,15 +55,26 @@ PAGE = (
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-"""
-    + GENERATOR
-    + """
+{{ generator }}
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{{ title }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
 <main>
+"""
+"""Up to the header of a page: the macro `table`; it takes `title`, `style` and `generator`."""
+
+FOOT = """\
+<footer>Made with {{ made_by }}, the tool around GradMAP (arXiv:2602.14649).
+Every figure was recorded when it was computed.</footer>
+</main>
+</body>
+</html>
+"""
+"""The end of a page; it takes `made_by`."""
+
+PAGE = """\
 <header>
 <h1>{{ title }}</h1>
 <p class="soft">{{ subtitle }}</p>
@@ -105,10 +115,20 @@ PAGE = (
 {% if files.rows %}<section><h2>Files</h2>
 {{ table(files) }}
 </section>{% endif %}
-<footer>Made with {{ made_by }}, the tool around GradMAP (arXiv:2602.14649).
-Every figure was recorded when it was computed.</footer>
-</main>
-</body>
-</html>
 """
-)
+"""A run or an export, between head and foot."""
+
+COMPARISON = """\
+<header>
+<h1>{{ title }}</h1>
+<p class="soft">{{ subtitle }}</p>
+</header>
+{% for picture in pictures %}<section><h2>{{ picture.title }}</h2>
+<div class="wide">{{ picture.svg }}</div>
+</section>
+{% endfor %}\
+<section><h2>Variants</h2>
+{{ table(rows) }}
+</section>
+"""
+"""Several variants, between head and foot."""
