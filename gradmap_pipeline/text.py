@@ -46,6 +46,10 @@ def _escape(character: str) -> str:
     return _NAMED.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
 
 
+NARROW = 110
+"""Columns of a terminal below which tables of many columns become lists."""
+
+
 def make_console() -> Console:
     """A console as wide as the terminal, or wide enough that a log loses nothing; what it is given is text, never markup."""
     from rich.console import Console

@@ -12,9 +12,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A model, and where a run computes with it."""
+
+    model: str
+    device: str
+    """As torch names it."""
+    dtype: str
+    threads: int
+    memory: int
+    """Bytes that each process may have resident; on a GPU, there."""
+    store: str
+    processes: int = 1
+
+
+@dataclass(frozen=True)
 class RunStarted:
     recipe: str
     steps: list[str]
+    place: Place | None = None
+    """What it starts from, and where it computes."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from .. import __version__
 from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph
 from ..export.folders import describe_base
+from ..machine.distributed import ProcessGroup
 from ..machine.machine import Machine
 from ..recipe.plan import Plan
 from ..sweep.memory_plan import format_size
-from .events import RunFinished, StepFinished
+from .events import Place, RunFinished, StepFinished
+from .store import Store
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -60,6 +62,15 @@ def make_record(
         ],
         "limits": [{**vars(limit), "step": step.step} for step in finished for limit in step.limits],
     }
+
+
+def describe_place(plan: Plan, store: Store, machine: Machine, group: ProcessGroup) -> Place:
+    """What a run starts from, and where it computes."""
+    device = machine.prepare_torch(group)
+    import torch
+
+    threads, memory = torch.get_num_threads(), machine.budget(device, group)
+    return Place(plan.model.name, device, machine.dtype, threads, memory, str(store.root), group.size)
 
 
 def _describe_machine(plan: Plan, machine: Machine) -> dict[str, str]:

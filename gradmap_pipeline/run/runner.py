@@ -28,7 +28,7 @@ from .keys import make_key
 from .limits import check_limits, raise_missed
 from .listening import heard
 from .measured import Measured, read_metrics
-from .record import make_record
+from .record import describe_place, make_record
 from .stage_call import call_stage, check_outputs, keep_outputs, noticing_loss, scratch_step
 from .step_context import memory_of, progress_of
 from .store import Store
@@ -76,7 +76,8 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
     group.agree_on("recipes", json.dumps([[step.id, step.stage.name, step.stage.model_dump(mode="json")] for step in plan.steps]))
     if group.leads:
         store.prepare()
-        reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
+        steps = [step.id for step in plan.steps]
+        reporter.run_started(RunStarted(str(plan.recipe_path), steps, describe_place(plan, store, machine, group)))
         base = open_model(plan.model, store.digest_of)
         group.tell("the model's digest is known")
     else:

@@ -45,6 +45,7 @@ class Store:
     runs/<recipe>-<digest of its path>.json (the latest run of each recipe)
     traceback.txt (of the latest stage that failed unexpectedly)
     environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
+    gradmap.log (what the latest run told, every note among it)
     quiet.log (what others than this program printed in the latest run under --quiet)
 
     Whatever is read is compared with its digest first. What does not fit counts as not there, so it is made again.
