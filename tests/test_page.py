@@ -122,8 +122,8 @@ def test_page_of_a_run_shows_what_was_recorded(folder: Path, tmp_path: Path) -> 
         f"Removed, counted from 0: {', '.join(str(layer) for layer in range(6) if layer not in last['kept'])}.",
         "# <b>a recipe</b>",
         "Set on the command line: prune.layers=2.",
-        "evaluate perplexity on text.txt max 1e+05",
-        "evaluate_dense dense text.txt, 4 x 32 tokens",
+        "kept evaluate perplexity on text.txt max 1e+05",
+        "dense text.txt, 4 x 32 tokens",
         f"torch version {record['versions']['torch']}",
         record["base"]["sha256"],
     ):
@@ -131,7 +131,7 @@ def test_page_of_a_run_shows_what_was_recorded(folder: Path, tmp_path: Path) -> 
     evaluations = [step["outputs"]["evaluation"] for step in record["steps"] if step["stage"] == "evaluate"]
     assert len(evaluations) == 2
     for evaluation in evaluations:
-        assert f"{evaluation['loss']:.4f}" in page.text
+        assert f"{evaluation['loss']:.4f} {evaluation['perplexity']:.4g} {evaluation['label']} text.txt" in page.text
     assert [limit["missed_by"] for limit in record["limits"]] == [None, None]
     assert page.attributes.count(("class", "good")) == 2
     assert all(step["seconds"] > 0 and step["peak_bytes"] > 10**8 for step in record["steps"])
@@ -327,6 +327,42 @@ def test_what_has_another_form_is_left_out() -> None:
     Page(make_page(facts))
     assert facts_of_lineage({"holds": "comparison"}) is None
     assert facts_of_run({}) is None
+
+
+@pytest.mark.parametrize("value", [0, -1, 5e-324, -5e-324, 1e-99, 1e99, -1e99, 1e308, -1e308, 10**400, "7", True, None])
+def test_odd_numbers_of_a_lineage_are_drawn_or_left_out(value: Any) -> None:
+    """A page must not fail when hours of work are about to be written."""
+    for other in (0.0, 1.0, -1e308, 1e308, 1e-308):
+        scores = {"0": value, "1": other, "2": 1.0, "-5": 1.0, "99999999999999999999": 1.0}
+        site = {"layer": value, "parameter": "p", "shift": other, "relative_shift": value, "missing_left": other}
+        outputs = {
+            "scores": {"method": "m", "decisions": [{"removed": 0, "scores": scores}], "protected": [value]},
+            "correction": {"sites": [site, {**site, "layer": 1}], "shifts": {"0": value, "1": other}},
+            "loss": {
+                "label": "",
+                "dataset": "",
+                "samples": 1,
+                "sequence_length": 1,
+                "loss": value,
+                "perplexity": other,
+                "tokens": value,
+            },
+        }
+        step = {"id": "a", "stage": "a", "options": {"x": value}, "outputs": outputs, "seconds": value, "peak_bytes": value}
+        lineage = {
+            "base": {"name": "m", "sha256": "0", "layers": 3, "parameters": value, "bytes": value},
+            "model": {"label": "", "parameters": value, "bytes": 1},
+            "layers_kept": [0, value, [value], {}],
+            "steps": [step, {**step, "seconds": other}],
+            "metrics": [{"name": "p", "value": value, "better": "lower"}, {"name": "q", "value": other, "better": "lower"}],
+            "files": {"f": {"size": value, "sha256": ""}},
+            "max_logit_difference": value,
+        }
+        facts = facts_of_lineage(lineage)
+        if facts is not None:
+            Page(make_page(facts))
+            ElementTree.fromstring(draw_layers(facts))
+    assert facts_of_lineage({"base": {"name": "m", "sha256": "0", "layers": 10**9}, "layers_kept": [0]}) is None
 
 
 def test_last_ranking_is_shown() -> None:

@@ -12,7 +12,7 @@ from ..metrics import Metric
 from ..text import format_bytes, format_seconds, show
 from .facts import show_metric
 from .page import Cell, Table, fill_template
-from .pictures import PICTURE_START, PICTURE_STYLE, list_ticks, show_tick, widen, write_text
+from .pictures import PICTURE_START, PICTURE_STYLE, list_ticks, settle, show_tick, widen, write_text
 from .template import COMPARISON
 
 _WIDTH, _HEIGHT = 960, 420
@@ -83,7 +83,7 @@ def draw_tradeoff(variants: Sequence[Compared], column: str) -> str:
     for number, variant in enumerate(variants, 1):
         metric = variant.metrics.get(column)
         if metric is not None:
-            points[number], better = (variant.bytes / 1e6, metric.value), metric.better
+            points[number], better = (variant.bytes / 1e6, settle(metric.value)), metric.better
     values = [y for _, y in points.values()]
     is_log = min(values) > 0 and max(values) / min(values) >= _LOG_FROM
     low_x, high_x = _range([x for x, _ in points.values()])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..artifacts import PAGE
 from ..errors import GradmapError
@@ -17,6 +17,12 @@ from ..metrics import Metric, show_number
 
 _REPEATED_FROM = 0.5
 """Repetition from which an answer counts as one that repeats itself."""
+
+
+_MOST_LAYERS = 10_000
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Figure = Annotated[float, Field(ge=-1e100, le=1e100)]
+"""Numbers that can be drawn and divided; anything beyond is no measurement."""
 
 
 class _View(BaseModel):
@@ -28,8 +34,8 @@ class _View(BaseModel):
 class Decision(_View):
     """One pruning decision."""
 
-    removed: int
-    scores: dict[int, float]
+    removed: Count
+    scores: dict[int, Figure]
 
 
 class Ranking(_View):
@@ -37,26 +43,26 @@ class Ranking(_View):
 
     method: str
     decisions: tuple[Decision, ...]
-    protected: tuple[int, ...] = ()
+    protected: tuple[Count, ...] = ()
 
 
 class Site(_View):
     """A place that was corrected."""
 
-    layer: int
+    layer: Count
     parameter: str
     role: str = "output"
-    shift: float
-    relative_shift: float
-    missing_left: float
+    shift: Figure
+    relative_shift: Figure
+    missing_left: Figure
 
 
 class Correction(_View):
     """Where a pruned model was corrected."""
 
     sites: tuple[Site, ...]
-    shifts: dict[int, float]
-    scales: dict[int, float] = {}
+    shifts: dict[int, Figure]
+    scales: dict[int, Figure] = {}
 
 
 class Loss(_View):
@@ -64,12 +70,12 @@ class Loss(_View):
 
     label: str
     dataset: str
-    loss: float
-    perplexity: float
-    tokens: int
-    samples: int
-    sequence_length: int
-    base_perplexity: float | None = None
+    loss: Figure
+    perplexity: Figure
+    tokens: Count
+    samples: Count
+    sequence_length: Count
+    base_perplexity: Figure | None = None
 
 
 class Answer(_View):
@@ -78,8 +84,8 @@ class Answer(_View):
     prompt: str
     answer: str
     base_answer: str
-    repetition: float
-    base_repetition: float
+    repetition: Figure
+    base_repetition: Figure
 
     @property
     def repeats(self) -> bool:
@@ -96,13 +102,13 @@ class Answers(_View):
     """Answers to prompts."""
 
     answers: tuple[Answer, ...]
-    tokens: int
+    tokens: Count
 
 
 class File(_View):
     """A file of an export."""
 
-    size: int
+    size: Count
     sha256: str
 
 
@@ -113,9 +119,9 @@ class Step(_View):
     stage: str
     options: dict[str, Any]
     outputs: dict[str, Any]
-    seconds: float | None = None
+    seconds: Figure | None = None
     """What the result took when it was computed."""
-    peak_bytes: int | None = None
+    peak_bytes: Count | None = None
     cached: bool = False
 
 
@@ -125,18 +131,18 @@ class Limit(_View):
     step: str
     metric: str
     bound: str
-    limit: float
-    value: float
-    missed_by: float | None
+    limit: Figure
+    value: Figure
+    missed_by: Figure | None
 
 
 class ModelLine(_View):
     """One model: what was done to it, its size, and its metrics by column."""
 
     label: str
-    layers: int
-    parameters: int | None = None
-    bytes: int | None = None
+    layers: Count
+    parameters: Count | None = None
+    bytes: Count | None = None
     metrics: dict[str, Metric] = {}
 
 
@@ -145,9 +151,9 @@ class Base(_View):
 
     name: str
     sha256: str
-    layers: int
-    parameters: int | None = None
-    bytes: int | None = None
+    layers: Annotated[int, Field(ge=1, le=_MOST_LAYERS)]
+    parameters: Count | None = None
+    bytes: Count | None = None
 
 
 _Shown = TypeVar("_Shown", bound=BaseModel)
@@ -246,14 +252,14 @@ def facts_of_lineage(lineage: Mapping[str, Any]) -> Facts | None:
     difference = lineage.get("max_logit_difference")
     return Facts(
         base=base,
-        kept=tuple(kept),
+        kept=tuple(layer for layer in kept if isinstance(layer, int)),
         models=[dense, made.model_copy(update={"metrics": columns})],
         steps=_read_all(Step, lineage.get("steps")),
         made_by=str(lineage.get("made_by", "")),
         versions=_texts(lineage.get("versions")),
         patched=tuple(map(str, _mapping(lineage.get("patched")))),
         files={name: file for name, file in files.items() if file is not None and name != PAGE},
-        difference=difference if isinstance(difference, float | int) else None,
+        difference=difference if isinstance(difference, float) else None,
         quantisation=str(lineage.get("quantisation") or ""),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..text import format_bytes, format_seconds, name_without_place, show, show_lines
-from .facts import Answers, Facts, Loss, Step, show_metric
+from .facts import Answers, Facts, Loss, show_metric
 from .pictures import draw_layers
 from .template import FOOT, GENERATOR, HEAD, PAGE, STYLE
 
@@ -139,8 +139,8 @@ def _list_metrics(facts: Facts) -> Table:
         metrics = [model.metrics.get(column) for model in models]
         better = next(metric.better for metric in metrics if metric is not None)
         figures = [Cell("" if metric is None else show_metric(metric)) for metric in metrics]
-        rows.append([Cell(column), *figures, Cell(f"{better} is better")])
-    return Table(("metric", *names, ""), rows, tuple(names))
+        rows.append([Cell(f"{column} ({better} is better)"), *figures])
+    return Table(("metric", *names), rows, tuple(names))
 
 
 def _explain_metrics(facts: Facts) -> str:
@@ -151,19 +151,21 @@ def _list_limits(facts: Facts) -> Table:
     rows = []
     for limit in facts.limits:
         verdict = Cell("kept", "good") if limit.missed_by is None else Cell(f"missed by {limit.missed_by:.4g}", "bad")
-        rows.append([Cell(limit.step), Cell(limit.metric), Cell(limit.bound), *map(_figure, (limit.limit, limit.value)), verdict])
-    return Table(("step", "metric", "bound", "limit", "value", "verdict"), rows, ("limit", "value"))
+        rows.append([verdict, Cell(limit.step), Cell(limit.metric), Cell(limit.bound), *map(_figure, (limit.limit, limit.value))])
+    return Table(("verdict", "step", "metric", "bound", "limit", "value"), rows, ("limit", "value"))
 
 
 def _list_losses(facts: Facts) -> Table:
     rows = []
     for step, loss in facts.find(Loss):
         text = f"{name_without_place(loss.dataset)}, {loss.samples} x {loss.sequence_length} tokens"
+        figures = [Cell(f"{loss.loss:.4f}"), _figure(loss.perplexity)]
         base = Cell("") if loss.base_perplexity is None else _figure(loss.base_perplexity)
-        rows.append([Cell(step.id), Cell(loss.label), Cell(text), Cell(f"{loss.loss:.4f}"), _figure(loss.perplexity), base])
-    headings = ("step", "model", "text", "loss (nats)", "perplexity", "of the unpruned")
-    columns = len(headings) if any(row[-1].text for row in rows) else len(headings) - 1
-    return Table(headings[:columns], [row[:columns] for row in rows], headings[3:])
+        rows.append([Cell(step.id), *figures, base, Cell(loss.label), Cell(text)])
+    headings = ("step", "loss (nats)", "perplexity", "of the unpruned", "model", "text")
+    if not any(row[3].text for row in rows):
+        return Table((*headings[:3], *headings[4:]), [[*row[:3], *row[4:]] for row in rows], headings[1:3])
+    return Table(headings, rows, headings[1:4])
 
 
 def _list_sites(facts: Facts) -> Table:
@@ -176,14 +178,14 @@ def _list_sites(facts: Facts) -> Table:
 
 
 def _list_steps(facts: Facts) -> Table:
-    rows = [
-        [Cell(step.id), Cell(step.stage), Cell(_show_time(step)), Cell(format_bytes(step.peak_bytes or 0))] for step in facts.steps
-    ]
-    return Table(("step", "stage", "time", "memory"), rows, ("time", "memory"))
-
-
-def _show_time(step: Step) -> str:
-    return "" if step.seconds is None else format_seconds(step.seconds) + (" (from the store)" if step.cached else "")
+    rows = []
+    for step in facts.steps:
+        time = "" if step.seconds is None else format_seconds(step.seconds)
+        figures = [Cell(time), Cell(format_bytes(step.peak_bytes or 0))]
+        rows.append(
+            [Cell(step.id), *figures, Cell("" if step.stage == step.id else step.stage), Cell("yes" if step.cached else "")]
+        )
+    return Table(("step", "time", "memory", "stage", "from the store"), rows, ("time", "memory"))
 
 
 def _explain_steps(facts: Facts) -> str:

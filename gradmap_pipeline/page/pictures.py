@@ -52,9 +52,7 @@ class _Axes:
 
     def __init__(self, layers: int, low: float, high: float, *, is_log: bool = False) -> None:
         self.layers, self.is_log = layers, is_log
-        self.low, self.high = low, high if high > low else low + 1
-        if not is_log:
-            self.low, self.high = widen(self.low, self.high)
+        self.low, self.high = (low, high) if is_log else widen(low, high)
         self.step = (_WIDTH - _LEFT - _RIGHT) / max(1, layers)
 
     def x(self, layer: int) -> float:
@@ -124,7 +122,7 @@ def _first_scores(ranking: Ranking | None, layers: int) -> dict[int, float]:
     for decision in ranking.decisions if ranking else ():
         for layer, score in decision.scores.items():
             if 0 <= layer < layers:
-                scores.setdefault(layer, score)
+                scores.setdefault(layer, settle(score))
     return scores
 
 
@@ -156,11 +154,15 @@ def _draw_drift(correction: Correction, facts: Facts) -> list[str]:
     sites = [site for site in correction.sites if 0 <= site.layer < layers]
     panels = []
     if correction.shifts:
-        shifts = {layer: shift for layer, shift in correction.shifts.items() if 0 <= layer < layers}
+        shifts = {layer: settle(shift) for layer, shift in correction.shifts.items() if 0 <= layer < layers}
         panels.append(_draw_series(layers, "Mean shift of the stream before any correction", {"shift": shifts}, ""))
     if sites:
-        before = {_name_role(role): {s.layer: 100 * s.relative_shift for s in sites if s.role == role} for role in _roles(sites)}
-        left = {_name_role(role): {s.layer: 100 * s.missing_left for s in sites if s.role == role} for role in _roles(sites)}
+        before = {
+            _name_role(role): {s.layer: 100 * settle(s.relative_shift) for s in sites if s.role == role} for role in _roles(sites)
+        }
+        left = {
+            _name_role(role): {s.layer: 100 * settle(s.missing_left) for s in sites if s.role == role} for role in _roles(sites)
+        }
         title = "Drift where the correction found it: mean shift over the mean norm, layers below corrected already"
         panels.append(_draw_series(layers, title, before, "%"))
         panels.append(
@@ -206,7 +208,9 @@ def _round_up(step: float) -> float:
 
 
 def widen(low: float, high: float) -> tuple[float, float]:
-    """The range between two round numbers that holds this one."""
+    """The range between two round numbers that holds this one; of a single number, one above it."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        high = low + (abs(low) or 1.0)
     step = _round_up((high - low) / 4)
     return step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
 
@@ -215,6 +219,11 @@ def list_ticks(low: float, high: float) -> list[float]:
     """Round numbers in a range."""
     step = _round_up((high - low) / 4)
     return [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def settle(value: float) -> float:
+    """A number that can be drawn: 0 for what is too small to be divided by, and the most that is drawn for what is larger."""
+    return 0.0 if abs(value) < 1e-100 else max(-1e100, min(1e100, value))
 
 
 def show_tick(value: float) -> str:

@@ -36,7 +36,8 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 .answers span{display:block;font-size:.85rem;white-space:normal}details{margin:0 0 12px}summary{cursor:pointer;color:var(--soft)}
 footer{margin-top:48px;padding-top:12px;border-top:1px solid var(--line);color:var(--soft);font-size:.9rem}
 @media(max-width:600px){
-main{padding:16px 14px 48px}.answers{grid-template-columns:1fr}th,td{padding-right:10px}h1{font-size:1.35rem}}
+main{padding:16px 14px 48px}.answers{grid-template-columns:1fr}
+th,td{padding-right:10px}table{font-size:.85rem}h1{font-size:1.35rem}}
 """
 
 HEAD = """\

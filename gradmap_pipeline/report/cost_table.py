@@ -17,7 +17,7 @@ def print_costs(costs: PlanCosts | None) -> None:
         console.print("What it takes can be said when the model is on this machine.")
         return
     is_narrow = console.width < NARROW
-    columns = ("memory", "read", "written", "FLOPs", "time")
+    columns: tuple[str, ...] = ("memory", "read", "written", "FLOPs", "time")
     columns = columns if is_narrow else ("parameters", *columns)
     table = make_table("step", *columns, *(() if is_narrow else ("how",)), right=columns, fold=True)
 

@@ -77,8 +77,8 @@ check_tokenizer(inputs["calibration"], inputs["model"])  # raises StageError whe
 prompts = Prompts(model.base, ["def read(self):"], tokens=8)
 (said,) = answer_prompts(model, prompts, make_context(Path("answers")))
 assert len(said) <= 8
-text, again = prompts.decode(said), repetition(said)
-answer = Answer(prompt="def read(self):", answer=text, base_answer=text, repetition=again, base_repetition=again)
+text, repeated = prompts.decode(said), repetition(said)
+answer = Answer(prompt="def read(self):", answer=text, base_answer=text, repetition=repeated, base_repetition=repeated)
 answers = Answers(model=model.digest, tokens=8, answers=(answer,))
 assert [metric.name for metric in answers.list_metrics()] == ["repetition"]
 assert repetition([1, 2, 3, 4] * 3) == 5 / 9
