@@ -17,9 +17,10 @@ from gradmap_pipeline.cli import app
 from gradmap_pipeline.machine.digests import sha256_of, sha256_of_value
 from gradmap_pipeline.metrics import Metric
 from gradmap_pipeline.page.comparison import Compared, draw_tradeoff, find_front, make_comparison_page
-from gradmap_pipeline.page.facts import Base, Decision, Facts, Limit, ModelLine, Ranking, Step, facts_of_lineage, facts_of_run
+from gradmap_pipeline.page.facts import Facts, facts_of_lineage, facts_of_run
 from gradmap_pipeline.page.page import make_page
 from gradmap_pipeline.page.pictures import draw_layers
+from gradmap_pipeline.page.views import Base, Decision, Limit, ModelLine, Ranking, Step
 from gradmap_pipeline.run.store import Store
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -126,6 +127,8 @@ def test_page_of_a_run_shows_what_was_recorded(folder: Path, tmp_path: Path) -> 
         "dense text.txt, 4 x 32 tokens",
         f"torch version {record['versions']['torch']}",
         record["base"]["sha256"],
+        f"export: model.safetensors {(folder / 'out' / 'model.safetensors').stat().st_size:,} ",
+        sha256_of(folder / "out" / "model.safetensors"),
     ):
         assert shown in page.text, shown
     evaluations = [step["outputs"]["evaluation"] for step in record["steps"] if step["stage"] == "evaluate"]

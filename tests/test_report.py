@@ -256,10 +256,10 @@ def test_terminal_shows_a_bar_with_rate_and_time_left(llama: Path, tmp_path: Pat
 
 def test_run_begins_with_what_it_computes_on(capsys: pytest.CaptureFixture[str]) -> None:
     place = Place("docs-llama", "cpu", "float32", 2, 3 << 30, "/tmp/store")
-    LineReporter().run_started(RunStarted("r.yaml", ["prune"], place))
+    LineReporter().computing(place)
     assert capsys.readouterr().out == "docs-llama on cpu in float32, 2 threads, 3.00 GiB of memory; store /tmp/store\n"
     several = Place("\x1b[1mm", "cuda:0", "bfloat16", 1, 1 << 30, "s", processes=8)
-    LineReporter().run_started(RunStarted("r.yaml", [], several))
+    LineReporter().computing(several)
     told = "\\x1b[1mm on cuda:0 in bfloat16, 1 thread, 1.00 GiB of memory each, 8 processes; store s\n"
     assert capsys.readouterr().out == told
 
@@ -304,7 +304,8 @@ def test_log_has_every_note_and_error(tmp_path: Path, capsys: pytest.CaptureFixt
     for _ in range(2):
         reporter = LoggingReporter(QuietReporter(), tmp_path / "gradmap.log")
         reporter.note("early", "before the run")
-        reporter.run_started(RunStarted("r.yaml", ["fix"], Place("m", "cpu", "float32", 1, 1 << 30, "s")))
+        reporter.run_started(RunStarted("r.yaml", ["fix"]))
+        reporter.computing(Place("m", "cpu", "float32", 1, 1 << 30, "s"))
         for layer in range(8):
             reporter.note("fix", f"layer {layer}: \x1b[31mred")
         reporter.error(4, "broken", "step 'fix'")

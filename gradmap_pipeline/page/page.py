@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..text import format_bytes, format_seconds, name_without_place, show, show_lines
-from .facts import Answers, Facts, Loss, show_metric
+from .facts import Facts, show_metric
 from .pictures import draw_layers
 from .template import FOOT, GENERATOR, HEAD, PAGE, STYLE
+from .views import Answers, Loss
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from ..text import show
-from .facts import Correction, Facts, Ranking
+from .facts import Facts
+from .views import Correction, Ranking
 
 _WIDTH, _HEIGHT = 960, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 58, 34

@@ -6,7 +6,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from ..run.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
+from ..run.events import Place, Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from ..text import format_seconds, show
 from .reporters import describe_place
 
@@ -29,9 +29,11 @@ class LoggingReporter:
             self._file.write_text("", encoding="utf-8")
             self._is_begun = True
         self._write(f"{event.recipe}: {', '.join(event.steps)}")
-        if event.place is not None:
-            self._write(describe_place(event.place))
         self._inner.run_started(event)
+
+    def computing(self, event: Place) -> None:
+        self._write(describe_place(event))
+        self._inner.computing(event)
 
     def step_started(self, event: StepStarted) -> None:
         self._write(f"{event.step}: started ({event.stage})")

@@ -44,6 +44,7 @@ class QuietReporter:
     is_for_programs = False
 
     def run_started(self, event: RunStarted) -> None: ...
+    def computing(self, event: Place) -> None: ...
     def step_started(self, event: StepStarted) -> None: ...
     def progress(self, event: Progress) -> None: ...
     def progress_ended(self, step: str, description: str) -> None: ...
@@ -69,6 +70,9 @@ class JsonReporter(QuietReporter):
 
     def run_started(self, event: RunStarted) -> None:
         self._write("run_started", event)
+
+    def computing(self, event: Place) -> None:
+        self._write("computing", event)
 
     def step_started(self, event: StepStarted) -> None:
         self._write("step_started", event)
@@ -113,9 +117,8 @@ class LineReporter(QuietReporter):
         self._alike: Counter[str] = Counter()
         """How many notes of the step begin alike."""
 
-    def run_started(self, event: RunStarted) -> None:
-        if event.place is not None:
-            self._say(describe_place(event.place))
+    def computing(self, event: Place) -> None:
+        self._say(describe_place(event))
 
     def step_started(self, event: StepStarted) -> None:
         self._last_line = time.monotonic()

@@ -76,8 +76,7 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
     group.agree_on("recipes", json.dumps([[step.id, step.stage.name, step.stage.model_dump(mode="json")] for step in plan.steps]))
     if group.leads:
         store.prepare()
-        steps = [step.id for step in plan.steps]
-        reporter.run_started(RunStarted(str(plan.recipe_path), steps, describe_place(plan, store, machine, group)))
+        reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
         base = open_model(plan.model, store.digest_of)
         group.tell("the model's digest is known")
     else:
@@ -185,6 +184,7 @@ def _get_outputs(
     cached: bool = group.tell(result is not None)
     if not cached:
         if not state.is_inspected:
+            reporter.computing(describe_place(plan, store, machine, group))
             rest = plan.steps[plan.steps.index(step) :]
             memory = group.least(machine.budget("cpu", group))
             with heard(lambda text: reporter.note(step.id, text), state.heard):
