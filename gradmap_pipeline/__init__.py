@@ -87,6 +87,13 @@ if TYPE_CHECKING:
     from .correction.writers import Writer as Writer
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
+    from .data.answers import (
+        Answer as Answer,
+        Answers as Answers,
+        Prompts as Prompts,
+        answer_prompts as answer_prompts,
+        repetition as repetition,
+    )
     from .data.calibration_set import (
         CalibrationForecast as CalibrationForecast,
         CalibrationPart as CalibrationPart,

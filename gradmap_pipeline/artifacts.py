@@ -71,6 +71,9 @@ def only_for_people(text: str, info: SerializationInfo) -> str:
 LINEAGE = "gradmap.json"
 """In every export: how it came to be, with the digests of the other files."""
 
+PAGE = "report.html"
+"""In every export: the same for people, as a page that a browser shows."""
+
 
 _MOVED = {"count_bytes": "size_bytes", "kind": "format_name"}
 """Earlier names of artifacts' members, and the properties that they are now."""

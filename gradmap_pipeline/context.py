@@ -36,6 +36,8 @@ class FinishedStep:
     options: dict[str, Any]
     outputs: dict[str, Any]
     """Each artifact's JSON."""
+    seconds: float | None = None
+    """What the result took when it was computed; None where that is not known."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ def _escape(character: str) -> str:
     return _NAMED.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
 
 
+NARROW = 110
+"""Columns of a terminal below which tables of many columns become lists."""
+
+
 def make_console() -> Console:
     """A console as wide as the terminal, or wide enough that a log loses nothing; what it is given is text, never markup."""
     from rich.console import Console
@@ -101,3 +105,28 @@ def _finite(value: Any) -> Any:
 def name_without_place(name: str) -> str:
     """The name of a data set without the folders of this machine that it lies in, for what is passed on."""
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Short text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min, 12 days, 31,710 years."""
+    if seconds is None:
+        return "?"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    days = whole // 86400
+    if days < 3:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{days} days" if days < 3 * 365 else f"{days // 365:,} years"
+
+
+def format_bytes(size: float) -> str:
+    """A size in powers of ten, as disks are sold."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1000:.0f} kB" if size else ""

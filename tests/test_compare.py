@@ -68,6 +68,9 @@ def test_two_recipes_in_one_table(folder: Path) -> None:
     assert len(table) == 5
     assert table[0].startswith("| variant | model | layers |")
     assert ElementTree.parse(folder / "out/comparison/comparison.svg").getroot().tag.endswith("svg")
+    page = (folder / "out/comparison/comparison.html").read_text()
+    assert "<h1>Comparison of 3 models</h1>" in page
+    assert all(f"<td>{name}</td>" in page for name in rows)
 
 
 def test_how_texts_are_packed_is_part_of_a_column(folder: Path) -> None:

@@ -21,9 +21,9 @@ from gradmap_pipeline.cost.machine_speed import time_call
 from gradmap_pipeline.cost.model_costs import ModelCosts
 from gradmap_pipeline.machine.machine import Machine
 from gradmap_pipeline.machine.memory import give_back, resident_bytes
-from gradmap_pipeline.report.reporters import format_seconds
 from gradmap_pipeline.run import costs
 from gradmap_pipeline.sweep import layerwise, weight_sources
+from gradmap_pipeline.text import format_seconds
 
 RECIPE = """\
 version: 1

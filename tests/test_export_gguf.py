@@ -54,7 +54,7 @@ def test_converter_gets_the_pruned_model(graph: ModelGraph, tmp_path: Path) -> N
     stage = ExportGguf(to=tmp_path / "out", converter=make_converter(tmp_path, WRITES), python=Path(sys.executable), type="q8_0")
     exported = run_stage(stage, tmp_path / "step", model=graph).exported
     assert (tmp_path / "out" / "model-q8_0.gguf").read_bytes() == b'GGUF[3, "q8_0"]'
-    assert exported.files.keys() == {"model-q8_0.gguf", "README.md", "gradmap.json"}
+    assert exported.files.keys() == {"model-q8_0.gguf", "README.md", "gradmap.json", "report.html"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "bytes in `model-q8_0.gguf`." in card
     assert "\nWeights quantised: Q8_0.\n" in card

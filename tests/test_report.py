@@ -15,14 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gradmap_pipeline import Artifact, Evaluation, ModelGraph, TensorFile
 from gradmap_pipeline.checkpoint.graph import open_folder
-from gradmap_pipeline.report import reporters
-from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_seconds, print_summary
-from gradmap_pipeline.run.events import Progress, RunFinished, RunStarted, StepFinished
+from gradmap_pipeline.cost.estimate import Estimate
+from gradmap_pipeline.recipe.catalog import load_catalog
+from gradmap_pipeline.recipe.plan import make_plan
+from gradmap_pipeline.recipe.recipe import load_recipe
+from gradmap_pipeline.report import cost_table, plan_table, reporters
+from gradmap_pipeline.report.log_file import LoggingReporter
+from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_rate, print_summary
+from gradmap_pipeline.run.costs import PlanCosts, StepCost
+from gradmap_pipeline.run.events import Place, Progress, RunFinished, RunStarted, StepFinished
 from gradmap_pipeline.run.measured import Measured, read_metrics
 from gradmap_pipeline.run.summary import ModelRow, Summary, summarise
+from gradmap_pipeline.text import format_seconds
 
 
 @pytest.fixture
@@ -244,3 +252,113 @@ def test_terminal_shows_a_bar_with_rate_and_time_left(llama: Path, tmp_path: Pat
     assert re.search(r"wait: sleep well .*\d+/20 +[\d.]+ nap/s +0:00:0\d", plain)
     assert "slept" in plain
     assert re.search(r"wait: done \(\d+(\.\d)? s\)", plain)
+
+
+def test_run_begins_with_what_it_computes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    place = Place("docs-llama", "cpu", "float32", 2, 3 << 30, "/tmp/store")
+    LineReporter().computing(place)
+    assert capsys.readouterr().out == "docs-llama on cpu in float32, 2 threads, 3.00 GiB of memory; store /tmp/store\n"
+    several = Place("\x1b[1mm", "cuda:0", "bfloat16", 1, 1 << 30, "s", processes=8)
+    LineReporter().computing(several)
+    told = "\\x1b[1mm on cuda:0 in bfloat16, 1 thread, 1.00 GiB of memory each, 8 processes; store s\n"
+    assert capsys.readouterr().out == told
+
+
+def tell_notes(reporter: LineReporter) -> None:
+    for layer in range(8):
+        reporter.note("fix", f"layer {layer}: better by {layer}")
+    for text in ("wrote it", "warning: one", "warning: two", "warning: three", "warning: four"):
+        reporter.note("fix", text)
+
+
+def test_notes_on_one_layer_after_another_are_folded_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = LineReporter()
+    tell_notes(reporter)
+    reporter.step_finished(StepFinished("fix", "fix", False, 1.0, 1.0, {}))
+    reporter.note("again", "layer 7: better by 7")
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"  layer {layer}: better by {layer}" for layer in range(3)),
+        *("  wrote it", "  warning: one", "  warning: two", "  warning: three", "  warning: four"),
+        "  and 5 more of this kind; -v shows them, and gradmap.log in the store has them",
+        "fix: done (1.0 s)",
+        "  layer 7: better by 7",
+    ]
+    tell_notes(reporter)
+    reporter.error(4, "broken", None)
+    assert "  and 6 more of this kind" in capsys.readouterr().out
+
+
+def test_verbose_prints_every_note(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = LineReporter(verbose=True)
+    tell_notes(reporter)
+    reporter.step_finished(StepFinished("fix", "fix", False, 1.0, 1.0, {}))
+    assert [line for line in capsys.readouterr().out.splitlines() if "layer" in line] == [
+        f"  layer {layer}: better by {layer}" for layer in range(8)
+    ]
+
+
+def test_log_has_every_note_and_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_text("mine")
+    (tmp_path / "gradmap.log").symlink_to(elsewhere)
+    for _ in range(2):
+        reporter = LoggingReporter(QuietReporter(), tmp_path / "gradmap.log")
+        reporter.note("early", "before the run")
+        reporter.run_started(RunStarted("r.yaml", ["fix"]))
+        reporter.computing(Place("m", "cpu", "float32", 1, 1 << 30, "s"))
+        for layer in range(8):
+            reporter.note("fix", f"layer {layer}: \x1b[31mred")
+        reporter.error(4, "broken", "step 'fix'")
+    lines = (tmp_path / "gradmap.log").read_text().splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in lines] == [
+        "r.yaml: fix",
+        "m on cpu in float32, 1 thread, 1.00 GiB of memory; store s",
+        *(f"fix: layer {layer}: \\x1b[31mred" for layer in range(8)),
+        "error 4: step 'fix': broken",
+    ]
+    assert elsewhere.read_text() == "mine"
+    assert capsys.readouterr().err.count("error: step 'fix': broken") == 2
+
+
+def test_log_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
+    (tmp_path / "gradmap.log").mkdir()
+    reporter = LoggingReporter(QuietReporter(), tmp_path / "gradmap.log")
+    reporter.run_started(RunStarted("r.yaml", []))
+    reporter.note("fix", "told")
+    assert (tmp_path / "gradmap.log").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [
+        (12345.6, "12,346 token/s"),
+        (100.0, "100 token/s"),
+        (12.34, "12.3 token/s"),
+        (1.0, "1 token/s"),
+        (0.4, "2.5 s a token"),
+        (0.002, "8 min 20 s a token"),
+    ],
+)
+def test_rates(rate: float, shown: str) -> None:
+    assert format_rate(rate, "token") == shown
+
+
+def test_plan_loses_nothing_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    for module in (plan_table, cost_table):
+        monkeypatch.setattr(module, "make_console", lambda: Console(file=stream, width=80, markup=False, highlight=False))
+    plan = make_plan(load_recipe(Path(__file__).parent.parent / "recipes" / "quickstart.yaml"), load_catalog())
+    plan_table.print_plan(plan)
+    lines = {"layer weights": 3 << 30, "hidden states": 2 << 30}
+    estimate = Estimate(5 << 30, 10**9, 10**6, flops=1e15, seconds=3000.0, how="layers stay in memory, graphs kept", lines=lines)
+    steps = [StepCost(step.id, 10**9, estimate) for step in plan.steps]
+    cost_table.print_costs(PlanCosts(8 << 30, [*steps, StepCost("large", None, None, "too large")]))
+    shown = stream.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    joined = " ".join(shown.split())
+    assert 'dataset: {"builtin": "heldout"}, samples: 128, sequence_length: 256, max_perplexity_ratio: 1.8' in joined
+    assert "evaluate_pruned (evaluate) takes prune" in joined
+    assert "project_compensate takes prune, calibrate: 9 layers" in joined
+    assert "project_compensate 5.00 GiB 1.0 GB 1.0 MB 1.0e+15 50 min 00 s" in joined
+    assert "does not fit" in joined
+    assert joined.count("graphs kept") == len(plan.steps)

@@ -108,13 +108,17 @@ def test_json_events(folder: Path) -> None:
     told = events(gradmap("run", "r.yaml", "--json"))
     assert [event["event"] for event in told if event["event"] not in ("progress", "note")] == [
         "run_started",
-        *["step_started", "step_finished"] * 8,
+        *["step_started", "computing", "step_finished"],
+        *["step_started", "step_finished"] * 7,
         "run_finished",
     ]
     notes = [(event["step"], event["text"]) for event in told if event["event"] == "note"]
     assert ("export", "wrote out: 0.2 MB, loaded back, logits equal") in notes
     finished = {event["step"]: event for event in told if event["event"] == "step_finished"}
-    figures = {"seconds", "computed_seconds", "metrics", "limits"}
+    figures = {"seconds", "computed_seconds", "metrics", "limits", "peak_bytes"}
+    (place,) = [event for event in told if event["event"] == "computing"]
+    assert (place["device"], place["dtype"], place["processes"]) == ("cpu", "float32", 1)
+    assert place["store"] == str((folder / ".gradmap").resolve())
     assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "outputs", *figures}
     assert finished["gradmap_score"]["metrics"] == []
     (metric,) = finished["evaluate"]["metrics"]

@@ -16,7 +16,7 @@ PLUGINS = ROOT / "plugins"
 HEAVY = {"torch", "transformers", "onnx", "datasets", "safetensors", "numpy", "huggingface_hub", "tokenizers", "rich", "matplotlib"}
 ORDER = [
     "api", "interruptions", "errors", "text", "machine", "batches", "metrics", "artifacts", "measurements", "work", "context",
-    "builtin", "checkpoint", "sweep", "data", "correction", "cost", "stages", "recipe", "export", "tasks",
+    "page", "builtin", "checkpoint", "sweep", "data", "correction", "cost", "stages", "recipe", "export", "tasks",
     "run", "report", "testing", "template", "cli", "__main__",
 ]  # fmt: skip
 """Lowest first: a module imports, wherever the import stands, only from those before it, and from its own package."""

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 _UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 """Base of all complaints about arguments; typer has it from click or brings its own."""
 _THREADS_A_CORE = 4
-_STORE_HOLDS = {"steps", "units", "environments", "files.json", "traceback.txt", "stage.log", "quiet.log", ".gitignore"}
+_STORE_HOLDS = {
+    "steps",
+    "units",
+    "runs",
+    "environments",
+    "files.json",
+    "traceback.txt",
+    "stage.log",
+    "quiet.log",
+    "gradmap.log",
+    ".gitignore",
+}
 
 
 class CommandGroup(TyperGroup):

@@ -26,6 +26,7 @@ from .command_arguments import (
 from .command_options import CommandGroup, make_machine, open_store, parse_output, parse_path
 from .ending import endings, tell_end
 from .material_commands import new_plugin, recipes
+from .report import report
 from .suggest import suggest
 from .verify import verify
 
@@ -78,14 +79,19 @@ def run(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing but errors; what others print is in the store's quiet.log.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print every note; gradmap.log in the store has them all.")
+    ] = False,
 ) -> None:
     """Run a recipe. Steps whose results are in the store are not run again."""
+    from ..report.log_file import LoggingReporter
     from ..report.reporters import make_reporter
 
     leads = is_leading(environ)  # of the processes that a launcher started, one reports
     log = store / "quiet.log" if leads else None
     with sole_errors(log, is_wanted=quiet), sole_output(json or quiet) as output:
-        reporter = make_reporter(json=json and leads, quiet=quiet or not leads, stream=output)
+        reporter = make_reporter(json=json and leads, quiet=quiet or not leads, verbose=verbose, stream=output)
+        reporter = LoggingReporter(reporter, store / "gradmap.log") if leads else reporter
         with endings(reporter, store):
             from ..machine.distributed import open_group
             from ..run.runner import run_plan
@@ -93,7 +99,7 @@ def run(
             with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
                 plan = _plan(recipe, overrides, plugins, store)
                 machine = make_machine(device, dtype, threads, memory, host_memory)
-                run_plan(plan, open_store(store), machine, reporter, group)
+                run_plan(plan, open_store(store), machine, reporter, group, is_recorded=True)
 
 
 @app.command()
@@ -248,6 +254,7 @@ def stages(
 
 
 app.command()(verify)
+app.command()(report)
 
 
 @app.command()

@@ -43,8 +43,11 @@ class Chat:
     place: str
     """The place where they stand, for messages."""
 
-    def render(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text that the tokenizer's chat template makes, special tokens included. Raises `StageError`."""
+    def render(self, tokenizer: PreTrainedTokenizerBase, *, is_question: bool = False) -> str:
+        """The text that the tokenizer's chat template makes, special tokens included. Raises `StageError`.
+
+        `is_question`: end it where the answer of the assistant begins.
+        """
         if not getattr(tokenizer, "chat_template", None):
             raise StageError(
                 f"{self.place}: found chat messages, and the tokenizer has no chat template to make text of them; "
@@ -57,7 +60,9 @@ class Chat:
         self._check_roles(template)
         try:
             template = _FIXED_DAY + template if "strftime_now" in template else template
-            text = tokenizer.apply_chat_template(self.messages, chat_template=template, tokenize=False, date_string=_DAY)
+            text = tokenizer.apply_chat_template(
+                self.messages, chat_template=template, tokenize=False, date_string=_DAY, add_generation_prompt=is_question
+            )
         except Exception as error:  # a template may fail in any way its author thought of
             raise StageError(f"{self.place}: the tokenizer's chat template refuses the messages ({error})") from error
         return str(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,12 @@ def make_lineage(
     return {
         "made_by": f"gradmap-pipeline {__version__}",
         "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
-        "base": {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers},
+        "base": describe_base(model),
+        "model": {
+            "label": model.label,
+            "parameters": model.count_parameters(),
+            "bytes": _count_weights(files),
+        },
         "layers_kept": model.layers,
         "layers_removed": model.removed,
         "patched": {name: file.sha256 for name, file in model.patches.items()},
@@ -141,6 +146,13 @@ def make_lineage(
         "max_logit_difference": difference,
         "files": {name: file.model_dump() for name, file in sorted(files.items())},
     }
+
+
+def describe_base(model: ModelGraph) -> dict[str, Any]:
+    """The unpruned model that a model was made from, for machines; `bytes` are those of its weights."""
+    dense = model.dense
+    described = {"name": model.base.name, "sha256": model.base.sha256, "layers": model.base.layers}
+    return described | {"parameters": dense.count_parameters(), "bytes": dense.size_bytes}
 
 
 def check_loading(folder: Path) -> None:
@@ -157,7 +169,14 @@ def extend_lineage(
     """The lineage of a folder that a stage makes from another export: that of the export, with the steps that led here."""
     lineage = _read_lineage(source)
     lineage |= {"steps": _list_steps(stage, context), "max_logit_difference": difference}
+    if isinstance(lineage.get("model"), dict):  # exports of earlier versions do not say
+        lineage["model"]["bytes"] = _count_weights(files)
     return lineage | {"files": {name: file.model_dump() for name, file in sorted(files.items())}}
+
+
+def _count_weights(files: Mapping[str, ExportedFile]) -> int:
+    """Bytes of the files that hold weights."""
+    return sum(file.size for name, file in files.items() if name.endswith(WEIGHTS))
 
 
 def _select_metrics(model: ModelGraph, metrics: Sequence[Metric]) -> list[Metric]:

@@ -45,6 +45,17 @@ def resident_bytes(device: str = "cpu") -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def peak_bytes(device: str = "cpu") -> int | None:
+    """The most that this process has had in memory so far; on a GPU, the most that torch has held there. None: not known."""
+    if is_accelerator(device):
+        return int(module_of(device).max_memory_reserved(device))
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def prefer_huge_pages() -> None:
     """Have torch request large pages, which the system hands out faster. This takes effect before torch is imported."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

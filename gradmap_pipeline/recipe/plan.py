@@ -75,6 +75,10 @@ class Plan:
     recipe_path: Path
     model_forecast: ModelForecast | None
     """What is known of the recipe's model; None where it cannot be read."""
+    recipe_text: str = ""
+    """The recipe as it was read."""
+    overrides: tuple[str, ...] = ()
+    """`--set` options, in order."""
 
 
 def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> Plan:
@@ -89,7 +93,7 @@ def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> 
     if problems or recipe.model is None:
         raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
     forecast: Any = board.forecasts[MODEL_STEP, "model"]
-    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast)
+    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast, recipe.text, tuple(recipe.overrides.values()))
 
 
 def _plan_steps(

@@ -85,6 +85,8 @@ class Recipe:
     broken: frozenset[int] = frozenset()
     """Steps that are invalid in themselves: of these, only the stage and the id are known."""
     problems: tuple[Problem, ...] = ()
+    text: str = ""
+    """The file as it was read."""
 
     def where(self, location: Location) -> str:
         """`file:line:column` of a value, or the command-line option that set it."""
@@ -131,7 +133,7 @@ def read_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
         except RecipeError as error:
             problems += [replace(problem, order=(1, len(applied), 0)) for problem in error.problems]
             faulty.add(_find_target(document.data, override))  # as it stands in the file, it is not what is meant
-    recipe = Recipe(path, document, applied)
+    recipe = Recipe(path, document, applied, text=text)
     try:
         validate(RecipeFile, document.data)
     except Invalid as invalid:

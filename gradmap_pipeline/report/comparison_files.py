@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..machine.extras import explain_missing
 from ..metrics import show_number
+from ..page.comparison import Compared, make_comparison_page
 from ..stages.targets import describe_folder, new_folder
 from ..text import add_row, make_console, make_table, show
 
@@ -40,19 +41,30 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:
-    """Write `comparison.csv` and `comparison.md`, and `comparison.svg` where matplotlib is installed; tell what was done.
+    """Write `comparison.csv`, `comparison.md` and `comparison.html`, and `comparison.svg` where matplotlib is installed.
+
+    Tells what was done.
 
     The folder takes the place of an earlier comparison. Raises `StageError` where it holds anything else.
     """
     missing = explain_missing(("matplotlib",), "plot")
     with new_folder(folder, overwrite=False) as new:
         _write_tables(comparison, new.path)
+        if comparison.rows:
+            compared = [
+                Compared(row.name, row.label, row.layers, row.parameters, row.bytes, row.metrics, row.seconds)
+                for row in comparison.rows
+            ]
+            page = make_comparison_page(compared, comparison.columns, f"gradmap-pipeline {__version__}")
+            (new.path / "comparison.html").write_text(page, encoding="utf-8")
         if missing is None and comparison.rows:
             _draw(comparison, new.path / "comparison.svg")
         files = describe_folder(new.path)
         described = {name: file.model_dump() for name, file in files.items()}
         new.finish({"made_by": f"gradmap-pipeline {__version__}", "holds": "comparison", "files": described}, files)
     yield f"wrote {folder / 'comparison.csv'} and {folder / 'comparison.md'}"
+    if comparison.rows:
+        yield f"wrote {folder / 'comparison.html'}"
     if missing is not None:
         yield f"no plot: it {missing}"
     elif comparison.rows:

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from ..cost.estimate import Estimate
 from ..run.costs import PlanCosts
 from ..sweep.memory_plan import format_size
-from ..text import add_row, dump_json, make_console, make_table
-from .reporters import format_seconds
+from ..text import NARROW, add_row, dump_json, format_bytes, format_seconds, make_console, make_table
 
 
 def print_costs(costs: PlanCosts | None) -> None:
@@ -17,26 +16,33 @@ def print_costs(costs: PlanCosts | None) -> None:
     if costs is None:
         console.print("What it takes can be said when the model is on this machine.")
         return
-    columns = ("parameters", "memory", "read", "written", "FLOPs", "time")
-    table = make_table("step", *columns, "how", right=columns, fold=True)
-    for step in costs.steps:
-        parameters = "" if step.parameters is None else f"{step.parameters:,}"
-        if step.estimate is not None and step.obstacle:
-            add_row(table, step.step, parameters, *_cells(step.estimate), "does not fit")
-        elif step.estimate is None:
-            add_row(table, step.step, parameters, *["?"] * 5, "does not fit" if step.obstacle else "")
+    is_narrow = console.width < NARROW
+    columns: tuple[str, ...] = ("memory", "read", "written", "FLOPs", "time")
+    columns = columns if is_narrow else ("parameters", *columns)
+    table = make_table("step", *columns, *(() if is_narrow else ("how",)), right=columns, fold=True)
+
+    def add(step: str, parameters: int | None, cells: list[str], how: str) -> None:
+        if is_narrow:
+            add_row(table, step, *cells)
         else:
-            add_row(table, step.step, parameters, *_cells(step.estimate), step.estimate.how)
+            add_row(table, step, "" if parameters is None else f"{parameters:,}", *cells, how)
+
+    for step in costs.steps:
+        cells = ["?"] * 5 if step.estimate is None else _cells(step.estimate)
+        how = "" if step.estimate is None else step.estimate.how
+        add(step.step, step.parameters, cells, "does not fit" if step.obstacle else how)
     table.add_section()
     is_known = all(step.estimate for step in costs.steps)
-    add_row(table, "all" if is_known else "all that is known", "", *_cells(costs.total), "")
+    add("all" if is_known else "all that is known", None, _cells(costs.total), "")
     console.print(table)
     memory = make_table("step", "memory at its peak", fold=True)
     for step in costs.steps:
         lines = {} if step.estimate is None else step.estimate.lines
         largest = sorted(((size, line) for line, size in lines.items() if size >= 1 << 20), reverse=True)
-        if largest:
-            add_row(memory, step.step, ", ".join(f"{line} {format_size(size)}" for size, line in largest))
+        listed = ", ".join(f"{line} {format_size(size)}" for size, line in largest)
+        how = ("does not fit" if step.obstacle else step.estimate.how if step.estimate else "") if is_narrow else ""
+        if listed or how:
+            add_row(memory, step.step, "; ".join(filter(None, (listed, how))))
     console.print(memory)
     console.print(
         f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
@@ -52,16 +58,8 @@ def costs_as_json(costs: PlanCosts | None) -> str:
 def _cells(estimate: Estimate) -> list[str]:
     return [
         format_size(estimate.peak_bytes) if estimate.peak_bytes else "",
-        _format_bytes(estimate.bytes_read),
-        _format_bytes(estimate.bytes_written),
+        format_bytes(estimate.bytes_read),
+        format_bytes(estimate.bytes_written),
         f"{estimate.flops:.1e}" if estimate.flops else "",
         format_seconds(estimate.seconds),
     ]
-
-
-def _format_bytes(size: int) -> str:
-    """A size in powers of ten, as disks are sold."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1000:.0f} kB" if size else ""

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
+from collections import Counter
 from typing import IO, TYPE_CHECKING, Any
 
 from ..machine.streams import error_stream, is_lost
-from ..run.events import Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
+from ..run.events import Place, Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from ..run.summary import ModelRow, Summary
-from ..text import add_row, dump_json, make_console, make_table, say, show
+from ..sweep.memory_plan import format_size
+from ..text import add_row, dump_json, format_seconds, make_console, make_table, say, show
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars, TaskID
+    from rich.status import Status
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_EVENTS = 0.5
 _SECONDS_BEFORE_BAR = 1.0
+_NOTES_ALIKE = 3
+"""Notes of one step that begin alike, numbers apart, and are all shown."""
 _MOST_METRICS_BESIDE = 3
 """Metrics that fit as columns into the table of models; more get a table of their own."""
 
 
-def make_reporter(*, json: bool = False, quiet: bool = False, stream: IO[str] | None = None, has_tables: bool = True) -> Reporter:
-    """The reporter that fits the options and standard output. `stream`: gets the JSON. `has_tables`: at the end of a run."""
+def make_reporter(
+    *, json: bool = False, quiet: bool = False, verbose: bool = False, stream: IO[str] | None = None, has_tables: bool = True
+) -> Reporter:
+    """The reporter that fits the options and standard output.
+
+    `stream`: gets the JSON. `verbose`: every note. `has_tables`: at the end of a run.
+    """
     if json:
         return JsonReporter(stream or sys.stdout)
     if quiet:
         return QuietReporter()
-    reporter = TerminalReporter() if sys.stdout.isatty() else LineReporter()
+    reporter = TerminalReporter(verbose) if sys.stdout.isatty() else LineReporter(verbose)
     reporter.has_tables = has_tables
     return reporter
 
@@ -40,6 +51,7 @@ class QuietReporter:
     is_for_programs = False
 
     def run_started(self, event: RunStarted) -> None: ...
+    def computing(self, event: Place) -> None: ...
     def step_started(self, event: StepStarted) -> None: ...
     def progress(self, event: Progress) -> None: ...
     def progress_ended(self, step: str, description: str) -> None: ...
@@ -65,6 +77,9 @@ class JsonReporter(QuietReporter):
 
     def run_started(self, event: RunStarted) -> None:
         self._write("run_started", event)
+
+    def computing(self, event: Place) -> None:
+        self._write("computing", event)
 
     def step_started(self, event: StepStarted) -> None:
         self._write("step_started", event)
@@ -100,13 +115,19 @@ class JsonReporter(QuietReporter):
 
 
 class LineReporter(QuietReporter):
-    """Plain lines, for logs."""
+    """Plain lines, for logs. Of many notes that say the same of one layer after another, some; `verbose`: all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool = False) -> None:
         self.console = make_console()
+        self._is_verbose = verbose
         self.has_tables = True
         """Whether tables end a run."""
         self._last_line = 0.0
+        self._alike: Counter[str] = Counter()
+        """How many notes of the step begin alike."""
+
+    def computing(self, event: Place) -> None:
+        self._say(describe_place(event))
 
     def step_started(self, event: StepStarted) -> None:
         self._last_line = time.monotonic()
@@ -117,13 +138,17 @@ class LineReporter(QuietReporter):
             self._last_line = now
             left = f", {format_seconds(event.seconds_left)} left" if event.seconds_left is not None else ""
             detail = f", {event.detail}" if event.detail else ""
-            done = f"{event.done}/{event.total}{detail}, {event.rate:.2g} {event.unit}/s{left}"
+            done = f"{event.done:,}/{event.total:,}{detail}, {format_rate(event.rate, event.unit)}{left}"
             self._say(f"{event.step}: {event.description} {done}")
 
     def note(self, step: str, text: str) -> None:
-        self._say(f"  {text}")
+        beginning = re.sub(r"[0-9]+", "#", text.partition(":")[0])
+        self._alike[beginning] += 1
+        if self._is_verbose or "#" not in beginning or self._alike[beginning] <= _NOTES_ALIKE:
+            self._say(f"  {text}")
 
     def step_finished(self, event: StepFinished) -> None:
+        self._tell_folded()
         how = "from the store" if event.cached else format_seconds(event.seconds)
         self._say(f"{event.step}: done ({how})")
 
@@ -134,6 +159,17 @@ class LineReporter(QuietReporter):
     def run_stopped(self, event: RunFinished) -> None:
         self.progress_ended("", "")
         self.run_finished(event)
+
+    def error(self, exit_code: int, message: str, where: str | None) -> None:
+        self._tell_folded()
+        super().error(exit_code, message, where)
+
+    def _tell_folded(self) -> None:
+        """How many notes were not shown, and where they are."""
+        folded = sum(count - _NOTES_ALIKE for beginning, count in self._alike.items() if "#" in beginning and count > _NOTES_ALIKE)
+        if folded and not self._is_verbose:
+            self._say(f"  and {folded} more of this kind; -v shows them, and gradmap.log in the store has them")
+        self._alike.clear()
 
     def _say(self, text: str) -> None:
         say(self.console, text)
@@ -159,11 +195,21 @@ class CompareReporter(QuietReporter):
 class TerminalReporter(LineReporter):
     """Lines, with a bar for whatever takes longer than a second."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, verbose: bool = False) -> None:
+        super().__init__(verbose)
+        self._status: Status | None = None
+        """Names the step from its start until it has a bar."""
         self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._since: float | None = None
+
+    def step_started(self, event: StepStarted) -> None:
+        super().step_started(event)
+        self._start_status(event.step)
+
+    def step_finished(self, event: StepFinished) -> None:
+        self._stop_status()
+        super().step_finished(event)
 
     def progress(self, event: Progress) -> None:
         now = time.monotonic()
@@ -171,19 +217,39 @@ class TerminalReporter(LineReporter):
         if self._bars is None and now - self._since >= _SECONDS_BEFORE_BAR:
             self._start_bar(event)
         if self._bars is not None and self._task is not None:
-            rate = show(f"{event.rate:.3g} {event.unit}/s") if event.rate else ""
+            rate = show(format_rate(event.rate, event.unit)) if event.rate else ""
             self._bars.update(self._task, completed=event.done, rate=", ".join(filter(None, (rate, show(event.detail)))))
 
     def progress_ended(self, step: str, description: str) -> None:
         if self._bars is not None:
             self._bars.stop()
+            self._start_status(step)
         self._bars = self._task = self._since = None
+
+    def run_finished(self, event: RunFinished) -> None:
+        self._stop_status()
+        super().run_finished(event)
 
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         self.progress_ended("", "")
+        self._stop_status()
         super().error(exit_code, message, where)
 
+    def _start_status(self, step: str) -> None:
+        from rich.text import Text
+
+        self._stop_status()
+        if step:
+            self._status = self.console.status(Text(show(step)))
+            self._status.start()
+
+    def _stop_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+        self._status = None
+
     def _start_bar(self, event: Progress) -> None:
+        self._stop_status()
         from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -230,18 +296,16 @@ def _show_figure(row: ModelRow, column: str) -> str:
     return row.metrics[column].figure if column in row.metrics else ""
 
 
-def format_seconds(seconds: float | None) -> str:
-    """Short text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min, 12 days, 31,710 years."""
-    if seconds is None:
-        return "?"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    days = whole // 86400
-    if days < 3:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{days} days" if days < 3 * 365 else f"{days // 365:,} years"
+def describe_place(place: Place) -> str:
+    """What a run starts from and where it computes, in one line."""
+    threads = f"{place.threads} thread{'' if place.threads == 1 else 's'}"
+    processes = f", {place.processes} processes" if place.processes > 1 else ""
+    memory = f"{format_size(place.memory)} of memory{' each' if processes else ''}"
+    return f"{place.model} on {place.device} in {place.dtype}, {threads}, {memory}{processes}; store {place.store}"
+
+
+def format_rate(rate: float, unit: str) -> str:
+    """Units a second, or, where one takes longer, the time that each takes: `0.4 layer/s` is `2.5 s a layer`."""
+    if rate < 1:
+        return f"{format_seconds(1 / rate)} a {unit}"
+    return f"{rate:,.0f} {unit}/s" if rate >= 100 else f"{rate:.3g} {unit}/s"

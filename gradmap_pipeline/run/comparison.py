@@ -19,7 +19,7 @@ from ..recipe.places import Place, find_model_places, find_read_places
 from ..recipe.plan import Plan, make_plan
 from ..recipe.recipe import MODEL_STEP, load_recipe
 from ..recipe.yaml_positions import load_yaml
-from ..stages.targets import check_target, find_foreign_files
+from ..stages.targets import check_target, find_clashing_export, find_foreign_files
 from ..work import Work
 from .events import Reporter
 from .measured import name_columns
@@ -89,6 +89,9 @@ def check_folder(folder: Path, variants: Sequence[Variant], places: Sequence[Pla
     hit = next((place for place in taken if place.find_relation(target)), None)
     if hit is not None:
         raise CommandError(f"--out {str(folder)!r} {hit.find_relation(target)} {hit.name}; choose another folder")
+    clash = find_clashing_export(target)
+    if clash is not None:
+        raise CommandError(f"--out {str(folder)!r} {clash}; choose another folder")
     try:
         check_target(folder, overwrite=True)
     except OptionError as error:

@@ -12,6 +12,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A model, and where a run computes with it."""
+
+    model: str
+    device: str
+    """As torch names it."""
+    dtype: str
+    threads: int
+    memory: int
+    """Bytes that each process may have resident; on a GPU, there."""
+    store: str
+    processes: int = 1
+
+
+@dataclass(frozen=True)
 class RunStarted:
     recipe: str
     steps: list[str]
@@ -52,6 +67,8 @@ class StepFinished:
     """Metrics that the outputs carry."""
     limits: list[CheckedLimit] = field(default_factory=list)
     """Limits that the recipe sets, kept or missed."""
+    peak_bytes: int | None = None
+    """The most memory that the process had held when the result was computed; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Reporter(Protocol):
         ...
 
     def run_started(self, event: RunStarted) -> None: ...
+    def computing(self, event: Place) -> None: ...
     def step_started(self, event: StepStarted) -> None: ...
     def progress(self, event: Progress) -> None: ...
     def progress_ended(self, step: str, description: str) -> None: ...

@@ -19,7 +19,7 @@ from ..interruptions import is_interruption
 from ..machine.distributed import ProcessGroup
 from ..machine.environment import Workplace
 from ..machine.machine import ALONE, Machine
-from ..machine.memory import give_back, tune_allocator
+from ..machine.memory import give_back, peak_bytes, tune_allocator
 from ..metrics import Metric
 from ..recipe.plan import Plan, PlannedStep
 from .events import Reporter, RunFinished, RunStarted, StepFinished, StepStarted
@@ -28,6 +28,7 @@ from .keys import make_key
 from .limits import check_limits, raise_missed
 from .listening import heard
 from .measured import Measured, read_metrics
+from .record import describe_place, make_record
 from .stage_call import call_stage, check_outputs, keep_outputs, noticing_loss, scratch_step
 from .step_context import KeptTensorUnits, memory_of, progress_of
 from .store import Store
@@ -51,10 +52,13 @@ class RunState:
     """What libraries have said, and was told."""
 
 
-def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup = ALONE) -> RunState:
+def run_plan(
+    plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup = ALONE, *, is_recorded: bool = False
+) -> RunState:
     """Run every step in order; what the store holds is not run again.
 
     All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
+    `is_recorded`: keep there what the run came to, for `gradmap report`.
     """
     for step in plan.steps:
         _ = step.code.digest  # of the code that is about to run, whatever is edited meanwhile
@@ -62,12 +66,12 @@ def run_plan(plan: Plan, store: Store, machine: Machine, reporter: Reporter, gro
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
     try:
-        return _run_steps(plan, store, machine, reporter, group)
+        return _run_steps(plan, store, machine, reporter, group, is_recorded)
     finally:
         store.close()
 
 
-def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup) -> RunState:
+def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup, is_recorded: bool) -> RunState:
     started = time.monotonic()
     group.agree_on("recipes", json.dumps([[step.id, step.stage.name, step.stage.model_dump(mode="json")] for step in plan.steps]))
     if group.leads:
@@ -81,16 +85,20 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
     group.agree_on("models", base.digest)
     state = RunState(outputs={"model": {"model": base}}, lineage={"model": ()})
 
-    def finish() -> RunFinished:
+    def finish(failure: str = "") -> RunFinished:
         tables = summarise(state.outputs, state.measured, state.finished)
-        return RunFinished(seconds=time.monotonic() - started, summary=tables)
+        ended = RunFinished(seconds=time.monotonic() - started, summary=tables)
+        if is_recorded and group.leads:
+            record = make_record(plan, machine, base, state.outputs, state.finished, ended, failure)
+            store.save_run(plan.recipe_path, record)
+        return ended
 
     try:
         for step in plan.steps:
             with _naming_unforeseen(step):
                 _run_step(step, plan, store, machine, reporter, state, group)
-    except QualityError:
-        reporter.run_stopped(finish())
+    except QualityError as error:
+        reporter.run_stopped(finish(str(error)))
         raise
     reporter.run_finished(finish())
     return state
@@ -124,7 +132,8 @@ def _run_step(
     outputs, key, cached = _get_outputs(step, inputs, [one.metric for one in known], lineage, *parts)
     state.outputs[step.id] = outputs
     options = step.stage.model_dump(mode="json", by_alias=True)
-    this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()})
+    seconds = store.seconds_of(name, key)
+    this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()}, seconds)
     state.lineage[step.id] = (*lineage, this)
     with _naming(step):
         metrics = read_metrics(outputs)
@@ -142,10 +151,11 @@ def _run_step(
         stage=name,
         cached=cached,
         seconds=time.monotonic() - started,
-        computed_seconds=store.seconds_of(name, key),
+        computed_seconds=seconds,
         outputs={output: artifact.model_dump(mode="json") for output, artifact in outputs.items()},
         metrics=metrics,
         limits=limits,
+        peak_bytes=store.peak_of(name, key),
     )
     state.finished.append(finished)
     reporter.step_finished(finished)
@@ -174,6 +184,7 @@ def _get_outputs(
     cached: bool = group.tell(result is not None)
     if not cached:
         if not state.is_inspected:
+            reporter.computing(describe_place(plan, store, machine, group))
             rest = plan.steps[plan.steps.index(step) :]
             memory = group.least(machine.budget("cpu", group))
             with heard(lambda text: reporter.note(step.id, text), state.heard):
@@ -217,6 +228,7 @@ def _get_outputs(
                         "options": step.stage.model_dump(mode="json", by_alias=True),
                     }
                     record["seconds"] = time.monotonic() - called + sum(found_finished)
+                    record["peak_bytes"] = peak_bytes(device)
                     result = keep_outputs(result, step, store, folder, key, record)
                     tensors.drop()
             give_back(between_steps=True)

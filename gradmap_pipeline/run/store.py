@@ -19,6 +19,7 @@ from ..artifacts import Artifact, TensorFile
 from ..errors import StageError, first_line
 from ..machine.atomic_folder import atomic_folder, clear_unfinished_folders, replace_folder, write_file
 from ..machine.digests import sha256_of, sha256_of_value
+from ..text import dump_json
 from .output_checks import dump_outputs
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ class Store:
     """A folder of results, shared by all recipes that use it.
 
     steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json (and .safetensors, of steps at work)
-    files.json (digests of files elsewhere)
+    files.json (digests of files elsewhere)     runs/<recipe>-<digest of its path>.json (the latest run of each recipe)
     traceback.txt (of the latest stage that failed unexpectedly)
     environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
+    gradmap.log (what the latest run told, every note among it)
     quiet.log (what others than this program printed in the latest run under --quiet)
 
     Whatever is read is compared with its digest first. What does not fit counts as not there, so it is made again.
@@ -64,7 +66,7 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folder, keep it out of git, and clear away what killed runs left."""
-        for name in ("steps", "units", "environments"):
+        for name in ("steps", "units", "runs", "environments"):
             _remove_unless(Path.is_dir, self.root / name)
             (self.root / name).mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
@@ -148,6 +150,19 @@ class Store:
     def seconds_of(self, stage: str, key: str) -> float:
         """What a finished step took when it ran, with the units it found finished."""
         return float(_read_object(self._step(stage, key) / _OUTPUTS).get("seconds", 0.0))
+
+    def peak_of(self, stage: str, key: str) -> int | None:
+        """The most memory that the process had held when a step finished, in bytes; None: not known."""
+        peak = _read_object(self._step(stage, key) / _OUTPUTS).get("peak_bytes")
+        return peak if isinstance(peak, int) else None
+
+    def save_run(self, recipe: Path, record: dict[str, Any]) -> None:
+        """Keep what a run came to, in the place of an earlier run of the recipe in this file."""
+        self._write(self._run(recipe), json.dumps(_with_digest(json.loads(dump_json(record)))))
+
+    def load_run(self, recipe: Path) -> dict[str, Any] | None:
+        """The record of the latest run of the recipe in this file; None where there is none, or it is not as it was written."""
+        return _read_object(self._run(recipe)) or None
 
     def load_unit(self, stage: str, key: str) -> dict[str, Any] | None:
         """A finished unit of work: `value` (JSON) and the `seconds` it took; or None."""
@@ -254,6 +269,9 @@ class Store:
 
     def _step(self, stage: str, key: str) -> Path:
         return self.root / "steps" / f"{stage}-{key[:_SHORT]}"
+
+    def _run(self, recipe: Path) -> Path:
+        return self.root / "runs" / f"{recipe.stem[:64]}-{sha256_of_value(str(recipe.resolve()))[:_SHORT]}.json"
 
     def _unit(self, stage: str, key: str) -> Path:
         return self.root / "units" / f"{stage}-{sha256_of_value([stage, key])[: 2 * _SHORT]}.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from ..artifacts import LINEAGE, ExportedFile
+from ..artifacts import LINEAGE, PAGE, ExportedFile
 from ..errors import GradmapError, OptionError, StageError
 from ..machine.atomic_folder import atomic_folder, replace_folder
 from ..machine.digests import sha256_of, sha256_of_value
@@ -77,11 +77,16 @@ def _is_as_written(file: Path, written: ExportedFile, reads_files: bool) -> bool
 
 def find_clashing_export(target: Path) -> str | None:
     """How a folder that is about to be written, an absolute path, would spoil another export: it lies in one, or holds one."""
-    outer = next((folder for folder in target.parents if _is_export(folder)), None)
+    outer = find_surrounding_export(target)
     if outer is not None:
         return f"lies in {str(outer)!r}, which is an export"
     inner = next((file.parent for file in sorted(target.rglob(LINEAGE)) if file.parent != target and _is_export(file.parent)), None)
     return None if inner is None else f"holds {str(inner)!r}, which is another export"
+
+
+def find_surrounding_export(path: Path) -> Path | None:
+    """The export that a path, an absolute one, lies in."""
+    return next((folder for folder in path.parents if _is_export(folder)), None)
 
 
 def _is_export(folder: Path) -> bool:
@@ -133,7 +138,7 @@ class NewFolder:
     """Files in the target that may be deleted though no export left them there."""
 
     def finish(self, lineage: dict[str, Any], files: Mapping[str, ExportedFile]) -> dict[str, ExportedFile]:
-        """Write how the folder came to be, and put it in its place; return all its files, the lineage included.
+        """Write how the folder came to be, for machines and for people, and put it in its place; return all its files.
 
         All files may be read by whom a new file of this process may be: libraries that write through a temporary file leave 0600.
 
@@ -141,6 +146,7 @@ class NewFolder:
         """
         content = json.loads(json.dumps(lineage, allow_nan=False))
         content.pop(OWN_DIGEST, None)  # of the export that this one is made from
+        files = {**files, **self._write_page(content)}
         content[OWN_DIGEST] = sha256_of_value(content)
         (self.path / LINEAGE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         everything = {**files, LINEAGE: describe_file(self.path / LINEAGE)}
@@ -156,6 +162,22 @@ class NewFolder:
                     )
         replace_folder(self.path, self.target)
         return everything
+
+    def _write_page(self, lineage: dict[str, Any]) -> dict[str, ExportedFile]:
+        """The page of an export, made from its lineage alone, which then has its digest; none where the folder is no export."""
+        from ..page.facts import facts_of_lineage
+        from ..page.page import make_page
+
+        if not isinstance(lineage.get("files"), dict):
+            return {}
+        lineage["files"].pop(PAGE, None)  # of the export that this one is made from
+        facts = facts_of_lineage(lineage)
+        if facts is None:
+            return {}
+        (self.path / PAGE).write_text(make_page(facts), encoding="utf-8")
+        page = describe_file(self.path / PAGE)
+        lineage["files"] = dict(sorted({**lineage["files"], PAGE: page.model_dump()}.items()))
+        return {PAGE: page}
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from pydantic import BaseModel
 
 from gradmap_pipeline import (
     SHUFFLE_POOL,
+    Answer,
+    Answers,
     CalibrationPart,
     CalibrationSet,
     CalibrationSource,
@@ -15,7 +17,9 @@ from gradmap_pipeline import (
     ModelGraph,
     ModelSource,
     OptionError,
+    Prompts,
     Stage,
+    answer_prompts,
     check_length,
     check_tokenizer,
     count_embeddings,
@@ -24,6 +28,7 @@ from gradmap_pipeline import (
     load_tokenizer,
     make_sequences,
     open_model,
+    repetition,
 )
 from gradmap_pipeline.testing import make_context, make_inputs
 
@@ -67,3 +72,13 @@ class UseText(Stage):
 
 inputs = make_inputs(UseText, Path("inputs"))
 check_tokenizer(inputs["calibration"], inputs["model"])  # raises StageError where another tokenizer made the ids
+
+# What a model says to prompts, the likeliest token at each place.
+prompts = Prompts(model.base, ["def read(self):"], tokens=8)
+(said,) = answer_prompts(model, prompts, make_context(Path("answers")))
+assert len(said) <= 8
+text, repeated = prompts.decode(said), repetition(said)
+answer = Answer(prompt="def read(self):", answer=text, base_answer=text, repetition=repeated, base_repetition=repeated)
+answers = Answers(model=model.digest, tokens=8, answers=(answer,))
+assert [metric.name for metric in answers.list_metrics()] == ["repetition"]
+assert repetition([1, 2, 3, 4] * 3) == 5 / 9

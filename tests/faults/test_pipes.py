@@ -79,8 +79,8 @@ def test_json_quiet_and_schema_are_ours_alone(folder: Path) -> None:
     code, out, err = shell(folder, f"{GRADMAP} run r.yaml --plugin p.py --json")
     assert code == 0, err
     events = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
-    assert [event["event"] for event in events] == ["run_started", "step_started", "step_finished", "run_finished"]
-    assert events[2]["outputs"]["told"]["loss"] == 1.5
+    assert [event["event"] for event in events] == ["run_started", "step_started", "computing", "step_finished", "run_finished"]
+    assert events[3]["outputs"]["told"]["loss"] == 1.5
     assert all(text in err for text in OTHERS), err
     code, out, err = shell(folder, f"{GRADMAP} run r.yaml --plugin p.py --quiet --store other")
     assert (code, out, err) == (0, "", "")

@@ -1,0 +1,100 @@
+"""Answers of the unpruned and the pruned model to the same prompts."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from gradmap_pipeline import (
+    Answer,
+    Answers,
+    CapacityError,
+    Context,
+    Estimate,
+    Forecasts,
+    Model,
+    ModelCosts,
+    ModelGraph,
+    OptionError,
+    Outlook,
+    Prompts,
+    Stage,
+    StructureProbe,
+    answer_prompts,
+    hookimpl,
+    known,
+    repetition,
+)
+
+_PROMPT_TOKENS = 32  # for the estimate
+
+
+class AnswerPrompts(Stage):
+    """Have the model and the unpruned model answer prompts, the likeliest token at each place; the report shows both."""
+
+    name = "answer_prompts"
+    metric_names = ("repetition",)
+    libraries = ("torch", "transformers", "tokenizers")
+
+    prompts: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="What to answer. Default: three questions where the tokenizer has a chat template, three beginnings of text "
+        "where it has none.",
+    )
+    tokens: int = Field(48, ge=1, description="Most tokens of an answer.")
+
+    class Inputs(BaseModel):
+        model: Model
+
+    class Outputs(BaseModel):
+        answers: Answers
+
+    def forecast(self, inputs: Forecasts) -> Outlook:
+        empty = next((number for number, prompt in enumerate(self.prompts or (), 1) if not prompt.strip()), None)
+        if empty is not None:
+            raise OptionError("prompts", f"prompt {empty} is empty; write what the model should answer")
+        unusable = inputs.of(Model).explain_unusable()
+        if unusable is not None:
+            raise OptionError("", unusable)
+        return {}
+
+    def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
+        Prompts(probe.graph.base, self.prompts, self.tokens)
+
+    def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        if not inputs.has(ModelGraph):
+            return None  # another program runs it
+        count, length = len(self.prompts) if self.prompts else 3, _PROMPT_TOKENS + self.tokens
+        layers, whole = known(inputs.of(Model).layers), len(costs.graph.layers)
+        try:
+            return costs.generated_text(layers, count, length) + costs.generated_text(whole, count, length)
+        except CapacityError:
+            raise CapacityError(
+                "answering prompts takes the whole model in memory, which does not fit; allow more with --memory, use --dtype "
+                "bfloat16, or leave the step out"
+            ) from None
+
+    def run(self, inputs: Inputs, context: Context) -> Outputs:
+        model = inputs.model
+        prompts = Prompts(model.graph.base, self.prompts, self.tokens)
+        before = answer_prompts(model.graph.dense, prompts, context)
+        after = answer_prompts(model, prompts, context)
+        answers = tuple(
+            Answer(
+                prompt=prompt,
+                answer=prompts.decode(said),
+                base_answer=prompts.decode(base),
+                repetition=repetition(said),
+                base_repetition=repetition(base),
+            )
+            for prompt, base, said in zip(prompts.texts, before, after, strict=True)
+        )
+        repeating = sum(answer.repeats for answer in answers)
+        if repeating:
+            context.note(f"warning: {repeating} of {len(answers)} answers of the {model.label} model repeat themselves")
+        return self.Outputs(answers=Answers(model=model.digest, tokens=self.tokens, answers=answers))
+
+
+@hookimpl
+def gradmap_stages() -> list[type[Stage]]:
+    return [AnswerPrompts]
