@@ -25,7 +25,8 @@ from gradmap_pipeline.recipe.plan import make_plan
 from gradmap_pipeline.recipe.recipe import load_recipe
 from gradmap_pipeline.report import cost_table, plan_table, reporters
 from gradmap_pipeline.report.log_file import LoggingReporter
-from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_rate, print_summary
+from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_rate
+from gradmap_pipeline.report.summary_tables import print_summary
 from gradmap_pipeline.run.costs import PlanCosts, StepCost
 from gradmap_pipeline.run.events import Place, Progress, RunFinished, RunStarted, StepFinished
 from gradmap_pipeline.run.measured import Measured, read_metrics

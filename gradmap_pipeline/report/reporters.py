@@ -11,12 +11,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..machine.streams import error_stream, is_lost
 from ..run.events import Place, Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
-from ..run.summary import ModelRow, Summary
 from ..sweep.memory_plan import format_size
-from ..text import add_row, dump_json, format_seconds, make_console, make_table, say, show
+from ..text import dump_json, format_seconds, make_console, say, show
+from .summary_tables import print_summary
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress as Bars, TaskID
     from rich.status import Status
 
@@ -25,8 +24,6 @@ _SECONDS_BETWEEN_EVENTS = 0.5
 _SECONDS_BEFORE_BAR = 1.0
 _NOTES_ALIKE = 3
 """Notes of one step that begin alike, numbers apart, and are all shown."""
-_MOST_METRICS_BESIDE = 3
-"""Metrics that fit as columns into the table of models; more get a table of their own."""
 
 
 def make_reporter(
@@ -262,38 +259,6 @@ class TerminalReporter(LineReporter):
         self._bars = Bars(*columns, console=self.console, transient=True)
         self._task = self._bars.add_task(show(f"{event.step}: {event.description}"), total=event.total, rate="")
         self._bars.start()
-
-
-def print_summary(console: Console, summary: Summary, seconds: float) -> None:
-    """Models with their metrics, how much of the damage a correction repaired, and steps."""
-    beside = summary.columns if len(summary.columns) <= _MOST_METRICS_BESIDE else []
-    columns = ("layers", "parameters", "bytes", *beside)
-    models = make_table("model", *columns, right=columns)
-    for row in summary.models:
-        figures = [_show_figure(row, column) for column in beside]
-        add_row(models, row.label, str(row.layers), f"{row.parameters:,}", f"{row.bytes:,}", *figures)
-    steps = make_table("step", "stage", "time", right=("time",))
-    for step in summary.steps:
-        add_row(steps, step.step, step.stage, "from the store" if step.cached else format_seconds(step.seconds))
-    steps.add_section()
-    add_row(steps, "all", "", format_seconds(seconds))
-    console.print(models)
-    if not beside and summary.columns:
-        labels = [row.label for row in summary.models]
-        names = [
-            label if labels.count(label) == 1 else f"{label}, {row.step}" for label, row in zip(labels, summary.models, strict=True)
-        ]
-        metrics = make_table("metric", *names, right=names)
-        for column in summary.columns:
-            add_row(metrics, column, *(_show_figure(row, column) for row in summary.models))
-        console.print(metrics)
-    for dataset, model, share in summary.closed_gaps():
-        say(console, f"{model.step} closes {share:.1%} of the gap in log-perplexity that pruning opened on {dataset}.")
-    console.print(steps)
-
-
-def _show_figure(row: ModelRow, column: str) -> str:
-    return row.metrics[column].figure if column in row.metrics else ""
 
 
 def describe_place(place: Place) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..machine.atomic_folder import atomic_folder, clear_unfinished_folders, rep
 from ..machine.digests import sha256_of, sha256_of_value
 from ..text import dump_json
 from .output_checks import dump_outputs
+from .store_files import is_own_file, read_object, remove_unless, with_digest
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _OUTPUTS = "outputs.json"
 _TENSORS = ".safetensors"
 _SHORT = 16  # hexadecimal digits of a key in a folder's name
-_DIGEST = "sha256"
-"""Key under which a JSON file of the store has the digest of all that it holds besides."""
 _UNSETTLED_NS = 2 * 10**9
 """A file that has just changed may change again within one tick of its file system's clock, and keep its time."""
 
@@ -67,10 +65,10 @@ class Store:
     def prepare(self) -> None:
         """Make the folder, keep it out of git, and clear away what killed runs left."""
         for name in ("steps", "units", "runs", "environments"):
-            _remove_unless(Path.is_dir, self.root / name)
+            remove_unless(Path.is_dir, self.root / name)
             (self.root / name).mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
-        _remove_unless(_is_own_file, ignore)
+        remove_unless(is_own_file, ignore)
         if not ignore.exists() or not ignore.stat().st_size:
             ignore.write_text("*\n")
         for folder in (self.root, self.root / "steps", self.root / "environments"):
@@ -91,7 +89,7 @@ class Store:
         return self._load_from(self._step(stage, key), key, outputs)
 
     def _load_from(self, folder: Path, key: str, outputs: type[BaseModel]) -> BaseModel | None:
-        record = _read_object(folder / _OUTPUTS)
+        record = read_object(folder / _OUTPUTS)
         if record.get("key") != key:
             return None
         try:
@@ -128,12 +126,12 @@ class Store:
         described = json.loads(json.dumps({"key": key, **record}, allow_nan=False))
         inside, final = (json.dumps(str(path.relative_to(self.root)))[1:-1] for path in (folder.path, folder.final))
         stored = json.loads(dumped.replace(f'"{inside}/', f'"{final}/'))
-        content = _with_digest({**described, "outputs": stored})
+        content = with_digest({**described, "outputs": stored})
         (folder.path / _OUTPUTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         finished = self._load_from(folder.final, key, type(outputs))
         if finished is not None:
             return finished
-        _remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder.final)
+        remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder.final)
         replace_folder(folder.path, folder.final)
         self._whole = {(path, digest) for path, digest in self._whole if not path.is_relative_to(folder.final)}
         return type(outputs).model_validate(stored, context={"store": self.root})
@@ -149,24 +147,24 @@ class Store:
 
     def seconds_of(self, stage: str, key: str) -> float:
         """What a finished step took when it ran, with the units it found finished."""
-        return float(_read_object(self._step(stage, key) / _OUTPUTS).get("seconds", 0.0))
+        return float(read_object(self._step(stage, key) / _OUTPUTS).get("seconds", 0.0))
 
     def peak_of(self, stage: str, key: str) -> int | None:
         """The most memory that the process had held when a step finished, in bytes; None: not known."""
-        peak = _read_object(self._step(stage, key) / _OUTPUTS).get("peak_bytes")
+        peak = read_object(self._step(stage, key) / _OUTPUTS).get("peak_bytes")
         return peak if isinstance(peak, int) else None
 
     def save_run(self, recipe: Path, record: dict[str, Any]) -> None:
         """Keep what a run came to, in the place of an earlier run of the recipe in this file."""
-        self._write(self._run(recipe), json.dumps(_with_digest(json.loads(dump_json(record)))))
+        self._write(self._run(recipe), json.dumps(with_digest(json.loads(dump_json(record)))))
 
     def load_run(self, recipe: Path) -> dict[str, Any] | None:
         """The record of the latest run of the recipe in this file; None where there is none, or it is not as it was written."""
-        return _read_object(self._run(recipe)) or None
+        return read_object(self._run(recipe)) or None
 
     def load_unit(self, stage: str, key: str) -> dict[str, Any] | None:
         """A finished unit of work: `value` (JSON) and the `seconds` it took; or None."""
-        unit = _read_object(self._unit(stage, key))
+        unit = read_object(self._unit(stage, key))
         return {name: unit[name] for name in ("value", "seconds")} if unit.get("key") == key else None
 
     def save_unit(self, stage: str, key: str, value: Any, seconds: float) -> None:
@@ -177,13 +175,13 @@ class Store:
             raise StageError(
                 f"a value that it wants remembered cannot be stored: {first_line(error) or type(error).__name__}"
             ) from error
-        self._write(self._unit(stage, key), json.dumps(_with_digest(json.loads(text))))
+        self._write(self._unit(stage, key), json.dumps(with_digest(json.loads(text))))
 
     def load_tensors(self, stage: str, key: str) -> tuple[dict[str, torch.Tensor], float] | None:
         """The tensors of a finished unit, and the seconds it took; None where there are none as they were written."""
         unit, file = self.load_unit(stage, key), self._unit(stage, key).with_suffix(_TENSORS)
         try:
-            if unit is None or not _is_own_file(file) or sha256_of(file) != unit["value"]:
+            if unit is None or not is_own_file(file) or sha256_of(file) != unit["value"]:
                 return None
         except OSError:
             return None
@@ -194,7 +192,7 @@ class Store:
         file = self._unit(stage, key).with_suffix(_TENSORS)
         draft = self._open_drafts() / file.name
         written = TensorFile.save(tensors, draft)
-        _remove_unless(_is_own_file, file)
+        remove_unless(is_own_file, file)
         draft.replace(file)
         self.save_unit(stage, key, written.sha256, seconds)
 
@@ -216,7 +214,7 @@ class Store:
             self._resources.enter_context(lock)
         except Timeout:
             return self._resources.enter_context(atomic_folder(self.root / "drafts"))
-        _remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder)
+        remove_unless(lambda path: path.is_dir() and not path.is_symlink(), folder)
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -239,7 +237,7 @@ class Store:
         """
         resolved = file.resolve()
         if self._digests is None:
-            self._digests = _read_object(self.root / "files.json")
+            self._digests = read_object(self.root / "files.json")
         status = resolved.stat()
         state = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         remembered = self._digests.get(str(resolved))
@@ -250,7 +248,7 @@ class Store:
         if is_settled:
             self._digests[str(resolved)] = [*state, digest]
             content = {name: value for name, value in self._digests.items() if name != _DIGEST}
-            self._write(self.root / "files.json", json.dumps(_with_digest(content)))
+            self._write(self.root / "files.json", json.dumps(with_digest(content)))
         return digest
 
     def close(self) -> None:
@@ -259,7 +257,7 @@ class Store:
         self._drafts = None
 
     def _write(self, file: Path, text: str) -> None:
-        _remove_unless(_is_own_file, file)
+        remove_unless(is_own_file, file)
         write_file(file, text, self._open_drafts())
 
     def _open_drafts(self) -> Path:
@@ -281,32 +279,3 @@ def _files_of(outputs: BaseModel) -> dict[Path, str]:
     """SHA-256 by path of all files that artifacts among the outputs rest on."""
     artifacts = [getattr(outputs, name) for name in type(outputs).model_fields]
     return {path: digest for value in artifacts if isinstance(value, Artifact) for path, digest in value.files_by_path().items()}
-
-
-def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, _DIGEST: sha256_of_value(content)}
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of the store; empty when there is none, or when it is not what was written."""
-    if not file.is_file():  # a pipe would be waited for
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        content = {name: part for name, part in value.items() if name != _DIGEST}
-        return content if value[_DIGEST] == sha256_of_value(content) else {}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return {}
-
-
-def _is_own_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def _remove_unless(is_right: Callable[[Path], bool], path: Path) -> None:
-    """Clear away what has a name of the store's and is something else, or a link to something else."""
-    if os.path.lexists(path) and not is_right(path):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

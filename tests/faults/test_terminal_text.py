@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.metrics import Metric
 from gradmap_pipeline.report.comparison_files import print_comparison, save_comparison
-from gradmap_pipeline.report.reporters import CompareReporter, LineReporter, QuietReporter, print_summary
+from gradmap_pipeline.report.reporters import CompareReporter, LineReporter, QuietReporter
+from gradmap_pipeline.report.summary_tables import print_summary
 from gradmap_pipeline.run.comparison import Comparison, Row
 from gradmap_pipeline.run.summary import ModelRow, StepRow, Summary
 from gradmap_pipeline.text import dump_json, show, show_lines
