@@ -20,7 +20,7 @@ from ..machine.atomic_folder import atomic_folder, clear_unfinished_folders, rep
 from ..machine.digests import sha256_of, sha256_of_value
 from ..text import dump_json
 from .output_checks import dump_outputs
-from .store_files import is_own_file, read_object, remove_unless, with_digest
+from .store_files import DIGEST, is_own_file, read_object, remove_unless, with_digest
 
 if TYPE_CHECKING:
     import torch
@@ -247,7 +247,7 @@ class Store:
         digest = sha256_of(resolved)
         if is_settled:
             self._digests[str(resolved)] = [*state, digest]
-            content = {name: value for name, value in self._digests.items() if name != _DIGEST}
+            content = {name: value for name, value in self._digests.items() if name != DIGEST}
             self._write(self.root / "files.json", json.dumps(with_digest(content)))
         return digest
 
