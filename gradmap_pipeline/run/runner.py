@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +12,8 @@ from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
 from ..checkpoint.model import Model
 from ..context import Context, FinishedStep
-from ..errors import GradmapError, QualityError, StageError, name_error
+from ..errors import GradmapError, QualityError, StageError
 from ..export.exports import Export
-from ..interruptions import is_interruption
 from ..machine.distributed import ProcessGroup
 from ..machine.environment import Workplace
 from ..machine.machine import ALONE, Machine
@@ -31,6 +29,7 @@ from .measured import Measured, read_metrics
 from .record import describe_place, make_record
 from .stage_call import call_stage, check_outputs, keep_outputs, noticing_loss, scratch_step
 from .step_context import KeptTensorUnits, memory_of, progress_of
+from .step_errors import naming, naming_unforeseen
 from .store import Store
 from .summary import summarise
 
@@ -95,26 +94,13 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
 
     try:
         for step in plan.steps:
-            with _naming_unforeseen(step):
+            with naming_unforeseen(step):
                 _run_step(step, plan, store, machine, reporter, state, group)
     except QualityError as error:
         reporter.run_stopped(finish(str(error)))
         raise
     reporter.run_finished(finish())
     return state
-
-
-@contextmanager
-def _naming_unforeseen(step: PlannedStep) -> Iterator[None]:
-    """A step runs in this block; what its code raises that is no `Exception`, such as in an artifact's own checks, is an error."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or is_interruption(error):
-            raise
-        failure = StageError(f"stage {step.stage.name!r} ({step.plugin}) failed: {name_error(error)}")
-        failure.where = f"step {step.id!r}"
-        raise failure from error
 
 
 def _run_step(
@@ -135,7 +121,7 @@ def _run_step(
     seconds = store.seconds_of(name, key)
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()}, seconds)
     state.lineage[step.id] = (*lineage, this)
-    with _naming(step):
+    with naming(step):
         metrics = read_metrics(outputs)
     state.measured += [Measured(step.id, metric) for metric in metrics]
     whole: list[Metric] = []
@@ -144,7 +130,7 @@ def _run_step(
         others, _, _ = _get_outputs(step, {**inputs, step.measured: base}, [], lineage, *parts)
         whole = [metric for metric in read_metrics(others) if metric.model == base.digest]
         state.measured += [Measured(step.id, metric) for metric in whole]
-    with _naming(step):
+    with naming(step):
         limits = check_limits(metrics, step.limits, whole)
     finished = StepFinished(
         step=step.id,
@@ -159,7 +145,7 @@ def _run_step(
     )
     state.finished.append(finished)
     reporter.step_finished(finished)
-    with _naming(step):
+    with naming(step):
         raise_missed(limits)
 
 
@@ -241,16 +227,6 @@ def _get_outputs(
     given = {output: getattr(result, output) for output in type(result).model_fields}
     made = {output: artifact.with_names_of(step.stage) for output, artifact in given.items() if artifact is not None}
     return {output: _at_base(artifact, base) for output, artifact in made.items()}, key, cached
-
-
-@contextmanager
-def _naming(step: PlannedStep) -> Iterator[None]:
-    """What goes wrong meanwhile is told with the step."""
-    try:
-        yield
-    except GradmapError as error:
-        error.where = error.where or f"step {step.id!r}"
-        raise
 
 
 def _find_known(step: PlannedStep, inputs: Mapping[str, Artifact], state: RunState) -> list[Measured]:
