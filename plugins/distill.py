@@ -128,7 +128,7 @@ class Distill(Stage):
         forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
         looks = 11 * self.samples // _HELD_OUT
         kept = self.samples * tokens * min(self.top_k, needs.words) * 8
-        return taught + Estimate(
+        training = Estimate(
             needed,
             bytes_written=kept,
             flops=passes * (layers * (layer.flops + layer.backward_flops) + head.flops + head.backward_flops),
@@ -137,6 +137,7 @@ class Distill(Stage):
             disk_bytes=kept,
             lines={"program": costs.occupied, **lines},
         )
+        return training + taught
 
     def run(self, inputs: Any, context: Context) -> Any:
         graph: ModelGraph = inputs.model

@@ -104,6 +104,18 @@ def test_closed_gap_is_a_share_of_log_perplexity(summary: Summary) -> None:
     assert share == pytest.approx(0.5)  # log(40/20) of log(40/10)
 
 
+def test_shares_of_corrections_that_follow_each_other_add_up(dense: ModelGraph, tmp_path: Path) -> None:
+    pruned, outputs = dense.without_layers([1]), {"model": {"model": dense}, "dense": {"evaluation": evaluate(dense, 10.0)}}
+    patches: dict[str, TensorFile] = {}
+    for step, perplexity in (("prune", 40.0), ("correct", 20.0), ("refit", 16.0)):
+        model = pruned.with_patches(patches, step)
+        outputs[step] = {"model": model, "evaluation": evaluate(model, perplexity)}
+        name = sorted(dense.base.tensors)[len(patches)]
+        patches[name] = TensorFile.save({name: torch.zeros(dense.stored_tensor(name).shape)}, tmp_path / f"{name}.safetensors")
+    shares = [share for _, _, share in summarise_outputs(outputs, []).closed_gaps()]
+    assert shares == pytest.approx([0.5, math.log(20 / 16) / math.log(4)])
+
+
 def test_alternatives_are_no_repairs(dense: ModelGraph) -> None:
     """Two prunings side by side, and a pruned model without a dense one beside it, close no gap."""
     first, second = dense.without_layers([1]), dense.without_layers([2])

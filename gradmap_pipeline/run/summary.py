@@ -57,7 +57,8 @@ class Summary:
         return list(dict.fromkeys(column for row in self.models for column in row.metrics))
 
     def closed_gaps(self) -> list[tuple[str, ModelRow, float]]:
-        """By text: a model corrected after pruning, and the share of the log-perplexity gap its correction closed."""
+        """By text: a model corrected after pruning, and the share that its correction closed of the gap in log-perplexity that
+        opened when its layers were removed. Shares of corrections that follow each other add up."""
         closed = []
         for column in self.columns:
             rows = [row for row in self.models if column in row.metrics]
@@ -68,7 +69,8 @@ class Summary:
             for (pruned, before), (corrected, after) in pairwise(zip(rows, values, strict=True)):
                 if not pruned.removed or pruned.kept != corrected.kept or pruned.patched >= corrected.patched:
                     continue
-                gap = math.log(before / dense.metrics[column].value)
+                opened = next(value for row, value in zip(rows, values, strict=True) if row.kept == corrected.kept)
+                gap = math.log(opened / dense.metrics[column].value)
                 if gap > 0:
                     closed.append((column.removeprefix("perplexity on "), corrected, math.log(before / after) / gap))
         return closed

@@ -25,6 +25,8 @@ _LENGTHS: dict[str, Any] = {"samples": 8, "sequence_length": 64}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "calibrate": {"dataset": {"builtin": "calibration"}, **_LENGTHS},
     "evaluate": {"dataset": {"builtin": "heldout"}, **_LENGTHS},
+    "distill": {"dataset": {"builtin": "calibration"}, "samples": 16, "sequence_length": 64, "steps": 10},
+    "refit_layers": {"steps": 10},
 }
 _FIRST = ("calibrate", "evaluate", "last_layers_score")
 """Stages that make an input, before others that could."""
