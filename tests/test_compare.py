@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.machine import extras
 
+pytestmark = pytest.mark.full
+
 HELDOUT = {"dataset": {"path": "text.txt"}, "samples": 4, "sequence_length": 32}
 
 

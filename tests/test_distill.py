@@ -23,6 +23,8 @@ from gradmap_pipeline.correction.training import add_lora
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.testing import make_context, run_stage
 
+pytestmark = pytest.mark.full
+
 RECIPE = """\
 version: 1
 model: {path: MODEL}
