@@ -26,6 +26,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/benchmarks/*.py
 
 docs: .venv/installed
 	$(BIN)/python tests/tools/reference.py docs

@@ -41,7 +41,7 @@ def make_checkpoint(folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from gradmap_pipeline.checkpoint.checkpoint import read_header, split_shards, write_folder
+    from gradmap_pipeline.checkpoint.checkpoint import StoredTensor, read_header, split_shards, write_folder
     from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 
     folder.mkdir(parents=True)
@@ -67,11 +67,12 @@ def make_checkpoint(folder: Path) -> None:
         "mlp.up_proj": (f, d),
         "mlp.down_proj": (d, f),
     }
-    shapes = {"model.embed_tokens.weight": (v, d)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
     shapes |= {f"model.layers.{n}.{name}.weight": shape for n in range(config.num_hidden_layers) for name, shape in layer.items()}
     shapes |= {"model.norm.weight": (d,), "lm_head.weight": (v, d)}
     generator = torch.Generator().manual_seed(0)
-    parts, stored = folder / "parts", {}
+    parts = folder / "parts"
+    stored: dict[str, StoredTensor] = {}
     parts.mkdir()
     for name, shape in shapes.items():
         tensor = (

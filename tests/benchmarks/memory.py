@@ -97,7 +97,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     from gradmap_pipeline.testing import make_context
 
     prefer_huge_pages()
-    tune_allocator(tight=True)
+    tune_allocator(is_tight=True)
     torch.set_num_threads(1)
     graph = open_folder(folder / "model", "model", None)
     LayerwiseModel(graph, resident_bytes=0)  # imports what the architecture needs

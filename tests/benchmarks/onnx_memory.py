@@ -89,8 +89,8 @@ def main() -> None:
     peak, seconds = measure_peak(command, arguments.folder)
     weights = 4 * parameters
     print(f"{parameters / 1e6:.0f} M parameters, {weights / 2**30:.2f} GiB as fp32; {seconds:.0f} s")
-    for pages, size in peak.items():
-        print(f"peak {pages}: {size / 2**30:.2f} GiB, {size / weights:.2f} of the weights")
+    for pages, held in peak.items():
+        print(f"peak {pages}: {held / 2**30:.2f} GiB, {held / weights:.2f} of the weights")
 
 
 if __name__ == "__main__":

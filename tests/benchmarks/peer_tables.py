@@ -79,7 +79,8 @@ def describe_opponents(results: Results) -> str:
     rows = []
     for name, (selection, correction) in OPPONENTS.items():
         for domain in DOMAINS:
-            counts, differences = defaultdict(int), []
+            counts: defaultdict[str, int] = defaultdict(int)
+            differences: list[float] = []
             for cell in results.cells():
                 ours, theirs = results.row(cell, "gradmap", "gradmap"), results.row(cell, selection, correction)
                 if ours is None or theirs is None:

@@ -53,7 +53,8 @@ def run(folder: Path, recipe: Path, options: list[str]) -> list[tuple[str, float
     """(step, seconds, bytes read, peak) of the opening of the model, and of each step."""
     command = [sys.executable, "-m", "gradmap_pipeline", "run", str(recipe), "--json", *options]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-    watch, rows, before, started = Watch(process.pid), [], 0, 0.0
+    watch, before, started = Watch(process.pid), 0, 0.0
+    rows: list[tuple[str, float, int, int]] = []
     assert process.stdout is not None
     for line in process.stdout:
         event: dict[str, Any] = json.loads(line)

@@ -8,6 +8,7 @@ neighbouring runs, and their range.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -54,7 +55,7 @@ def run_plain(model: LlamaForCausalLM, batches: list[Batch]) -> float:
 
 def run_sweep(model: LayerwiseModel, batches: list[Batch], keep_graphs: bool) -> float:
     sweep = SamplePass(model, batches, keep_graphs=keep_graphs)
-    return sum(
+    return math.fsum(
         gate_importance(visit.gradient, visit.output - visit.input, visit.mask) for step in sweep.backward() for visit in step
     )
 
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tune_allocator(tight=False)  # as a run does
+    tune_allocator(is_tight=False)  # as a run does
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval().to(arguments.device)
