@@ -342,7 +342,7 @@ print(json.dumps(read("VmHWM") - resident))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the counters of /proc are Linux's")
 def test_the_memory_allowed_is_kept_to(text: Path, tmp_path: Path) -> None:
     """Six layers of 16 MiB, of which one with its optimiser takes 80 MiB more; the layers do not stay beside that."""

@@ -159,6 +159,8 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
         use_cpu=context.device == "cpu", dataloader_pin_memory=False, prediction_loss_only=True, label_names=[],
         restore_callback_states_from_checkpoint=True,
     )  # fmt: skip
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the trainer copies the model to all GPUs of the machine
     tell = Tell()
     trainer = KlTrainer(
         model=model, args=arguments, train_dataset=samples[:-held], eval_dataset=samples[-held:],
@@ -166,7 +168,7 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = False
-    before = measure(module, samples[-held:], settings, context.device)
+    before = measure(module, samples[-held:], settings)
     last = find_whole_checkpoint(folder)
     with context.progress("train", settings.steps, "step") as advance:
         if last is not None:
@@ -176,7 +178,7 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
     if settings.weights == "lora":
         module = model.merge_and_unload()
     values = round_as_stored(module, names, graph)
-    after = measure(module, samples[-held:], settings, context.device)
+    after = measure(module, samples[-held:], settings)
     if not after < before:
         return Trained({}, before, before, 0, state.global_step, trained)
     best = int(str(state.best_model_checkpoint).rpartition("-")[2])
@@ -194,11 +196,12 @@ def mixed_loss(model: Any, inputs: Any, share: float) -> torch.Tensor:
     return sum(parts[1:], parts[0])
 
 
-def measure(module: Any, samples: list[dict[str, torch.Tensor]], settings: TrainingSettings, device: str) -> float:
+def measure(module: Any, samples: list[dict[str, torch.Tensor]], settings: TrainingSettings) -> float:
     """Mean loss of samples, each by itself."""
     import torch
 
     module.eval()
+    device = next(module.parameters()).device
     with torch.no_grad():
         batches = ({name: part[None].to(device) for name, part in one.items()} for one in samples)
         losses = [float(mixed_loss(module, batch, settings.teacher_share)) for batch in batches]
