@@ -92,6 +92,13 @@ class Prune(Stage):
         if self.target is not None:
             worst = self._count_worst(self.target, inputs)
             return {} if worst is None else {"scores": {"layers": worst}}
+        depth, removable = inputs.of(ModelGraph).layers, inputs.of(LayerScores).removable
+        if depth is not None and removable is not None and self._count(depth, None) > removable:
+            raise OptionError(
+                self._option,
+                f"removes {self._count(depth, None)} of {depth} layers, but only {removable} are not protected; lower "
+                f"{self._option!r}, or 'protect_first' or 'protect_last' of the step that scores",
+            )
         if self.layers is not None:
             return {"scores": {"layers": self.layers}}
         return {} if self.ratio is None else {"scores": {"ratio": self.ratio}}

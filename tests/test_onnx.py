@@ -182,7 +182,7 @@ def test_large_graphs_are_traced_in_another_process(tmp_path: Path, monkeypatch:
     here = export(graph, tmp_path / "here")
     monkeypatch.setattr(apart, "ROOM", 0)
     there = export(graph, tmp_path / "there")
-    for name in here.files.keys() - {"gradmap.json"}:
+    for name in here.files.keys() - {"gradmap.json", "report.html"}:  # these say where the export was written
         assert there.files[name] == here.files[name], name
     assert there.max_logit_difference == here.max_logit_difference
     states = open_folder(make_model(tmp_path / "mamba", "mamba"))

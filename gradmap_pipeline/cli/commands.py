@@ -25,6 +25,7 @@ from .command_arguments import (
 )
 from .command_options import CommandGroup, make_machine, open_store, parse_output, parse_path
 from .ending import endings, tell_end
+from .init import init
 from .material_commands import new_plugin, recipes
 from .report import report
 from .suggest import suggest
@@ -268,6 +269,7 @@ def schema(plugins: PluginFiles = []) -> None:  # noqa: B006
 
 
 app.command()(recipes)
+app.command()(init)
 app.command()(suggest)
 app.command(name="new-plugin")(new_plugin)
 

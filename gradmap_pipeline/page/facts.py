@@ -96,7 +96,7 @@ def facts_of_lineage(lineage: Mapping[str, Any]) -> Facts | None:
         base=base,
         kept=tuple(layer for layer in kept if isinstance(layer, int)),
         models=[dense, made.model_copy(update={"metrics": columns})],
-        steps=read_all(Step, lineage.get("steps")),
+        steps=[step.model_copy(update={"seconds": None}) for step in read_all(Step, lineage.get("steps"))],
         made_by=str(lineage.get("made_by", "")),
         versions=_texts(lineage.get("versions")),
         patched=tuple(map(str, _mapping(lineage.get("patched")))),

@@ -179,8 +179,10 @@ def _list_sites(facts: Facts) -> Table:
 
 
 def _list_steps(facts: Facts) -> Table:
+    """None for an export, whose page does not say how long it took, so that equal files have equal pages."""
     rows = []
-    for step in facts.steps:
+    is_timed = any(step.seconds is not None for step in facts.steps)
+    for step in facts.steps if is_timed else ():
         time = "" if step.seconds is None else format_seconds(step.seconds)
         figures = [Cell(time), Cell(format_bytes(step.peak_bytes or 0))]
         rows.append(

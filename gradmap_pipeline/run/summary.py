@@ -69,7 +69,7 @@ class Summary:
             for (pruned, before), (corrected, after) in pairwise(zip(rows, values, strict=True)):
                 if not pruned.removed or pruned.kept != corrected.kept or pruned.patched >= corrected.patched:
                     continue
-                opened = next(value for row, value in zip(rows, values, strict=True) if row.kept == corrected.kept)
+                opened = next(value for row, value in zip(rows, values, strict=True) if row.removed and row.kept == corrected.kept)
                 gap = math.log(opened / dense.metrics[column].value)
                 if gap > 0:
                     closed.append((column.removeprefix("perplexity on "), corrected, math.log(before / after) / gap))

@@ -84,7 +84,7 @@ class LayerScoring(Stage):
         return {"scores": ScoresForecast(decisions=decisions, all_or_nothing=self.all_or_nothing, removable=removable)}
 
     def take_requests(self, requests: Sequence[Mapping[str, Any]], inputs: Forecasts) -> Stage:
-        """As many decisions as the step that wants most of them, where neither `ratio` nor `layers` is set."""
+        """As many decisions as the step that wants most of them, unless `ratio` or `layers` is set or the default suffices."""
         requests = [request for request in requests if request.keys() & {"ratio", "layers"}]
         if self.ratio is not None or self.layers is not None or not requests:
             return self
@@ -94,7 +94,9 @@ class LayerScoring(Stage):
             layers = [request["layers"] for request in requests if "layers" in request]
             return self.model_copy(update={"ratio": max(ratios)} if ratios else {"layers": max(layers)})
         counts = [request["layers"] if "layers" in request else count_removed(depth, request["ratio"]) for request in requests]
-        return self.model_copy(update={"layers": max(counts)})
+        most = max(counts)
+        is_enough = most == count_removed(depth, 0.25) if self.all_or_nothing else most <= count_removed(depth, 0.25)
+        return self if is_enough else self.model_copy(update={"layers": most})
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()

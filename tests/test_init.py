@@ -1,0 +1,100 @@
+"""`gradmap init`: what it writes plans, runs, and says what had to give way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_model
+from typer.testing import CliRunner, Result
+from walk import make_model as make_any_model
+
+from gradmap_pipeline.cli import app
+from gradmap_pipeline.run.starting_recipe import QUANTISATIONS, Start, write_starting_recipe
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one, with a model of four layers."""
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path / "model")
+    return tmp_path
+
+
+def gradmap(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_what_is_written_runs(folder: Path) -> None:
+    result = gradmap("init", "model", "--ratio", "0.5", "--chat")
+    assert (result.exit_code, result.stdout) == (0, "wrote recipe.yaml: gradmap plan recipe.yaml; gradmap run recipe.yaml\n")
+    text = Path("recipe.yaml").read_text()
+    assert text.startswith("# model: 4 layers, ")
+    recipe = yaml.safe_load(text)
+    assert [step["use"] for step in recipe["steps"]] == [
+        *(
+            "evaluate",
+            "calibrate",
+            "gradmap_score",
+            "prune",
+            "evaluate",
+            "project_compensate",
+            "evaluate",
+            "answer_prompts",
+            "export",
+        )
+    ]
+    assert recipe["steps"][3]["with"] == {"ratio": 0.5}
+    assert recipe["steps"][1]["with"]["sequence_length"] == 64  # what the model is made for
+    smaller = [f"--set={step}.samples=4" for step in ("evaluate_dense", "calibrate", "evaluate_pruned", "evaluate")]
+    ran = gradmap("run", "recipe.yaml", "--set", "answer_prompts.tokens=4", *smaller)
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(Path("out/model-pruned/config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(("target", "given"), [("parameters=50K", "50K"), ("max_perplexity_ratio=1.5", 1.5)])
+def test_a_target_is_taken_over(target: str, given: object) -> None:
+    assert gradmap("init", "model", "--target", target).exit_code == 0
+    prune = next(step for step in yaml.safe_load(Path("recipe.yaml").read_text())["steps"] if step["use"] == "prune")
+    assert list(prune["with"]["target"].values()) == [given]
+
+
+@pytest.mark.full
+def test_kinds_of_layers_and_places_of_a_correction_give_way(folder: Path) -> None:
+    """What `check` would refuse is not written."""
+    make_any_model(folder / "gemma", "gemma3_text")
+    result = gradmap("init", "gemma", "--ratio", "0.34")
+    assert result.exit_code == 0, result.output
+    assert gradmap("check", "recipe.yaml").exit_code == 0
+
+
+def test_a_form_is_quantised_after_the_export_that_it_takes() -> None:
+    for form, (stage, _, _) in QUANTISATIONS.items():
+        text = write_starting_recipe(Start(model={"path": "m"}, title="m", out="m", prune={"ratio": 0.25}, quantisation=form))
+        steps = [step["use"] for step in yaml.safe_load(text)["steps"]]
+        assert steps[-1] == stage
+        assert ("export" in steps) == (form == "onnx")
+
+
+def test_less_text_is_taken_where_memory_is_small(folder: Path) -> None:
+    assert gradmap("init", "model", "--to", "a.yaml").exit_code == 0
+    assert yaml.safe_load(Path("a.yaml").read_text())["steps"][1]["with"]["samples"] == 128
+
+
+def test_wrong_arguments(folder: Path) -> None:
+    Path("there.yaml").write_text("mine")
+    for arguments, code, message in (
+        (("model", "--to", "there.yaml"), 2, "--to 'there.yaml' is there already; name another file, or move that one away"),
+        (("model", "--ratio", "0.5", "--target", "bytes=1KB"), 2, "give --ratio or --target, not both"),
+        (("model", "--target", "layers=3"), 2, "--target: found 'layers=3', accepted: parameters=VALUE, bytes=VALUE"),
+        (("model", "--quantise", "int2"), 2, "--quantise: found 'int2', accepted: onnx, torchao, gguf"),
+        (("nowhere",), 2, "no folder 'nowhere'"),
+        (("model", "--target", "parameters=10"), 2, "10 parameters cannot be reached"),
+        (("model", "--ratio", "2"), 2, "option 'ratio'"),
+    ):
+        result = gradmap("init", *arguments)
+        assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
+    assert Path("there.yaml").read_text() == "mine"
+    assert not Path("recipe.yaml").exists()
