@@ -119,7 +119,7 @@ def test_options_that_change_together(folder: Path) -> None:
         ("prune.layers", "--grid prune.layers: must look like STEP.OPTION=A,B,C, for example prune.ratio=0.1,0.25"),
         ("layers=1,2", "--grid layers=1,2: must look like STEP.OPTION=A,B,C"),
         ("pruning.layers=1,2", "--set pruning.layers=1: no step 'pruning' in this recipe; did you mean 'prune'?"),
-        ("prune.layers=1,9", "step 'prune': option 'layers': removes 9 of 4 layers, but only 2 removals are scored"),
+        ("prune.layers=1,9", "step 'prune': option 'layers': removes 9 of 4 layers, but only 2 are not protected; lower 'layers'"),
     ],
 )
 def test_wrong_grids_before_anything_runs(grid: str, message: str, folder: Path) -> None:

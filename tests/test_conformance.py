@@ -18,6 +18,7 @@ from gradmap_pipeline.errors import GradmapError
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.testing import check_stage
+from gradmap_pipeline.testing.witness import Seen
 
 STAGE = '''
 import atexit, os, random, threading
@@ -229,3 +230,11 @@ NEED_MORE = {"export_gguf", "quantize_llmcompressor", "quantize_torchao", "evalu
 def test_shipped_stages_keep_the_contract(name: str) -> None:
     result = CliRunner().invoke(app, ["stages", "--check", name])
     assert (result.exit_code, result.output) == (0, f"{name}: keeps the contract\n")
+
+
+def test_what_another_process_has_in_the_making_is_no_fault(tmp_path: Path) -> None:
+    lock, other = tmp_path / ".gradmap.partial-0ee98055.lock", tmp_path / "left.txt"
+    lock.touch()
+    other.touch()
+    seen = Seen(changed={lock: None, other: None, tmp_path / ".x.partial-00000000" / "a": (1, 1)})
+    assert seen.left_outside(()) == [other]

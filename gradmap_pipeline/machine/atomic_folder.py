@@ -32,6 +32,11 @@ _ATTEMPTS = 100
 """Names tried for a folder: each may be cleared away, before it is locked, by a process that takes it for abandoned."""
 
 
+def is_in_the_making(path: Path) -> bool:
+    """Whether a path is, or lies in, a folder in the making, or is the lock of one: of this process or of another."""
+    return any(_UNFINISHED.fullmatch(part.removesuffix(_LOCK)) for part in path.parts)
+
+
 @contextmanager
 def atomic_folder(final: Path, mode: int = 0o777) -> Iterator[Path]:
     """An empty folder beside `final`, of this process alone; all that has not been renamed from it vanishes.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..machine.atomic_folder import is_in_the_making
+
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS = {  # audit event: positions of the paths that it changes
     "os.mkdir": (0,),
@@ -53,12 +55,14 @@ class Seen:
     def left_outside(self, places: Collection[Path]) -> list[Path]:
         """Paths outside some places that are other than before: not those that it made and removed again.
 
-        What lay in a folder that it made and removed was not there before either, also where a library wrote it unseen.
+        What lay in a folder that it made and removed was not there before either, also where a library wrote it unseen. Folders in
+        the making of other processes are left out: each process looks whether they were abandoned.
         """
         passing = [path for path, before in self.changed.items() if before is None and _state_of(path) is None]
         own = (*places, *passing, Path("/dev"), Path("/proc"))
         outside = [path for path in self.changed if not any(path.is_relative_to(place) for place in own)]
-        return [path for path in outside if _state_of(path) != self.changed[path] and "__pycache__" not in path.parts]
+        left = [path for path in outside if _state_of(path) != self.changed[path] and "__pycache__" not in path.parts]
+        return [path for path in left if not is_in_the_making(path)]
 
 
 _listeners: list[Callable[[str, tuple[Any, ...]], None]] = []
