@@ -23,7 +23,7 @@ class Advance(Protocol):
 
 
 def compute_anew(key: Any, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What `Context.remember_tensors` does where nothing is kept."""
+    """Compute the tensors: `Context.remember_tensors` is this where nothing is kept."""
     return compute()
 
 
@@ -37,7 +37,7 @@ class FinishedStep:
     outputs: dict[str, Any]
     """Each artifact's JSON."""
     seconds: float | None = None
-    """What the result took when it was computed; None where that is not known."""
+    """Seconds that the step took when its result was computed; None where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Context:
     """What earlier steps have measured of the models that this one takes, and of those they were made from, where the stage has
     `reads_metrics`."""
     remember_tensors: Callable[[Any, Callable[[], dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = compute_anew
-    """As `remember`, for tensors by name, of a stage that one process runs.
+    """This does for tensors by name what `remember` does for JSON values, in a stage that one process runs.
 
     They are kept until the step has finished; nowhere where there is no store beside the stage: in another Python, in a test.
     """

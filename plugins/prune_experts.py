@@ -180,14 +180,14 @@ class PruneExperts(Stage):
 
 def find_expert_module(layer: nn.Module) -> nn.Module:
     """The module of a layer that gets hidden states, experts and weights. Raises `ModelError` unless there is one."""
-    found: list[nn.Module] = [
+    modules: list[nn.Module] = [
         module for name, module in layer.named_modules() if name.split(".")[-1] == "experts" and not hasattr(module, "__len__")
     ]
-    if len(found) != 1:
+    if len(modules) != 1:
         raise ModelError(
-            f"{type(layer).__name__} has {len(found)} modules of experts that a router's choice is given to; one is needed"
+            f"{type(layer).__name__} has {len(modules)} modules of experts that a router's choice is given to; one is needed"
         )
-    return found[0]
+    return modules[0]
 
 
 @contextmanager

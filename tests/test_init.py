@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from typer.testing import CliRunner, Result
 from walk import make_model as make_any_model
 
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.machine.machine import Machine
+from gradmap_pipeline.recipe.plan import Plan
+from gradmap_pipeline.run import starting_recipe
+from gradmap_pipeline.run.costs import PlanCosts, StepCost
 from gradmap_pipeline.run.starting_recipe import QUANTISATIONS, Start, write_starting_recipe
 
 
@@ -78,9 +83,21 @@ def test_a_form_is_quantised_after_the_export_that_it_takes() -> None:
         assert ("export" in steps) == (form == "onnx")
 
 
-def test_less_text_is_taken_where_memory_is_small(folder: Path) -> None:
+def test_less_text_is_taken_where_memory_is_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first amount of which every step fits."""
+    real = starting_recipe.estimate_plan
+
+    def estimate(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None:
+        costs = real(plan, machine, store)
+        assert costs is not None
+        samples = plan.steps[1].stage.model_dump()["samples"]
+        return replace(costs, steps=[StepCost("calibrate", None, None, "too much")]) if samples > 32 else costs
+
     assert gradmap("init", "model", "--to", "a.yaml").exit_code == 0
-    assert yaml.safe_load(Path("a.yaml").read_text())["steps"][1]["with"]["samples"] == 128
+    monkeypatch.setattr(starting_recipe, "estimate_plan", estimate)
+    assert gradmap("init", "model", "--to", "b.yaml").exit_code == 0
+    amounts = [yaml.safe_load(Path(name).read_text())["steps"][1]["with"]["samples"] for name in ("a.yaml", "b.yaml")]
+    assert amounts == [128, 32]
 
 
 def test_wrong_arguments(folder: Path) -> None:

@@ -99,7 +99,7 @@ class ExpertLayout:
     chosen: int
     """Experts that a token is sent to."""
     fields: tuple[str, ...]
-    """Of the config, that say E."""
+    """Names of the fields of the config that say E."""
     layers: Mapping[int, LayerExperts]
 
 
@@ -119,15 +119,16 @@ def find_experts(graph: ModelGraph) -> ExpertLayout:
     if groups is not None:
         raise ModelError(f"the router of {kind} chooses experts by groups ({groups} is {config[groups]}), which have to stay whole")
     (count,) = counts
-    layers = {layer: found for layer in graph.layers if (found := _find_in_layer(graph.layer_tensors(layer), count)) is not None}
+    by_layer = {layer: _find_in_layer(graph.layer_tensors(layer), count) for layer in graph.layers}
+    layers = {layer: experts for layer, experts in by_layer.items() if experts is not None}
     if not layers:
         raise ModelError(f"no tensor of {kind} is of one of its {count} experts, by the names of any known layout")
-    for layer, found in layers.items():
-        held = set(found.single.values())
+    for layer, experts in layers.items():
+        held = set(experts.single.values())
         if held and held != set(range(count)):
             raise ModelError(f"layer {layer} has {len(held)} experts in the checkpoint, and its config says {count}")
         if not any(
-            part in _ROUTERS - {"experts", "input_linear", "output_linear"} for name in found.stacked for part in name.split(".")
+            part in _ROUTERS - {"experts", "input_linear", "output_linear"} for name in experts.stacked for part in name.split(".")
         ):
             raise ModelError(f"layer {layer} has experts, but no router by the names of any known layout")
     chosen = next((int(config[name]) for name in _CHOSEN if isinstance(config.get(name), int)), 1)

@@ -163,7 +163,7 @@ class ModelGraph(Model):
         return {name: self.stored_tensor(name) for name in self.base.names_by_layer.get(None, ())}
 
     def export_names(self) -> dict[str, str]:
-        """By name of a tensor in the base, the name it has after export: kept layers are renumbered from 0."""
+        """Map the name of each tensor in the base to its name after export, where kept layers are renumbered from 0."""
         prefix = self.base.layer_prefix
         number = {layer: position for position, layer in enumerate(self.layers)}
         names = {}

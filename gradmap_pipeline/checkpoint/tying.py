@@ -19,7 +19,7 @@ TIE_KEY = "tie_word_embeddings"
 
 
 def has_own_head(graph: ModelGraph) -> bool:
-    """Whether the config ties the head to the embeddings although the checkpoint holds a head with other values.
+    """Tell whether the config ties the head to the embeddings although the checkpoint holds a head with other values.
 
     Reads both where the checkpoint has both. Source: `tie_weights` of transformers 5.
     """

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .command_arguments import DeviceName, DtypeName, HostMemorySize, MemorySize, StorePath, Threads
 from .command_options import make_machine, parse_path
 from .ending import endings
-
-if TYPE_CHECKING:
-    from ..checkpoint.graph import ModelGraph
+from .model_argument import open_named
 
 
 def init(
@@ -62,7 +60,7 @@ def init(
         if quantise is not None and quantise not in QUANTISATIONS:
             raise CommandError(f"--quantise: found {quantise!r}, accepted: {', '.join(QUANTISATIONS)}")
         source = name_model(model)
-        graph = _open(source)
+        graph = open_named(source)
         start = Start(
             model=source,
             title=f"{graph.base.name}: {len(graph.layers)} layers, {graph.count_parameters():,} parameters, {graph.size_bytes:,} B",
@@ -81,19 +79,6 @@ def init(
         if not fitted.is_corrected:
             print("no correction: this architecture has no place for one")
         print(show(f"wrote {to}: gradmap plan {to}; gradmap run {to}"))
-
-
-def _open(source: dict[str, Any]) -> ModelGraph:
-    from ..checkpoint.graph import open_folder
-    from ..checkpoint.source import ModelSource
-    from ..errors import CommandError
-    from ..recipe.validation import Invalid, validate
-
-    try:
-        given = validate(ModelSource, source)
-    except Invalid as invalid:
-        raise CommandError(f"MODEL: {invalid.complaints[0][1]}") from invalid
-    return open_folder(given.fetch_folder(), given.name, digest_of=lambda _: "")
 
 
 def _read_amount(ratio: float | None, target: str | None) -> dict[str, Any]:

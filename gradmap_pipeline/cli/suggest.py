@@ -12,6 +12,7 @@ from ..machine.streams import sole_output
 from .command_arguments import DeviceName, DtypeName, HostMemorySize, MemorySize, PluginFiles, StorePath, Threads
 from .command_options import make_machine, open_store, parse_path
 from .ending import endings
+from .model_argument import open_named
 
 
 def suggest(
@@ -69,13 +70,14 @@ def suggest(
         from ..text import dump_json
 
         source = name_model(model)
-        depth, longest = _look_at(source)
+        graph = open_named(source)
+        depth = len(graph.layers)
         counts = choose_counts(max(1, min(round(depth * share), depth - 2)), points)
         texts: list[dict[str, Any]] = [
             {"builtin": builtin} if file is None else {"path": str(file)}
             for file, builtin in ((text, "calibration"), (held_out, "heldout"))
         ]
-        amount: dict[str, int] = {"samples": samples, "sequence_length": length or min(512, longest or 512)}
+        amount: dict[str, int] = {"samples": samples, "sequence_length": length or min(512, graph.base.default_sequence_length)}
         recipe = read_recipe(write_curve_recipe(source, ranking, counts, texts[0], texts[1], **amount), Path("suggest"))
         plan = make_plan(recipe, load_catalog(plugins), store)
         machine = make_machine(device, dtype, threads, memory, host_memory)
@@ -85,20 +87,3 @@ def suggest(
             print(dump_json([asdict(point) for point in curve]), file=output, flush=True)
         else:
             print_curve(curve, "Python code" if held_out is None else str(held_out), ranking)
-
-
-def _look_at(source: dict[str, str]) -> tuple[int, int | None]:
-    """Layers of the model, and the longest sequence it is made for. It is downloaded if it must be."""
-    from ..checkpoint.source import ModelSource
-    from ..errors import CommandError, ModelError
-    from ..recipe.validation import Invalid, validate
-
-    try:
-        given = validate(ModelSource, source)
-        given.fetch_folder()
-        forecast = given.forecast()
-    except Invalid as invalid:
-        raise CommandError(f"MODEL: {invalid.complaints[0][1]}") from invalid
-    if forecast.layers is None:
-        raise ModelError("config.json does not say how many layers the model has")
-    return forecast.layers, forecast.positions

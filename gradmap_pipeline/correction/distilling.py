@@ -1,4 +1,4 @@
-"""What a small model is to learn from a whole one: the likeliest next tokens of the whole model, or the text itself.
+"""The losses by which a small model learns from a whole one: the likeliest next tokens of the whole model, or the text itself.
 
 Sizes: B sequences a batch, T tokens, K choices of the teacher, V vocabulary.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LEAST = 1e-30
 _LIBRARIES = 256 << 20
-"""What the trainer brings into memory: the compiler of torch, accelerate and peft."""
+"""Bytes that the trainer's libraries take: the compiler of torch, accelerate and peft."""
 
 
 def divergence_from(logits: torch.Tensor, choices: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
