@@ -83,6 +83,11 @@ def test_wrong_arguments(folder: Path) -> None:
         (("builtin:other",), "MODEL: found 'other', accepted: docs-llama"),
         (("nowhere",), "no folder 'nowhere'"),
         (("model", "--ranking", "gradmap_scor"), "did you mean 'gradmap_score'"),
+        (("model", "--ranking", "prune"), "--ranking: stage 'prune' ranks no layers; name one that does, such as gradmap_score"),
+        (
+            ("model", "--ranking", "angular_score"),
+            "'angular_score' chooses layers that go together, and a curve takes them one by one",
+        ),
         (("model", "--share", "2"), "less than or equal to 0.9"),
         (("model", "--text", "none.txt"), "none.txt"),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from .command_arguments import DeviceName, DtypeName, HostMemorySize, MemorySize
 from .command_options import make_machine, open_store, parse_path
 from .ending import endings
 from .model_argument import open_named
+
+if TYPE_CHECKING:
+    from ..recipe.catalog import Catalog
 
 
 def suggest(
@@ -69,6 +72,8 @@ def suggest(
         from ..run.size_curve import choose_counts, name_model, read_curve, write_curve_recipe
         from ..text import dump_json
 
+        catalog = load_catalog(plugins)
+        _check_ranking(ranking, catalog)
         source = name_model(model)
         graph = open_named(source)
         depth = len(graph.layers)
@@ -79,7 +84,7 @@ def suggest(
         ]
         amount: dict[str, int] = {"samples": samples, "sequence_length": length or min(512, graph.base.default_sequence_length)}
         recipe = read_recipe(write_curve_recipe(source, ranking, counts, texts[0], texts[1], **amount), Path("suggest"))
-        plan = make_plan(recipe, load_catalog(plugins), store)
+        plan = make_plan(recipe, catalog, store)
         machine = make_machine(device, dtype, threads, memory, host_memory)
         state = run_plan(plan, open_store(store), machine, make_reporter(quiet=json, has_tables=False))
         curve = read_curve(state, counts, machine)
@@ -87,3 +92,19 @@ def suggest(
             print(dump_json([asdict(point) for point in curve]), file=output, flush=True)
         else:
             print_curve(curve, "Python code" if held_out is None else str(held_out), ranking)
+
+
+def _check_ranking(name: str, catalog: Catalog) -> None:
+    """Raise `CommandError` where a stage makes no ranking of which any number of removals can be taken."""
+    from ..errors import CommandError
+    from ..stages.scoring import LayerScoring
+
+    stage = catalog.find(name)
+    if stage is None:  # the plan says which name could be meant
+        return
+    if not issubclass(stage, LayerScoring):
+        raise CommandError(
+            f"--ranking: stage {name!r} ranks no layers; name one that does, such as gradmap_score or shortgpt_score"
+        )
+    if stage.all_or_nothing:
+        raise CommandError(f"--ranking: {name!r} chooses layers that go together, and a curve takes them one by one; name another")
