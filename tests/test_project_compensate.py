@@ -399,3 +399,22 @@ def test_one_triangle_of_the_sums_is_enough(block: int, monkeypatch: pytest.Monk
         moments.add(a[60:], r[60:])
         x, _ = getattr(moments, towards)(0.1)
         assert torch.allclose(x, expected, atol=1e-12), towards
+
+
+def test_sums_of_single_precision_give_the_solution_of_double_precision() -> None:
+    """Ten thousand inputs of one direction to one of another, and tokens a thousand times as large as the rest, as real models have."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -4, 48) * torch.linalg.qr(torch.randn(48, 48, generator=generator))[0]
+    a = torch.randn(3000, 48, generator=generator) @ spread
+    a[::400] *= 1000
+    r = (a @ torch.randn(48, 16, generator=generator) * 0.1 + 0.01 * torch.randn(3000, 16, generator=generator)).double()
+    wide = a.double()
+    gram = wide.T @ wide
+    expected = torch.linalg.solve(gram + 0.1 * gram.diagonal().mean() * torch.eye(48).double(), wide.T @ r)
+    moments = ridge.Moments(torch.zeros(48, 48).double(), torch.zeros(48, 16).double(), 0.0)
+    for some_a, some_r in zip(a.split(1100), r.split(1100), strict=True):
+        moments.add(some_a, some_r)
+    x, _ = moments.solve(0.1)
+    assert (x - expected).norm() < 1e-6 * expected.norm()
+    assert (wide @ (x - expected))[1::400].norm() < 1e-6 * (wide @ expected)[1::400].norm()  # for other tokens than the large ones
+    assert moments.missing == pytest.approx(float(r.square().sum()))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _COLUMNS = 512  # solved for at a time
 _BLOCK = 256  # columns of a Gram matrix that are summed at a time
+_BATCH = 1024  # tokens that are converted at a time
+_TOKENS = 128  # whose products are summed in fp32, before they are added in fp64
+_LARGE = 4.0  # times the median squared norm: a token whose products are summed in fp64
 
 
 def solve_ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> tuple[torch.Tensor, float]:
@@ -73,13 +76,30 @@ class Moments:
     """‖R‖²"""
 
     def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
-        """a (n, F), r (n, D). Goes through fp64 a thousand tokens at a time; below the diagonal blocks nothing is summed."""
-        for some_a, some_r in zip(a.split(1024), r.double().split(1024), strict=True):
-            wide = some_a.double()
-            for start in range(0, wide.shape[1], _BLOCK):
-                self.gram[start : start + _BLOCK, start:].addmm_(wide[:, start : start + _BLOCK].T, wide[:, start:])
-            self.cross.addmm_(wide.T, some_r)
+        """a (n, F), r (n, D). Below the diagonal blocks nothing is summed.
+
+        Products are in fp32, a few tokens at a time, and their sums in fp64. Real models have tokens a thousand times as large as
+        others; where these are summed in fp32 with others, what the others say is rounded away. So large tokens go through fp64.
+        """
+        import torch
+
         self.missing += float(r.double().square().sum())
+        for some_a, some_r in zip(a.split(_BATCH), r.split(_BATCH), strict=True):
+            if a.dtype == torch.float64:
+                self._add_products(some_a, some_r.double(), _BATCH)
+                continue
+            sizes = some_a.float().square().sum(1)
+            large = sizes > _LARGE * sizes.median()
+            self._add_products(some_a[large].double(), some_r[large].double(), _BATCH)
+            self._add_products(some_a[~large].float(), some_r[~large].float(), _TOKENS)
+
+    def _add_products(self, a: torch.Tensor, r: torch.Tensor, tokens: int) -> None:
+        """Sums over so many tokens are in the type of both, and those over all in fp64."""
+        for start in range(0, a.shape[1], _BLOCK):
+            end = start + _BLOCK
+            for some_a, some_r in zip(a.split(tokens), r.split(tokens), strict=True):
+                self.gram[start:end, start:] += some_a[:, start:end].T @ some_a[:, start:]
+                self.cross[start:end] += some_a[:, start:end].T @ some_r
 
     def join(self, group: ProcessGroup) -> None:
         """Sum over the processes of a group."""

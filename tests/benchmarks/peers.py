@@ -86,6 +86,8 @@ class Design:
     ratios: tuple[float, ...] = RATIOS
     samples: int = SAMPLES
     length: int = LENGTH
+    dtype: str = "float32"
+    """Type that selections and corrections compute in."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,11 @@ class Bench:
         """`known`: rows of an earlier run, whose selections are not made again."""
         self.subject, self.seed, self.work, self.design = subject, seed, work, design
         self.stages = load_catalog().stages
-        options = {"dataset": subject.calibration, "samples": design.samples, "sequence_length": design.length}
+        options = {
+            "dataset": subject.calibration.model_dump(exclude_unset=True),
+            "samples": design.samples,
+            "sequence_length": design.length,
+        }
         stage = self.stages["calibrate"].model_validate(options)
         folder = work / "steps" / subject.name / str(seed)
         self.folder = folder
@@ -191,7 +197,7 @@ class Bench:
         stage: Stage = self.stages[name].model_validate(options)
         started = time.perf_counter()
         given = {name: value for name, value in inputs.items() if name in type(stage).Inputs.model_fields}
-        result = run_stage(stage, self.folder / place, seed=self.seed, **given)
+        result = run_stage(stage, self.folder / place, seed=self.seed, dtype=self.design.dtype, **given)
         return result, time.perf_counter() - started
 
     def _select(self, selection: str, count: int, ratio: float) -> Cell:

@@ -64,20 +64,24 @@ def load_reading(file: Path) -> Reading:
 class Text:
     """Sequences of a text, spread over all of it, with what leaves the last layer of the whole model for them."""
 
-    def __init__(self, model: ModelGraph, source: DatasetSource, sequences: int, length: int = LENGTH) -> None:
+    def __init__(
+        self, model: ModelGraph, source: DatasetSource, sequences: int, length: int = LENGTH, dtype: str = "float32"
+    ) -> None:
+        """`dtype`: type that models compute in."""
         import torch
 
+        self.dtype = dtype
         ids, _ = make_sequences(load_tokenizer(model.base), source.documents(), length, None, "documents")
         blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK, length)
         chosen = torch.linspace(0, len(blocks) - 1, min(sequences // BLOCK, len(blocks))).long()
         self.ids = blocks[chosen].reshape(-1, length)
-        self._dense = [hidden for _, hidden in self._run(LayerwiseModel(model.dense))]
+        self._dense = [hidden for _, hidden in self._run(LayerwiseModel(model.dense, dtype=dtype))]
 
     def read(self, model: ModelGraph) -> Reading:
         """What a model says of every sequence."""
         import torch
 
-        layerwise, parts = LayerwiseModel(model), []
+        layerwise, parts = LayerwiseModel(model, dtype=self.dtype), []
         for dense, (batch, hidden) in zip(self._dense, self._run(layerwise), strict=True):
             sums = torch.zeros(3, len(hidden), dtype=torch.float64)
             for positions in slice_positions(layerwise, batch):

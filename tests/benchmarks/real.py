@@ -5,7 +5,7 @@
 `--model` is a folder with the texts to calibrate on and to measure on in domain; `--other` a text out of domain, any number of
 them; `--tasks` a folder of lm-eval tasks. One line of JSON a cell goes to WORK/real-NAME.jsonl, what each model says of sequences
 to WORK/readings; a run that was stopped goes on. `real_tables.py` makes tables and plots of it. Equal layers with equal corrections
-are measured once.
+are measured once. Models that are not corrected, but could be, are measured on the texts alone.
 """
 
 from __future__ import annotations
@@ -46,17 +46,22 @@ class Examiner:
         self.readings = work / "readings"
         self.readings.mkdir(parents=True, exist_ok=True)
         length, sequences = arguments.length, arguments.sequences
-        self.texts = {name: Text(subject.graph, source, sequences, length) for name, source in subject.texts.items()}
+        self.texts = {
+            name: Text(subject.graph, source, sequences, length, arguments.dtype) for name, source in subject.texts.items()
+        }
         ids = next(iter(self.texts.values())).ids
         self.prompts = ids[: arguments.prompts, :PROMPT]
         self._dense = continue_greedily(subject.graph.base.folder, self.prompts, arguments.dtype)
         self._seen: dict[str, dict[str, Any]] = {}
 
-    def measure(self, graph: ModelGraph) -> dict[str, Any]:
-        """All measures of a model, as JSON."""
-        if graph.digest not in self._seen:
-            self._seen[graph.digest] = {**self._read_texts(graph), **self._ask(graph)}
-        return self._seen[graph.digest]
+    def measure(self, graph: ModelGraph, *, asked: bool) -> dict[str, Any]:
+        """All measures of a model, as JSON; what its folder answers where it is `asked`."""
+        known = self._seen.setdefault(graph.digest, {})
+        if not known:
+            known |= self._read_texts(graph)
+        if asked and "accuracy" not in known:
+            known |= self._ask(graph)
+        return known
 
     def _read_texts(self, graph: ModelGraph) -> dict[str, Any]:
         label = f"{self.subject.name} {graph.digest[:16]}"
@@ -122,11 +127,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence, for calibration and for texts")
     parser.add_argument("--sequences", type=int, default=64, help="of each text")
     parser.add_argument("--prompts", type=int, default=32, help="that are continued")
-    parser.add_argument("--dtype", default="float32", help="of the folders that answer")
+    parser.add_argument("--dtype", default="float32", help="type that models are measured in")
+    parser.add_argument("--method-dtype", default="float32", help="type that selections and corrections compute in")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     subject = make_subject(arguments.model, arguments.other)
-    design = Design(choose_methods(arguments.method), tuple(arguments.ratio or RATIOS), arguments.samples, arguments.length)
+    ratios = tuple(arguments.ratio or RATIOS)
+    design = Design(choose_methods(arguments.method), ratios, arguments.samples, arguments.length, arguments.method_dtype)
     examiner = Examiner(subject, work, arguments)
     file = work / f"real-{subject.name}.jsonl"
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
@@ -134,7 +141,9 @@ def main() -> None:
     with file.open("a") as table:
         for cell in run_cells(subject, design, arguments.seeds, work, known):
             if cell.key not in done:
-                row = {name: value for name, value in vars(cell).items() if name != "graph"} | examiner.measure(cell.graph)
+                asked = cell.correction != "none" or not design.methods.get(cell.selection)
+                row = {name: value for name, value in vars(cell).items() if name != "graph"}
+                row |= examiner.measure(cell.graph, asked=asked)
                 table.write(json.dumps({name.replace("_", " "): value for name, value in row.items()}) + "\n")
                 table.flush()
 

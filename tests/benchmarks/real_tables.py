@@ -98,13 +98,22 @@ def describe_cells(results: Results, subject: str) -> str:
         perplexities = " / ".join(f"{row['texts'][text]['perplexity']:.1f}" for text in texts)
         first = row["texts"][texts[0]]
         accuracy = f"{100 * row['accuracy'][0]:.1f} ± {100 * row['accuracy'][1]:.1f}" if "accuracy" in row else ""
-        probe = f"{row['agreeing tokens']:.1f}, {row['ends in a loop']:.0%}"
+        probe = f"{row['agreeing tokens']:.1f}, {row['ends in a loop']:.0%}" if "accuracy" in row else ""
         agreement = f"{first['divergence']:.2f}, {first['agreement']:.0%}"
         work = row["select evaluations"] + row["correct evaluations"]
         seconds = row["select seconds"] + row["correct seconds"]
         cell = [f"{row['ratio']:.0%}", row["seed"], method, row["removed"].replace(" ", ", ")]
         rows.append(
-            [*cell, perplexities, agreement, accuracy, probe, f"{row['bytes'] / 2**20:.0f}", f"{work:.0f}", f"{seconds:.0f}"]
+            [
+                *cell,
+                perplexities,
+                agreement,
+                accuracy,
+                probe,
+                f"{row['bytes'] / 2**20:.0f}" if "bytes" in row else "",
+                f"{work:.0f}",
+                f"{seconds:.0f}",
+            ]
         )
     headings = ["removed", "seed", "method", "layers", f"perplexity: {' / '.join(texts)}", "KL, top-1", "accuracy, %"]
     return table([*headings, "tokens agreeing, loops", "MiB", "evaluations", "seconds"], rows)
