@@ -84,6 +84,7 @@ if TYPE_CHECKING:
         open_streams as open_streams,
     )
     from .correction.training import Trained as Trained, TrainingSettings as TrainingSettings, train_whole as train_whole
+    from .correction.training_curve import TrainingPoint as TrainingPoint
     from .correction.writers import Writer as Writer
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts

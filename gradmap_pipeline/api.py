@@ -79,6 +79,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "correction.distilling": ("count_trained", "training_bytes", "check_memory_for_training"),
         "correction.training": ("TrainingSettings", "Trained", "train_whole"),
+        "correction.training_curve": ("TrainingPoint",),
         "correction.writers": ("Writer",),
         "correction.scaling": ("nearest_scale", "magnitude_ratio", "rescale_stream", "rescale_from"),
     },

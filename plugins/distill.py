@@ -26,6 +26,7 @@ from gradmap_pipeline import (
     StageError,
     StructureProbe,
     TensorFile,
+    TrainingPoint,
     TrainingSettings,
     check_length,
     check_memory_for_training,
@@ -65,6 +66,8 @@ class Distillation(Artifact):
     steps: int
     """Taken until training stopped."""
     trained_parameters: int
+    curve: tuple[TrainingPoint, ...] = ()
+    """How the losses fell."""
 
 
 class Distill(Stage):
@@ -163,7 +166,12 @@ class Distill(Stage):
         return self.Outputs(
             model=graph.with_patches(patches, "distilled"),
             distillation=Distillation(
-                before=made.before, after=made.after, best_step=made.best_step, steps=made.steps, trained_parameters=made.parameters
+                before=made.before,
+                after=made.after,
+                best_step=made.best_step,
+                steps=made.steps,
+                trained_parameters=made.parameters,
+                curve=made.curve,
             ),
         )
 

@@ -20,6 +20,7 @@ from gradmap_pipeline.cli import app
 from gradmap_pipeline.correction import training
 from gradmap_pipeline.correction.distilling import divergence_from, loss_on
 from gradmap_pipeline.correction.training import add_lora
+from gradmap_pipeline.correction.training_curve import thin_out
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -247,3 +248,15 @@ def test_a_loss_that_is_not_finite_is_told(llama: Path, text: Path, tmp_path: Pa
     options = {"dataset": {"path": text}, "samples": 24, "sequence_length": 16, "steps": 4, "batch_size": 4}
     with pytest.raises(StageError, match="the loss is not finite at step 1 of 4; lower 'learning_rate'"):
         run_stage(Distill.model_validate(options), tmp_path / "out", model=open_folder(llama).without_layers([1]))
+
+
+def test_a_curve_has_few_points_and_every_look() -> None:
+    """Of 600 steps, ten a point; a resumed run logs a look twice."""
+    history = [{"step": step, "loss": float(step % 10), "learning_rate": 1e-3 / step} for step in range(1, 601)]
+    history += [{"step": step, "eval_loss": 1 / step} for step in (60, 120, 120, 600)]
+    curve = thin_out(history, 600)
+    assert [point.step for point in curve] == list(range(10, 601, 10))
+    assert {point.loss for point in curve} == {4.5}
+    assert {point.step: point.held_out for point in curve if point.held_out} == {60: 1 / 60, 120: 1 / 120, 600: 1 / 600}
+    assert thin_out([{"step": 7, "loss": 2.0, "learning_rate": 0.1}, {"step": 8, "eval_loss": 1.0}], 8)[1].loss is None
+    assert thin_out([], 8) == ()

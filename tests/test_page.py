@@ -20,7 +20,8 @@ from gradmap_pipeline.page.comparison import Compared, draw_tradeoff, find_front
 from gradmap_pipeline.page.facts import Facts, facts_of_lineage, facts_of_run
 from gradmap_pipeline.page.page import make_page
 from gradmap_pipeline.page.pictures import draw_layers
-from gradmap_pipeline.page.views import Base, Decision, Limit, ModelLine, Ranking, Step
+from gradmap_pipeline.page.training_picture import draw_training
+from gradmap_pipeline.page.views import Base, Decision, Limit, ModelLine, Ranking, Step, Training, TrainingMoment, read_all
 from gradmap_pipeline.run.store import Store
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -224,6 +225,9 @@ def test_record_that_was_changed_counts_as_not_there(folder: Path, tmp_path: Pat
 _EVIL = "</title></style><script>alert('x')</script><img src=x onerror=\"y\">\x1b[31m\u202e& {{ 7 * 7 }}"
 
 
+_CURVE = [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.25, "held_out": 2.0}, {"step": 40, "loss": 2.0, "held_out": 2.5}]
+
+
 def make_facts(scores: dict[int, float], removed: tuple[int, ...] = (), name: str = "m", layers: int = 4) -> Facts:
     """A model whose layers have these scores; `name` stands wherever there is a name."""
     metric = Metric(name=name, value=1.5, better="lower", unit=name, on=name)
@@ -234,6 +238,7 @@ def make_facts(scores: dict[int, float], removed: tuple[int, ...] = (), name: st
         name: scored,
         "compensation": {"sites": [site], "shifts": {}},
         "answers": {"answers": [answer], "tokens": 8},
+        "distillation": {"before": 3.0, "after": 2.0, "best_step": 20, "steps": 40, "trained_parameters": 7, "curve": _CURVE},
     }
     return Facts(
         base=Base(name=name, sha256=name, layers=layers, parameters=100, bytes=2000),
@@ -299,6 +304,21 @@ def test_scores_far_apart_are_on_a_logarithmic_scale() -> None:
     assert steps[0] > 20
     assert steps == pytest.approx([steps[0]] * 3, abs=0.3)
     assert "logarithmic" not in draw_layers(make_facts({0: 40.0, 1: 1.0}))
+
+
+def test_training_curve_is_where_the_losses_are() -> None:
+    """From step 0 to 40 across, from loss 2 to 3 upwards; held-out losses begin with the one before training."""
+    curve = Training(before=3.0, after=2.0, best_step=20, steps=40, trained_parameters=7, curve=read_all(TrainingMoment, _CURVE))
+    picture = ElementTree.fromstring(draw_training(curve))
+    circles = [(float(at.get("cx", 0)), float(at.get("cy", 0)), at.get("class")) for at in picture.iter(f"{_SVG}circle")]
+    assert [circle for circle in circles if circle[1] != 36.0] == [
+        (64.0, 58.0, "gm-ring"),
+        (506.0, 212.0, "gm-fix"),
+        (948.0, 135.0, "gm-ring"),
+    ]
+    (line,) = picture.iter(f"{_SVG}polyline")
+    assert line.get("points") == "285.0,135.0 506.0,173.5 948.0,212.0"
+    assert draw_training(curve.model_copy(update={"curve": ()})) == ""
 
 
 @pytest.mark.parametrize("layers", [1, 4, 80, 126])

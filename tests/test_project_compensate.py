@@ -402,7 +402,7 @@ def test_one_triangle_of_the_sums_is_enough(block: int, monkeypatch: pytest.Monk
 
 
 def test_sums_of_single_precision_give_the_solution_of_double_precision() -> None:
-    """Ten thousand inputs of one direction to one of another, and tokens a thousand times as large as the rest, as real models have."""
+    """Inputs ten thousand times as large as others, and tokens a thousand times as large as the rest, as real models have."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.logspace(0, -4, 48) * torch.linalg.qr(torch.randn(48, 48, generator=generator))[0]
     a = torch.randn(3000, 48, generator=generator) @ spread

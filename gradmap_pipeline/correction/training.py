@@ -22,6 +22,7 @@ from ..checkpoint.whole import load_whole, name_on_disk
 from ..errors import StageError
 from ..machine.memory import give_back, resident_bytes
 from .distilling import check_memory_for_training, count_trained, divergence_from, loss_on, training_bytes
+from .training_curve import TrainingPoint, thin_out
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,6 @@ LOOKS = 10
 """How often, at most, the loss on the held-out samples is measured."""
 _DONE = "complete"
 """File in a checkpoint of the trainer that is whole."""
-
 _OF_LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PMI_", "OMPI_", "MV2_",
 )  # fmt: skip
@@ -75,6 +75,7 @@ class Trained:
     steps: int
     parameters: int
     """That were trained."""
+    curve: tuple[TrainingPoint, ...]
 
 
 def train_whole(
@@ -144,8 +145,8 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             shown = {"loss": "loss", "eval_loss": "held out", "learning_rate": "learning rate"}
-            found = [f"{text} {logs[name]:.4g}" for name, text in shown.items() if name in (logs or {})]
-            self.detail = ", ".join(found) or self.detail
+            told = [f"{text} {logs[name]:.4g}" for name, text in shown.items() if name in (logs or {})]
+            self.detail = ", ".join(told) or self.detail
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             (folder / f"checkpoint-{state.global_step}" / _DONE).touch()
@@ -179,10 +180,9 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
         module = model.merge_and_unload()
     values = round_as_stored(module, names, graph)
     after = measure(module, samples[-held:], settings)
-    if not after < before:
-        return Trained({}, before, before, 0, state.global_step, trained)
-    best = int(str(state.best_model_checkpoint).rpartition("-")[2])
-    return Trained(values, before, after, best, state.global_step, trained)
+    curve = thin_out(state.log_history, settings.steps)
+    best = int(str(state.best_model_checkpoint).rpartition("-")[2]) if after < before else 0
+    return Trained(values if best else {}, before, after if best else before, best, state.global_step, trained, curve)
 
 
 def mixed_loss(model: Any, inputs: Any, share: float) -> torch.Tensor:
@@ -251,7 +251,7 @@ def round_as_stored(module: Any, names: dict[str, str], graph: ModelGraph) -> di
 
 def find_whole_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint of the trainer that is whole."""
-    whole = [file.parent for file in folder.glob(f"checkpoint-*/{_DONE}")]
+    whole = (file.parent for file in folder.glob(f"checkpoint-*/{_DONE}"))
     return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
 
 

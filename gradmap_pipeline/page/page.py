@@ -10,7 +10,8 @@ from ..text import format_bytes, format_seconds, name_without_place, show, show_
 from .facts import Facts, show_metric
 from .pictures import draw_layers
 from .template import FOOT, GENERATOR, HEAD, PAGE, STYLE
-from .views import Answers, Loss
+from .training_picture import draw_training
+from .views import Answers, Loss, Training
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class AnswerGroup:
     answers: Sequence[Any] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True)
+class TrainingShown:
+    """A training curve, and what it led to."""
+
+    about: str
+    picture: Any
+
+
 def fill_template(body: str, **values: Any) -> str:
     """A page from a template of what stands between head and foot. Every value is text in it, unless it is `Markup`."""
     from jinja2 import Environment
@@ -82,6 +91,11 @@ def make_page(facts: Facts) -> str:
         removed=", ".join(map(str, facts.removed)) or "none",
         sites=_list_sites(facts),
         patched=facts.patched,
+        trainings=[
+            TrainingShown(_tell_training(step.id, training), Markup(picture))
+            for step, training in facts.find(Training)
+            if (picture := draw_training(training))
+        ],
         parts=[
             Part("Figures", _list_metrics(facts), _explain_metrics(facts)),
             Part("Limits", _list_limits(facts)),
@@ -116,6 +130,12 @@ def _make_tiles(facts: Facts) -> list[Tile]:
     tiles.append(_compare("Parameters", before.parameters, after.parameters, "{:,}".format))
     tiles.append(_compare("Size", before.bytes, after.bytes, format_bytes))
     return tiles
+
+
+def _tell_training(step: str, training: Training) -> str:
+    kept = f"best after step {training.best_step}" if training.best_step else "no step lowered it, so the model is as it was"
+    loss = f"loss on held-out samples {training.before:.4g} → {training.after:.4g}, {kept}"
+    return f"Step {step}: {training.trained_parameters:,} parameters trained for {training.steps} steps; {loss}."
 
 
 def _compare(name: str, before: int | None, after: int | None, form: Any) -> Tile:

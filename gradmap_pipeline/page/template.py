@@ -92,6 +92,11 @@ PAGE = """\
 {% if patched %}<details><summary>{{ patched | length }} tensors differ from those of the unpruned model</summary>
 <pre>{{ patched | join("\n") }}</pre></details>{% endif %}
 </section>
+{% for training in trainings %}<section><h2>Training</h2>
+<div class="wide">{{ training.picture }}</div>
+<p class="soft">{{ training.about }}</p>
+</section>
+{% endfor %}\
 {% for part in parts %}{% if part.table.rows %}<section><h2>{{ part.heading }}</h2>
 {% if part.about %}<p class="soft">{{ part.about }}</p>{% endif %}
 {{ table(part.table) }}

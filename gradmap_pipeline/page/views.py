@@ -62,6 +62,25 @@ class Correction(_View):
     scales: dict[int, Figure] = {}
 
 
+class TrainingMoment(_View):
+    """A point of a training curve; losses in nats a token."""
+
+    step: Count
+    loss: Figure | None = None
+    held_out: Figure | None = None
+
+
+class Training(_View):
+    """How a model was trained as a whole."""
+
+    before: Figure
+    after: Figure
+    best_step: Count
+    steps: Count
+    trained_parameters: Count
+    curve: tuple[TrainingMoment, ...]
+
+
 class Loss(_View):
     """How well a model predicts a text."""
 

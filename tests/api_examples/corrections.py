@@ -27,6 +27,7 @@ from gradmap_pipeline import (
     StructureProbe,
     TensorFile,
     Trained,
+    TrainingPoint,
     TrainingSettings,
     Writer,
     capture_site,
@@ -214,3 +215,5 @@ plan = TrainingSettings(
 trained: Trained = train_whole(pruned, (ids, choices, logs), plan, Path("training"), context)
 assert trained.after < trained.before
 assert set(trained.values) <= set(pruned.base.tensors)
+last: TrainingPoint = trained.curve[-1]
+assert (last.step, last.held_out is not None) == (4, True)
