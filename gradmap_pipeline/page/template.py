@@ -10,7 +10,10 @@ STYLE = """\
 --ink:#e6eaee;--soft:#9fabb7;--line:#36404a;--ground:#14191e;--raised:#1d242b;--good:#6bd394;--bad:#ff8a98;--warn:#f0bf5f}}
 @media print{:root{
 color-scheme:light;--ink:#000;--soft:#444;--line:#bbb;--ground:#fff;--raised:#fff;--good:#1b7a43;--bad:#b3263a;--warn:#8a5a00}
-section{break-inside:avoid-page}details>*{display:block}pre{white-space:pre-wrap}}
+h2{break-after:avoid}tr,svg,.tile,.answers div{break-inside:avoid}pre{white-space:pre-wrap}
+details pre{columns:2}details::details-content{content-visibility:visible;block-size:auto}
+body{font-size:10pt!important}main{padding:0!important}h1{font-size:16pt!important}h2{margin-top:18pt!important}
+.wide{overflow:visible}.wide svg{min-width:0!important}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1040px;margin:0 auto;padding:24px 20px 64px}
@@ -23,7 +26,7 @@ p{margin:0 0 12px}.soft{color:var(--soft)}.good{color:var(--good)}.bad{color:var
 .tile b{display:block;font-size:1.25rem;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:.9rem}
 .wide{overflow-x:auto;margin:0 0 12px}.wide svg{display:block;min-width:680px;width:100%;height:auto}
 table{border-collapse:collapse;width:100%;font-size:.93rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;vertical-align:top;padding:6px 14px 6px 0;border-bottom:1px solid var(--line)}
+th,td{text-align:left;vertical-align:top;padding:6px 22px 6px 0;border-bottom:1px solid var(--line)}
 th{font-weight:600;color:var(--soft)}
 .number{text-align:right;white-space:nowrap}td:last-child,th:last-child{padding-right:0}
 code,pre{font:.86rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}code{overflow-wrap:anywhere}
