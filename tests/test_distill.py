@@ -138,6 +138,37 @@ def test_loss_falls_and_parameters_stay_as_many(weights: str, llama: Path, text:
     assert result.distillation.trained_parameters == (lora if weights == "lora" else pruned.count_parameters())
 
 
+def test_products_are_in_bfloat16_where_the_run_computes_in_it(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, and the losses before and after, are in fp32."""
+    real, measure, seen = training.load_whole, training.measure, set()
+    measured = []
+
+    def listen(*arguments: Any) -> Any:
+        module: Any = real(*arguments)
+        projection = module.model.layers[0].mlp.down_proj
+        projection.register_forward_hook(lambda at, _, out: seen.add((at.training, at.weight.dtype, out.dtype)))
+        return module
+
+    def look(*arguments: Any) -> float:
+        before = set(seen)
+        seen.clear()
+        loss = measure(*arguments)
+        measured.append((before, set(seen)))
+        seen.clear()
+        return loss
+
+    monkeypatch.setattr(training, "load_whole", listen)
+    monkeypatch.setattr(training, "measure", look)
+    options = {"dataset": {"path": text}, "samples": 24, "sequence_length": 16, "steps": 12, "batch_size": 4}
+    stage = Distill.model_validate({**options, "learning_rate": 3e-3, "weights": "all"})
+    result = run_stage(stage, tmp_path / "out", dtype="bfloat16", model=open_folder(llama).without_layers([1]))
+    single = {(False, torch.float32, torch.float32)}
+    assert measured == [(set(), single), ({(is_training, torch.float32, torch.bfloat16) for is_training in (True, False)}, single)]
+    assert result.distillation.after < 0.98 * result.distillation.before
+
+
 def test_a_model_that_no_step_betters_is_left(llama: Path, text: Path, tmp_path: Path) -> None:
     """It stops after two looks that are no better, and says so."""
     pruned, notes = open_folder(llama).without_layers([1]), []  # type: ignore[var-annotated]

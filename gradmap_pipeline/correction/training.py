@@ -1,4 +1,4 @@
-"""Train a model as a whole, in fp32 and in memory, by transformers' loop; what is learned ends in the weights that are there.
+"""Train a model as a whole, in memory, with weights in fp32, by transformers' loop; what is learned ends in weights that are there.
 
 LoRA, https://arxiv.org/abs/2106.09685, is peft's: W + B A · alpha / rank, merged at the end.
 Sizes: S samples, T tokens, K choices of the teacher.
@@ -6,12 +6,9 @@ Sizes: S samples, T tokens, K choices of the teacher.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +20,7 @@ from ..errors import StageError
 from ..machine.memory import give_back, resident_bytes
 from .distilling import check_memory_for_training, count_trained, divergence_from, loss_on, training_bytes
 from .training_curve import TrainingPoint, thin_out
+from .training_surroundings import alone, own_randomness, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +32,6 @@ LOOKS = 10
 """How often, at most, the loss on the held-out samples is measured."""
 _DONE = "complete"
 """File in a checkpoint of the trainer that is whole."""
-_OF_LAUNCHERS = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PMI_", "OMPI_", "MV2_",
-)  # fmt: skip
-"""How names of variables begin by which accelerate takes a process for one of several."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ def train_whole(
     finite.
     """
     check_room(graph, data[0].shape[1], settings, context)
-    with _own_randomness(context.seed), _quiet(), _alone():
+    with own_randomness(context.seed), quiet(), alone():
         return _train(graph, data, settings, folder, context)
 
 
@@ -158,7 +152,7 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
         eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2, disable_tqdm=True,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
         use_cpu=context.device == "cpu", dataloader_pin_memory=False, prediction_loss_only=True, label_names=[],
-        restore_callback_states_from_checkpoint=True,
+        restore_callback_states_from_checkpoint=True, bf16=context.dtype == "bfloat16",
     )  # fmt: skip
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the trainer copies the model to all GPUs of the machine
@@ -176,6 +170,7 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
             advance(int(last.name.rpartition("-")[2]))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else bfloat16 stays
     if settings.weights == "lora":
         module = model.merge_and_unload()
     values = round_as_stored(module, names, graph)
@@ -253,48 +248,3 @@ def find_whole_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint of the trainer that is whole."""
     whole = (file.parent for file in folder.glob(f"checkpoint-*/{_DONE}"))
     return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Random numbers start from a seed, and their states are afterwards what they were."""
-    import random
-
-    import numpy as np
-    import torch
-
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Nothing says meanwhile that a launcher started several processes, of which this one trains while the others wait."""
-    names = [name for name in os.environ if name.startswith(_OF_LAUNCHERS)]
-    kept = {name: os.environ.pop(name) for name in names}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The trainer's own log says nothing meanwhile, and no thread watches bars that nobody sees."""
-    import tqdm  # type: ignore[import-untyped]
-
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
-    levels = [logger.level for logger in loggers]
-    interval, tqdm.tqdm.monitor_interval = tqdm.tqdm.monitor_interval, 0
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        tqdm.tqdm.monitor_interval = interval
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
