@@ -155,7 +155,7 @@ def run_apart(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("spoiler", SPOILERS)
+@pytest.mark.parametrize("spoiler", [SPOILERS[0], *(pytest.param(spoiler, marks=pytest.mark.slow) for spoiler in SPOILERS[1:])])
 def test_a_plugin_that_closes_standard_output_when_imported_changes_nothing(spoiler: str, folder: Path) -> None:
     write_plugin(at_import=spoiler)
     assert run_apart("check", "r.yaml") == (0, "r.yaml: no problems in 1 step\n", "")
@@ -164,7 +164,7 @@ def test_a_plugin_that_closes_standard_output_when_imported_changes_nothing(spoi
     assert json.loads(output)["title"]
 
 
-@pytest.mark.parametrize("option", ["", "--json"])
+@pytest.mark.parametrize("option", [pytest.param("", marks=pytest.mark.slow), "--json"])
 def test_a_plugin_that_closes_standard_output_in_a_run_changes_nothing(option: str, folder: Path) -> None:
     for number, spoiler in enumerate(SPOILERS[::3] if option else SPOILERS[2:]):
         write_plugin("run", f"{spoiler}; return self.Outputs(told=Told(number={number}))")

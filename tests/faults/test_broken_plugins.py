@@ -206,7 +206,9 @@ def test_an_unreadable_list_of_plugins_hides_no_others(folder: Path, installed: 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("place", ["import", "hook", *COMMANDS])
+@pytest.mark.parametrize(
+    "place", ["import", "hook", *(place if place == "run" else pytest.param(place, marks=pytest.mark.slow) for place in COMMANDS)]
+)
 def test_what_a_plugin_prints_is_not_on_standard_output(place: str, folder: Path) -> None:
     """Nor what it writes below Python, or another process that it starts."""
     write_plugin(place, PRINTING)
