@@ -291,3 +291,19 @@ def test_a_curve_has_few_points_and_every_look() -> None:
     assert {point.step: point.held_out for point in curve if point.held_out} == {60: 1 / 60, 120: 1 / 120, 600: 1 / 600}
     assert thin_out([{"step": 7, "loss": 2.0, "learning_rate": 0.1}, {"step": 8, "eval_loss": 1.0}], 8)[1].loss is None
     assert thin_out([], 8) == ()
+
+
+@pytest.mark.parametrize("weights", ["lora", "all"])
+def test_experts_that_stay_as_they_are_are_named(weights: str, text: Path, tmp_path: Path) -> None:
+    """transformers holds the experts of a layer as one tensor, and the checkpoint each by itself."""
+    pruned, notes = open_folder(make_model(tmp_path / "model", "mixtral")).without_layers([1]), []  # type: ignore[var-annotated]
+    options = {"dataset": {"path": text}, "samples": 16, "sequence_length": 16, "steps": 8, "batch_size": 4, "weights": weights}
+    stage = Distill.model_validate({**options, "learning_rate": 3e-4})
+    result: Any = stage.run(stage.Inputs(model=pruned), make_context(tmp_path / "out", notes=notes))
+    experts = "model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj"
+    assert notes[0] == f"not trained, as the checkpoint stores them in several parts: {experts}"
+    assert not any("experts" in name for name in result.model.patches)
+    assert any("block_sparse_moe.gate.weight" in name for name in result.model.patches) == (weights == "all")
+    if result.distillation.best_step:
+        least = min(point.held_out for point in result.distillation.curve if point.held_out is not None)
+        assert result.distillation.after == pytest.approx(least, rel=1e-3)

@@ -7,9 +7,11 @@ Sizes: S samples, T tokens, K choices of the teacher.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,6 +107,9 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
 
     module: Any = load_whole(graph, "float32", context.device)
     names = name_on_disk(module, graph)
+    left = sorted({re.sub(r"\.\d+\.", ".*.", name) for name, _ in module.named_parameters() if name not in names})
+    if left:
+        context.note(f"not trained, as the checkpoint stores them in several parts: {', '.join(left)}")
     model: Any = module
     if settings.weights == "lora":
         inside = {name: disk for name, disk in names.items() if layer_of(disk, graph.base.layer_prefix) is not None}
@@ -112,6 +117,9 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
     else:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in names)
+    module.save_pretrained = partial(
+        module.save_pretrained, save_original_format=False
+    )  # by names of today, for the trainer reads them
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     samples = [dict(zip(("input_ids", "choices", "logs"), one, strict=True)) for one in zip(*data, strict=True)]
     held = settings.held_out
