@@ -12,6 +12,7 @@ import typer
 
 from ..machine.launch import is_leading
 from ..machine.streams import sole_errors, sole_output
+from .check import check as check_recipes
 from .command_arguments import (
     DeviceName,
     DtypeName,
@@ -103,27 +104,7 @@ def run(
                 run_plan(plan, open_store(store), machine, reporter, group, is_recorded=True)
 
 
-@app.command()
-def check(
-    recipe: RecipePath,
-    overrides: Overrides = [],  # noqa: B006
-    store: StorePath = Path(".gradmap"),
-    plugins: PluginFiles = [],  # noqa: B006
-) -> None:
-    """Check a recipe without running it: options, wiring, files, and whether its steps can work on the model.
-
-    Prints every problem with its place. The model's tensors are not read; a model that is not on this machine is not looked at.
-    """
-    with endings():
-        from ..report.plan_table import print_advice
-        from ..run.inspection import inspect_plan
-        from ..text import show
-
-        plan = _plan(recipe, overrides, plugins, store)
-        inspect_plan(plan)
-        print_advice(plan)
-        count = len(plan.steps)
-        print(show(f"{recipe}: no problems in {count} step{'' if count == 1 else 's'}"))
+app.command(name="check")(check_recipes)
 
 
 @app.command()
