@@ -87,11 +87,20 @@ def test_schema_knows_every_stage_and_option() -> None:
     result = CliRunner().invoke(app, ["schema"])
     schema = json.loads(result.stdout)
     assert schema == make_schema(catalog)
-    choices = {choice["properties"]["use"]["const"]: choice for choice in schema["properties"]["steps"]["items"]["oneOf"]}
-    assert choices.keys() == catalog.stages.keys()
+    step = schema["properties"]["steps"]["items"]
+    use = step["properties"]["use"]
+    assert use["enum"] == sorted(catalog.stages)
+    assert all(use["enumDescriptions"])
+    assert len(use["enumDescriptions"]) == len(use["enum"])
+    conditions = {one["if"]["properties"]["use"]["pattern"]: one["then"] for one in step["allOf"]}
+    assert len(conditions) == len(catalog.stages)
     for name, stage in catalog.stages.items():
-        options = schema["$defs"][f"options of {name}"]
+        then = conditions[f"^({name})$"]
+        assert then["properties"]["with"] == {"$ref": f"#/$defs/options-of-{name}"}
+        options = schema["$defs"][f"options-of-{name}"]
+        assert ("required" in then) == any(field.is_required() for field in stage.model_fields.values())
         assert options["properties"].keys() == stage.model_fields.keys()
         assert options["additionalProperties"] is False
     for reference in json.dumps(schema).split('"$ref": "#/$defs/')[1:]:
         assert reference.split('"')[0] in schema["$defs"]
+        assert " " not in reference.split('"')[0]

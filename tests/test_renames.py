@@ -149,9 +149,15 @@ def test_a_stage_is_described_under_its_old_name(folder: Path) -> None:
 
 def test_editors_accept_old_names(folder: Path) -> None:
     schema = json.loads(gradmap("schema").stdout)
-    (choice,) = [one for one in schema["properties"]["steps"]["items"]["oneOf"] if "enum" in one["properties"]["use"]]
-    assert choice["properties"]["use"] == {"enum": ["new_work", "old_work", "older_work"]}
-    options = schema["$defs"]["options of new_work"]
+    step = schema["properties"]["steps"]["items"]
+    use = step["properties"]["use"]
+    told = dict(zip(use["enum"], use["enumDescriptions"], strict=True))
+    assert told["old_work"] == f"Is now called 'new_work'. {told['new_work']}"
+    (then,) = [
+        one["then"] for one in step["allOf"] if one["if"]["properties"]["use"]["pattern"] == "^(new_work|old_work|older_work)$"
+    ]
+    assert then["properties"]["with"] == {"$ref": "#/$defs/options-of-new_work"}
+    options = schema["$defs"]["options-of-new_work"]
     assert options["properties"]["pace"]["deprecated"] is True
     assert options["required"] == []
 

@@ -114,7 +114,7 @@ def test_an_option_without_a_schema_hides_no_others(site: Path) -> None:
     install(site, "acme_work", "acme", STAGE.replace("FIELDS", field))
     listed = {stage["name"]: stage for stage in json.loads(gradmap("stages", "--json").stdout)}
     assert listed["acme_work"]["options"] == {"type": "object"}
-    assert "options of acme_work" in json.loads(gradmap("schema").stdout)["$defs"]
+    assert "options-of-acme_work" in json.loads(gradmap("schema").stdout)["$defs"]
 
 
 REASON = "ModuleNotFoundError: No module named 'nobody_has_this'"

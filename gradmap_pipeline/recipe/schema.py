@@ -21,25 +21,42 @@ def make_options_schema(stage: type[Stage], references: str = DEFAULT_REF_TEMPLA
 
 
 def make_schema(catalog: Catalog) -> dict[str, Any]:
-    """A recipe's schema (draft 2020-12), with the options of every stage in the catalog."""
+    """A recipe's schema (draft 2020-12), with the options of every stage in the catalog.
+
+    Names of stages are one list with what each does, and the options of a step follow from its name: so an editor completes all
+    names, and speaks of the options of the stage that stands there alone.
+    """
     schema = RecipeFile.model_json_schema(by_alias=True)
     definitions = schema.setdefault("$defs", {})
     definitions.pop("RecipeStep", None)
     step = RecipeStep.model_json_schema(by_alias=True)
-    choices = []
+    names: dict[str, str] = {}
+    conditions = []
     for name, stage in sorted(catalog.stages.items()):
         options = make_options_schema(stage, "#/$defs/{model}")
         definitions |= options.pop("$defs", {})
         options["description"] = (stage.__doc__ or "").strip()
         _add_old_names(options, stage)
-        definitions[f"options of {name}"] = options
-        names = {"enum": [name, *stage.aliases]} if stage.aliases else {"const": name}
-        properties = {**step["properties"], "use": names, "with": {"$ref": f"#/$defs/options of {name}"}}
-        required = ["use", "with"] if options.get("required") else ["use"]
-        choice = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-        choices.append({**choice, "deprecated": True} if stage.deprecated else choice)
-    schema["properties"]["steps"]["items"] = {"oneOf": choices}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "gradmap recipe", **schema, "$defs": definitions}
+        definitions[f"options-of-{name}"] = options
+        names[name] = options["description"].partition("\n")[0]
+        if stage.deprecated:
+            names[name] = f"Deprecated. {names[name]}"
+        names |= dict.fromkeys(stage.aliases, f"Is now called {name!r}. {names[name]}")
+        then: dict[str, Any] = {"properties": {"with": {"$ref": f"#/$defs/options-of-{name}"}}}
+        if options.get("required"):
+            then["required"] = ["with"]
+        pattern = f"^({'|'.join([name, *stage.aliases])})$"  # an editor takes the beginning of a name in an enum for the name
+        used = {"properties": {"use": {"type": "string", "pattern": pattern}}, "required": ["use"]}
+        conditions.append({"if": used, "then": then})
+    use = {"description": "The stage.", "enum": list(names), "enumDescriptions": list(names.values())}
+    properties = {**step["properties"], "use": use, "with": {"description": "Options of the stage.", "type": "object"}}
+    items = {"type": "object", "properties": properties, "required": ["use"], "additionalProperties": False, "allOf": conditions}
+    schema["properties"]["steps"]["items"] = items
+    schema["$defs"] = definitions
+    _drop_titles(schema)
+    for name in catalog.stages:
+        definitions[f"options-of-{name}"]["title"] = name
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "gradmap recipe", **schema}
 
 
 def _add_old_names(options: dict[str, Any], stage: type[Stage]) -> None:
@@ -50,3 +67,15 @@ def _add_old_names(options: dict[str, Any], stage: type[Stage]) -> None:
             properties[old] = {**properties[new], "deprecated": True, "description": f"Is now called {new!r}."}
     if "required" in options:
         options["required"] = [name for name in options["required"] if name not in stage.renamed.values()]
+
+
+def _drop_titles(schema: Any) -> None:
+    """Take out the titles that pydantic makes of names; editors would show them above what a description says."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("title"), str):
+            del schema["title"]
+        for part in schema.values():
+            _drop_titles(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _drop_titles(part)
