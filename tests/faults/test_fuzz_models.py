@@ -75,6 +75,6 @@ def test_three_hundred_spoilt_headers(tmp_path: Path) -> None:
     assert sum(result["sound"] for result in results) > 20
 
 
-@pytest.mark.parametrize("subject", ["config", "header"])
+@pytest.mark.parametrize("subject", ["config", pytest.param("header", marks=pytest.mark.slow)])
 def test_a_few_spoilt_models(subject: str, tmp_path: Path) -> None:
     assert_ended_well(run_cases(subject, 6, tmp_path))

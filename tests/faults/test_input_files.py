@@ -74,7 +74,12 @@ def test_a_recipe_from_a_pipe_that_somebody_writes_slowly() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     "line",
-    ["check /dev/stdin < r.yaml", "cat r.yaml | GRADMAP check /dev/stdin", "check <(sleep 1; cat r.yaml)", "check <(cat r.yaml)"],
+    [
+        "cat r.yaml | GRADMAP check /dev/stdin",
+        "check <(sleep 1; cat r.yaml)",
+        pytest.param("check /dev/stdin < r.yaml", marks=pytest.mark.slow),
+        pytest.param("check <(cat r.yaml)", marks=pytest.mark.slow),
+    ],
 )
 def test_recipes_that_the_shell_hands_over(line: str) -> None:
     program = f"{sys.executable} -m gradmap_pipeline"

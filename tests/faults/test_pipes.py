@@ -100,16 +100,14 @@ def test_the_same_inside_a_process(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert "printed on import" in result.stderr
 
 
-def test_a_run_goes_on_when_its_reader_has_gone(folder: Path) -> None:
-    for line in (
-        "r.yaml --plugin p.py --json | head -1",
-        "r.yaml --plugin p.py --store b | true",
-        "r.yaml --plugin p.py --store c >&- 2>&-",
-    ):
-        code, _, err = shell(folder, f"{GRADMAP} run {line}")
-        assert code == 0, err
-    for store in (".gradmap", "b", "c"):
-        assert len(list((folder / store / "steps").glob("prints-*"))) == 1
+@pytest.mark.parametrize(
+    "ending",
+    ["--json | head -1", *(pytest.param(ending, marks=pytest.mark.slow) for ending in ("| true", ">&- 2>&-"))],
+)
+def test_a_run_goes_on_when_its_reader_has_gone(ending: str, folder: Path) -> None:
+    code, _, err = shell(folder, f"{GRADMAP} run r.yaml --plugin p.py {ending}")
+    assert code == 0, err
+    assert len(list((folder / ".gradmap" / "steps").glob("prints-*"))) == 1
 
 
 @pytest.mark.parametrize("command", ["stages", "schema", "--help", "check r.yaml --plugin p.py"])
@@ -145,17 +143,21 @@ def test_files_never_get_the_number_of_a_closed_stream(folder: Path) -> None:
     assert (folder / "n").read_text() == "True\n"
 
 
-def test_characters_that_the_encoding_lacks(folder: Path, llama: Path) -> None:
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, pytest.param(C_LOCALE, marks=pytest.mark.slow)])
+def test_characters_that_the_encoding_lacks(variables: dict[str, str], folder: Path, llama: Path) -> None:
     recipe = {"version": 1, "model": {"path": str(llama)}, "steps": [{"use": "prints", "id": "prints"}]}
     (folder / "ö漢.yaml").write_text(json.dumps(recipe))
-    for variables in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
-        for command in ("check ö漢.yaml --plugin p.py", "run ö漢.yaml --plugin p.py", "stages evaluate", "check 漢 --plugin p.py"):
-            code, out, err = shell(folder, f"{GRADMAP} {command}", **variables)
-            assert code == (2 if command.startswith("check 漢") else 0), err
-            assert (out + err).isascii()
+    for command in ("check ö漢.yaml --plugin p.py", "run ö漢.yaml --plugin p.py", "stages evaluate", "check 漢 --plugin p.py"):
+        code, out, err = shell(folder, f"{GRADMAP} {command}", **variables)
+        assert code == (2 if command.startswith("check 漢") else 0), err
+        assert (out + err).isascii()
     assert "\\u" in err
 
 
+@pytest.mark.slow
 def test_what_transformers_says_is_a_note(folder: Path) -> None:
     """Each text once, and nothing of it on standard error."""
     warns = "from transformers.utils import logging\n        [logging.get_logger().warning('it is odd\\n here') for _ in range(2)]"
