@@ -363,3 +363,22 @@ def test_the_plan_counts_what_generating_takes(graph: ModelGraph, llama: Path, t
     costs.memory = besides + weights + each - 1
     with pytest.raises(CapacityError, match=r"^generating text takes the whole model in memory, .* use --dtype bfloat16"):
         costs.generated_text(4, 64, 32)
+
+
+@pytest.mark.parametrize(("data", "told"), [("text", True), ("chats", False), ("mix", False), ("self", False)])
+def test_plain_text_for_a_model_that_answers_chats_is_said(data: str, told: bool, text: Path, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    plain, notes = {"path": str(text)}, []  # type: ignore[var-annotated]
+    chats = {"path": str(write_chats(tmp_path / "chats.jsonl", *[CHAT] * 40)), "column": "messages"}
+    sources = {"text": plain, "chats": chats, "mix": {"mix": [plain, chats]}, "self": {"self": {}}}
+    for is_chat_model in (False, True):
+        if is_chat_model:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.chat_template = TEMPLATE
+            tokenizer.save_pretrained(folder)
+        elif "chats" in str(sources[data]):
+            continue
+        source = CalibrationSource.model_validate(sources[data])
+        draw_samples(source, open_folder(folder), 16, 4, "documents", make_context(tmp_path / "work", notes=notes))
+        chat_notes = [note for note in notes if "the tokenizer has a chat template, and none of this text is a chat" in note]
+        assert len(chat_notes) == (told and is_chat_model)

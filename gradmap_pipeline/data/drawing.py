@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import CapacityError, ModelError, StageError
 from .calibration_set import CalibrationPart
+from .documents import Chat, Document
 from .generation import generate_rows
 from .sequences import Packing, digest_sequences, draw_rows, stack_rows
 from .tokenizer import count_embeddings, load_tokenizer
@@ -36,17 +38,26 @@ def draw_samples(
     part that cannot be read.
     """
     tokenizer, embeddings = load_tokenizer(graph.base), count_embeddings(graph.base)
+    is_plain = bool(getattr(tokenizer, "chat_template", None))
+
+    def watch(documents: Iterable[Document]) -> Iterator[Document]:
+        nonlocal is_plain
+        for document in documents:
+            is_plain = is_plain and not isinstance(document, Chat)
+            yield document
+
     places: list[tuple[float, int, array[int]]] = []
     parts: list[CalibrationPart] = []
     for number, (part, count) in enumerate(zip(source.parts(), source.share_out(samples), strict=True)):
         seed = context.seed + number
         try:
             if part.generated is not None:
+                is_plain = False  # what the model writes itself is what it is used for
                 rows = generate_rows(part.generated, graph, length, count, seed, context)
             else:
                 drawn_by = seed if shuffle else None
                 with context.progress("read and tokenise", 1, "data set") as advance:
-                    rows = draw_rows(tokenizer, part.documents(drawn_by), length, count, packing, drawn_by, embeddings)
+                    rows = draw_rows(tokenizer, watch(part.documents(drawn_by)), length, count, packing, drawn_by, embeddings)
                     advance()
         except (StageError, ModelError, CapacityError) as error:
             if source.mix is None:
@@ -57,6 +68,11 @@ def draw_samples(
             digest = digest_sequences(*stack_rows(rows, tokenizer, embeddings))
             parts.append(CalibrationPart(samples=count, tokens=sum(map(len, rows)), sha256=digest))
             context.note(f"{count} samples, {parts[-1].tokens:,} tokens, of {part.name}")
+    if is_plain:
+        context.note(
+            "the tokenizer has a chat template, and none of this text is a chat; a model that answers chats is better calibrated "
+            "on some (`column: messages`)"
+        )
     if source.mix is not None:
         places.sort(key=lambda place: place[:2])
     input_ids, mask = stack_rows([row for *_, row in places], tokenizer, embeddings)
