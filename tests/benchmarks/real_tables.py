@@ -40,6 +40,10 @@ class Results:
     def dense(self, subject: str) -> Row:
         return self._by_cell[subject, 0.0, 0]["none", "none"]
 
+    def find(self, row: Row, selection: str, correction: str) -> Row:
+        """Another row of the cell of this one."""
+        return self._by_cell[row["subject"], row["ratio"], row["seed"]][selection, correction]
+
     def methods(self) -> list[tuple[str, str]]:
         """All but ours and the dense model."""
         found = dict.fromkeys((row["selection"], row["correction"]) for row in self.rows)
@@ -88,7 +92,19 @@ def describe_opponents(results: Results) -> str:
     )
 
 
-def describe_cells(results: Results, subject: str) -> str:
+def tell_closed(results: Results, row: Row) -> str:
+    """Of the gap in log-perplexity that the removal opened, what the correction closes, by text; empty where there is none."""
+    if row["correction"] == "none":
+        return ""
+    plain, dense = results.find(row, row["selection"], "none"), results.dense(row["subject"])
+    shares = []
+    for name, text in row["texts"].items():
+        whole, pruned, corrected = (math.log(one["perplexity"]) for one in (dense["texts"][name], plain["texts"][name], text))
+        shares.append(f"{100 * (pruned - corrected) / (pruned - whole):.0f}")
+    return " / ".join(shares)
+
+
+def describe_cells(results: Results, subject: str, *, is_timed: bool) -> str:
     """Every cell of a model."""
     dense = results.dense(subject)
     texts = list(dense["texts"])
@@ -103,20 +119,20 @@ def describe_cells(results: Results, subject: str) -> str:
         work = row["select evaluations"] + row["correct evaluations"]
         seconds = row["select seconds"] + row["correct seconds"]
         cell = [f"{row['ratio']:.0%}", row["seed"], method, row["removed"].replace(" ", ", ")]
-        rows.append(
-            [
-                *cell,
-                perplexities,
-                agreement,
-                accuracy,
-                probe,
-                f"{row['bytes'] / 2**20:.0f}" if "bytes" in row else "",
-                f"{work:.0f}",
-                f"{seconds:.0f}",
-            ]
-        )
-    headings = ["removed", "seed", "method", "layers", f"perplexity: {' / '.join(texts)}", "KL, top-1", "accuracy, %"]
-    return table([*headings, "tokens agreeing, loops", "MiB", "evaluations", "seconds"], rows)
+        figures = [perplexities, tell_closed(results, row), agreement, accuracy, probe]
+        size = f"{row['bytes'] / 2**20:.0f}" if "bytes" in row else ""
+        rows.append([*cell, *figures, size, f"{work:.0f}", *([f"{seconds:.0f}"] if is_timed else [])])
+    headings = [
+        "removed",
+        "seed",
+        "method",
+        "layers",
+        f"perplexity: {' / '.join(texts)}",
+        "gap closed, %",
+        "KL, top-1",
+        "accuracy, %",
+    ]
+    return table([*headings, "tokens agreeing, loops", "MiB", "evaluations", *(["seconds"] if is_timed else [])], rows)
 
 
 def draw(results: Results, file: Path, ordinate: str, abscissa: str) -> None:
@@ -157,13 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of the benchmark of real models.")
     parser.add_argument("work", type=Path)
     parser.add_argument("--docs", type=Path, help="folder to write real.csv and the plots to")
+    parser.add_argument("--without-times", action="store_true", help="leave out seconds, of a machine that was shared")
     parser.add_argument("--ours", default=" + ".join(OURS), help="the method that the others are compared with")
     arguments = parser.parse_args()
     selection, _, correction = arguments.ours.partition(" + ")
     results = Results(arguments.work, (selection, correction or "none"))
     print(describe_opponents(results))
     for subject in results.subjects():
-        print(f"### {subject}\n\n{describe_cells(results, subject)}")
+        print(f"### {subject}\n\n{describe_cells(results, subject, is_timed=not arguments.without_times)}")
     if arguments.docs:
         with (arguments.docs / "real.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in results.rows for name in row)))
