@@ -9,7 +9,7 @@ from pydantic.json_schema import DEFAULT_REF_TEMPLATE
 
 from ..stages.stage import Stage
 from .catalog import Catalog
-from .recipe import RecipeFile, RecipeStep
+from .recipe import SHARED, RecipeFile, RecipeStep
 
 
 def make_options_schema(stage: type[Stage], references: str = DEFAULT_REF_TEMPLATE) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def make_schema(catalog: Catalog) -> dict[str, Any]:
         choice = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
         choices.append({**choice, "deprecated": True} if stage.deprecated else choice)
     schema["properties"]["steps"]["items"] = {"oneOf": choices}
+    schema["patternProperties"] = {f"^{SHARED}": {"description": "A block that other places take in by its anchor."}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "gradmap recipe", **schema, "$defs": definitions}
 
 
