@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 """By name, a value that stands for itself: a number, a text, a list of such."""
 PARTS = ("options", "data", "versions", "decisions", "metrics", "end")
+_OF_COMPUTING = ("device", "threads")
+"""Not known of a run that took all from the store."""
 _DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
@@ -39,6 +41,7 @@ def find_differences(one: Side, other: Side) -> dict[str, dict[str, tuple[Any, A
             before, after = one.parts[part], other.parts[part]
             names = dict.fromkeys([*before, *after])
             pairs = {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+            pairs = {name: pair for name, pair in pairs.items() if not (name in _OF_COMPUTING and None in pair)}
             if pairs:
                 differing[part] = pairs
     return differing

@@ -56,8 +56,13 @@ def describe_model(source: ModelSource, base: ModelGraph) -> dict[str, Any]:
     return {**place, **({"revision": commit or source.revision} if source.id else {}), "sha256": base.base.sha256}
 
 
-def describe_surroundings(plan: Plan, machine: Machine, base: ModelGraph, device: str, threads: int | None) -> dict[str, Any]:
-    """All besides the steps: Python, libraries, model, and how is computed. `device` and `threads`: as torch has them."""
+def describe_surroundings(
+    plan: Plan, machine: Machine, base: ModelGraph, device: str | None, threads: int | None
+) -> dict[str, Any]:
+    """All besides the steps: Python, libraries, model, and how is computed.
+
+    `device` and `threads`: as torch has them; None where nothing was computed.
+    """
     libraries = {*_LIBRARIES, *(name for step in plan.steps if step.environment is None for name in step.stage.libraries)}
     return {
         "made_by": f"{_OURS} {__version__}",
@@ -65,7 +70,7 @@ def describe_surroundings(plan: Plan, machine: Machine, base: ModelGraph, device
         "libraries": {name: version_of(name) for name in sorted(libraries)},
         "model": {**describe_model(plan.model, base), "dtype": plan.model.dtype},
         "seed": plan.seed,
-        "device": device.partition(":")[0],
+        "device": None if device is None else device.partition(":")[0],
         "dtype": machine.dtype,
         "threads": threads,
     }

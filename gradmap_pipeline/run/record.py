@@ -67,7 +67,7 @@ def make_record(plan: Plan, machine: Machine, state: RunState | None, seconds: f
         return record
     base = state.outputs["model"]["model"]
     assert isinstance(base, ModelGraph)
-    device, threads = (state.place.device, state.place.threads) if state.place else (machine.device, machine.threads)
+    device, threads = (state.place.device, state.place.threads) if state.place else (None, None)
     surroundings = describe_surroundings(plan, machine, base, device, threads)
     models = summarise(state.outputs, state.measured, state.finished).models
     graphs = [one for given in state.outputs.values() for one in given.values() if isinstance(one, ModelGraph)]

@@ -36,6 +36,7 @@ def make_replay(step: PlannedStep, plan: Plan, machine: Machine, state: RunState
     """
     base, place = state.outputs[MODEL_STEP]["model"], state.place
     assert isinstance(base, ModelGraph)
+    assert place is not None
     written = read_recipe(plan.recipe_text, plan.recipe_path, plan.overrides).document.data
     left_out = _find_others(step, plan)
     numbers = {one.id: number for number, one in enumerate(plan.steps)}
@@ -46,11 +47,10 @@ def make_replay(step: PlannedStep, plan: Plan, machine: Machine, state: RunState
     recipe = {key: value for key, value in written.items() if not key.startswith(SHARED)} | {"steps": steps}
     revision = describe_model(plan.model, base).get("revision")
     recipe["model"] = plan.model.model_copy(update={"revision": revision}).model_dump(mode="json", exclude_none=True)
-    device, threads = (place.device, place.threads) if place is not None else (machine.device, machine.threads)
-    surroundings = describe_surroundings(plan, machine, base, device, threads)
+    surroundings = describe_surroundings(plan, machine, base, place.device, place.threads)
     described = [one for name, one in state.described.items() if name not in left_out]
-    processor = {} if place is None else {"processor": name_processor(device)}
-    return {_RECIPE: without_places(recipe), _PROVENANCE: without_places({**surroundings, **processor, "steps": described})}
+    whole = {**surroundings, "processor": name_processor(place.device), "steps": described}
+    return {_RECIPE: without_places(recipe), _PROVENANCE: without_places(whole)}
 
 
 def _set_revision(written: Any, place: Sequence[str], revision: str | None) -> None:

@@ -200,11 +200,11 @@ def _get_outputs(
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
     together = group if step.stage.parallel and workplace is None else ALONE  # in another Python one process runs
-    provenance = make_replay(step, plan, machine, state) if step.writes and group.leads else None
-    call = StepCall(step, inputs, known, lineage, plan, store, machine, reporter, workplace, together, state.heard, provenance)
     is_here = group.leads or together is group
     if not (cached or state.is_inspected) or state.is_verified:
         _prepare_computing(step, plan, store, machine, reporter, state, group)
+    provenance = make_replay(step, plan, machine, state) if step.writes and group.leads and state.place else None
+    call = StepCall(step, inputs, known, lineage, plan, store, machine, reporter, workplace, together, state.heard, provenance)
     if not cached:
         if is_here:
             with store.step(name, key) if group.leads else scratch_step() as folder, noticing_loss(step, store, folder):
