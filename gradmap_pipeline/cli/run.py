@@ -93,6 +93,7 @@ def run(
 
 
 def _make_plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> tuple[Plan, Replay | None]:
+    from ..errors import Problem, RecipeError
     from ..recipe.catalog import load_catalog
     from ..recipe.plan import make_plan
     from ..recipe.recipe import load_recipe
@@ -100,7 +101,12 @@ def _make_plan(recipe: Path, overrides: list[str], plugins: list[Path], store: P
 
     if is_replay(recipe):
         replay = read_replay(recipe, overrides)
-        return make_plan(replay.recipe, load_catalog(plugins), store), replay
+        try:
+            return make_plan(replay.recipe, load_catalog(plugins), store), replay
+        except RecipeError as error:
+            advice = "as in --set model.path=FOLDER or --set calibrate.dataset.path=FILE"
+            told = f"models, data and folders that lie elsewhere here are named with --set, {advice}; stages of files with --plugin"
+            raise RecipeError([*error.problems, Problem(str(recipe), told)]) from error
     return make_plan(load_recipe(recipe, overrides), load_catalog(plugins), store), None
 
 
