@@ -59,7 +59,7 @@ def _find_differences(first: BaseModel, second: BaseModel) -> Iterator[str]:
         if isinstance(one, Artifact) and isinstance(other, Artifact):
             yield from (f"output {name!r}, {line}" for line in _compare_artifacts(one, other))
         elif (one is None) != (other is None):
-            yield f"output {name!r} was {'not ' if one is None else ''}made at first, and then {'' if one is None else 'not'}"
+            yield f"output {name!r} was made {'the second' if one is None else 'the first'} time alone"
 
 
 def _compare_artifacts(one: Artifact, other: Artifact) -> Iterator[str]:

@@ -137,12 +137,14 @@ def _compare_steps(locked: Mapping[str, Any], now: Mapping[str, Any]) -> Iterato
     yield from (f"its Python: {line}" for line in _compare(_mapping(locked, "python"), _mapping(now, "python")))
 
 
-def _compare(locked: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _compare(locked: Mapping[Any, Any], now: Mapping[Any, Any]) -> Iterator[str]:
     """Values that differ, by name; of what stands inside each other, the innermost."""
     for name in dict.fromkeys([*locked, *now]):
         before, after = locked.get(name), now.get(name)
         if before == after:
             continue
+        if isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and not _is_content(before):
+            before, after = dict(enumerate(before)), dict(enumerate(after))
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from (f"{name!r}: {line}" for line in _compare(before, after))
         elif _is_content(before) and _is_content(after):
