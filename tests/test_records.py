@@ -91,7 +91,7 @@ def test_record_holds_what_decided_the_result(folder: Path) -> None:
     assert provenance["model"]["sha256"] == record["base"]["sha256"]
     by_id = {step["id"]: step for step in provenance["steps"]}
     assert by_id["evaluate"]["options"]["dataset"]["files"] == [Store(folder / ".gradmap").digest_of(folder / "text.txt")]
-    assert [step["options"] for step in record["planned"]][0]["layers"] == [1]
+    assert record["planned"][0]["options"]["layers"] == [1]
     stored = {path.name for path in (folder / ".gradmap" / "steps").iterdir()}
     assert {f"{step['stage']}-{step['key'][:16]}" for step in record["steps"]} <= stored
 
