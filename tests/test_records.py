@@ -211,6 +211,20 @@ def test_diff_of_data_versions_and_recipes(folder: Path) -> None:
     assert "no differences" in gradmap("diff", "r.yaml", first.id).stdout
 
 
+def test_diff_of_an_export_and_a_run(folder: Path) -> None:
+    """Of the steps that led to the export, and of its model; where it lies is no difference."""
+    steps = [*_STEPS, {"use": "export", "with": {"to": "out"}}, {"use": "evaluate", "id": "last", "with": _TEXT}]
+    (folder / "e.yaml").write_text(json.dumps({"version": 1, "model": {"path": str(folder / "model")}, "steps": steps}))
+    assert gradmap("run", "e.yaml").exit_code == 0
+    run = list_runs(folder / ".gradmap")[0].id
+    shown = gradmap("diff", "out", run).stdout
+    assert shown.splitlines()[2:] == ["options", f"  model.path: model → {folder / 'model'}"]
+    shown = gradmap("diff", "out/gradmap.json", list_runs(folder / ".gradmap")[-2].id).stdout
+    assert "  prune.layers: [1] → [2]\n" in shown
+    assert re.search(r"result\n  layers removed: \[1\] → \[2\]\n  perplexity on text\.txt: [\d.e+]+ → ", shown)
+    assert "last" not in shown
+
+
 def test_parts_that_one_side_lacks_are_not_compared() -> None:
     assert find_differences(Side("a", {"options": {"x": 1}}), Side("b", {"options": {"y": 2}, "metrics": {"m": 1.0}})) == {
         "options": {"x": (1, None), "y": (None, 2)}

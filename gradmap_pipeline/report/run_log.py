@@ -11,6 +11,7 @@ from ..run.difference import Side, show_value
 from ..run.run_files import list_runs, read_head, shorten_ids
 from ..text import add_row, format_seconds, make_console, make_table, say
 
+_WITHOUT_END = ("running", "killed", "damaged")
 _MOST_METRICS = 1
 """Metrics of a run in the list."""
 
@@ -52,7 +53,7 @@ def _list_cells(head: Mapping[str, Any]) -> Iterator[str]:
     yield str(head.get("recipe", ""))
     code = head.get("exit_code")
     yield f"{head['outcome']}{f' ({code})' if code else ''}"
-    yield format_seconds(head["seconds"]) if head["outcome"] not in ("running", "killed", "damaged") else ""
+    yield format_seconds(head["seconds"]) if head["outcome"] not in _WITHOUT_END else ""
     yield f"{head['base_layers']} → {head['layers']}" if head.get("layers") is not None else ""
     metrics = list((head.get("metrics") or {}).items())
     more = f", {len(metrics) - _MOST_METRICS} more" if len(metrics) > _MOST_METRICS else ""
@@ -102,7 +103,8 @@ def _describe(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"run {head['id']} of {head['recipe']}: {head['outcome']}{code}"
     if record.get("failure"):
         yield from (f"  {line}" for line in str(record["failure"]).split("\n"))
-    yield f"started {show_time(head['started_at'])}, took {format_seconds(head['seconds'])}"
+    took = "" if head["outcome"] in _WITHOUT_END else f", took {format_seconds(head['seconds'])}"
+    yield f"started {show_time(head['started_at'])}{took}"
     if head.get("description"):
         yield str(head["description"]).strip().replace("\n", " ")
     if record.get("overrides"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandError
+from ..text import name_without_place
 from .run_files import find_run, is_run_name, read_run
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 """By name, a value that stands for itself: a number, a text, a list of such."""
-PARTS = ("options", "data", "versions", "decisions", "metrics", "end")
+PARTS = ("options", "data", "versions", "decisions", "metrics", "result", "end")
+_BY_STEP = ("options", "data", "versions")
+"""Parts whose values are of steps."""
 _OF_COMPUTING = ("device", "threads")
 """Not known of a run that took all from the store."""
 _DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
@@ -31,20 +34,35 @@ class Side:
     """A name for people."""
     parts: dict[str, Values] = field(default_factory=dict)
     """Values by part; a part that it does not have, as a recipe has no metrics, is not compared."""
+    steps: frozenset[str] | None = None
+    """Ids of the steps that are known, where these are not all: those that led to an export."""
 
 
 def find_differences(one: Side, other: Side) -> dict[str, dict[str, tuple[Any, Any]]]:
     """By part and name, both values; None where there is none. Parts that only one has are left out."""
-    differing = {}
+    differing: dict[str, dict[str, tuple[Any, Any]]] = {}
+    have_metrics = "metrics" in one.parts and "metrics" in other.parts
     for part in PARTS:
-        if part in one.parts and part in other.parts:
+        if part in one.parts and part in other.parts and not (part == "result" and have_metrics):
             before, after = one.parts[part], other.parts[part]
-            names = dict.fromkeys([*before, *after])
+            names = list(dict.fromkeys([*before, *after]))
+            if part in _BY_STEP:
+                names = [name for name in names if _is_known(name, one) and _is_known(name, other)]
             pairs = {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
             pairs = {name: pair for name, pair in pairs.items() if not (name in _OF_COMPUTING and None in pair)}
             if pairs:
                 differing[part] = pairs
     return differing
+
+
+def _is_known(name: str, side: Side) -> bool:
+    """Whether a side says anything of a value: an export has the steps that led to it, without their wiring."""
+    if side.steps is None:
+        return True
+    step, _, option = name.removeprefix("plugin of ").removeprefix("code of ").removeprefix("Python of ").partition(".")
+    is_of_step = bool(option) or step != name or step == "steps"
+    is_known = step in side.steps or step == "model"
+    return not is_of_step or (is_known and not option.startswith("from.") and option != "to")
 
 
 def side_of_run(record: Mapping[str, Any]) -> Side:
@@ -62,6 +80,7 @@ def side_of_run(record: Mapping[str, Any]) -> Side:
             for row in record.get("models") or ()
             for column, metric in row["metrics"].items()
         }
+        parts["result"] = _list_result(record)
     return Side(f"{head['id'][:6]} {head['recipe']}, {head['started_at']}", parts)
 
 
@@ -81,13 +100,26 @@ def side_of_export(lineage: Mapping[str, Any], folder: Path) -> Side:
     provenance = lineage.get("provenance") or {}
     steps = [{**step, "inputs": {}} for step in lineage.get("steps") or ()]
     options = _list_options((lineage.get("recipe") or {}).get("model") or {}, steps)
-    decisions = {"layers removed": list(lineage.get("layers_removed") or ()), "tensors changed": len(lineage.get("patched") or ())}
-    metrics = {f"{one['name']} on {one['on']}": one["value"] for one in lineage.get("metrics") or ()}
-    parts = {"options": options, "decisions": decisions, "metrics": metrics}
+    result: Values = {"layers removed": list(lineage["layers_removed"]), "tensors changed": len(lineage["patched"])}
+    result |= {_name_metric(one): one["value"] for one in lineage["metrics"]}
+    parts = {"options": options, "result": result}
     if provenance:
         parts |= {"data": _list_data(provenance), "versions": _list_versions(provenance)}
         parts["options"]["seed"] = provenance.get("seed")
-    return Side(str(folder), parts)
+    return Side(str(folder), parts, frozenset(step["id"] for step in steps))
+
+
+def _list_result(record: Mapping[str, Any]) -> Values:
+    """What the last model of a run is, and what was measured of it."""
+    models = record["models"]
+    removed = sorted(set(models[0]["kept"]) - set(models[-1]["kept"]))
+    last = [row for row in models if row["kept"] == models[-1]["kept"] and row["patched"] == models[-1]["patched"]]
+    metrics = {_name_metric(metric): metric["value"] for row in last for metric in row["metrics"].values()}
+    return {"layers removed": removed, "tensors changed": models[-1]["patched"], **metrics}
+
+
+def _name_metric(metric: Mapping[str, Any]) -> str:
+    return f"{metric['name']} on {name_without_place(metric['on'])}" if metric["on"] else str(metric["name"])
 
 
 def read_side(name: str, store: Path, plugins: Sequence[Path]) -> Side:
@@ -120,7 +152,11 @@ def _read_path(path: Path, store: Path, plugins: Sequence[Path]) -> Side:
     if folder is not None:
         from ..export.verify import read_lineage
 
-        return side_of_export(read_lineage(folder), folder)
+        lineage = read_lineage(folder)
+        try:
+            return side_of_export(lineage, folder)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CommandError(f"{str(folder)!r} is an export of another form than this version knows; name another") from error
     from ..recipe.catalog import load_catalog
     from ..recipe.plan import make_plan
     from ..recipe.recipe import load_recipe

@@ -132,14 +132,16 @@ def read_replay(file: Path, overrides: Sequence[str]) -> Replay:
     place = next((number for number, line in enumerate(lines) if line.startswith(f'  "{_RECIPE}": {{')), 0)
     again = [option for option in _rename_targets(recipe) if not _is_set(option, overrides)]
     digests = {name: str(written["sha256"]) for name, written in lineage["files"].items()}
-    return Replay(file, read_recipe("\n" * place + text, file, [*overrides, *again]), provenance, digests)
+    recipe_read = read_recipe("\n" * place + text, file, [*overrides, *again])  # so that messages name lines of the file
+    return Replay(file, replace(recipe_read, text=text + "\n"), provenance, digests)
 
 
 def _rename_targets(recipe: Mapping[str, Any]) -> list[str]:
     """`--set` options that give each folder that is written another name."""
-    options = []
-    for step in recipe.get("steps") or ():
-        to = (step.get("with") or {}).get("to")
+    steps, options = recipe.get("steps"), []
+    for step in steps if isinstance(steps, list) else ():
+        options_of_step = step.get("with") if isinstance(step, Mapping) else None
+        to = options_of_step.get("to") if isinstance(options_of_step, Mapping) else None
         if isinstance(to, str):
             options.append(f"{step.get('id') or step.get('use')}.to={json.dumps(to.rstrip('/') + _AGAIN, ensure_ascii=False)}")
     return options
