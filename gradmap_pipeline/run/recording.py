@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CapacityError, GradmapError, QualityError, StageError, first_line, name_error
-from ..interruptions import is_interruption
+from ..interruptions import has_interruption_come, is_interruption
 from ..machine.machine import Machine
 from ..machine.shortages import find_shortage
 from ..recipe.plan import Plan
@@ -87,7 +87,7 @@ def _describe_end(error: BaseException | None) -> tuple[str, int, str]:
     """How a run has ended, in a word, its exit code, and why."""
     if error is None:
         return DONE, 0, ""
-    if is_interruption(error):
+    if is_interruption(error) or (has_interruption_come() and not getattr(error, "is_agreed", False)):
         return INTERRUPTED, _INTERRUPTED, ""
     where = getattr(error, "where", None)
     why = f"{where}: {first_line(error)}" if where and not first_line(error).startswith(where) else first_line(error)
