@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,3 +81,6 @@ class Context:
     keep_folder: Callable[[Any], Path] | None = None
     """`context.keep_folder(key)`: a folder that stays where a run is killed, until the step has finished; what the stage wrote
     there before under an equal key is in it. None where `remember_tensors` keeps nothing."""
+    provenance: Mapping[str, Any] | None = None
+    """What a step that writes a folder says of how it is made again: the `recipe` as far as this step, and what decides its bytes.
+    `make_lineage` takes it in. None where there is no recipe."""

@@ -103,6 +103,12 @@ class QualityError(GradmapError):
     exit_code = 5
 
 
+class DifferenceError(GradmapError):
+    """What was computed again differs from what it was."""
+
+    exit_code = 6
+
+
 class Interruption(GradmapError):  # noqa: N818 - nothing went wrong
     """A process of this run was ended from outside."""
 

@@ -27,6 +27,11 @@ def note_interruption() -> None:
     _signals.has_come = True
 
 
+def has_interruption_come() -> bool:
+    """Whether a signal has come that interrupts, whatever a library has made of the `KeyboardInterrupt`."""
+    return _signals.has_come
+
+
 def is_interruption(error: BaseException) -> bool:
     """Whether an error is an interruption from outside.
 

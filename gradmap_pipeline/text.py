@@ -7,6 +7,7 @@ import math
 import sys
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,6 +106,25 @@ def _finite(value: Any) -> Any:
 def name_without_place(name: str) -> str:
     """The name of a data set without the folders of this machine that it lies in, for what is passed on."""
     return Path(name).name if Path(name).is_absolute() else name
+
+
+def without_places(value: Any) -> Any:
+    """JSON whose texts that are paths of this machine, from its root, are cut to their names, for what is passed on."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item) for item in value]
+    return name_without_place(value) if isinstance(value, str) and _is_place(value) else value
+
+
+def _is_place(text: str) -> bool:
+    """Whether a text is the path of something that is here, or that could be made in a folder that is."""
+    path = Path(text)
+    if not path.is_absolute() or not text.isprintable():
+        return False
+    with suppress(OSError, ValueError):  # too long for a name
+        return path.exists() or (path.parent != Path(path.anchor) and path.parent.is_dir())
+    return False
 
 
 def format_seconds(seconds: float | None) -> str:

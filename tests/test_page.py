@@ -22,6 +22,7 @@ from gradmap_pipeline.page.page import make_page
 from gradmap_pipeline.page.pictures import draw_layers
 from gradmap_pipeline.page.training_picture import draw_training
 from gradmap_pipeline.page.views import Base, Decision, Limit, ModelLine, Ranking, Step, Training, TrainingMoment, read_all
+from gradmap_pipeline.run.run_files import list_runs
 from gradmap_pipeline.run.store import Store
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -210,16 +211,12 @@ def test_an_earlier_page_is_replaced(folder: Path, tmp_path: Path) -> None:
 
 def test_record_that_was_changed_counts_as_not_there(folder: Path, tmp_path: Path) -> None:
     (folder / "other.yaml").write_text((folder / "r.yaml").read_text())
-    store = Store(folder / ".gradmap")
-    record = store.load_run(folder / "r.yaml")
-    assert record is not None
-    store.prepare()
-    store.save_run(folder / "other.yaml", record)
-    store.close()
-    (file,) = (folder / ".gradmap" / "runs").glob("other-*.json")
+    assert gradmap("run", "other.yaml", "--set", "prune.layers=2").exit_code == 0
+    file = list_runs(folder / ".gradmap")[0].path
     assert gradmap("report", "other.yaml", "--to", tmp_path / "o.html").exit_code == 0
     file.write_text(file.read_text().replace("gradmap-pipeline", "gradmap_pipeline"))
     assert gradmap("report", "other.yaml", "--to", tmp_path / "o.html").exit_code == 2
+    file.unlink()
 
 
 _EVIL = "</title></style><script>alert('x')</script><img src=x onerror=\"y\">\x1b[31m\u202e& {{ 7 * 7 }}"

@@ -104,3 +104,52 @@ def test_schema_knows_every_stage_and_option() -> None:
     for reference in json.dumps(schema).split('"$ref": "#/$defs/')[1:]:
         assert reference.split('"')[0] in schema["$defs"]
         assert " " not in reference.split('"')[0]
+
+
+SHARED = """\
+version: 1
+description: What it is for.
+x-text: &text {dataset: {builtin: heldout}, samples: 16, sequence_length: 64}
+x-more: {limits: &limits {perplexity: {max: 60}}, any: [1, {thing: true}]}
+model: {builtin: docs-llama}
+steps:
+  - use: prune
+    with: {layers: [3]}
+  - use: evaluate
+    with: {<<: *text, samples: 8}
+    limits: *limits
+"""
+
+
+def test_blocks_are_shared(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(SHARED)
+    plan = make_plan(load_recipe(tmp_path / "r.yaml"), load_catalog())
+    options = plan.steps[1].stage.model_dump()
+    assert plan.description == "What it is for."
+    assert (options["samples"], options["sequence_length"], options["dataset"]["builtin"]) == (8, 64, "heldout")
+    assert plan.steps[1].limits["perplexity"].max == 60
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("x-text", "xtext", ":3:1: unknown key 'xtext'"),
+        ("x-more", "X-more", ":4:1: unknown key 'X-more'"),
+        ("description", "descripton", ":2:1: unknown key 'descripton'; did you mean 'description'?"),
+        ("What it is for.", "[1]", ":2:1: description: found [1], accepted: text"),
+        ("version: 1\n", "version: 1\nremarks: none\n", "; a block to share has a name that begins with 'x-'"),
+        ("  - use: prune\n", "  - use: prune\n    x-mine: 1\n", ":8:5: unknown key 'x-mine'"),
+    ],
+)
+def test_other_keys_stay_refused(old: str, new: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(SHARED.replace(old, new, 1))
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "r.yaml")])
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_schema_knows_shared_blocks() -> None:
+    schema = make_schema(load_catalog())
+    assert list(schema["patternProperties"]) == ["^x-"]
+    assert "description" in schema["properties"]
+    assert schema["additionalProperties"] is False

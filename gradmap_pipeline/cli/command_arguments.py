@@ -19,6 +19,9 @@ PluginFiles = Annotated[
 StorePath = Annotated[
     Path, typer.Option("--store", metavar="FOLDER", parser=parse_store, help="Folder for results, shared by all recipes.")
 ]
+RecordStore = Annotated[
+    Path, typer.Option("--store", metavar="FOLDER", parser=parse_path, help="The store whose runs are meant; nothing is written.")
+]
 DeviceName = Annotated[
     str, typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
 ]

@@ -96,6 +96,13 @@ def parse_path(text: str | Path) -> Path:
     return Path(text)
 
 
+def parse_text(text: str) -> str:
+    """A text that is not empty."""
+    if not text.strip():
+        raise typer.BadParameter("is empty; leave it out, or name something")
+    return text
+
+
 def parse_output(text: str | Path) -> Path:
     """A folder that is there, or can be made."""
     folder = parse_path(text)

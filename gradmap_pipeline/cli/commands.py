@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..machine.launch import is_leading
-from ..machine.streams import sole_errors, sole_output
+from ..machine.streams import sole_output
 from .check import check as check_recipes
 from .command_arguments import (
     DeviceName,
@@ -25,10 +23,13 @@ from .command_arguments import (
     Threads,
 )
 from .command_options import CommandGroup, make_machine, open_store, parse_output, parse_path
-from .ending import endings, tell_end
+from .ending import endings
 from .init import init
+from .lock import lock
 from .material_commands import new_plugin, recipes
+from .records import diff, log, show
 from .report import report
+from .run import run
 from .suggest import suggest
 from .verify import verify
 
@@ -41,7 +42,7 @@ app = typer.Typer(
     cls=CommandGroup,
     help="Turn a Hugging Face causal LM into a smaller one that still loads everywhere.",
     epilog="Exit codes: 0 done, 2 recipe or command invalid, 3 does not fit this machine, 4 a stage failed, "
-    "5 a quality limit is not met, 130 interrupted (run the same command to go on).",
+    "5 a quality limit is not met, 6 what was computed again differs, 130 interrupted (run the same command to go on).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,44 +65,7 @@ def start(
     pass
 
 
-@app.command()
-def run(
-    recipe: RecipePath,
-    overrides: Overrides = [],  # noqa: B006 - typer reads the default
-    store: StorePath = Path(".gradmap"),
-    device: DeviceName = "auto",
-    dtype: DtypeName = "float32",
-    memory: MemorySize = None,
-    host_memory: HostMemorySize = None,
-    threads: Threads = None,
-    plugins: PluginFiles = [],  # noqa: B006
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a line on standard output, and nothing else.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors; what others print is in the store's quiet.log.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print every note; gradmap.log in the store has them all.")
-    ] = False,
-) -> None:
-    """Run a recipe. Steps whose results are in the store are not run again."""
-    from ..report.log_file import LoggingReporter
-    from ..report.reporters import make_reporter
-
-    leads = is_leading(environ)  # of the processes that a launcher started, one reports
-    log = store / "quiet.log" if leads else None
-    with sole_errors(log, is_wanted=quiet), sole_output(json or quiet) as output:
-        reporter = make_reporter(json=json and leads, quiet=quiet or not leads, verbose=verbose, stream=output)
-        reporter = LoggingReporter(reporter, store / "gradmap.log") if leads else reporter
-        with endings(reporter, store):
-            from ..machine.distributed import open_group
-            from ..run.runner import run_plan
-
-            with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
-                plan = _plan(recipe, overrides, plugins, store)
-                machine = make_machine(device, dtype, threads, memory, host_memory)
-                run_plan(plan, open_store(store), machine, reporter, group, is_recorded=True)
+app.command()(run)
 
 
 app.command(name="check")(check_recipes)
@@ -237,6 +201,10 @@ def stages(
 
 app.command()(verify)
 app.command()(report)
+app.command()(lock)
+app.command(name="log")(log)
+app.command()(show)
+app.command()(diff)
 
 
 @app.command()

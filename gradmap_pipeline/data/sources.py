@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -129,9 +130,7 @@ class DatasetSource(BaseModel):
     def fingerprint(self, digest_of: Callable[[Path], str]) -> Any:
         """What the text depends on, as JSON: part of the key of every step that reads it."""
         if self.builtin is not None:
-            from ..builtin.text import load_documents
-
-            return {"builtin": sha256_of_value(load_documents(self.builtin))}
+            return {"builtin": _digest_builtin(self.builtin)}
         if self.path is not None:
             files = self.files()
             suffixes = ["".join(file.suffixes[-2:]) if compression_of(file) else file.suffix for file in files]
@@ -196,3 +195,11 @@ class DatasetSource(BaseModel):
                 f"cannot read data set {self.name!r} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); "
                 "check the name and the network, or use a local file: `dataset: {path: FILE}`"
             ) from error
+
+
+@cache
+def _digest_builtin(split: Literal["calibration", "heldout"]) -> str:
+    """Digest of the built-in text, which does not change while a process runs."""
+    from ..builtin.text import load_documents
+
+    return sha256_of_value(load_documents(split))

@@ -13,6 +13,7 @@ from .. import __version__
 from ..artifacts import LINEAGE, ExportedFile
 from ..context import Context, FinishedStep
 from ..errors import StageError
+from ..text import without_places
 from .exports import WEIGHTS, load_folder
 from .model_card import Holding, make_model_card
 
@@ -131,8 +132,9 @@ def make_lineage(
     """How the folder came to be, for machines. `stage`: the one that writes it."""
     return {
         "made_by": f"gradmap-pipeline {__version__}",
+        **(context.provenance or {}),
         "versions": {library: version(library) for library in ("torch", "transformers", "safetensors")},
-        "base": describe_base(model),
+        "base": without_places(describe_base(model)),
         "model": {
             "label": model.label,
             "parameters": model.count_parameters(),
@@ -142,7 +144,7 @@ def make_lineage(
         "layers_removed": model.removed,
         "patched": {name: file.sha256 for name, file in model.patches.items()},
         "steps": _list_steps(stage, context),
-        "metrics": [metric.model_dump() for metric in _select_metrics(model, context.metrics)],
+        "metrics": [without_places(metric.model_dump()) for metric in _select_metrics(model, context.metrics)],
         "max_logit_difference": difference,
         "files": {name: file.model_dump() for name, file in sorted(files.items())},
     }
@@ -168,6 +170,7 @@ def extend_lineage(
 ) -> dict[str, Any]:
     """The lineage of a folder that a stage makes from another export: that of the export, with the steps that led here."""
     lineage = _read_lineage(source)
+    lineage |= context.provenance or {}
     lineage |= {"steps": _list_steps(stage, context), "max_logit_difference": difference}
     if isinstance(lineage.get("model"), dict):  # exports of earlier versions do not say
         lineage["model"]["bytes"] = _count_weights(files)
@@ -191,5 +194,12 @@ def _read_lineage(folder: Path) -> dict[str, Any]:
 
 def _list_steps(stage: Stage, context: Context) -> list[dict[str, Any]]:
     """The steps that led here, and this one last, whose outputs are the folder itself."""
-    this = FinishedStep(context.step or stage.name, stage.name, stage.model_dump(mode="json", by_alias=True), {})
-    return [vars(step) for step in (*context.lineage, this)]
+    this = FinishedStep(context.step or stage.name, stage.name, list_options(stage), {})
+    return [without_places(vars(step)) for step in (*context.lineage, this)]
+
+
+def list_options(stage: Stage) -> dict[str, Any]:
+    """JSON of a stage's options, but for where it writes, which says nothing elsewhere."""
+    written = stage.writes()
+    places = {name for name, value in stage if isinstance(value, Path) and value in written}
+    return {name: value for name, value in stage.model_dump(mode="json", by_alias=True).items() if name not in places}

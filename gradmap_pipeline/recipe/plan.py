@@ -79,6 +79,7 @@ class Plan:
     """The recipe as it was read."""
     overrides: tuple[str, ...] = ()
     """`--set` options, in order."""
+    description: str = ""
 
 
 def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> Plan:
@@ -93,7 +94,8 @@ def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> 
     if problems or recipe.model is None:
         raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
     forecast: Any = board.forecasts[MODEL_STEP, "model"]
-    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast, recipe.text, tuple(recipe.overrides.values()))
+    said = (recipe.text, tuple(recipe.overrides.values()), recipe.description)
+    return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast, *said)
 
 
 def _plan_steps(

@@ -19,6 +19,8 @@ from .yaml_positions import Document, Location, load_yaml
 
 MAX_BYTES = 1 << 20
 """Size of a recipe file."""
+SHARED = "x-"
+"""What the names of top-level keys begin with that hold blocks for other places of the recipe, which take them by their anchors."""
 MODEL_STEP = "model"
 """Id under which the recipe's model is the first output."""
 
@@ -65,6 +67,7 @@ class RecipeFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = Field(description="Version of the recipe language.")
+    description: str | None = Field(None, description="What the recipe is for, in the author's words; no result depends on it.")
     model: ModelSource = Field(description="The model to start from.")
     seed: int = Field(0, ge=0, le=LARGEST_INTEGER, description="Seed of all that is drawn at random.")
     steps: list[RecipeStep] = Field(min_length=1, description="Steps, in order.")
@@ -87,6 +90,7 @@ class Recipe:
     problems: tuple[Problem, ...] = ()
     text: str = ""
     """The file as it was read."""
+    description: str = ""
 
     def where(self, location: Location) -> str:
         """`file:line:column` of a value, or the command-line option that set it."""
@@ -135,7 +139,7 @@ def read_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
             faulty.add(_find_target(document.data, override))  # as it stands in the file, it is not what is meant
     recipe = Recipe(path, document, applied, text=text)
     try:
-        validate(RecipeFile, document.data)
+        validate(RecipeFile, {key: value for key, value in document.data.items() if not key.startswith(SHARED)})
     except Invalid as invalid:
         problems += [recipe.problem(at, _name_key(at, message)) for at, message in invalid.complaints]
         faulty |= {at for at, _ in invalid.complaints}
@@ -162,11 +166,14 @@ def _read_valid_parts(data: dict[str, Any], faulty: Collection[Location]) -> dic
         known_id = step_id if isinstance(step_id, str) else None
         steps.append(RecipeStep.model_construct(stage=stage if isinstance(stage, str) else "", given_id=known_id))
     seed = data.get("seed", 0) if is_valid("seed") else 0
-    return {"model": model, "seed": seed, "steps": tuple(steps), "broken": frozenset(broken)}
+    description = (data.get("description") or "") if is_valid("description") else ""
+    return {"model": model, "seed": seed, "description": description, "steps": tuple(steps), "broken": frozenset(broken)}
 
 
 def _name_key(location: Location, message: str) -> str:
     """Say which key a complaint about a value is about."""
+    if len(location) == 1 and message.startswith("unknown key") and "did you mean" not in message:
+        message += f"; a block to share has a name that begins with {SHARED!r}"
     key = ".".join(str(part) for part in location if isinstance(part, str))
     return f"{key}: {message}" if message.startswith("found ") else message
 

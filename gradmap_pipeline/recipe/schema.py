@@ -9,7 +9,7 @@ from pydantic.json_schema import DEFAULT_REF_TEMPLATE
 
 from ..stages.stage import Stage
 from .catalog import Catalog
-from .recipe import RecipeFile, RecipeStep
+from .recipe import SHARED, RecipeFile, RecipeStep
 
 
 def make_options_schema(stage: type[Stage], references: str = DEFAULT_REF_TEMPLATE) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def make_schema(catalog: Catalog) -> dict[str, Any]:
     properties = {**step["properties"], "use": use, "with": {"description": "Options of the stage.", "type": "object"}}
     items = {"type": "object", "properties": properties, "required": ["use"], "additionalProperties": False, "allOf": conditions}
     schema["properties"]["steps"]["items"] = items
+    schema["patternProperties"] = {f"^{SHARED}": {"description": "A block that other places take in by its anchor."}}
     schema["$defs"] = definitions
     _drop_titles(schema)
     for name in catalog.stages:

@@ -59,6 +59,7 @@ def run_elsewhere(
         "lineage": [vars(step) for step in context.lineage],
         "step": context.step,
         "metrics": [metric.model_dump() for metric in context.metrics],
+        "provenance": context.provenance,
     }
     with scratch_folder() as folder, _start(folder, request, stage, workplace, threads, log) as process:
         final = _Relay(process, context).run()

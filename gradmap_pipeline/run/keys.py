@@ -30,7 +30,7 @@ def make_key(
 
     `known`: earlier metrics that the stage reads.
     """
-    options = {name: _fingerprint(value, store) for name, value in step.stage}
+    options = fingerprint_options(step, store)
     return sha256_of_value(
         {
             "stage": step.stage.name,
@@ -44,6 +44,11 @@ def make_key(
             "metrics": [metric.model_dump() for metric in known],
         }
     )
+
+
+def fingerprint_options(step: PlannedStep, store: Store) -> dict[str, Any]:
+    """JSON of a step's options by name; what has a `fingerprint` counts by its content."""
+    return {name: _fingerprint(value, store) for name, value in step.stage}
 
 
 def _fingerprint(value: Any, store: Store) -> Any:
@@ -63,10 +68,11 @@ def versions_of(step: PlannedStep, workplace: Workplace | None) -> dict[str, Any
     """Of what a step's results depend on, besides our code and the stage's."""
     if workplace is not None:
         return workplace.identify(step.stage.libraries)
-    return {library: _version(library) for library in step.stage.libraries}
+    return {library: version_of(library) for library in step.stage.libraries}
 
 
-def _version(library: str) -> str:
+def version_of(library: str) -> str:
+    """Its version as installed; `missing` where it is not."""
     try:
         return version(library)
     except PackageNotFoundError:

@@ -11,27 +11,32 @@ from typing import Any
 from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
 from ..checkpoint.model import Model
-from ..context import Context, FinishedStep
-from ..errors import GradmapError, QualityError, StageError
+from ..context import FinishedStep
+from ..errors import QualityError, StageError
 from ..export.exports import Export
+from ..export.folders import list_options
 from ..machine.distributed import ProcessGroup
-from ..machine.environment import Workplace
 from ..machine.machine import ALONE, Machine
-from ..machine.memory import give_back, peak_bytes, tune_allocator
+from ..machine.memory import give_back, tune_allocator
 from ..metrics import Metric
 from ..recipe.plan import Plan, PlannedStep
-from .events import Reporter, RunFinished, RunStarted, StepFinished, StepStarted
+from .determinism import verify_step
+from .events import Place, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from .inspection import inspect_steps
 from .keys import make_key
 from .limits import check_limits, raise_missed
 from .listening import heard
 from .measured import Measured, read_metrics
-from .record import describe_place, make_record
-from .stage_call import call_stage, check_outputs, keep_outputs, noticing_loss, scratch_step
-from .step_context import KeptTensorUnits, memory_of, progress_of
+from .provenance import describe_step
+from .record import describe_place
+from .recording import Recorder, recording
+from .replay import make_replay
+from .stage_call import keep_outputs, noticing_loss, scratch_step
 from .step_errors import naming, naming_unforeseen
+from .step_run import StepCall
 from .store import Store
 from .summary import summarise
+from .workplaces import prepare_workplace, workplace_of
 
 
 @dataclass
@@ -49,15 +54,31 @@ class RunState:
     """Whether the stages of all steps that are to run have looked at the model."""
     heard: set[str] = field(default_factory=set)
     """What libraries have said, and was told."""
+    is_verified: bool = False
+    """Whether each step is run once more, and what it gives compared."""
+    place: Place | None = None
+    """Where the run computes; None as long as it has not."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """In the store, by step id."""
+    described: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What decides the bytes of each step, by id, as `describe_step` gives it."""
 
 
 def run_plan(
-    plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup = ALONE, *, is_recorded: bool = False
+    plan: Plan,
+    store: Store,
+    machine: Machine,
+    reporter: Reporter,
+    group: ProcessGroup = ALONE,
+    *,
+    is_recorded: bool = False,
+    is_verified: bool = False,
 ) -> RunState:
     """Run every step in order; what the store holds is not run again.
 
     All processes of a group go through the plan; the leading one alone writes into the store and decides what is in it.
-    `is_recorded`: keep there what the run came to, for `gradmap report`.
+    `is_recorded`: keep there what the run came to, and how it ended. `is_verified`: run each step once more, and raise
+    `DifferenceError` where it gives something else.
     """
     for step in plan.steps:
         _ = step.code.digest  # of the code that is about to run, whatever is edited meanwhile
@@ -65,16 +86,26 @@ def run_plan(
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
     try:
-        return _run_steps(plan, store, machine, reporter, group, is_recorded)
+        if group.leads:
+            store.prepare()
+        with recording(plan, store, machine, reporter, is_wanted=is_recorded and group.leads) as recorder:
+            return _run_steps(plan, store, machine, reporter, group, recorder, is_verified)
     finally:
         store.close()
 
 
-def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup, is_recorded: bool) -> RunState:
+def _run_steps(
+    plan: Plan,
+    store: Store,
+    machine: Machine,
+    reporter: Reporter,
+    group: ProcessGroup,
+    recorder: Recorder | None,
+    is_verified: bool,
+) -> RunState:
     started = time.monotonic()
     group.agree_on("recipes", json.dumps([[step.id, step.stage.name, step.stage.model_dump(mode="json")] for step in plan.steps]))
     if group.leads:
-        store.prepare()
         reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
         base = open_model(plan.model, store.digest_of)
         group.tell("the model's digest is known")
@@ -82,22 +113,20 @@ def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, g
         group.tell(None)
         base = open_model(plan.model, store.digest_of)
     group.agree_on("models", base.digest)
-    state = RunState(outputs={"model": {"model": base}}, lineage={"model": ()})
+    state = RunState(outputs={"model": {"model": base}}, lineage={"model": ()}, is_verified=is_verified)
+    if recorder is not None:
+        recorder.state = state
 
-    def finish(failure: str = "") -> RunFinished:
+    def finish() -> RunFinished:
         tables = summarise(state.outputs, state.measured, state.finished)
-        ended = RunFinished(seconds=time.monotonic() - started, summary=tables)
-        if is_recorded and group.leads:
-            record = make_record(plan, machine, base, state.outputs, state.finished, ended, failure)
-            store.save_run(plan.recipe_path, record)
-        return ended
+        return RunFinished(seconds=time.monotonic() - started, summary=tables)
 
     try:
         for step in plan.steps:
             with naming_unforeseen(step):
                 _run_step(step, plan, store, machine, reporter, state, group)
-    except QualityError as error:
-        reporter.run_stopped(finish(str(error)))
+    except QualityError:
+        reporter.run_stopped(finish())
         raise
     reporter.run_finished(finish())
     return state
@@ -115,9 +144,11 @@ def _run_step(
     sources = [source for source, _ in step.inputs.values()] + [one.step for one in known]
     lineage = _join(state.lineage[source] for source in sources)
     parts = (plan, store, machine, reporter, state, group)
+    if group.leads:
+        state.described[step.id] = describe_step(step, store)
     outputs, key, cached = _get_outputs(step, inputs, [one.metric for one in known], lineage, *parts)
-    state.outputs[step.id] = outputs
-    options = step.stage.model_dump(mode="json", by_alias=True)
+    state.outputs[step.id], state.keys[step.id] = outputs, key
+    options = list_options(step.stage)
     seconds = store.seconds_of(name, key)
     this = FinishedStep(step.id, name, options, {output: artifact.content() for output, artifact in outputs.items()}, seconds)
     state.lineage[step.id] = (*lineage, this)
@@ -163,70 +194,54 @@ def _get_outputs(
 ) -> tuple[dict[str, Artifact], str, bool]:
     """What a step gives for these inputs, its key in the store, and whether it was there. `known`: earlier metrics."""
     name = step.stage.name
-    workplace = _workplace_of(step, store)
+    workplace = workplace_of(step, store)
     key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace, known)
     group.agree_on(f"options, inputs or code of step {step.id!r}", key)
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
+    together = group if step.stage.parallel and workplace is None else ALONE  # in another Python one process runs
+    is_here = group.leads or together is group
+    if not (cached or state.is_inspected) or state.is_verified:
+        _prepare_computing(step, plan, store, machine, reporter, state, group)
+    provenance = make_replay(step, plan, machine, state) if step.writes and group.leads and state.place else None
+    call = StepCall(step, inputs, known, lineage, plan, store, machine, reporter, workplace, together, state.heard, provenance)
     if not cached:
-        if not state.is_inspected:
-            reporter.computing(describe_place(plan, store, machine, group))
-            rest = plan.steps[plan.steps.index(step) :]
-            memory = group.least(machine.budget("cpu", group))
-            with heard(lambda text: reporter.note(step.id, text), state.heard):
-                inspect_steps(rest, state.outputs["model"]["model"], memory)  # type: ignore[arg-type]
-            for later in rest:
-                if group.leads and (place := _workplace_of(later, store)) is not None:
-                    _prepare(place, later, reporter)
-            state.is_inspected = True
-        together = group if step.stage.parallel and workplace is None else ALONE  # in another Python one process runs
-        if group.leads or together is group:
+        if is_here:
             with store.step(name, key) if group.leads else scratch_step() as folder, noticing_loss(step, store, folder):
-                device = machine.prepare_torch(group)
-                found_finished: list[float] = []
-                tensors = KeptTensorUnits(step, workplace, machine.dtype, store, together, found_finished)
-                context = Context(
-                    folder=folder.path,
-                    seed=plan.seed,
-                    device=device,
-                    dtype=machine.dtype,
-                    memory=together.least(machine.budget(device, group)),
-                    progress=progress_of(step.id, reporter),
-                    note=lambda text: reporter.note(step.id, text),
-                    remember=memory_of(step, workplace, machine.dtype, store, together, found_finished),
-                    remember_tensors=tensors.remember,
-                    keep_folder=tensors.keep_folder,
-                    group=together,
-                    lineage=lineage,
-                    step=step.id,
-                    metrics=tuple(known),
-                    host_memory=together.least(machine.host_budget(device, group)),
-                )
-                called = time.monotonic()
-                taken = step.stage.Inputs.model_validate(inputs)
-                with heard(context.note, state.heard):
-                    result = call_stage(step, taken, context, store, workplace, machine.threads)
+                result, record, drop_units = call.run(folder, is_leading=group.leads)
                 if group.leads:
-                    check_outputs(step, result, taken, folder)
-                    record: dict[str, Any] = {
-                        "step": step.id,
-                        "stage": name,
-                        "options": step.stage.model_dump(mode="json", by_alias=True),
-                    }
-                    record["seconds"] = time.monotonic() - called + sum(found_finished)
-                    record["peak_bytes"] = peak_bytes(device)
                     result = keep_outputs(result, step, store, folder, key, record)
-                    tensors.drop()
+                    drop_units()
             give_back(between_steps=True)
         group.tell("the result is in the store")
     if not group.leads:
         result = store.load(name, key, step.stage.Outputs)
     if result is None:
         raise StageError(f"the result of step {step.id!r} is not in {str(store.root)!r}; all processes must share that folder")
+    if state.is_verified and is_here:
+        verify_step(call, result, is_leading=group.leads)
     base = state.outputs["model"]["model"]
     given = {output: getattr(result, output) for output in type(result).model_fields}
     made = {output: artifact.with_names_of(step.stage) for output, artifact in given.items() if artifact is not None}
     return {output: _at_base(artifact, base) for output, artifact in made.items()}, key, cached
+
+
+def _prepare_computing(
+    step: PlannedStep, plan: Plan, store: Store, machine: Machine, reporter: Reporter, state: RunState, group: ProcessGroup
+) -> None:
+    """Before the first step that is computed: say where, have all steps from it on look at the model, make their Pythons."""
+    if state.is_inspected:
+        return
+    state.place = describe_place(plan, store, machine, group)
+    reporter.computing(state.place)
+    rest = plan.steps[plan.steps.index(step) :]
+    memory = group.least(machine.budget("cpu", group))
+    with heard(lambda text: reporter.note(step.id, text), state.heard):
+        inspect_steps(rest, state.outputs["model"]["model"], memory)  # type: ignore[arg-type]
+    for later in rest:
+        if group.leads and (place := workplace_of(later, store)) is not None:
+            prepare_workplace(place, later, reporter)
+    state.is_inspected = True
 
 
 def _find_known(step: PlannedStep, inputs: Mapping[str, Artifact], state: RunState) -> list[Measured]:
@@ -257,19 +272,6 @@ def _at_base(artifact: Artifact, model: Artifact) -> Artifact:
     if isinstance(artifact, ModelGraph) and artifact.base.sha256 == model.base.sha256:
         return artifact.model_copy(update={"base": model.base})
     return artifact
-
-
-def _workplace_of(step: PlannedStep, store: Store) -> Workplace | None:
-    """The other Python that a step runs in, if it does."""
-    return None if step.environment is None else Workplace(step.environment, store.environments, step.python)
-
-
-def _prepare(workplace: Workplace, step: PlannedStep, reporter: Reporter) -> None:
-    try:
-        workplace.prepare(lambda text: reporter.note(step.id, text))
-    except GradmapError as error:
-        error.where = f"step {step.id!r}"
-        raise
 
 
 def _join(lineages: Iterator[tuple[FinishedStep, ...]]) -> tuple[FinishedStep, ...]:

@@ -18,8 +18,8 @@ from ..artifacts import Artifact, TensorFile
 from ..errors import StageError, first_line
 from ..machine.atomic_folder import atomic_folder, clear_unfinished_folders, replace_folder, write_file
 from ..machine.digests import sha256_of, sha256_of_value
-from ..text import dump_json
 from .output_checks import dump_outputs
+from .run_files import find_latest, read_run
 from .store_files import DIGEST, is_own_file, read_object, remove_unless, with_digest
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Store:
     """A folder of results, shared by all recipes that use it.
 
     steps/<stage>-<key>/outputs.json and tensors     units/<stage>-<key>.json (and .safetensors, of steps at work)
-    files.json (digests of files elsewhere)     runs/<recipe>-<digest of its path>.json (the latest run of each recipe)
+    files.json (digests of files elsewhere)     runs/<start>-<id>.json (a record of each run)
     traceback.txt (of the latest stage that failed unexpectedly)
     environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
     gradmap.log (what the latest run told, every note among it)
@@ -154,13 +154,14 @@ class Store:
         peak = read_object(self._step(stage, key) / _OUTPUTS).get("peak_bytes")
         return peak if isinstance(peak, int) else None
 
-    def save_run(self, recipe: Path, record: dict[str, Any]) -> None:
-        """Keep what a run came to, in the place of an earlier run of the recipe in this file."""
-        self._write(self._run(recipe), json.dumps(with_digest(json.loads(dump_json(record)))))
+    def save_run(self, file: Path, text: str) -> None:
+        """Keep the record of a run, as `dump_run` writes it."""
+        self._write(file, text)
 
     def load_run(self, recipe: Path) -> dict[str, Any] | None:
-        """The record of the latest run of the recipe in this file; None where there is none, or it is not as it was written."""
-        return read_object(self._run(recipe)) or None
+        """The record of the latest run of the recipe in this file that came to figures; None where there is none as written."""
+        run = find_latest(self.root, recipe)
+        return None if run is None else read_run(run)
 
     def load_unit(self, stage: str, key: str) -> dict[str, Any] | None:
         """A finished unit of work: `value` (JSON) and the `seconds` it took; or None."""
@@ -267,9 +268,6 @@ class Store:
 
     def _step(self, stage: str, key: str) -> Path:
         return self.root / "steps" / f"{stage}-{key[:_SHORT]}"
-
-    def _run(self, recipe: Path) -> Path:
-        return self.root / "runs" / f"{recipe.stem[:64]}-{sha256_of_value(str(recipe.resolve()))[:_SHORT]}.json"
 
     def _unit(self, stage: str, key: str) -> Path:
         return self.root / "units" / f"{stage}-{sha256_of_value([stage, key])[: 2 * _SHORT]}.json"

@@ -94,6 +94,7 @@ def make_worker_context(request: dict[str, Any], line: ParentChannel) -> Context
         lineage=tuple(FinishedStep(**step) for step in request["lineage"]),
         step=request["step"],
         metrics=tuple(Metric.model_validate(metric) for metric in request["metrics"]),
+        provenance=request["provenance"],
     )
 
 

@@ -18,6 +18,7 @@ from torchrun import run_python
 
 from gradmap_pipeline.errors import CapacityError, GradmapError, Interruption, StageError
 from gradmap_pipeline.machine.processes import explain_end, tie
+from gradmap_pipeline.report.run_log import list_heads
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
@@ -139,6 +140,8 @@ def test_one_signal_while_a_stage_runs(number: int, how: str, folder: Path) -> N
         time.sleep(0.05)
         process.send_signal(number)  # as `timeout` does: it counts as the same
         check_interrupted(process, folder)
+    (head,), _ = list_heads(folder / ".gradmap", 0)
+    assert (head["outcome"], head["exit_code"]) == ("interrupted", 130)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
