@@ -108,8 +108,9 @@ class Benchmark(Stage):
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         model, reference = inputs.model, inputs.reference
         if reference is None and isinstance(model, ModelGraph | TransformersFolder):
-            dense = model.graph.dense
-            reference = None if isinstance(model, ModelGraph) and model.digest == dense.digest else dense
+            reference = model.graph.dense
+        if reference is not None and reference.digest == model.digest:
+            reference = None
         elif reference is None:
             context.note(
                 "nothing is measured beside the model; name an export of the unpruned model with "

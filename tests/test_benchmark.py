@@ -113,6 +113,16 @@ def test_models_that_do_not_fit_together_are_read_anew_in_each_round(
     assert notes == ["both models do not fit into memory together; each is read anew in every round"]
 
 
+def test_a_model_is_not_measured_beside_itself(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, dense=(1.0,) * 8)
+    dense = open_folder(llama)
+    stage = Benchmark(prompt_tokens=(8,), new_tokens=4, rounds=3)
+    for reference in (None, dense):
+        made = stage.run(stage.Inputs(model=dense, reference=reference), make_context(tmp_path)).speed
+        assert [metric.name for metric in made.list_metrics()] == ["prefill", "decode"]
+    assert clock.passes == {"dense": 8}
+
+
 def test_memory_decides_how_models_share_it(pruned: ModelGraph) -> None:
     weights, beside = count_pass_bytes(pruned, SHAPE, "float32")
     assert weights == pruned.count_parameters() * 4

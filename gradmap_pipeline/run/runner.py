@@ -64,17 +64,20 @@ def run_plan(
     tune_allocator(is_tight=machine.memory is not None)
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
+    is_complete = False
     try:
-        return _run_steps(plan, store, machine, reporter, group, is_recorded)
+        state = _run_steps(plan, store, machine, reporter, group, is_recorded)
+        is_complete = True
+        return state
     finally:
-        store.close()
+        store.close(is_complete=is_complete)
 
 
 def _run_steps(plan: Plan, store: Store, machine: Machine, reporter: Reporter, group: ProcessGroup, is_recorded: bool) -> RunState:
     started = time.monotonic()
     group.agree_on("recipes", json.dumps([[step.id, step.stage.name, step.stage.model_dump(mode="json")] for step in plan.steps]))
     if group.leads:
-        store.prepare()
+        store.prepare(plan.recipe_path, [step.stage.name for step in plan.steps])
         reporter.run_started(RunStarted(recipe=str(plan.recipe_path), steps=[step.id for step in plan.steps]))
         base = open_model(plan.model, store.digest_of)
         group.tell("the model's digest is known")
