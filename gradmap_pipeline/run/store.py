@@ -69,7 +69,7 @@ class Store:
 
         `recipe`, `stages`: what is about to run. Until `close`, `gradmap store gc` leaves what it uses.
         """
-        for name in ("steps", "units", "runs", "environments"):
+        for name in ("steps", "units", "runs", "environments", "uses"):
             remove_unless(Path.is_dir, self.root / name)
             (self.root / name).mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"

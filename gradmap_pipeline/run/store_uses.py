@@ -68,7 +68,7 @@ class RunningUses:
         names = {path.relative_to(steps).parts[0] for path in paths if path.is_relative_to(steps)} - self._steps
         if not names:
             return
-        with guarded(self._root):
+        with suppress(FileNotFoundError), guarded(self._root):  # somebody has deleted the store; the step says so
             for name in sorted(names):
                 self._append({"step": name})
         self._steps |= names
@@ -128,7 +128,8 @@ def settle_killed_runs(root: Path) -> None:
             lock.acquire()
         except (Timeout, OSError):  # its process runs, or belongs to another user
             continue
-        _settle(root, _read_running(file), is_complete=False)
+        with suppress(OSError):  # a full disk must not keep a collection from making room
+            _settle(root, _read_running(file), is_complete=False)
         _drop(file)
         lock.release()
 
