@@ -258,4 +258,4 @@ def _name_types(model: Decodable, dtype: str) -> str:
         return model.type
     if isinstance(model, OnnxFolder):
         return model.quantisation or model.dtype
-    return model.quantisation or "its own types"
+    return model.quantisation or model.graph.dtype or "its own types"
