@@ -17,12 +17,13 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import CapacityError, DecodingShape, Metric, ModelGraph, StageError, measure_speed
+from gradmap_pipeline import CapacityError, DecodingShape, ExportedFile, GgufFolder, Metric, ModelGraph, StageError, measure_speed
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.cost.decoding_costs import Residency, count_pass_bytes, plan_residency
 from gradmap_pipeline.export import speed
 from gradmap_pipeline.export.decoders import Decoding, GgufDecoder, open_decoder
+from gradmap_pipeline.export.llamacpp import pythons
 from gradmap_pipeline.export.llamacpp.pythons import DECODER
 from gradmap_pipeline.export.llamacpp.session import GgufSession
 from gradmap_pipeline.page.facts import facts_of_run
@@ -298,6 +299,27 @@ def test_gguf_files_are_decoded_in_sequences_of_their_own(tmp_path: Path, monkey
         expected.append(row[3:])
     assert [one.ids.tolist() for one in done] == [expected, expected[:1], expected]
     assert all(one.prefill > 0 and one.decode > 0 for one in done)
+
+
+def test_a_gguf_file_is_measured_alone(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(pythons, "_ask", lambda *_: [])
+    files = {"model.gguf": ExportedFile(size=4, sha256="0" * 64)}
+    model = GgufFolder(graph=open_folder(llama).without_layers([1]), folder=tmp_path, files=files, type="q8_0")
+    stage, notes = Benchmark(batch_sizes=(2,), prompt_tokens=(4,), new_tokens=3, rounds=3), list[str]()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        measured = stage.run(stage.Inputs(model=model), make_context(tmp_path / "step", notes=notes)).speed
+    finally:
+        torch.set_num_threads(threads)
+    assert measured.setting.startswith("llama.cpp in q8_0 on cpu (")
+    assert [metric.title for metric in measured.list_metrics()] == ["prefill on 2 x 4 tokens", "decode on 2 x 3 tokens after 4"]
+    assert "from: {model: STEP, reference: STEP}" in notes[0]
+    monkeypatch.setattr(pythons, "_ask", lambda _, modules, __: list(modules))
+    with pytest.raises(StageError, match="lacks llama-cpp-python"):
+        stage.run(stage.Inputs(model=model), make_context(tmp_path / "step"))
 
 
 def test_a_figure_of_several_rounds_shows_their_range() -> None:

@@ -230,6 +230,23 @@ def test_a_killed_run_holds_nothing_and_its_uses_are_known(store: Path, place: P
     ]
 
 
+def test_work_and_records_that_a_process_holds_stay(store: Path) -> None:
+    from filelock import FileLock
+
+    (record,) = (store / "runs").glob("*.json")
+    worker = Store(store)
+    folder = worker.hold_folder("train", A)
+    (folder / "state").write_text("half done")
+    with FileLock(record.with_suffix(".lock")):
+        done = collect(store, Criteria(max_bytes=1), is_dry=False)
+    assert sorted(entry.sort for entry in done.left) == ["record", "unit"]
+    assert (folder / "state").read_text() == "half done"
+    worker.close()
+    assert len(collect(store, Criteria(max_bytes=1), is_dry=False).removed) == 2
+    assert not folder.exists()
+    assert names(store) == []
+
+
 COLLECTING = '''
 """Collect all that may go, while a run goes on."""
 from pathlib import Path
