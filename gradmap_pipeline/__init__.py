@@ -86,6 +86,11 @@ if TYPE_CHECKING:
     from .correction.training import Trained as Trained, TrainingSettings as TrainingSettings, train_whole as train_whole
     from .correction.training_curve import TrainingPoint as TrainingPoint
     from .correction.writers import Writer as Writer
+    from .cost.decoding_costs import (
+        DecodingShape as DecodingShape,
+        check_room_for_decoding as check_room_for_decoding,
+        estimate_decoding as estimate_decoding,
+    )
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
     from .data.answers import (
@@ -156,6 +161,7 @@ if TYPE_CHECKING:
     )
     from .export.ort.quantise import OnnxQuantisation as OnnxQuantisation
     from .export.quantised import write_quantised as write_quantised
+    from .export.speed import Rates as Rates, Speed as Speed, SpeedCase as SpeedCase, measure_speed as measure_speed
     from .export.transformers_folder import check_export as check_export, write_transformers_folder as write_transformers_folder
     from .machine.distributed import ProcessGroup as ProcessGroup
     from .machine.environment import Environment as Environment

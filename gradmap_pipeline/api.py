@@ -94,6 +94,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "export.ort.quantise": ("OnnxQuantisation",),
         "export.llamacpp.converter": ("GgufConverter",),
         "export.llamacpp.quantiser": ("GgufQuantiser", "FileAgreement"),
+        "export.speed": ("Speed", "SpeedCase", "Rates", "measure_speed"),
+        "cost.decoding_costs": ("DecodingShape", "check_room_for_decoding", "estimate_decoding"),
         "export.agreement": ("Agreement", "TextAgreement", "check_text", "read_text", "compare_models"),
         "export.folders": (
             "write_companions",

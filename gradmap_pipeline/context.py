@@ -54,7 +54,9 @@ class Context:
     memory: int
     """Bytes this process may have resident, all included; on a GPU, what it may have there."""
     progress: Callable[[str, int, str], AbstractContextManager[Advance]]
-    """`with context.progress(description, total, unit) as advance:` reports work that takes longer than a second."""
+    """`with context.progress(description, total, unit) as advance:` reports work that takes longer than a second.
+
+    An empty `unit`: no rate is told, where one could be taken for the speed of the model."""
     note: Callable[[str], None]
     """Tell the user one finding, in one line."""
     remember: Callable[[Any, Callable[[], Any]], Any]

@@ -28,6 +28,10 @@ class Metric(BaseModel):
     """Unit of the value and the standard error: `s`, `%`. Empty for a plain number."""
     stderr: Annotated[float | None, Field(ge=0)] = None
     """Standard error of the value, where it is known."""
+    low: float | None = None
+    """The least of several rounds, where the value is their median."""
+    high: float | None = None
+    """The largest of them."""
     on: str = ""
     """What it was measured on: the name of a data set or of a task. Tables have a column for each `name` and `on`."""
     on_option: str = ""
@@ -36,10 +40,13 @@ class Metric(BaseModel):
     """How it was measured: `128 x 256 tokens`. Tables show it where one metric was measured in several ways."""
     model: str = ""
     """Digest of the model. Empty: the artifact that carries the metric says it in its field `model`."""
+    is_reference: bool = False
+    """Whether it is of a model that was measured for comparison alone: tables show it, and limits do not hold for it."""
 
     @model_validator(mode="after")
     def _check_finite(self) -> Metric:
-        for number, part in ((self.value, ""), (self.stderr, "the standard error of ")):
+        numbers = ((self.value, ""), (self.stderr, "the standard error of "), (self.low, "the least "), (self.high, "the largest "))
+        for number, part in numbers:
             if number is not None and not math.isfinite(number):
                 raise StageError(f"{part}metric {self.title!r} is {number}; a metric is a finite number")
         return self
@@ -56,8 +63,13 @@ class Metric(BaseModel):
 
     @property
     def figure(self) -> str:
-        """The value with its standard error, as tables show it: `0.4312 ± 0.012`."""
-        return show_number(self.value) + ("" if self.stderr is None else f" ± {self.stderr:.2g}")
+        """The value with its standard error or the range of its rounds: `0.4312 ± 0.012`, `1.310 (1.280 to 1.350)`."""
+        return show_number(self.value) + ("" if self.stderr is None else f" ± {self.stderr:.2g}") + self.shown_range
+
+    @property
+    def shown_range(self) -> str:
+        """` (1.280 to 1.350)`; empty where the value is not of several rounds."""
+        return "" if self.low is None or self.high is None else f" ({show_number(self.low)} to {show_number(self.high)})"
 
 
 def show_number(value: float) -> str:

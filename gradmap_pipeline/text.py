@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -96,7 +94,7 @@ def dump_json(value: Any, *, indent: int | None = None) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, BaseModel):
+    if hasattr(value, "model_dump"):  # of pydantic, which takes too long to import for the commands that need no model
         value = value.model_dump()
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -165,7 +165,7 @@ def score_text(model: ModelGraph, ids: torch.Tensor, mask: torch.Tensor, context
     with open_sweep(model, (ids, mask), context) as sweep:
         batches = sweep.batches
         units = len(batches) * (len(model.layers) + 1)
-        with context.progress(f"score text with the {model.label} model", units, "layer batch") as sweep.advance:
+        with context.progress(f"score text with the {model.label} model", units, "") as sweep.advance:
             loss += sum(float(losses.double().sum()) for losses in sweep.losses())
     total = context.group.sum_values({"loss": loss, "tokens": count_predicted(batches)})
     if not math.isfinite(total["loss"]):
@@ -181,7 +181,7 @@ def score_opened(model: Model, ids: torch.Tensor, mask: torch.Tensor, context: C
     batches = make_batches(context.group.share(ids), context.group.share(mask), _EXPORT_BATCH_TOKENS, lengths_apart=apart)
     run = model.open(context.device)
     loss = 0.0
-    with context.progress(f"score text with the {model.label} model", len(batches), "batch") as advance:
+    with context.progress(f"score text with the {model.label} model", len(batches), "") as advance:
         for batch in batches:
             loss += float(next_token_losses(run(batch), batch).double().sum())
             advance()

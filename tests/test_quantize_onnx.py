@@ -26,6 +26,7 @@ from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.source import BUILTIN_FOLDER
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.export.agreement import compare_models, cut_batches
+from gradmap_pipeline.export.decoders import open_decoder
 from gradmap_pipeline.export.ort.inputs import collect_squares, make_groups
 from gradmap_pipeline.export.ort.layout import find_graph
 from gradmap_pipeline.export.ort.matrices import find_matrices
@@ -48,6 +49,18 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
     calibration_set = run_stage(stage, tmp_path_factory.mktemp("calibrate"), model=open_folder(BUILTIN_FOLDER)).calibration
     assert isinstance(calibration_set, CalibrationSet)
     return calibration_set
+
+
+def test_onnx_runtime_decodes_as_transformers_does(builtin: OnnxFolder) -> None:
+    prompts = torch.randint(400, (2, 12), generator=torch.Generator().manual_seed(2))
+    said = []
+    for model in (builtin, builtin.graph):
+        with open_decoder(model, "float32", "cpu") as decoder:
+            done = decoder.decode(prompts, 8)
+        assert done.prefill > 0
+        assert done.decode > 0
+        said.append(done.ids.tolist())
+    assert said[0] == said[1]
 
 
 def quantise(exported: OnnxFolder, folder: Path, calibration: CalibrationSet | None = None, **options: Any) -> Any:

@@ -95,9 +95,8 @@ def _reading_late() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_SYNCHRONOUS]
-        else:
+        del os.environ[_SYNCHRONOUS]
+        if before is not None:
             os.environ[_SYNCHRONOUS] = before
 
 
@@ -238,12 +237,13 @@ def call_without_cache(
     return module(input_ids=ids, attention_mask=mask, use_cache=False, **({} if kept is None else {"logits_to_keep": kept}))
 
 
-def call_with_cache(module: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+def call_with_cache(module: PreTrainedModel, ids: torch.Tensor, cache: Any = None, last: bool = False) -> tuple[torch.Tensor, Any]:
     """Logits (B, T, V) of token ids (B, T) that follow those in the cache, and the cache with these, too.
 
-    Raises `ModelError` where the model keeps no keys and values of earlier tokens.
+    `last`: the logits of the last position alone, where the model can. Raises `ModelError` where it keeps no keys and values.
     """
-    output = module(input_ids=ids, past_key_values=cache, use_cache=True)
+    kept = {"logits_to_keep": 1} if last and can_keep_positions(module) else {}
+    output = module(input_ids=ids, past_key_values=cache, use_cache=True, **kept)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise ModelError(f"{type(module).__name__} keeps no keys and values, so it cannot generate text one token at a time here")

@@ -11,6 +11,7 @@ from ..errors import ModelError, first_line
 from . import depth
 from .files import INDEX, TEMPLATES, check_folder, check_inside, find_shards, read_json, read_weight_map
 from .forecast import ModelForecast
+from .short_form import ACCEPTED, read_short_form
 from .sizes import check_sizes, read_shapes
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
@@ -42,6 +43,22 @@ class ModelSource(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Floating-point type of exported weights. Default: the checkpoint's own."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_short_form(cls, data: Any) -> Any:
+        return read_short_form(data) if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        """The mapping, or the text that stands for one."""
+        given: dict[str, Any] = handler(core)
+        schema = handler.resolve_ref_schema(given)
+        mapping = dict(schema)
+        schema.clear()
+        text = {"type": "string", "description": f"Short form: {ACCEPTED}.".replace(", or a mapping", "")}
+        schema |= {"anyOf": [text, mapping], "description": mapping.get("description", "")}
+        return given
 
     @field_validator("id")
     @classmethod

@@ -8,8 +8,21 @@ from typing import Annotated, Literal
 import typer
 
 from .command_options import check_device, check_size, check_threads, parse_path, parse_store
+from .completion import complete_recipe_file, complete_stage
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", parser=parse_path, help="Recipe file.", show_default=False)]
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", parser=parse_path, autocompletion=complete_recipe_file, help="Recipe file.", show_default=False
+    ),
+]
+RecipePaths = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RECIPE...", parser=parse_path, autocompletion=complete_recipe_file, help="Recipe files.", show_default=False
+    ),
+]
+StageName = Annotated[str | None, typer.Argument(autocompletion=complete_stage, help="Stage to describe.", show_default=False)]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Replace one option of the recipe. Repeatable.")
 ]

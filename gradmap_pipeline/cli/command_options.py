@@ -23,6 +23,7 @@ _STORE_HOLDS = {
     "units",
     "runs",
     "environments",
+    "uses",
     "files.json",
     "traceback.txt",
     "stage.log",

@@ -19,10 +19,12 @@ from .command_arguments import (
     Overrides,
     PluginFiles,
     RecipePath,
+    RecipePaths,
+    StageName,
     StorePath,
     Threads,
 )
-from .command_options import CommandGroup, make_machine, open_store, parse_output, parse_path
+from .command_options import CommandGroup, make_machine, open_store, parse_output
 from .ending import endings
 from .init import init
 from .lock import lock
@@ -30,6 +32,7 @@ from .material_commands import new_plugin, recipes
 from .records import diff, log, show
 from .report import report
 from .run import run
+from .store_commands import store_commands
 from .suggest import suggest
 from .verify import verify
 
@@ -44,7 +47,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 recipe or command invalid, 3 does not fit this machine, 4 a stage failed, "
     "5 a quality limit is not met, 6 what was computed again differs, 130 interrupted (run the same command to go on).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -117,9 +119,7 @@ def plan(
 
 @app.command()
 def compare(
-    recipes: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", parser=parse_path, help="Recipe files.", show_default=False)
-    ],
+    recipes: RecipePaths,
     grids: Annotated[
         list[str], typer.Option("--grid", metavar="STEP.OPTION=A,B,C", help="Try each value. Repeatable: all combinations.")
     ] = [],  # noqa: B006
@@ -165,7 +165,7 @@ def compare(
 
 @app.command()
 def stages(
-    name: Annotated[str | None, typer.Argument(help="Stage to describe.", show_default=False)] = None,
+    name: StageName = None,
     plugins: PluginFiles = [],  # noqa: B006
     check: Annotated[
         str | None,
@@ -221,6 +221,7 @@ app.command()(recipes)
 app.command()(init)
 app.command()(suggest)
 app.command(name="new-plugin")(new_plugin)
+app.add_typer(store_commands, name="store")
 
 
 def run_command() -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .command_options import parse_output
+from .completion import complete_shipped_recipe
 from .ending import endings
 
 
@@ -37,7 +38,10 @@ def new_plugin(
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Recipe to print.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", autocompletion=complete_shipped_recipe, help="Recipe to print.", show_default=False),
+    ] = None,
 ) -> None:
     """List the recipes that come with the package, or print one: `gradmap recipes quickstart > mine.yaml`."""
     with endings():

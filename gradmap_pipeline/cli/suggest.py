@@ -11,6 +11,7 @@ import typer
 from ..machine.streams import sole_output
 from .command_arguments import DeviceName, DtypeName, HostMemorySize, MemorySize, PluginFiles, StorePath, Threads
 from .command_options import make_machine, open_store, parse_path
+from .completion import complete_stage
 from .ending import endings
 from .model_argument import open_named
 
@@ -38,7 +39,9 @@ def suggest(
             show_default=False,
         ),
     ] = None,
-    ranking: Annotated[str, typer.Option("--ranking", metavar="STAGE", help="Stage that ranks the layers.")] = "gradmap_score",
+    ranking: Annotated[
+        str, typer.Option("--ranking", metavar="STAGE", autocompletion=complete_stage, help="Stage that ranks the layers.")
+    ] = "gradmap_score",
     share: Annotated[float, typer.Option("--share", min=0.01, max=0.9, help="Most layers to remove, as a share of all.")] = 0.5,
     points: Annotated[int, typer.Option("--points", min=1, max=200, help="Depths to measure, besides the whole model.")] = 8,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences to rank on, and to measure on.")] = 32,

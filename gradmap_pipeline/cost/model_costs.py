@@ -41,7 +41,8 @@ class ModelCosts:
         self.graph = open_folder(folder, name, dtype, digest_of=lambda _: "")
         self.base = self.graph.base
         self.device = machine.prepare_torch()
-        self._dtype = machine.dtype
+        self.dtype = machine.dtype
+        """Floating-point type to compute in, by its name."""
         self.memory = machine.budget(self.device)
         self.host_free = free_on_host(self.device, machine.host_budget(self.device))
         self._check_room()
@@ -136,11 +137,11 @@ class ModelCosts:
 
         Raises `CapacityError` where the model and one sample do not fit.
         """
-        weights, each = count_generation_bytes(self.graph, tokens, self._dtype)
+        weights, each = count_generation_bytes(self.graph, tokens, self.dtype)
         weights = round(weights * self.count_parameters(layers) / self.count_parameters(len(self.layer_elements)))
         free = self.memory - self.occupied
         if weights + each > free:
-            raise CapacityError(explain_generation(weights, each, tokens, max(0, free), self._dtype))
+            raise CapacityError(explain_generation(weights, each, tokens, max(0, free), self.dtype))
         together = min(GENERATED_TOGETHER, (free - weights) // each, samples)
         layer, head = self.benchmark.layer_pass(together, 2), self.benchmark.head_pass(together, 2)  # a head needs two tokens
         lines = {"program": self.occupied, "weights": weights, "keys and values": together * each}
@@ -247,7 +248,7 @@ class ModelCosts:
 
     @property
     def _item(self) -> int:
-        return {"float32": 4, "bfloat16": 2, "float16": 2}[self._dtype]
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     def _check_room(self) -> None:
         """Before anything is allocated: what every sweep needs at least."""
@@ -256,7 +257,7 @@ class ModelCosts:
         needed = resident_bytes(self.device) + max(layer, other)
         if needed > self.memory:
             raise CapacityError(
-                f"the embeddings ({format_size(other)}) or one layer ({format_size(layer)}) in {self._dtype} need "
+                f"the embeddings ({format_size(other)}) or one layer ({format_size(layer)}) in {self.dtype} need "
                 f"{format_size(needed)} with the program itself, over the {format_size(self.memory)} allowed; "
                 f"{'use --dtype bfloat16, or ' if self._item > 2 else ''}allow more with --memory"
             )

@@ -67,7 +67,7 @@ def make_model_card(model: ModelGraph, metrics: Sequence[Metric], holding: Holdi
 def _list_cells(metric: Metric) -> list[str]:
     unit = f" {metric.unit}" if metric.unit else ""
     stderr = "" if metric.stderr is None else f"{metric.stderr:.2g}{unit}"
-    return [metric.name, metric.place, f"{show_number(metric.value)}{unit}", stderr, metric.better]
+    return [metric.name, metric.place, f"{show_number(metric.value)}{metric.shown_range}{unit}", stderr, metric.better]
 
 
 def _as_cell(text: str) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 
@@ -21,3 +25,16 @@ def module_of(device: str) -> Any:
     import torch
 
     return torch.get_device_module(torch.device(device))
+
+
+@lru_cache(maxsize=8)
+def name_device(device: str) -> str:
+    """The product behind a device, as `Intel(R) Xeon(R) CPU @ 2.20GHz` or `NVIDIA H100`; else the processor's architecture."""
+    if is_accelerator(device):
+        get_name = getattr(module_of(device), "get_device_name", None)
+        return str(get_name(device)) if get_name is not None else device
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..artifacts import PAGE
-from ..metrics import Metric, show_number
+from ..metrics import Metric
 from .views import Base, Correction, File, Folder, Limit, ModelLine, Ranking, Shown, Step, read, read_all
 
 
@@ -139,7 +139,6 @@ def _name_column(metric: Metric) -> str:
 
 
 def show_metric(metric: Metric) -> str:
-    """The value, its unit and its standard error."""
+    """The value, its standard error or the range of its rounds, and its unit."""
     unit = f" {metric.unit}" if metric.unit else ""
-    stderr = "" if metric.stderr is None else f" ± {metric.stderr:.2g}"
-    return f"{show_number(metric.value)}{stderr}{unit}"
+    return f"{metric.figure}{unit}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from ..text import format_bytes, format_seconds, name_without_place, show, show_lines
@@ -11,7 +12,7 @@ from .facts import Facts, show_metric
 from .pictures import draw_layers
 from .template import FOOT, GENERATOR, HEAD, PAGE, STYLE
 from .training_picture import draw_training
-from .views import Answers, Loss, Training
+from .views import Answers, Loss, Speed, Training
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def make_page(facts: Facts) -> str:
             Part("Figures", _list_metrics(facts), _explain_metrics(facts)),
             Part("Limits", _list_limits(facts)),
             Part("Losses", _list_losses(facts), "Mean next-token cross-entropy on the texts that steps measured."),
+            *(Part("Speed", _list_rates(speed), f"Step {step.id}: {_explain_speed(speed)}") for step, speed in facts.find(Speed)),
             Part("Steps", _list_steps(facts), _explain_steps(facts)),
         ],
         answers=[
@@ -187,6 +189,39 @@ def _list_losses(facts: Facts) -> Table:
     if not any(row[3].text for row in rows):
         return Table((*headings[:3], *headings[4:]), [[*row[:3], *row[4:]] for row in rows], headings[1:3])
     return Table(headings, rows, headings[1:4])
+
+
+def _list_rates(speed: Speed) -> Table:
+    """A row for each part of each kind of work: tokens a second of both models, and how many times faster the model is."""
+    rows = []
+    for case in speed.cases:
+        for part in ("prefill", "decode"):
+            after = f"{case.new_tokens} tokens after {case.prompt_tokens}"
+            work = f"{case.sequences} x {after if part == 'decode' else f'{case.prompt_tokens} tokens'}"
+            own: tuple[float, ...] = getattr(case.rates, part)
+            other: tuple[float, ...] = () if case.reference is None else getattr(case.reference, part)
+            ratios = [one / two for one, two in zip(own, other, strict=False)]
+            rows.append([Cell(f"{part}, {work}"), *map(_median, (other, own, ratios))])
+    headings = ("work", f"{speed.reference_label or 'beside it'} (tokens/s)", f"{speed.label} (tokens/s)", "times as fast")
+    if any(case.reference for case in speed.cases):
+        return Table(headings, rows, headings[1:])
+    return Table((headings[0], headings[2]), [[row[0], row[2]] for row in rows], headings[2:3])
+
+
+def _median(rounds: Sequence[float]) -> Cell:
+    """The median of several rounds and their range; nothing where there are none."""
+    middle, least, most = (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in _spread(rounds))
+    return Cell(f"{middle} ({least} to {most})" if rounds else "")
+
+
+def _spread(rounds: Sequence[float]) -> tuple[float, float, float]:
+    return (median(rounds), min(rounds), max(rounds)) if rounds else (0.0, 0.0, 0.0)
+
+
+def _explain_speed(speed: Speed) -> str:
+    rounds = len(speed.cases[0].rates.prefill) if speed.cases else 0
+    place = f"{speed.program} in {speed.dtype} on {speed.device} ({speed.device_name}), threads: {speed.threads}"
+    return f"{place}. Medians of {rounds} rounds in which the models took turns, with their range. Measured {speed.measured_at}."
 
 
 def _list_sites(facts: Facts) -> Table:

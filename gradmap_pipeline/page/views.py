@@ -20,6 +20,7 @@ _MOST_LAYERS = 10_000
 Count = Annotated[int, Field(ge=0, le=10**18)]
 Figure = Annotated[float, Field(ge=-1e100, le=1e100)]
 """Numbers that can be drawn and divided; anything beyond is no measurement."""
+PositiveFigure = Annotated[float, Field(gt=0, le=1e100)]
 
 
 class _View(BaseModel):
@@ -119,6 +120,37 @@ class Answers(_View):
 
     answers: tuple[Answer, ...]
     tokens: Count
+
+
+class Rates(_View):
+    """Tokens a second of each round."""
+
+    prefill: Annotated[tuple[PositiveFigure, ...], Field(min_length=1)]
+    decode: Annotated[tuple[PositiveFigure, ...], Field(min_length=1)]
+
+
+class SpeedCase(_View):
+    """One kind of work, of a model and of the one beside it."""
+
+    sequences: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    rates: Rates
+    reference: Rates | None = None
+
+
+class Speed(_View):
+    """How fast a model is on one machine."""
+
+    label: str
+    reference_label: str = ""
+    program: str
+    device: str
+    device_name: str
+    threads: Count
+    dtype: str
+    measured_at: str
+    cases: tuple[SpeedCase, ...]
 
 
 class File(_View):

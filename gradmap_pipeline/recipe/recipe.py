@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..checkpoint.short_form import HUB_NAME, explain_ambiguous, read_short_form
 from ..checkpoint.source import ModelSource
 from ..errors import Problem, RecipeError
 from ..machine.input_files import read_input
@@ -138,12 +140,24 @@ def read_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
             problems += [replace(problem, order=(1, len(applied), 0)) for problem in error.problems]
             faulty.add(_find_target(document.data, override))  # as it stands in the file, it is not what is meant
     recipe = Recipe(path, document, applied, text=text)
+    ambiguity = None if recipe.is_override(("model",)) else _find_ambiguity(document.data.get("model"), path)
+    if ambiguity is not None:
+        problems.append(recipe.problem(("model",), f"model: {ambiguity}"))
+        faulty.add(("model",))
     try:
         validate(RecipeFile, {key: value for key, value in document.data.items() if not key.startswith(SHARED)})
     except Invalid as invalid:
         problems += [recipe.problem(at, _name_key(at, message)) for at, message in invalid.complaints]
         faulty |= {at for at, _ in invalid.complaints}
     return replace(recipe, problems=tuple(problems), **_read_valid_parts(document.data, faulty))
+
+
+def _find_ambiguity(model: Any, path: Path) -> str | None:
+    """Why a model in its short form may be a folder beside the recipe, too, where that is not the current folder."""
+    if isinstance(model, str) and HUB_NAME.fullmatch(model) and (path.parent / model).is_dir() and not Path(model).exists():
+        folder = path.parent / model
+        return explain_ambiguous(model, f"beside {str(path)!r}", str(folder if folder.is_absolute() else f"./{folder}"))
+    return None
 
 
 def _read_valid_parts(data: dict[str, Any], faulty: Collection[Location]) -> dict[str, Any]:
@@ -204,6 +218,9 @@ def _apply(data: dict[str, Any], override: str) -> Location:
     if not equals or not all(keys):
         raise RecipeError([Problem(where, "must look like STEP.OPTION=VALUE, for example prune.ratio=0.3")])
     value = load_yaml(text or "''", where).data
+    if keys[0] == "model" and len(keys) > 1 and isinstance(data.get("model"), str):
+        with suppress(ValueError):  # what is wrong with it is told with the whole
+            data["model"] = read_short_form(data["model"])
     if keys[0] in ("model", "seed"):
         location: Location = tuple(keys)
     else:

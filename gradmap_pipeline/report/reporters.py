@@ -131,11 +131,12 @@ class LineReporter(QuietReporter):
 
     def progress(self, event: Progress) -> None:
         now = time.monotonic()
-        if event.rate is not None and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if event.done and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = f", {format_seconds(event.seconds_left)} left" if event.seconds_left is not None else ""
             detail = f", {event.detail}" if event.detail else ""
-            done = f"{event.done:,}/{event.total:,}{detail}, {format_rate(event.rate, event.unit)}{left}"
+            rate = f", {format_rate(event.rate, event.unit)}" if event.rate is not None else ""
+            done = f"{event.done:,}/{event.total:,}{detail}{rate}{left}"
             self._say(f"{event.step}: {event.description} {done}")
 
     def note(self, step: str, text: str) -> None:

@@ -39,6 +39,8 @@ def print_summary(console: Console, summary: Summary, seconds: float) -> None:
         console.print(metrics)
     for dataset, model, share in summary.closed_gaps():
         say(console, f"{model.step} closes {share:.1%} of the gap in log-perplexity that pruning opened on {dataset}.")
+    for remark in summary.remarks:
+        say(console, remark)
     console.print(steps)
 
 

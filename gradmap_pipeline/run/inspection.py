@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from ..checkpoint.graph import ModelGraph, open_folder
 from ..errors import GradmapError, OptionError
-from ..machine.memory import default_budget, give_back
+from ..machine.distributed import ProcessGroup
+from ..machine.machine import Machine
+from ..machine.memory import default_budget, give_back, resident_bytes
 from ..recipe.asking import ask
 from ..recipe.plan import Plan, PlannedStep
-from ..stages.structure_probe import StructureProbe
+from ..stages.structure_probe import Room, StructureProbe
 
 
 def inspect_plan(plan: Plan) -> None:
@@ -20,9 +22,9 @@ def inspect_plan(plan: Plan) -> None:
         inspect_steps(plan.steps, graph, default_budget("cpu"))
 
 
-def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int) -> None:
-    """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it."""
-    probe = StructureProbe(model, memory)
+def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int, room: Room | None = None) -> None:
+    """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it; `room`: for the steps."""
+    probe = StructureProbe(model, memory, room)
     try:
         probe.check_loadable()
     except GradmapError as error:
@@ -32,6 +34,12 @@ def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int) 
         _inspect(step, probe)
     del probe
     give_back()
+
+
+def measure_room(machine: Machine, group: ProcessGroup) -> Room:
+    """What the steps of a run may use on its device."""
+    device = machine.prepare_torch(group)
+    return Room(group.least(machine.budget(device, group) - resident_bytes(device)), machine.dtype)
 
 
 def _inspect(step: PlannedStep, probe: StructureProbe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,8 +11,11 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from ..artifacts import Artifact
+from ..machine.accelerators import name_device
 from ..machine.digests import sha256_of_value
+from ..machine.distributed import ProcessGroup
 from ..machine.environment import Workplace
+from ..machine.machine import Machine
 from ..metrics import Metric
 from ..recipe.plan import PlannedStep
 from .store import Store
@@ -25,10 +29,11 @@ def make_key(
     store: Store,
     workplace: Workplace | None = None,
     known: Sequence[Metric] = (),
+    place: dict[str, Any] | None = None,
 ) -> str:
     """Identity of a step's result: its code, options, inputs and all else that changes it. Files count by content.
 
-    `known`: earlier metrics that the stage reads.
+    `known`: earlier metrics that the stage reads. `place`: the machine, where the result holds for this one alone.
     """
     options = fingerprint_options(step, store)
     return sha256_of_value(
@@ -42,6 +47,7 @@ def make_key(
             "dtype": dtype,
             "versions": versions_of(step, workplace),
             "metrics": [metric.model_dump() for metric in known],
+            **({} if place is None else {"machine": place}),
         }
     )
 
@@ -49,6 +55,15 @@ def make_key(
 def fingerprint_options(step: PlannedStep, store: Store) -> dict[str, Any]:
     """JSON of a step's options by name; what has a `fingerprint` counts by its content."""
     return {name: _fingerprint(value, store) for name, value in step.stage}
+
+
+def describe_machine(machine: Machine, group: ProcessGroup) -> dict[str, Any]:
+    """What a measured time depends on besides the work: the device by kind and name, threads, and the system."""
+    import torch
+
+    device = machine.prepare_torch(group)
+    names = {"device": device, "name": name_device(device), "processor": name_device("cpu")}
+    return {**names, "threads": torch.get_num_threads(), "system": platform.platform()}
 
 
 def _fingerprint(value: Any, store: Store) -> Any:

@@ -22,8 +22,8 @@ from ..metrics import Metric
 from ..recipe.plan import Plan, PlannedStep
 from .determinism import verify_step
 from .events import Place, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
-from .inspection import inspect_steps
-from .keys import make_key
+from .inspection import inspect_steps, measure_room
+from .keys import describe_machine, make_key
 from .limits import check_limits, raise_missed
 from .listening import heard
 from .measured import Measured, read_metrics
@@ -85,13 +85,16 @@ def run_plan(
     tune_allocator(is_tight=machine.memory is not None)
     if machine.device.startswith("cuda"):
         machine.prepare_torch(group)  # says at once that there is no such device
+    is_complete = False
     try:
         if group.leads:
-            store.prepare()
+            store.prepare(plan.recipe_path, [step.stage.name for step in plan.steps])
         with recording(plan, store, machine, reporter, is_wanted=is_recorded and group.leads) as recorder:
-            return _run_steps(plan, store, machine, reporter, group, recorder, is_verified)
+            state = _run_steps(plan, store, machine, reporter, group, recorder, is_verified)
+        is_complete = True
+        return state
     finally:
-        store.close()
+        store.close(is_complete=is_complete)
 
 
 def _run_steps(
@@ -155,14 +158,14 @@ def _run_step(
     with naming(step):
         metrics = read_metrics(outputs)
     state.measured += [Measured(step.id, metric) for metric in metrics]
-    whole: list[Metric] = []
-    if step.measured is not None and any(limit.is_relative for limit in step.limits.values()):
-        base = state.outputs["model"]["model"]
+    base = state.outputs["model"]["model"]
+    whole = [metric for metric in metrics if metric.is_reference and metric.model == base.digest]
+    if not whole and step.measured is not None and any(limit.is_relative for limit in step.limits.values()):
         others, _, _ = _get_outputs(step, {**inputs, step.measured: base}, [], lineage, *parts)
         whole = [metric for metric in read_metrics(others) if metric.model == base.digest]
         state.measured += [Measured(step.id, metric) for metric in whole]
     with naming(step):
-        limits = check_limits(metrics, step.limits, whole)
+        limits = check_limits([metric for metric in metrics if not metric.is_reference], step.limits, whole)
     finished = StepFinished(
         step=step.id,
         stage=name,
@@ -195,7 +198,8 @@ def _get_outputs(
     """What a step gives for these inputs, its key in the store, and whether it was there. `known`: earlier metrics."""
     name = step.stage.name
     workplace = workplace_of(step, store)
-    key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace, known)
+    place = describe_machine(machine, group) if step.stage.machine_bound else None
+    key = make_key(step, inputs, plan.seed, machine.dtype, store, workplace, known, place)
     group.agree_on(f"options, inputs or code of step {step.id!r}", key)
     result = store.load(name, key, step.stage.Outputs)
     cached: bool = group.tell(result is not None)
@@ -235,9 +239,9 @@ def _prepare_computing(
     state.place = describe_place(plan, store, machine, group)
     reporter.computing(state.place)
     rest = plan.steps[plan.steps.index(step) :]
-    memory = group.least(machine.budget("cpu", group))
+    memory, room = group.least(machine.budget("cpu", group)), measure_room(machine, group)
     with heard(lambda text: reporter.note(step.id, text), state.heard):
-        inspect_steps(rest, state.outputs["model"]["model"], memory)  # type: ignore[arg-type]
+        inspect_steps(rest, state.outputs["model"]["model"], memory, room)  # type: ignore[arg-type]
     for later in rest:
         if group.leads and (place := workplace_of(later, store)) is not None:
             prepare_workplace(place, later, reporter)

@@ -104,7 +104,8 @@ def progress_of(step: str, reporter: Reporter) -> Any:
             seconds = time.monotonic() - started
             rate = done / seconds if done and seconds > 0 else None
             left = (total - done) / rate if rate else None
-            reporter.progress(Progress(step, description, done, total, unit, rate, left, detail))
+            told = rate if unit else None
+            reporter.progress(Progress(step, description, done, total, unit, told, left, detail))
 
         def advance(units: int = 1, /, *, detail: str = "") -> None:
             nonlocal done

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..machine.digests import sha256_of, sha256_of_value
 from .output_checks import dump_outputs
 from .run_files import find_latest, read_run
 from .store_files import DIGEST, is_own_file, read_object, remove_unless, with_digest
+from .store_uses import RunningUses, touch
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ class Store:
     files.json (digests of files elsewhere)     runs/<start>-<id>.json (a record of each run)
     traceback.txt (of the latest stage that failed unexpectedly)
     environments/<digest>/ (virtual environments of stages that need one)     stage.log (what the latest such stage printed)
-    gradmap.log (what the latest run told, every note among it)
+    uses/ (what runs use: see `store_uses`)     gradmap.log (what the latest run told, every note among it)
     quiet.log (what others than this program printed in the latest run under --quiet)
 
     Whatever is read is compared with its digest first. What does not fit counts as not there, so it is made again.
@@ -58,13 +59,17 @@ class Store:
         self._digests: dict[str, Any] | None = None
         self._whole: set[tuple[Path, str]] = set()
         """Files of the store that had their digest when they were read in this process."""
+        self._uses = RunningUses(self.root)
         self._drafts: Path | None = None
         self._resources = ExitStack()
         weakref.finalize(self, self._resources.close)
 
-    def prepare(self) -> None:
-        """Make the folder, keep it out of git, and clear away what killed runs left."""
-        for name in ("steps", "units", "runs", "environments"):
+    def prepare(self, recipe: Path | None = None, stages: Sequence[str] = ()) -> None:
+        """Make the folder, keep it out of git, and clear away what killed runs left.
+
+        `recipe`, `stages`: what is about to run. Until `close`, `gradmap store gc` leaves what it uses.
+        """
+        for name in ("steps", "units", "runs", "environments", "uses"):
             remove_unless(Path.is_dir, self.root / name)
             (self.root / name).mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
@@ -73,6 +78,8 @@ class Store:
             ignore.write_text("*\n")
         for folder in (self.root, self.root / "steps", self.root / "environments"):
             clear_unfinished_folders(folder)
+        if recipe is not None:
+            self._uses.start(recipe, stages)
 
     @property
     def environments(self) -> Path:
@@ -86,6 +93,7 @@ class Store:
 
     def load(self, stage: str, key: str, outputs: type[BaseModel]) -> BaseModel | None:
         """Outputs of a finished step, or None when there is none, or when a file of theirs is gone or not as it was written."""
+        self._uses.note([self._step(stage, key)])
         return self._load_from(self._step(stage, key), key, outputs)
 
     def _load_from(self, folder: Path, key: str, outputs: type[BaseModel]) -> BaseModel | None:
@@ -96,7 +104,9 @@ class Store:
             result = outputs.model_validate(record.get("outputs"), context={"store": self.root})
         except ValueError:
             return None
-        return result if all(self._is_whole(path, digest) for path, digest in _files_of(result).items()) else None
+        files = _files_of(result)
+        self._uses.note(files)  # some may lie in the folders of earlier steps
+        return result if all(self._is_whole(path, digest) for path, digest in files.items()) else None
 
     def _is_whole(self, file: Path, digest: str) -> bool:
         """Whether a file has this digest. One inside the store is read once in a process, so damage of the disk is noticed too."""
@@ -166,6 +176,7 @@ class Store:
     def load_unit(self, stage: str, key: str) -> dict[str, Any] | None:
         """A finished unit of work: `value` (JSON) and the `seconds` it took; or None."""
         unit = read_object(self._unit(stage, key))
+        touch(self._unit(stage, key))
         return {name: unit[name] for name in ("value", "seconds")} if unit.get("key") == key else None
 
     def save_unit(self, stage: str, key: str, value: Any, seconds: float) -> None:
@@ -252,8 +263,9 @@ class Store:
             self._write(self.root / "files.json", json.dumps(with_digest(content)))
         return digest
 
-    def close(self) -> None:
-        """Leave nothing behind but results."""
+    def close(self, *, is_complete: bool = False) -> None:
+        """Leave nothing behind but results. `is_complete`: the run has come to the end of its recipe."""
+        self._uses.close(is_complete=is_complete)
         self._resources.close()
         self._drafts = None
 

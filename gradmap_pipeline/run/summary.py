@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..artifacts import Artifact
 from ..checkpoint.model import Model
 from ..export.exports import Export
+from ..export.speed import Speed
 from ..metrics import Metric
 from .events import StepFinished
 from .measured import Measured, name_columns
@@ -50,6 +51,8 @@ class Summary:
 
     models: list[ModelRow]
     steps: list[StepRow]
+    remarks: list[str] = field(default_factory=list)
+    """Of the metrics that hold for one machine: how, where and when they were measured."""
 
     @property
     def columns(self) -> list[str]:
@@ -103,4 +106,6 @@ def summarise(outputs: Mapping[str, Mapping[str, Artifact]], measured: Sequence[
                 metrics=metrics,
             )
         )
-    return Summary(rows, [StepRow(step.step, step.stage, step.seconds, step.cached) for step in finished])
+    speeds = [(step, one) for step, given in outputs.items() for one in given.values() if isinstance(one, Speed)]
+    remarks = [f"{step}: {speed.describe()}" for step, speed in speeds]
+    return Summary(rows, [StepRow(step.step, step.stage, step.seconds, step.cached) for step in finished], remarks)

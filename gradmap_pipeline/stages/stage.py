@@ -56,6 +56,10 @@ class Stage(BaseModel):
     reads_metrics: ClassVar[bool] = False
     """Whether it uses `context.metrics`: what earlier steps have measured of the models that it takes. They count as an input."""
 
+    machine_bound: ClassVar[bool] = False
+    """Whether what it gives holds for one machine alone, as times do: device, processor, threads and system are part of the key
+    under which results are kept, and running it again may give something else."""
+
     abstract: ClassVar[bool]
     """True on a class that is not a stage but what several stages have in common. Classes derived from it are stages again."""
 

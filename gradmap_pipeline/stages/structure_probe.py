@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -27,12 +28,24 @@ if TYPE_CHECKING:
 _SHAPE = (2, 8)  # sequences, tokens
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a run has for its steps."""
+
+    free: int
+    """Bytes on its device, besides what the program has there."""
+    dtype: str
+    """Floating-point type to compute in."""
+
+
 class StructureProbe:
     """A model's structure. Nothing is built before the first question."""
 
-    def __init__(self, graph: ModelGraph, memory: int) -> None:
+    def __init__(self, graph: ModelGraph, memory: int, room: Room | None = None) -> None:
         """`memory`: bytes that may be used; questions that take more count as answered well."""
         self.graph = graph
+        self.room = room
+        """What the steps of the run that is about to start may use; None where none is, as in `gradmap check`."""
         self._memory = memory
 
     @cached_property

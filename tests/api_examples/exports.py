@@ -10,8 +10,11 @@ from pydantic import BaseModel
 from gradmap_pipeline import (
     LINEAGE,
     Agreement,
+    CapacityError,
     Context,
     DatasetSource,
+    DecodingShape,
+    Estimate,
     Export,
     ExportableModel,
     FileAgreement,
@@ -20,6 +23,7 @@ from gradmap_pipeline import (
     GgufConverter,
     GgufFolder,
     GgufQuantiser,
+    ModelCosts,
     ModelForecast,
     ModelSource,
     OnnxFolder,
@@ -27,14 +31,19 @@ from gradmap_pipeline import (
     OptionError,
     Outlook,
     QuantisedGraph,
+    Rates,
+    Speed,
+    SpeedCase,
     TextAgreement,
     TransformersFolder,
     check_export,
     check_onnx_exportable,
+    check_room_for_decoding,
     check_text,
     compare_models,
     copy_files,
     describe_folder,
+    estimate_decoding,
     estimate_tracing_memory,
     explain_config,
     explain_forecast,
@@ -45,6 +54,7 @@ from gradmap_pipeline import (
     full_config,
     load_folder,
     make_lineage,
+    measure_speed,
     open_model,
     read_text,
     take_graph,
@@ -168,3 +178,22 @@ with pytest.raises(OptionError, match="there is no file 'no-such-program'"):
 assert GgufFolder.Forecast.of(ModelForecast(layers=10), type="f16").type == "f16"
 parity = FileAgreement(lengths=(12,), difference=0.1, log_probability_difference=0.01, agreeing=1.0, lost=0.0)
 assert str(parity).startswith("at 9 positions of random prompts, 100% of likeliest tokens are those")
+
+# Speed: both models are timed in turn, here on one prompt of 8 tokens and 4 tokens after it, three times.
+shape = DecodingShape(sequences=1, prompt_tokens=8, new_tokens=4)
+check_room_for_decoding(model, [shape], context.memory, context.dtype)
+with pytest.raises(CapacityError, match="a benchmark takes the whole model in memory"):
+    check_room_for_decoding(model, [shape], 2**20, context.dtype)
+
+
+def estimate_both(costs: ModelCosts) -> Estimate:
+    """What three rounds of a model of 10 layers and one of 12 take, for the `estimate` of a stage."""
+    return estimate_decoding(costs, [10, 12], [shape], rounds=3)
+
+
+speed = measure_speed(model, model.dense, [shape], context, rounds=3, warmup=1)
+assert isinstance(speed, Speed)
+case: SpeedCase = speed.cases[0]
+rates: Rates = case.rates
+assert len(rates.prefill) == len(rates.decode) == 3
+assert "decode_speedup" in {metric.name for metric in speed.list_metrics()}

@@ -86,9 +86,9 @@ def test_a_model_that_cannot_be_read_does_not_hide_the_steps(folder: Path) -> No
 @pytest.mark.parametrize(
     ("line", "advice"),
     [
-        ("model: Qwen/Qwen3-0.6B", "write `model: {id: Qwen/Qwen3-0.6B}`"),
-        ("model: docs-llama", "write `model: {builtin: docs-llama}`"),
-        ("model: some/folder", "write `model: {path: some/folder}`"),
+        ("model: docs-llama", "write builtin:docs-llama"),
+        ("model: some/folder", "write './some/folder' or {id: some/folder}"),
+        ("model: gpt2", "write {id: gpt2}"),
         ("model: ~", "found null, accepted: a mapping"),
         ("model: {id: a/b/c}", "r.yaml:2:9: "),
         ("model: {path: ~}", "found none"),

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,7 +67,7 @@ def make_command_page() -> str:
     """Every command with its arguments and options."""
     group: Any = typer.main.get_command(app)
     lines = [_NOTE, "", "# Command line", "", group.help, "", group.epilog]
-    for name, command in group.commands.items():
+    for name, command in _list_commands(group):
         arguments = " ".join(
             (parameter.metavar or parameter.name.upper()) if parameter.required else f"[{parameter.name.upper()}]"
             for parameter in command.params
@@ -76,7 +77,7 @@ def make_command_page() -> str:
             "",
             f"## gradmap {name}",
             "",
-            f"`gradmap {' '.join(filter(None, (name, arguments)))} [OPTIONS]`",
+            f"`gradmap {' '.join(filter(None, (name, arguments)))} {'COMMAND' if hasattr(command, 'commands') else '[OPTIONS]'}`",
             "",
             command.help,
         ]
@@ -88,6 +89,14 @@ def make_command_page() -> str:
             default = "" if option.default in (None, False, []) or not option.show_default else f"`{option.default}`"
             lines.append(f"| `{shown}` | {default} | {option.help} |")
     return "\n".join([*lines, ""])
+
+
+def _list_commands(group: Any) -> Iterator[tuple[str, Any]]:
+    """Commands by name; those of a group in a group as `store ls`, after the group itself, which has none of its own options."""
+    for name, command in group.commands.items():
+        yield name, command
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {inner}", one) for inner, one in _list_commands(command))
 
 
 def make_api_page() -> str:

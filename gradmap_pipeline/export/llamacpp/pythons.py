@@ -17,6 +17,7 @@ from ...machine.processes import ask_program
 REWRITER = Path(__file__).with_name("rewrite_gguf.py")
 QUANTIZER = Path(__file__).with_name("quantize_file.py")
 RUNNER = Path(__file__).with_name("run_gguf.py")
+DECODER = Path(__file__).with_name("decode_gguf.py")
 
 BINDINGS = "llama-cpp-python"
 _MODULES = ("gguf", "numpy", "torch", "transformers", "sentencepiece")

@@ -30,14 +30,14 @@ class GgufSession:
     Raises `StageError` where llama.cpp does not load the file, and in every method where it ends.
     """
 
-    def __init__(self, file: Path, python: str) -> None:
-        """`python`: one with llama-cpp-python."""
+    def __init__(self, file: Path, python: str, program: Path | None = None) -> None:
+        """`python`: one with llama-cpp-python. `program`: what it runs there; None: the one that computes logits."""
         import torch
 
         with ExitStack() as stack:
             self._scratch = stack.enter_context(scratch_folder())
             self._said = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
-            command = tie([python, str(RUNNER), str(file), str(torch.get_num_threads())])
+            command = tie([python, str(program or RUNNER), str(file), str(torch.get_num_threads())])
             streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
             environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else a failure starts a debugger, where there is one
             self._process = stack.enter_context(subprocess.Popen(command, **streams, text=True, env=environment))
@@ -54,6 +54,11 @@ class GgufSession:
         """Logits (B, T, V) after each token of ids (B, T), float32."""
         return self._ask(input_ids.tolist(), 0, every=True)
 
+    def decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
+        """What `decode_gguf.py`, where that is the program, answers for prompts of one length and so many further tokens."""
+        answer: dict[str, Any] = self._request({"prompts": [list(prompt) for prompt in prompts], "tokens": tokens})
+        return answer
+
     def close(self) -> None:
         """End the process."""
         self._end()
@@ -69,17 +74,20 @@ class GgufSession:
         import torch
 
         out = self._scratch / "logits.npy"
-        request = {"prompts": [list(prompt) for prompt in prompts], "steps": steps, "every": every, "out": str(out)}
+        self._request({"prompts": [list(prompt) for prompt in prompts], "steps": steps, "every": every, "out": str(out)})
+        logits = torch.from_numpy(np.load(out))
+        out.unlink()
+        return logits
+
+    def _request(self, request: dict[str, Any]) -> Any:
+        """The answer to a request."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # why it ended is told where the answer is read
-        self._read()
-        logits = torch.from_numpy(np.load(out))
-        out.unlink()
-        return logits
+        return self._read()
 
     def _read(self) -> Any:
         """The next line of the process."""
