@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.errors import CommandError
 from gradmap_pipeline.machine.digests import sha256_of_value
+from gradmap_pipeline.run.run_files import DONE, dump_run, new_run_file
 from gradmap_pipeline.run.store_collection import Criteria, collect, parse_age
 from gradmap_pipeline.run.store_entries import list_entries
 from gradmap_pipeline.run.store_files import with_digest
@@ -59,7 +60,8 @@ def store(place: Path) -> Path:
     save(made, 1, A)
     save(made, 2, B)
     made.save_unit("make", "part", 3, 0.1)
-    made.save_run(place / "r.yaml", {"figures": 1})
+    run = new_run_file(made.root)
+    made.save_run(run.path, dump_run({"id": run.id, "outcome": DONE}, {"figures": 1}))
     made.close()
     return made.root
 
