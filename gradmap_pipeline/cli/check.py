@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..machine.streams import sole_output
-from .command_arguments import Overrides, PluginFiles, StorePath
-from .command_options import parse_path
+from .command_arguments import Overrides, PluginFiles, RecipePaths, StorePath
 from .ending import endings
 
 if TYPE_CHECKING:
@@ -20,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    recipes: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", parser=parse_path, help="Recipe files.", show_default=False)
-    ],
+    recipes: RecipePaths,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
     store: StorePath = Path(".gradmap"),
     plugins: PluginFiles = [],  # noqa: B006

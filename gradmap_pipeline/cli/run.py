@@ -21,6 +21,7 @@ from .command_arguments import (
     Threads,
 )
 from .command_options import make_machine, open_store, parse_path
+from .completion import complete_recipe_file
 from .ending import endings, tell_end
 
 if TYPE_CHECKING:
@@ -35,7 +36,11 @@ def run(
     recipe: Annotated[
         Path,
         typer.Argument(
-            metavar="RECIPE", parser=parse_path, help="Recipe file, or the gradmap.json of an export.", show_default=False
+            metavar="RECIPE",
+            parser=parse_path,
+            autocompletion=complete_recipe_file,
+            help="Recipe file, or the gradmap.json of an export.",
+            show_default=False,
         ),
     ],
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
