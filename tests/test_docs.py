@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TESTED = {"console", "yaml", "python", "toml", "json"}
+LONG = {"records.md", "write-a-plugin.md"}
+"""Pages whose blocks take most of a minute, and show what other tests hold."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in LONG else []) for page in PAGES],
+    ids=lambda page: page.name,
+)
 def test_code_blocks(page: Path, workplace: Path) -> None:
     """In order, each in one of these forms: `$ command` with output, a file that begins with its name, a whole recipe."""
     for language, text in BLOCK.findall(page.read_text()):

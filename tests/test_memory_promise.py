@@ -115,7 +115,7 @@ def test_weights_stay_below_the_memory_allowed(method: str, wide: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("metric", "room"), [("gate_gradient", 120), ("weight_gradient", 200)])
+@pytest.mark.parametrize(("metric", "room"), [("gate_gradient", 120), pytest.param("weight_gradient", 200, marks=pytest.mark.slow)])
 def test_hidden_states_stay_below_the_memory_allowed(metric: str, room: int, tmp_path: Path) -> None:
     """Samples whose scores add up go in parts; those that belong together leave hidden states in a file."""
     folder = make_folder(tmp_path, hidden_size=64, intermediate_size=64, num_hidden_layers=3)

@@ -42,9 +42,7 @@ def install(folder: Path, name: str, stage: str) -> dict[str, str]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in ("ranking", "exporter") else pytest.mark.slow) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind == "ranking" else pytest.mark.slow) for kind in KINDS])
 def test_package_passes_its_own_tests(kind: str, workplace: Path) -> None:
     name, stage = f"gradmap-try-{kind}", f"try_{kind}"
     assert stage in write(name, "--kind", kind)

@@ -158,7 +158,9 @@ def test_options_of_the_other_format() -> None:
         ExportModel.model_validate({"to": "x", "format": "onnx", "max_shard_gigabytes": 1.0})
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma3_text"))]
+)
 def test_genai_says_the_same(architecture: str, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     graph = make_pruned(tmp_path, architecture)
@@ -176,6 +178,7 @@ def test_genai_says_the_same(architecture: str, tmp_path: Path) -> None:
     assert generated == generate_with_torch(tmp_path / "torch", prompt, 64)
 
 
+@pytest.mark.slow
 def test_large_graphs_are_traced_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same file, the same cases, and what goes wrong there arrives here."""
     graph = make_pruned(tmp_path, "llama")

@@ -73,8 +73,8 @@ def quantise(exported: OnnxFolder, folder: Path, calibration: CalibrationSet | N
     ("architecture", "method", "most", "left"),
     [
         ("llama", "int8", 0.02, set()),
-        ("gpt2", "int4", 0.5, {(128, 32)}),
-        ("gpt2", "int8_dynamic", 0.1, {(128, 32)}),
+        pytest.param("gpt2", "int4", 0.5, {(128, 32)}, marks=pytest.mark.slow),
+        pytest.param("gpt2", "int8_dynamic", 0.1, {(128, 32)}, marks=pytest.mark.slow),
         ("llama", "int4", 0.5, set()),
         ("gemma3_text", "int8", 0.05, set()),
     ],
@@ -118,6 +118,7 @@ def test_a_tied_head_keeps_one_copy(builtin: OnnxFolder, tmp_path: Path) -> None
     assert weights < 1.2 * builtin.graph.count_parameters()
 
 
+@pytest.mark.slow
 def test_half_precision_is_quantised(tmp_path: Path) -> None:
     exported = export(make_pruned(tmp_path, "llama"), tmp_path, onnx={"dtype": "float16"})
     result = quantise(exported, tmp_path, method="int8")

@@ -67,8 +67,9 @@ def find_hub_data(value: Any, place: str) -> Iterator[tuple[str, DatasetSource]]
     if isinstance(value, DatasetSource) and value.id is not None:
         yield place, value
     elif isinstance(value, BaseModel):
-        for name, info in type(value).model_fields.items():
-            yield from find_hub_data(getattr(value, name), f"{place}.{info.alias or name}")
+        fields = type(value).model_fields
+        for name, inner in value:  # and not by attribute, at which an option that is deprecated warns
+            yield from find_hub_data(inner, f"{place}.{fields[name].alias or name}")
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield from find_hub_data(item, f"{place}.{number}")
@@ -88,10 +89,9 @@ def _pin(value: Any, place: str, commits: Mapping[str, Revision]) -> Any:
     if isinstance(value, DatasetSource) and place in commits and value.revision == commits[place].asked:
         return value.model_copy(update={"revision": commits[place].commit})
     if isinstance(value, BaseModel):
-        changed = {}
-        for name, info in type(value).model_fields.items():
-            before = getattr(value, name)
-            after = _pin(before, f"{place}.{info.alias or name}", commits)
+        changed, fields = {}, type(value).model_fields
+        for name, before in value:
+            after = _pin(before, f"{place}.{fields[name].alias or name}", commits)
             if after is not before:
                 changed[name] = after
         return value.model_copy(update=changed) if changed else value

@@ -110,7 +110,9 @@ def test_a_run_goes_on_when_its_reader_has_gone(ending: str, folder: Path) -> No
     assert len(list((folder / ".gradmap" / "steps").glob("prints-*"))) == 1
 
 
-@pytest.mark.parametrize("command", ["stages", "schema", "--help", "check r.yaml --plugin p.py"])
+@pytest.mark.parametrize(
+    "command", ["stages", "schema", "--help", pytest.param("check r.yaml --plugin p.py", marks=pytest.mark.slow)]
+)
 def test_listing_commands_end_quietly(command: str, folder: Path) -> None:
     printed = "printed on import\n" if "p.py" in command else ""  # by the plugin
     assert shell(folder, f"{GRADMAP} {command} | true") == (0, "", printed)

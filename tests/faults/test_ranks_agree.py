@@ -60,12 +60,12 @@ PLUGIN = '''
 import json, os, signal, time
 from gradmap_pipeline import CapacityError, NoSiteError, StageError, hookimpl
 from gradmap_pipeline.artifacts import Artifact
-from gradmap_pipeline.run import runner
+from gradmap_pipeline.run import step_run
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 
 RANK = int(os.environ.get("RANK", "0"))
 calls = None
-run_layer, call_stage = LayerwiseModel.run_layer, runner.call_stage
+run_layer, call_stage = LayerwiseModel.run_layer, step_run.call_stage
 
 def act():
     with open("acted", "w") as file:
@@ -92,7 +92,7 @@ def call(step, *arguments):
         return result
     return call_stage(step, *arguments)
 
-LayerwiseModel.run_layer, runner.call_stage = count_layer, call
+LayerwiseModel.run_layer, step_run.call_stage = count_layer, call
 
 @hookimpl
 def gradmap_stages():
