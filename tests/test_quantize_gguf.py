@@ -209,7 +209,7 @@ def test_every_step_is_in_the_lineage(tmp_path: Path) -> None:
     ):
         written = json.loads((tmp_path / folder / "gradmap.json").read_text())["steps"]
         assert [step["id"] for step in written] == ids
-        assert written[-1]["options"]["to"] == str(tmp_path / folder)
+        assert "to" not in written[-1]["options"]  # a place on this machine
     assert [step["stage"] for step in written][-2:] == ["export_gguf", "quantize_gguf"]
 
 
