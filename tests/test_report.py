@@ -11,13 +11,14 @@ import re
 import select
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from gradmap_pipeline import Artifact, Evaluation, ModelGraph, TensorFile
+from gradmap_pipeline import Artifact, Evaluation, ModelGraph, TensorFile, __version__
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cost.estimate import Estimate
 from gradmap_pipeline.recipe.catalog import load_catalog
@@ -185,6 +186,12 @@ def test_json_is_one_object_a_line_and_progress_is_thinned(summary: Summary, mon
     reporter.error(4, "broken", "step 'prune'")
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [event["event"] for event in events] == ["run_started", "progress", "progress", "note", "run_finished", "error"]
+    now = datetime.now(timezone.utc)
+    assert all(
+        timedelta(0) <= now - datetime.strptime(event.pop("time"), "%Y-%m-%dT%H:%M:%S.%f%z") < timedelta(seconds=10)
+        for event in events
+    )
+    assert (events[0]["schema"], events[0]["version"]) == (1, __version__)
     assert events[3] == {"event": "note", "step": "prune", "text": "removed layers 3"}
     assert events[4]["summary"]["models"][1]["metrics"]["perplexity on text"]["value"] == 40.0
     assert events[5] == {"event": "error", "exit_code": 4, "message": "broken", "where": "step 'prune'"}

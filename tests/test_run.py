@@ -115,12 +115,14 @@ def test_json_events(folder: Path) -> None:
     notes = [(event["step"], event["text"]) for event in told if event["event"] == "note"]
     assert ("export", "wrote out: 0.2 MB, loaded back, logits equal") in notes
     finished = {event["step"]: event for event in told if event["event"] == "step_finished"}
-    figures = {"seconds", "computed_seconds", "metrics", "limits", "peak_bytes"}
+    figures = {"seconds", "computed_seconds", "metrics", "limits", "peak_bytes", "key", "folder", "time"}
     (place,) = [event for event in told if event["event"] == "computing"]
     assert (place["device"], place["dtype"], place["processes"]) == ("cpu", "float32", 1)
     assert place["store"] == str((folder / ".gradmap").resolve())
     assert finished["gradmap_score"].keys() == {"event", "step", "stage", "cached", "outputs", *figures}
     assert finished["gradmap_score"]["metrics"] == []
+    kept = Path(finished["gradmap_score"]["folder"])
+    assert json.loads((kept / "outputs.json").read_text())["key"] == finished["gradmap_score"]["key"]
     (metric,) = finished["evaluate"]["metrics"]
     assert metric["value"] == finished["evaluate"]["outputs"]["evaluation"]["perplexity"]
     decisions = finished["gradmap_score"]["outputs"]["scores"]["decisions"]

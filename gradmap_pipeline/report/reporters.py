@@ -7,8 +7,10 @@ import re
 import sys
 import time
 from collections import Counter
+from datetime import datetime, timezone
 from typing import IO, TYPE_CHECKING, Any
 
+from .. import __version__
 from ..machine.streams import error_stream, is_lost
 from ..run.events import Place, Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from ..sweep.memory_plan import format_size
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
     from rich.status import Status
 
+_SCHEMA = 1
+"""Of the JSON events. It rises where something is renamed, changed or left out, not where something comes."""
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_EVENTS = 0.5
 _SECONDS_BEFORE_BAR = 1.0
@@ -73,7 +77,7 @@ class JsonReporter(QuietReporter):
         self._last_progress = 0.0
 
     def run_started(self, event: RunStarted) -> None:
-        self._write("run_started", event)
+        self._print({"event": "run_started", "schema": _SCHEMA, "version": __version__, **dataclasses.asdict(event)})
 
     def computing(self, event: Place) -> None:
         self._write("computing", event)
@@ -108,7 +112,8 @@ class JsonReporter(QuietReporter):
         self._print({"event": name, **dataclasses.asdict(event)})
 
     def _print(self, value: dict[str, Any]) -> None:
-        print(dump_json(value), file=self._stream, flush=True)
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        print(dump_json({"event": value["event"], "time": now, **value}), file=self._stream, flush=True)
 
 
 class LineReporter(QuietReporter):

@@ -69,6 +69,10 @@ class StepFinished:
     """Limits that the recipe sets, kept or missed."""
     peak_bytes: int | None = None
     """The most memory that the process had held when the result was computed; None: not known."""
+    key: str = ""
+    """Of the result in the store."""
+    folder: str = ""
+    """Of the result in the store."""
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,8 @@ def _run_step(
         metrics=metrics,
         limits=limits,
         peak_bytes=store.peak_of(name, key),
+        key=key,
+        folder=str(store.folder_of(name, key).resolve()),
     )
     state.finished.append(finished)
     reporter.step_finished(finished)

@@ -155,6 +155,10 @@ class Store:
         who = "by its stage or by another program"
         return f"{place} {str(gone)!r} was deleted while the step ran, {who}; nothing of it is kept: run again"
 
+    def folder_of(self, stage: str, key: str) -> Path:
+        """Where a finished step is."""
+        return self._step(stage, key)
+
     def seconds_of(self, stage: str, key: str) -> float:
         """What a finished step took when it ran, with the units it found finished."""
         return float(read_object(self._step(stage, key) / _OUTPUTS).get("seconds", 0.0))

@@ -152,6 +152,7 @@ def test_what_nobody_foresaw_leaves_a_traceback_in_the_store(folder: Path) -> No
     assert "in files_by_path" in file.read_text()
     again = gradmap("run", "", "--json")
     event = json.loads(again.stdout.splitlines()[-1])
+    assert event.pop("time")
     assert event == {"event": "error", "exit_code": 4, "message": said, "where": None}
     assert again.stderr == ""
 
