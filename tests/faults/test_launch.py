@@ -143,7 +143,10 @@ def test_fewer_gpus_than_processes_end_with_one_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rank", "seconds", "message"),
     [
-        (0, None, "error: process 1 of 2 has not come within 20 s; start all processes at once, see what each says"),
+        pytest.param(
+            *(0, None, "error: process 1 of 2 has not come within 20 s; start all processes at once, see what each says"),
+            marks=pytest.mark.slow,
+        ),
         (1, "3", "error: process 0 of 2 has not come: nothing answers at 127.0.0.1:"),
     ],
 )
