@@ -113,7 +113,7 @@ def _describe(record: Mapping[str, Any]) -> Iterator[str]:
     revision = f", revision {model['revision']}" if model.get("revision") else ""
     digest = f", sha256 {model['sha256'][:12]}" if model else ""
     yield f"model {head['model']}{revision}{digest}"
-    yield "computed with " + ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+    yield "where: " + ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     if record.get("versions"):
         yield f"{record['made_by']}; " + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
 
