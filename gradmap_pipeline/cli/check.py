@@ -64,7 +64,7 @@ def check(
 
 
 def _plan(recipe: Path, overrides: list[str], catalog: Catalog, store: Path) -> Plan:
-    """A plan that was inspected."""
+    """A plan that the stages have looked at the model for."""
     from ..recipe.plan import make_plan
     from ..recipe.recipe import load_recipe
     from ..run.inspection import inspect_plan

@@ -1,4 +1,7 @@
-"""What the shell offers for an argument that is half written. Imports nothing that takes time: each press of a key waits for it."""
+"""What the shell offers for an argument that is half written.
+
+This module imports nothing that takes time, since each press of a key waits for it.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 POINTS = 60
-"""Of a curve, at most, besides those where held-out samples were looked at."""
+"""The most points that a curve has, besides those where held-out samples were looked at."""
 
 
 class TrainingPoint(BaseModel):
@@ -20,7 +20,7 @@ class TrainingPoint(BaseModel):
     loss: float | None = None
     """Mean over the steps since the last point that has one; None where none was taken."""
     learning_rate: float | None = None
-    """Of the step."""
+    """Learning rate of the step."""
     held_out: float | None = None
     """Loss on held-out samples, where they were looked at."""
 

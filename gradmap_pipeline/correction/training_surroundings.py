@@ -10,7 +10,7 @@ from contextlib import contextmanager
 _OF_LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PMI_", "OMPI_", "MV2_",
 )  # fmt: skip
-"""How names of variables begin by which accelerate takes a process for one of several."""
+"""The beginnings of the names of variables by which accelerate takes a process for one of several."""
 
 
 @contextmanager
