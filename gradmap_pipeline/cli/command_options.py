@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from ..machine.machine import Machine
+    from ..recipe.plan import Plan
     from ..run.store import Store
 
 _UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -163,3 +164,12 @@ def make_machine(device: str, dtype: str, threads: int | None, memory: str | Non
     check_address_space()
     sizes = [None if size is None else parse_size(size) for size in (memory, host_memory)]
     return Machine(device, dtype, threads, *sizes)
+
+
+def plan_recipe(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:
+    """The plan of a recipe with the options and stages of a command. Raises `RecipeError` with every problem."""
+    from ..recipe.catalog import load_catalog
+    from ..recipe.plan import make_plan
+    from ..recipe.recipe import load_recipe
+
+    return make_plan(load_recipe(recipe, overrides), load_catalog(plugins), store)

@@ -24,7 +24,7 @@ from .command_arguments import (
     StorePath,
     Threads,
 )
-from .command_options import CommandGroup, make_machine, open_store, parse_output
+from .command_options import CommandGroup, make_machine, open_store, parse_output, plan_recipe
 from .ending import endings
 from .init import init
 from .lock import lock
@@ -38,7 +38,6 @@ from .verify import verify
 
 if TYPE_CHECKING:
     from ..recipe.catalog import Catalog
-    from ..recipe.plan import Plan
 
 app = typer.Typer(
     name="gradmap",
@@ -100,7 +99,7 @@ def plan(
             from ..run.listening import heard
             from ..text import show
 
-            planned = _plan(recipe, overrides, plugins, store)
+            planned = plan_recipe(recipe, overrides, plugins, store)
             if not json:
                 print_plan(planned)
             machine = make_machine(device, dtype, threads, memory, host_memory)
@@ -239,10 +238,3 @@ def _catalog(plugins: list[Path]) -> Catalog:
     from ..recipe.catalog import load_catalog
 
     return load_catalog(plugins)
-
-
-def _plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:
-    from ..recipe.plan import make_plan
-    from ..recipe.recipe import load_recipe
-
-    return make_plan(load_recipe(recipe, overrides), _catalog(plugins), store)

@@ -13,7 +13,7 @@ from .command_arguments import (
     StorePath,
     Threads,
 )
-from .command_options import make_machine, open_store
+from .command_options import make_machine, open_store, plan_recipe
 from .ending import endings
 
 
@@ -31,13 +31,10 @@ def lock(
     gradmap run --locked then refuses to run where anything is another. The model is downloaded if it must be.
     """
     with endings(store=store):
-        from ..recipe.catalog import load_catalog
-        from ..recipe.plan import make_plan
-        from ..recipe.recipe import load_recipe
         from ..run.lock_file import make_lock, name_lock, write_lock
         from ..text import show
 
-        plan = make_plan(load_recipe(recipe, overrides), load_catalog(plugins), store)
+        plan = plan_recipe(recipe, overrides, plugins, store)
         opened = open_store(store)
         opened.prepare()
         file = name_lock(recipe)

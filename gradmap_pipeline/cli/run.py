@@ -20,7 +20,7 @@ from .command_arguments import (
     StorePath,
     Threads,
 )
-from .command_options import make_machine, open_store, parse_path
+from .command_options import make_machine, open_store, parse_path, plan_recipe
 from .completion import complete_recipe_file
 from .ending import endings, tell_end
 
@@ -101,7 +101,6 @@ def _make_plan(recipe: Path, overrides: list[str], plugins: list[Path], store: P
     from ..errors import Problem, RecipeError
     from ..recipe.catalog import load_catalog
     from ..recipe.plan import make_plan
-    from ..recipe.recipe import load_recipe
     from ..run.replay import is_replay, read_replay
 
     if is_replay(recipe):
@@ -112,7 +111,7 @@ def _make_plan(recipe: Path, overrides: list[str], plugins: list[Path], store: P
             advice = "as in --set model.path=FOLDER or --set calibrate.dataset.path=FILE"
             told = f"models, data and folders that lie elsewhere here are named with --set, {advice}; stages of files with --plugin"
             raise RecipeError([*error.problems, Problem(str(recipe), told)]) from error
-    return make_plan(load_recipe(recipe, overrides), load_catalog(plugins), store), None
+    return plan_recipe(recipe, overrides, plugins, store), None
 
 
 def _compare(
