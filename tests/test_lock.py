@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,11 +17,13 @@ from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.data.sources import DatasetSource
+from gradmap_pipeline.errors import CommandError
 from gradmap_pipeline.machine.digests import sha256_of
 from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.recipe.plan import make_plan
 from gradmap_pipeline.recipe.recipe import load_recipe
 from gradmap_pipeline.run import provenance
+from gradmap_pipeline.run.lock_file import read_lock
 from gradmap_pipeline.run.revisions import Revision, find_hub_data, pin_revisions
 from gradmap_pipeline.text import without_places
 
@@ -370,3 +373,9 @@ def test_model_of_the_hub_is_pinned(copy: Path) -> None:
     assert pinned.model.revision == _COMMIT
     assert pin_revisions(plan, [Revision(place="model", asked="v1", commit=_COMMIT)]).model.revision == "main"
     assert list(find_hub_data(plan.steps[0].stage, "prune")) == []
+
+
+def test_advice_names_the_recipe_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(CommandError, match=f"write it with `gradmap lock {re.escape(str(tmp_path / 'kept' / 'r.yaml'))}`"):
+        read_lock(tmp_path / "kept" / "r.yaml.lock")

@@ -92,7 +92,7 @@ def write_lock(file: Path, lock: Lock) -> None:
 
 def read_lock(file: Path, wrong: str = "cannot be used") -> Lock:
     """A lock file. Raises `CommandError` where there is none, or it is of another form. `wrong`: what is then said of it."""
-    recipe = file.name.removesuffix(_ENDING)
+    recipe = file.with_name(file.name.removesuffix(_ENDING))
     try:
         content = read_input(file, _MAX_BYTES)
     except FileNotFoundError:
