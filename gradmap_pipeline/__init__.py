@@ -71,12 +71,8 @@ if TYPE_CHECKING:
         rescale_from as rescale_from,
         rescale_stream as rescale_stream,
     )
-    from .correction.sites import (
-        NoSiteError as NoSiteError,
-        NotFiniteError as NotFiniteError,
-        Site as Site,
-        check_gain as check_gain,
-    )
+    from .correction.site_search import check_gain as check_gain
+    from .correction.sites import NoSiteError as NoSiteError, NotFiniteError as NotFiniteError, Site as Site
     from .correction.streams import (
         Drift as Drift,
         Streams as Streams,

@@ -54,7 +54,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Corrections": {
         "stages.compensating": ("LayerCompensation", "find_writers", "check_rescaling"),
         "correction.streams": ("Streams", "Drift", "capture_site", "open_streams"),
-        "correction.sites": ("Site", "NoSiteError", "NotFiniteError", "check_gain"),
+        "correction.sites": ("Site", "NoSiteError", "NotFiniteError"),
+        "correction.site_search": ("check_gain",),
         "correction.ridge": ("Moments", "room_for", "check_room"),
         "correction.correction": (
             "Compensation",

@@ -22,7 +22,8 @@ from gradmap_pipeline.batches import make_batches
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.correction import ridge
 from gradmap_pipeline.correction.ridge import check_room, solve_ridge
-from gradmap_pipeline.correction.sites import NoSiteError, Site, check_gain, find_sites
+from gradmap_pipeline.correction.site_search import check_gain, find_sites
+from gradmap_pipeline.correction.sites import NoSiteError, Site
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sample_pass import SamplePass

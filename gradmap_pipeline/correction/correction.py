@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field
 from ..artifacts import Artifact, TensorFile
 from ..checkpoint.casts import FOR_WRITING, cast_all
 from ..errors import CapacityError, StageError
-from .sites import NoSiteError, find_sites, share_sites
+from .site_search import find_sites
+from .sites import NoSiteError, share_sites
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,8 @@ from ..sweep.sample_pass import SamplePass
 from ..sweep.sweep import Stream, open_sweep
 from ..sweep.visits import ForwardVisit
 from ..work import Round
-from .sites import NoSiteError, NotFiniteError, check_gain
+from .site_search import check_gain
+from .sites import NoSiteError, NotFiniteError
 
 if TYPE_CHECKING:
     import torch

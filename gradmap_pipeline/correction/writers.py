@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from .sites import NoSiteError, Search
+from .site_search import Search
+from .sites import NoSiteError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -120,7 +120,8 @@ class StructureProbe:
         Structure alone decides, in float32 and with made-up weights: in fewer digits, and among the few large values that real
         streams have, what a norm or an expert does to a vector can be lost in rounding.
         """
-        from ..correction.sites import NoSiteError, find_sites
+        from ..correction.site_search import find_sites
+        from ..correction.sites import NoSiteError
 
         sites_by_layer: dict[int, tuple[Site, ...]] = {}
         hidden, arguments = self._model.record(self._batch)
