@@ -45,7 +45,7 @@ class MeanBias(LayerCompensation):
 
 
 def _find_bias(sites: Sequence[Site]) -> Site | None:
-    return next((site for site in sites if site.role != "attention" and site.has_bias), None)
+    return next((site for site in sites if site.role != "attention" and site.has_bias and not site.norm), None)
 
 
 def move_bias(streams: Streams, layer: int, sites: Sequence[Site], context: Context) -> tuple[CorrectedSite, dict[str, TensorFile]]:

@@ -206,7 +206,25 @@ def find_first_sites(folder: Path, architecture: str, **changes: Any) -> tuple[S
             {"first_k_dense_replace": 0},
             [Site("self_attn.o_proj", "attention", 32), Site("mlp.shared_experts.down_proj", "output", 32)],
         ),
-        ("olmo2", {}, [Site("post_feedforward_layernorm", "norm", 32)]),
+        (
+            "olmo2",
+            {},
+            [
+                Site("self_attn.o_proj", "attention", 32, norm="post_attention_layernorm"),
+                Site("mlp.down_proj", "output", 64, norm="post_feedforward_layernorm"),
+                Site("post_feedforward_layernorm", "norm", 32),
+            ],
+        ),
+        (
+            "gemma2",
+            {},
+            [
+                Site("self_attn.o_proj", "attention", 32, norm="post_attention_layernorm", norm_offset=1.0),
+                Site("mlp.down_proj", "output", 64, norm="post_feedforward_layernorm", norm_offset=1.0),
+                Site("post_feedforward_layernorm", "norm", 32),
+            ],
+        ),
+        ("bert", {}, [Site("attention.output.dense", "attention", 32), Site("output.LayerNorm", "norm", 32)]),
         ("mixtral", {}, [Site("self_attn.o_proj", "attention", 32)]),
         ("mamba", {}, [Site("mixer.out_proj", "output", 64)]),
     ],
@@ -222,7 +240,7 @@ def test_sites_are_found_by_structure(architecture: str, changes: dict[str, Any]
     [
         ("llama", "mlp.down_proj", "output"),
         ("mixtral", "self_attn.o_proj", "attention"),
-        ("gemma2", "post_feedforward_layernorm", "norm"),
+        ("bert", "output.LayerNorm", "norm"),
         ("phi", "mlp.fc2", "output"),
     ],
 )
@@ -278,7 +296,7 @@ def run_whole(folder: Path, layers: str, ids: torch.Tensor) -> dict[str, torch.T
 
 @pytest.mark.parametrize(
     ("architecture", "layers", "norm", "bias"),
-    [("olmo2", "model.layers", "post_feedforward_layernorm", False), ("bert", "bert.encoder.layer", "output.LayerNorm", True)],
+    [("flex_olmo", "model.layers", "post_feedforward_layernorm", False), ("bert", "bert.encoder.layer", "output.LayerNorm", True)],
 )
 def test_norm_is_corrected_channel_by_channel(
     architecture: str, layers: str, norm: str, bias: bool, text: Path, tmp_path: Path

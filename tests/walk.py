@@ -270,8 +270,8 @@ kinds where the architecture has them (`tests/walk.py`, configs in `tests/zoo.py
 the export loads with plain transformers, and its logits equal those of the original with the same layers skipped, without a cache
 and with one over {generated} generated tokens; the scores equal those of a plain backward pass.
 
-`corrected in` is where `project_compensate` folds its correction: a linear map that writes to the layer's output, a norm that
-does, or, before experts, the output projection of attention. Refusals come before any step runs.
+`corrected in` is where `project_compensate` folds its correction: a linear map that writes to the layer's output, through a norm or
+not, that norm, or, before experts, the output projection of attention. Refusals come before any step runs.
 
 | model type | status | corrected in | note |
 |---|---|---|---|

@@ -5,8 +5,10 @@ Sizes: N tokens that are not padding, F inputs of a linear map, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -80,7 +82,7 @@ def sites_of(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) 
 
 def find_output_site(streams: Streams, layer: int, known: Mapping[int, Sequence[Site]]) -> Site:
     """The linear map that writes to a layer's output. Raises `StageError` where there is none."""
-    writing = [site for site in sites_of(streams, layer, known) if site.role == "output"]
+    writing = [site for site in sites_of(streams, layer, known) if site.role == "output" and not site.norm]
     if not writing:
         raise StageError(f"layer {layer} has no linear map that writes to its output, which this correction needs")
     return writing[-1]
@@ -125,7 +127,7 @@ def correct_site(
 
 def can_add_change(streams: Streams, site: Site, space: Space) -> bool:
     """Whether a product with what the site took gives what leaves the corrected layer, to the digits of running it again."""
-    return site.role == "output" and space == "input" and str(streams.pruned.model.dtype) == "torch.float32"
+    return site.role == "output" and not site.norm and space == "input" and str(streams.pruned.model.dtype) == "torch.float32"
 
 
 def write_patches(
@@ -184,8 +186,12 @@ def solve_site(
     """New values of a site's parameters, fp64, and the share of the missing residual that they leave. Overwrites the sums.
 
     `space`: `input` adds a matrix to the map, `output` multiplies it by one. `ridge`: relative to the mean diagonal of the Gram
-    matrix. `towards`: what the solution shrinks to, no change (`identity`) or a map that writes nothing (`zero`).
+    matrix. `towards`: what the solution shrinks to, no change (`identity`) or a map that writes nothing (`zero`). Of a map behind
+    a norm, the missing residual is what it can make up for by turning what the norm writes.
     """
+    import torch
+
+    from .behind_norms import scale_behind
     from .ridge import ChannelMoments
 
     name = f"{site.name}.weight"
@@ -201,6 +207,9 @@ def solve_site(
     with model.layer(layer) as module:
         weight = module.get_parameter(name).detach().double()
         weight = weight.T if site.is_transposed else weight  # (D, F)
+        if site.norm:
+            scale = scale_behind(module, site)
+            x = torch.where(scale == 0, 0, x / scale)
         new = {name: weight + (x.T if space == "input" else x.T @ weight)}
         bias = getattr(module.get_submodule(site.name), "bias", None)
         if space == "output" and bias is not None:
@@ -221,8 +230,10 @@ def collect_moments(
     import torch
 
     from .ridge import ChannelMoments, Moments, check_room
-    from .streams import Drift, capture_site, run_to_site
+    from .streams import Drift, run_to_site
 
+    if site.norm and space == "output":
+        raise NoSiteError(f"{site.name} of layer {layer} writes through a norm, which a correction in output space does not reach")
     position = streams.graph.layers.index(layer)
     pruned = streams.pruned
     pruned.run_up_to(layer)
@@ -241,23 +252,48 @@ def collect_moments(
         moments = Moments(zeros(size, size), zeros(size, width), 0.0)
     drift = Drift()
     if site.role == "attention":
-        for visit, taken in run_to_site(pruned, layer, site, space):
-            entered, target = visit.input[visit.mask].double(), streams.target_before(layer, visit)
-            moments.add(taken.reshape(*visit.mask.shape, -1)[visit.mask], target - entered)
-            drift.add(entered, target)
+        with pruned.model.layer(layer):
+            capture, equations = _equations_at(streams, layer, site, space, leave=True)
+            for visit, taken in run_to_site(pruned, layer, capture):
+                entered, target = visit.input[visit.mask].double(), streams.target_before(layer, visit)
+                moments.add(*equations(taken, visit.mask, target - entered))
+                drift.add(entered, target)
     else:
         keeps = goes_on and can_add_change(streams, site, space) and pruned.taken.has_room(site.inputs, width, pruned.model.dtype)
         with pruned.look(layer, keep=keeps) as step:
             streams.check_gain(layer, site)
-            with capture_site(pruned.model, layer, site, space) as captured:
+            capture, equations = _equations_at(streams, layer, site, space)
+            with capture as captured:
                 for visit in step:
                     drifted = visit.output[visit.mask].double()
                     target = streams.target(position, visit.batch)[visit.mask].double()
-                    taken = captured.pop().reshape(*visit.mask.shape, -1)
-                    moments.add(taken[visit.mask], target - drifted)
+                    taken = captured.pop()
+                    moments.add(*equations(taken, visit.mask, target - drifted))
                     drift.add(drifted, target)
                     if keeps:
-                        pruned.taken.keep(visit.batch, taken)
+                        pruned.taken.keep(visit.batch, taken.reshape(*visit.mask.shape, -1))
     streams.join(drift, layer)
     moments.join(streams.group)
     return moments, drift
+
+
+def _equations_at(
+    streams: Streams, layer: int, site: Site, space: Space, *, leave: bool = False
+) -> tuple[AbstractContextManager[list[Any]], Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
+    """What captures at a site, and what makes inputs (n, F) and residuals (n, D) of that, a mask (B, T) and what is missing (n, D).
+
+    The layer's weights must be in. `leave`: as in `capture_site`.
+    """
+    from .behind_norms import capture_behind_norm, make_equations, scale_behind
+    from .streams import capture_site
+
+    model = streams.pruned.model
+    if site.norm:
+        with model.layer(layer) as module:
+            scale = scale_behind(module, site)
+        return capture_behind_norm(model, layer, site, leave=leave), partial(make_equations, scale=scale)
+
+    def take(captured: torch.Tensor, mask: torch.Tensor, missing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return captured.reshape(*mask.shape, -1)[mask], missing
+
+    return capture_site(model, layer, site, space, leave=leave), take

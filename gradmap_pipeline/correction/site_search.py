@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,9 @@ _NARROWEST = 4  # a map with fewer inputs than a quarter of the hidden size is a
 def find_sites(model: LayerwiseModel, index: int, hidden: torch.Tensor, arguments: LayerArguments) -> tuple[Site, ...]:
     """The sites of base layer `index`, in the order in which they write. `hidden` is (B, T, D); the layer's weights must be in.
 
-    Of those that write to the layer's output, the widest linear map, the last of equals, else the last norm; before it the
-    linear map that writes to the residual stream ahead of the feed-forward part, if any. Raises `NoSiteError` where none does.
+    Of those that write to the layer's output, the widest linear map, the last of equals, else the last norm, after the linear map
+    that writes through it, if any; before them the linear map that writes to the residual stream ahead of the feed-forward part,
+    if any, through a norm or not. Raises `NoSiteError` where none does.
     """
     import torch
 
@@ -31,15 +32,19 @@ def find_sites(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
     with torch.no_grad():
         linear = [site for site in search.linear_maps() if site.inputs * _NARROWEST >= hidden.shape[-1]]
         linear.sort(key=lambda site: site.inputs)  # stable: the last called of the widest comes last
+        norms = [*reversed(search.norms())]
         sites: list[Site] = []
-        for site in reversed(linear):
+        for site in [*reversed(linear), *norms]:
             gain = search.measure_gain_inside(site)
-            if gain:
-                sites.append(replace(site, role="attention", gain=gain))
+            before = search.find_map_before(site, linear) if gain and site.role == "norm" else site
+            if gain and before is not None:
+                sites.append(replace(before, role="attention", gain=gain))
                 break
-        for site in [*reversed(linear), *reversed(search.norms())]:
+        for site in [*reversed(linear), *norms]:
             gain = search.measure_gain(site)
             if gain:
+                before = search.find_map_before(site, linear) if site.role == "norm" else None
+                sites += [] if before is None else [replace(before, gain=gain)]
                 sites.append(replace(site, gain=gain))
                 break
     if sites:
@@ -60,7 +65,7 @@ def check_gain(model: LayerwiseModel, index: int, hidden: torch.Tensor, argument
         if not math.isfinite(measured):
             raise NotFiniteError(f"what leaves layer {index}")
         if not abs(measured / site.gain - 1) <= 0.05:
-            raise NoSiteError(f"layer {index} scales what {site.name} adds by a weight; a correction cannot be folded into it")
+            raise NoSiteError(f"layer {index} scales what {site.writer} adds by a weight; a correction cannot be folded into it")
 
 
 class Search:
@@ -119,9 +124,48 @@ class Search:
         return float(along.mean() / size)
 
     def _move(self, site: Site) -> torch.Tensor:
-        written = self.layer.get_submodule(site.name)
+        written = self.layer.get_submodule(site.writer)
         with _hooked(written.register_forward_hook(lambda _module, _input, output: output + self.nudge)):
             return self.run() - self.plain
+
+    def find_map_before(self, norm: Site, maps: Sequence[Site]) -> Site | None:
+        """The linear map whose output alone a norm takes, as a site that writes through it; None where there is none."""
+        returned: dict[str, torch.Tensor] = {}
+        taken: list[torch.Tensor] = []
+        handles = [
+            self.layer.get_submodule(one.name).register_forward_hook(
+                lambda _module, _input, output, name=one.name: returned.__setitem__(name, output)
+            )
+            for one in maps
+        ]
+        written = self.layer.get_submodule(norm.name)
+        with _hooked(written.register_forward_pre_hook(lambda _module, inputs: taken.append(inputs[0])), *handles):
+            self.run()
+        before = next((one for one in maps if returned[one.name].data_ptr() == taken[0].data_ptr()), None)
+        offset = None if before is None else self.find_offset(norm.name)
+        return None if before is None or offset is None else replace(before, norm=norm.name, norm_offset=offset)
+
+    def find_offset(self, name: str) -> float | None:
+        """The number that a norm adds to its weight: with the weight at minus that number nothing is written but the bias.
+
+        None where it is neither 0 nor 1.
+        """
+        module = self.layer.get_submodule(name)
+        weight = module.get_parameter("weight")
+        before, biases = weight.data, [p.data for key, p in module.named_parameters() if key == "bias"]
+        outputs: list[torch.Tensor] = []
+        handle = module.register_forward_hook(lambda _module, _input, output: outputs.append(output))
+        try:
+            for offset in (0.0, 1.0):
+                weight.data = before.new_full(before.shape, -offset)
+                outputs.clear()
+                self.run()
+                if bool((outputs[0] - (biases[0] if biases else 0) == 0).all()):
+                    return offset
+        finally:
+            handle.remove()
+            weight.data = before
+        return None
 
     def measure_gain_inside(self, site: Site, *, flattened: bool = False) -> float:
         """The number times which a module's output, added to the layer's input, is what a later module takes; 0 if none does.

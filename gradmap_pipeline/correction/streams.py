@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..machine.distributed import ProcessGroup
 from ..sweep.kept_tensors import KeptTensors
@@ -21,7 +21,7 @@ from ..sweep.sweep import Stream, open_sweep
 from ..sweep.visits import ForwardVisit
 from ..work import Round
 from .site_search import check_gain
-from .sites import NoSiteError, NotFiniteError
+from .sites import CapturedError, NoSiteError, NotFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ..data.calibration_set import CalibrationSet
     from .sites import Site
     from .writers import Writer
+
+Captured = TypeVar("Captured")
 
 
 @dataclass
@@ -183,14 +185,10 @@ class Streams:
         return drifts
 
 
-class _CapturedError(Exception):
-    """Leaves a layer whose rest is of no interest."""
-
-
 def run_to_site(
-    pruned: SamplePass, layer: int, site: Site, side: Literal["input", "output"]
-) -> Iterator[tuple[ForwardVisit, torch.Tensor]]:
-    """Run a layer as far as one of its linear maps, batch by batch: the batch, and what `capture_site` collects.
+    pruned: SamplePass, layer: int, capture: AbstractContextManager[list[Captured]]
+) -> Iterator[tuple[ForwardVisit, Captured]]:
+    """Run a layer as far as one of its sites, batch by batch: the batch, and what is captured there before the layer is left.
 
     A visit's `output` is what enters the layer: what leaves it is not computed.
     """
@@ -198,10 +196,10 @@ def run_to_site(
 
     pruned.run_up_to(layer)
     position, model = pruned.layers.index(layer), pruned.model
-    with model.layer(layer), capture_site(model, layer, site, side, leave=True) as captured:
+    with model.layer(layer), capture as captured:
         for index, batch in enumerate(pruned.batches):
             hidden = pruned.boundary(position, index)
-            with torch.no_grad(), suppress(_CapturedError):
+            with torch.no_grad(), suppress(CapturedError):
                 model.run_layer(layer, hidden, pruned.arguments(index, layer))
             yield ForwardVisit(hidden, hidden, batch.mask.to(hidden.device), index), captured.pop()
             pruned.advance()
@@ -217,6 +215,8 @@ def capture_site(
     That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies. `leave`: go no further in the layer,
     but raise an error that `run_to_site` expects.
     """
+    import torch
+
     captured: list[torch.Tensor] = []
     module = model.module.get_submodule(f"{model.layers_path}.{layer}.{site.name}")
 
@@ -224,16 +224,18 @@ def capture_site(
         if site.role == "norm":
             scale = module.get_parameter("weight")
             before = scale.data
-            scale.data = before + 1  # whatever is added to the scale, the output is linear in it
-            try:
-                values = module.forward(*inputs) - output
+            try:  # whatever the norm adds to its scale, the output is linear in it
+                scale.data = torch.ones_like(before)
+                values = module.forward(*inputs)
+                scale.data = torch.zeros_like(before)
+                values = values - module.forward(*inputs)
             finally:
                 scale.data = before
         else:
             values = inputs[0] if side == "input" else output
         captured.append(values if site.gain == 1 else values * site.gain)
         if leave:
-            raise _CapturedError
+            raise CapturedError
 
     handle = module.register_forward_hook(listen)
     try:

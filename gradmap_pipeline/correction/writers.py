@@ -49,7 +49,7 @@ def find_writers(model: LayerwiseModel, index: int, hidden: torch.Tensor, argume
     with torch.no_grad():
         sites = [*search.linear_maps(), *search.norms()]
         found = [site for site in sites if search.measure_gain(site) or search.measure_gain_inside(site, flattened=True)]
-        writers = tuple(Writer(site.name, _find_offset(search, site.name) if site.role == "norm" else 0.0) for site in found)
+        writers = tuple(Writer(site.name, (search.find_offset(site.name) or 0.0) if site.role == "norm" else 0.0) for site in found)
         changed = divide_writers(search.layer, writers, _HALF)
         before = {name: search.layer.get_parameter(name).detach().clone() for name in changed}
         _set(search.layer, changed)
@@ -114,26 +114,6 @@ def share_writers(writers_by_layer: Mapping[int, Sequence[Writer]], group: Proce
     """The writers of layers as the leading process found them."""
     told = group.tell({str(layer): [asdict(writer) for writer in writers] for layer, writers in writers_by_layer.items()})
     return {int(layer): tuple(Writer(**writer) for writer in writers) for layer, writers in told.items()}
-
-
-def _find_offset(search: Search, name: str) -> float:
-    """The number that a norm adds to its weight: with the weight at minus that number nothing is written but the bias."""
-    module = search.layer.get_submodule(name)
-    weight = module.get_parameter("weight")
-    before, biases = weight.data, [p.data for key, p in module.named_parameters() if key == "bias"]
-    outputs: list[torch.Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _input, output: outputs.append(output))
-    try:
-        for offset in (0.0, 1.0):
-            weight.data = before.new_full(before.shape, -offset)
-            outputs.clear()
-            search.run()
-            if bool((outputs[0] - (biases[0] if biases else 0) == 0).all()):
-                return offset
-    finally:
-        handle.remove()
-        weight.data = before
-    return 0.0  # neither: the check of the whole layer refuses it
 
 
 def _set(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

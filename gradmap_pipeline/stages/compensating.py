@@ -109,7 +109,7 @@ class LayerCompensation(Stage):
 
     def takes(self, sites: Sequence[Site]) -> bool:
         """Whether a layer with these sites can be corrected."""
-        return any(site.role == "output" for site in sites)
+        return any(site.role == "output" and not site.norm for site in sites)
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         text = inputs.of(CalibrationSet)
