@@ -102,9 +102,10 @@ class LookaheadScore(LayerScoring):
         inputs, width = costs.graph.map_sizes()
         again = (1 - _HELD_OUT) * (tried + 1.5 * corrected) + _HELD_OUT * tried * depth / 2
         products = 2 * (1 - _HELD_OUT) * used * tokens * inputs * (inputs + width)
-        flops = (tried + corrected) * (products + inputs**3 / 3 + 2 * inputs**2 * width)
+        work = [(tried + corrected) * each for each in (products, inputs**3 / 3 + 2 * inputs**2 * width)]
         sweeps = costs.two_streams(depth, used, tokens, room_for(inputs, width), round(again))
-        return sweeps + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
+        seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
+        return sweeps + Estimate(flops=sum(work), seconds=seconds)
 
 
 class Search:

@@ -101,7 +101,7 @@ class ProjectCompensate(LayerCompensation):
         size, width = self._size(costs.graph)
         products = 2 * samples * tokens * size * (size + width)
         solution = size**3 / 3 + 2 * size**2 * width
-        flops = sites * (products + solution) * (2 if self.attention else 1)
+        work = [sites * each * (2 if self.attention else 1) for each in (products, solution)]
         measured = sites * layers if self.site.startswith("largest") else 0
         scaled = layers if self.rescale else 0
         again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
@@ -109,7 +109,8 @@ class ProjectCompensate(LayerCompensation):
             both = costs.two_streams(layers, samples, tokens, self.room(costs.graph), again)
         except CapacityError as error:
             raise CapacityError(f"{error}, or use space: output" if self.space == "input" else str(error)) from None
-        return both + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
+        seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
+        return both + Estimate(flops=sum(work), seconds=seconds)
 
     def check(self, graph: ModelGraph) -> None:
         drifting = sum(layer + 1 >= graph.removed[0] for layer in graph.layers)

@@ -43,9 +43,10 @@ class ReplacemeCompensate(LayerCompensation):
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         width, cuts = costs.benchmark.hidden_size, min(len(costs.graph.layers) - layers, layers)
-        flops = cuts * (4 * samples * tokens * width * width + width**3 * 7 / 3)
+        products, solution = cuts * 4 * samples * tokens * width * width, cuts * width**3 * 7 / 3
         passes = costs.two_streams(layers, samples, tokens, self.room(costs.graph), cuts)
-        return passes + Estimate(flops=flops, seconds=flops * costs.speed.double_flop)
+        seconds = products * costs.speed.moments_flop + solution * costs.speed.double_flop
+        return passes + Estimate(flops=products + solution, seconds=seconds)
 
     def check(self, graph: ModelGraph) -> None:
         layers_before_cuts(graph)

@@ -136,6 +136,25 @@ class MachineSpeed:
         return time_call(lambda: torch.mm(matrix, matrix).sum().item()) / (2 * _WIDTH**3)
 
     @cached_property
+    def moments_flop(self) -> float:
+        """Seconds for one of the 2 N F (F + D) operations in the sums of a correction: N tokens, F inputs, D outputs."""
+        import torch
+
+        from ..correction.ridge import Moments
+
+        def zeros(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+            return torch.zeros(rows, columns, dtype=dtype, device=self._device)
+
+        moments = Moments(zeros(_WIDTH, _WIDTH), zeros(_WIDTH, _WIDTH // 2), 0.0)
+        taken, missing = zeros(_WIDTH, _WIDTH, torch.float32) + 1, zeros(_WIDTH, _WIDTH // 2)
+
+        def add() -> float:
+            moments.add(taken, missing)
+            return moments.missing  # which waits for a GPU
+
+        return time_call(add) / (2 * _WIDTH * _WIDTH * (_WIDTH + _WIDTH // 2))
+
+    @cached_property
     def token(self) -> float:
         """Seconds for a token made from text."""
         from ..builtin.text import load_documents
