@@ -50,7 +50,7 @@ _HELD_OUT = 8
 _LEAST_SAMPLES = 16
 _TAUGHT = 64
 """Samples whose choices are one unit of work."""
-_SETTINGS = ("teacher_share", "weights", "rank", "alpha", "steps", "learning_rate", "batch_size", "patience")
+_SETTINGS = ("teacher_share", "weights", "rank", "alpha", "steps", "learning_rate", "batch_size", "samples_at_once", "patience")
 """Options that training takes as they are."""
 
 
@@ -95,6 +95,12 @@ class Distill(Stage):
     steps: int = Field(300, ge=1, description="Steps of AdamW at most.")
     learning_rate: float = Field(1e-3, gt=0, lt=1, description="Of AdamW; it rises for a tenth of the steps, then falls to 0.")
     batch_size: int = Field(8, ge=1, description="Samples that a step takes.")
+    samples_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="Samples of a step that are in memory at once, whose gradients are then summed; less memory, the same step. "
+        "Default: all of them.",
+    )
     patience: int = Field(3, ge=1, description="Looks at held-out samples, one every tenth of the steps, that may be no better.")
 
     class Inputs(BaseModel):
@@ -110,6 +116,9 @@ class Distill(Stage):
         left = self.samples - self.samples // _HELD_OUT
         if self.batch_size > left:
             raise OptionError("batch_size", f"found {self.batch_size}; of {self.samples} samples {left} are left to train on")
+        if self.batch_size % self._at_once:
+            whole = [part for part in range(1, self.batch_size + 1) if not self.batch_size % part]
+            raise OptionError("samples_at_once", f"found {self._at_once}; a step of {self.batch_size} samples takes one of {whole}")
         return {"model": model}
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
@@ -118,15 +127,15 @@ class Distill(Stage):
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         layers, tokens = known(inputs.of(ModelGraph).layers), known(check_length(self.sequence_length, inputs.of(ModelGraph)))
-        needs = costs.needs(layers, self.batch_size, tokens)
+        needs = costs.needs(layers, self._at_once, tokens)
         weights = costs.count_parameters(layers)
         trained = count_trained(self.weights, weights, layers, self.rank, costs.benchmark.hidden_size)
-        lines = training_bytes(needs, weights, trained, self.batch_size)
+        lines = training_bytes(needs, weights, trained, self._at_once)
         needed = costs.occupied + sum(lines.values())
         check_memory_for_training(needed, costs.memory, self.weights)
         taught = costs.text(self.samples * tokens) + costs.forward_sweep(len(costs.graph.layers), self.samples, tokens)
-        layer = costs.benchmark.layer_pass(self.batch_size, tokens, weight_gradients=True)
-        head = costs.benchmark.head_pass(self.batch_size, tokens)
+        layer = costs.benchmark.layer_pass(self._at_once, tokens, weight_gradients=True)
+        head = costs.benchmark.head_pass(self._at_once, tokens)
         passes = self.steps * self.batch_size
         forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
         looks = 11 * self.samples // _HELD_OUT
@@ -174,6 +183,10 @@ class Distill(Stage):
                 curve=made.curve,
             ),
         )
+
+    @property
+    def _at_once(self) -> int:
+        return self.samples_at_once or self.batch_size
 
     def _text_key(self, ids: torch.Tensor) -> str:
         import hashlib

@@ -169,6 +169,23 @@ def test_products_are_in_bfloat16_where_the_run_computes_in_it(
     assert result.distillation.after < 0.98 * result.distillation.before
 
 
+def test_samples_one_after_another_make_the_same_step(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Gradients are means over the step's samples, however many of them are in memory at once."""
+    pruned = open_folder(llama).without_layers([1])
+    options = {"dataset": {"path": text}, "samples": 16, "sequence_length": 16, "steps": 8, "batch_size": 4, "weights": "all"}
+    results = [
+        run_stage(Distill.model_validate({**options, "samples_at_once": at_once}), tmp_path / str(at_once), model=pruned)
+        for at_once in (None, 1, 2)
+    ]
+    together, *others = results
+    assert together.distillation.after < together.distillation.before
+    for one in others:
+        assert one.distillation.after == pytest.approx(together.distillation.after, rel=1e-5)
+        for name, file in one.model.patches.items():
+            expected = together.model.patches[name].load()[name]
+            assert torch.allclose(file.load()[name], expected, rtol=0, atol=2e-3 * float(expected.abs().max())), name
+
+
 def test_a_model_that_no_step_betters_is_left(llama: Path, text: Path, tmp_path: Path) -> None:
     """It stops after two looks that are no better, and says so."""
     pruned, notes = open_folder(llama).without_layers([1]), []  # type: ignore[var-annotated]
@@ -235,6 +252,7 @@ def test_progress_tells_loss_and_rate(folder: Path) -> None:
     ("change", "said"),
     [
         ("distill.batch_size=22", "option 'batch_size': found 22; of 24 samples 21 are left to train on"),
+        ("distill.samples_at_once=3", "option 'samples_at_once': found 3; a step of 4 samples takes one of [1, 2, 4]"),
         ("distill.samples=15", "option 'samples': found 15, accepted: at least 16"),
         ("distill.samples=100000", "option 'samples'"),
         ("distill.teacher_share=1.5", "option 'teacher_share': found 1.5, accepted: at most 1"),
@@ -257,7 +275,7 @@ def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, mon
     assert result.exit_code == 3
     assert "training the whole model takes" in result.output
     assert (
-        "use weights: lora, lower 'batch_size' or 'sequence_length', allow more with --memory, or take refit_layers"
+        "use weights: lora, lower 'samples_at_once' or 'sequence_length', allow more with --memory, or take refit_layers"
         in result.output
     )
 
@@ -269,7 +287,7 @@ def test_memory_that_does_not_suffice_is_refused_by_the_run(
     options = {"dataset": {"path": text}, "samples": 16, "sequence_length": 16, "steps": 4, "batch_size": 4}
     stage = Distill.model_validate(options)
     inputs = stage.Inputs(model=open_folder(llama).without_layers([1]))
-    with pytest.raises(CapacityError, match=r"training the whole model takes .*, over the .* allowed; lower 'batch_size' or"):
+    with pytest.raises(CapacityError, match=r"training the whole model takes .*, over the .* allowed; lower 'samples_at_once' or"):
         stage.run(inputs, make_context(tmp_path / "out", memory=resident_bytes() + (200 << 20)))
 
 

@@ -57,7 +57,7 @@ def count_trained(weights: Literal["lora", "all"], parameters: int, layers: int,
 def training_bytes(needs: SweepNeeds, parameters: int, trained: int, batch: int) -> dict[str, int]:
     """Bytes that training a whole model in fp32 with Adam takes, by what they are for.
 
-    `needs`: of a sweep with gradients over the model. `trained`: parameters that change. `batch`: samples of a step.
+    `needs`: of a sweep with gradients over the model. `trained`: parameters that change. `batch`: samples in memory at a time.
     """
     logits = LOGIT_BYTES * batch * needs.tokens * needs.words
     return {
@@ -75,6 +75,6 @@ def check_memory_for_training(needed: int, allowed: int, weights: Literal["lora"
         other = "use weights: lora, " if weights == "all" else ""
         raise CapacityError(
             f"training the whole model takes {format_size(needed)}, its weights, gradients, moments and activations, over the "
-            f"{format_size(allowed)} allowed; {other}lower 'batch_size' or 'sequence_length', allow more with --memory, or take "
-            "refit_layers, which holds one layer"
+            f"{format_size(allowed)} allowed; {other}lower 'samples_at_once' or 'sequence_length', allow more with --memory, or "
+            "take refit_layers, which holds one layer"
         )

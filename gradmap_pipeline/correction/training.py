@@ -56,6 +56,13 @@ class TrainingSettings:
     """Looks at the held-out samples that may be no better before training stops."""
     held_out: int
     """Samples, the last ones, that are not trained on."""
+    samples_at_once: int | None = None
+    """Samples of a step in memory at a time; a divisor of `batch_size`. None: all."""
+
+    @property
+    def at_once(self) -> int:
+        """Samples in memory at a time."""
+        return self.samples_at_once or self.batch_size
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def check_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, conte
     del model
     give_back()
     trained = count_trained(settings.weights, parameters, len(graph.layers), settings.rank, width)
-    needed = sum(training_bytes(needs, parameters, trained, settings.batch_size).values())
+    needed = sum(training_bytes(needs, parameters, trained, settings.at_once).values())
     check_memory_for_training(resident_bytes(context.device) + needed, context.memory, settings.weights)
 
 
@@ -155,7 +162,8 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
 
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=settings.steps, learning_rate=settings.learning_rate, seed=context.seed, report_to=[],
-        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size, optim="adamw_torch",
+        per_device_train_batch_size=settings.at_once, per_device_eval_batch_size=settings.at_once, optim="adamw_torch",
+        gradient_accumulation_steps=settings.batch_size // settings.at_once,
         lr_scheduler_type="linear", warmup_steps=max(1, settings.steps // 10), weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
         eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2, disable_tqdm=True,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
