@@ -5,7 +5,8 @@ Sizes: N tokens, F inputs, D outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import CapacityError, StageError
@@ -74,6 +75,7 @@ class Moments:
     """AᵀR (F, D), R the residual that is missing."""
     missing: float
     """‖R‖²"""
+    _group: ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     def add(self, a: torch.Tensor, r: torch.Tensor) -> None:
         """a (n, F), r (n, D). Below the diagonal blocks nothing is summed.
@@ -102,16 +104,20 @@ class Moments:
                 self.cross[start:end] += some_a[:, start:end].T @ some_r
 
     def join(self, group: ProcessGroup) -> None:
-        """Sum over the processes of a group."""
-        group.sum(self.gram)
-        group.sum(self.cross)
+        """Sum over the processes of a group. The leading one has the sums and solves; all get its solution."""
+        group.sum_to_leader(self.gram)
+        group.sum_to_leader(self.cross)
         self.missing = group.sum_values({"missing": self.missing})["missing"]
+        self._group = group
 
     def solve(self, ridge: float, shrink: float = 0.0) -> tuple[torch.Tensor, float]:
         """The correction X (F, D), and the share of ‖R‖² that is left after it. Overwrites the sums.
 
         `shrink`: as in `hold_back`.
         """
+        return self._lead(lambda: self._solve(ridge, shrink))
+
+    def _solve(self, ridge: float, shrink: float) -> tuple[torch.Tensor, float]:
         penalty = ridge * float(self.gram.diagonal().mean())
         x, value = solve_ridge(self.gram, self.cross, ridge)
         self.gram = self.gram.new_empty(0)  # as large as the rest together, and used up
@@ -124,6 +130,17 @@ class Moments:
 
         `ridge` may be 0 where the outputs determine the factor. Overwrites the sums.
         """
+        return self._lead(lambda: self._solve_factor(ridge))
+
+    def _lead(self, solve: Callable[[], tuple[torch.Tensor, float]]) -> tuple[torch.Tensor, float]:
+        """What the leading process solves, in all."""
+        if self._group is None or self._group.size == 1:
+            return solve()
+        with self._group.agreeing(StageError):
+            x, left = solve() if self._group.leads else (self.cross, 0.0)
+        return self._group.lead(x.contiguous()), self._group.tell(left)
+
+    def _solve_factor(self, ridge: float) -> tuple[torch.Tensor, float]:
         penalty = ridge * float(self.gram.diagonal().mean())
         squares = self.missing + 2 * float(self.cross.diagonal().sum()) + float(self.gram.diagonal().sum())  # ‖R + A‖²
         _mirror(self.gram)

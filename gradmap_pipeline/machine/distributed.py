@@ -77,6 +77,14 @@ class ProcessGroup:
             self._exchange(lambda: dist.all_reduce(tensor, async_op=True))
         return tensor
 
+    def sum_to_leader(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over all processes into that of the leading one, in place; those of the others are used up."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            self._meet(f"sum to the leader {tuple(tensor.shape)} {tensor.dtype}")
+            self._exchange(lambda: dist.reduce(tensor, dst=0, async_op=True))
+
     def lead(self, tensor: torch.Tensor) -> torch.Tensor:
         """Give every process the contiguous tensor that the leading one has, in place."""
         if self.size > 1:
