@@ -130,6 +130,8 @@ class Search:
 
     def find_map_before(self, norm: Site, maps: Sequence[Site]) -> Site | None:
         """The linear map whose output alone a norm takes, as a site that writes through it; None where there is none."""
+        import torch
+
         returned: dict[str, torch.Tensor] = {}
         taken: list[torch.Tensor] = []
         handles = [
@@ -141,7 +143,7 @@ class Search:
         written = self.layer.get_submodule(norm.name)
         with _hooked(written.register_forward_pre_hook(lambda _module, inputs: taken.append(inputs[0])), *handles):
             self.run()
-        before = next((one for one in maps if returned[one.name].data_ptr() == taken[0].data_ptr()), None)
+        before = next((one for one in maps if torch.equal(returned[one.name].reshape(taken[0].shape), taken[0])), None)
         offset = None if before is None else self.find_offset(norm.name)
         return None if before is None or offset is None else replace(before, norm=norm.name, norm_offset=offset)
 
