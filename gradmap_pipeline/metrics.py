@@ -63,15 +63,21 @@ class Metric(BaseModel):
 
     @property
     def figure(self) -> str:
-        """The value with its standard error or the range of its rounds: `0.4312 ± 0.012`, `1.310 (1.280 to 1.350)`."""
-        return show_number(self.value) + ("" if self.stderr is None else f" ± {self.stderr:.2g}") + self.shown_range
+        """The value with its standard error or the range of its rounds: `0.4312 ± 0.012`, `1.31 (1.28 to 1.35)`."""
+        return self.shown_value + ("" if self.stderr is None else f" ± {self.stderr:.2g}")
 
     @property
-    def shown_range(self) -> str:
-        """` (1.280 to 1.350)`; empty where the value is not of several rounds."""
-        return "" if self.low is None or self.high is None else f" ({show_number(self.low)} to {show_number(self.high)})"
+    def shown_value(self) -> str:
+        """The value; the median of several rounds to three digits, with their range, since rounds differ in the second."""
+        if self.low is None or self.high is None:
+            return show_number(self.value)
+        return f"{_round_to_three(self.value)} ({_round_to_three(self.low)} to {_round_to_three(self.high)})"
 
 
 def show_number(value: float) -> str:
     """A number as tables show it: three decimals, or four significant digits below 1."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 1 else f"{value:#.4g}"
+
+
+def _round_to_three(value: float) -> str:
+    return f"{float(f'{value:.3g}'):.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"

@@ -324,7 +324,7 @@ def test_a_gguf_file_is_measured_alone(llama: Path, tmp_path: Path, monkeypatch:
 
 def test_a_figure_of_several_rounds_shows_their_range() -> None:
     metric = Metric(name="decode_speedup", value=1.31, low=1.28, high=1.35, better="higher")
-    assert metric.figure == "1.310 (1.280 to 1.350)"
+    assert metric.figure == "1.31 (1.28 to 1.35)"
     with pytest.raises(StageError, match="the largest metric 'decode_speedup' is nan; a metric is a finite number"):
         Metric(name="decode_speedup", value=1.31, low=1.28, high=float("nan"), better="higher")
 

@@ -285,6 +285,10 @@ def test_export_is_made_again(made: Path, copy: Path) -> None:
     assert f"differs from {made}/out/x in README.md, model.safetensors, report.html; what is another this time:" in result.stderr
     assert "step 'calibrate': option 'dataset': 'files' holds other content" in result.stderr
     assert (copy / "other" / "model.safetensors").exists()
+    assert gradmap("check", made / "out" / "x" / "gradmap.json", "--set", "export.to=third").exit_code == 0
+    refused = gradmap("lock", made / "out" / "x" / "gradmap.json")
+    assert refused.exit_code == 2
+    assert "says itself what it was made with; gradmap run --locked" in refused.stderr
     locked = gradmap("run", made / "out" / "x" / "gradmap.json", "--locked")
     assert locked.exit_code == 2
     assert "nothing was run; make it as it was, or run it without --locked to see what comes out" in locked.stderr

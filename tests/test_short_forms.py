@@ -67,7 +67,7 @@ def test_a_text_stands_for_a_mapping(short: str, whole: dict[str, str], place: P
         ("./own/name", "'own/name' is not a model folder: it has no config.json"),
         ("a b/c", "found 'a b/c', accepted: owner/name"),
         ("''", "found '', accepted: owner/name"),
-        ("3", "found 3, accepted: a mapping"),
+        ("3", "found 3, accepted: owner/name of a hub"),
     ],
 )
 def test_what_is_not_plain_is_told(model: str, message: str, place: Path) -> None:

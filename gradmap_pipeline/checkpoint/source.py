@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,11 @@ class ModelSource(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _take_short_form(cls, data: Any) -> Any:
-        return read_short_form(data) if isinstance(data, str) else data
+        if isinstance(data, str):
+            return read_short_form(data)
+        if data is None or isinstance(data, bool | int | float | list):
+            raise ValueError(f"found {json.dumps(data)[:100]}, accepted: {ACCEPTED}")
+        return data
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..machine.streams import sole_output
-from .command_arguments import Overrides, PluginFiles, RecipePaths, StorePath
+from .command_arguments import Overrides, PluginFiles, RunnablePaths, StorePath
+from .command_options import plan_recipe
 from .ending import endings
 
 if TYPE_CHECKING:
     from ..errors import GradmapError
-    from ..recipe.catalog import Catalog
-    from ..recipe.plan import Plan
 
 
 def check(
-    recipes: RecipePaths,
+    recipes: RunnablePaths,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
     store: StorePath = Path(".gradmap"),
     plugins: PluginFiles = [],  # noqa: B006
@@ -39,6 +38,7 @@ def check(
             from ..errors import CommandError, GradmapError
             from ..recipe.catalog import load_catalog
             from ..report.check_result import describe_check, print_check
+            from ..run.inspection import inspect_plan
             from ..text import dump_json
 
             if len(recipes) > 1 and overrides:
@@ -47,7 +47,9 @@ def check(
             for recipe in recipes:
                 plan, failure = None, None
                 try:
-                    plan = _plan(recipe, overrides, catalog, store)
+                    made, _ = plan_recipe(recipe, overrides, catalog, store)
+                    inspect_plan(made)  # the stages look at the model
+                    plan = made
                 except GradmapError as error:
                     failure = error
                     failures.append(error)
@@ -61,14 +63,3 @@ def check(
                 print(dump_json({"schema": 1, "recipes": results}), file=output, flush=True)
     if failures:
         sys.exit(failures[0].exit_code)
-
-
-def _plan(recipe: Path, overrides: list[str], catalog: Catalog, store: Path) -> Plan:
-    """A plan that the stages have looked at the model for."""
-    from ..recipe.plan import make_plan
-    from ..recipe.recipe import load_recipe
-    from ..run.inspection import inspect_plan
-
-    plan = make_plan(load_recipe(recipe, overrides), catalog, store)
-    inspect_plan(plan)
-    return plan

@@ -16,6 +16,26 @@ RecipePath = Annotated[
         metavar="RECIPE", parser=parse_path, autocompletion=complete_recipe_file, help="Recipe file.", show_default=False
     ),
 ]
+RunnablePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        parser=parse_path,
+        autocompletion=complete_recipe_file,
+        help="Recipe file, or the gradmap.json of an export.",
+        show_default=False,
+    ),
+]
+RunnablePaths = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RECIPE...",
+        parser=parse_path,
+        autocompletion=complete_recipe_file,
+        help="Recipe files, or the gradmap.json of exports.",
+        show_default=False,
+    ),
+]
 RecipePaths = Annotated[
     list[Path],
     typer.Argument(

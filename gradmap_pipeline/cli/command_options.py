@@ -13,7 +13,9 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from ..machine.machine import Machine
+    from ..recipe.catalog import Catalog
     from ..recipe.plan import Plan
+    from ..run.replay import Replay
     from ..run.store import Store
 
 _UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -166,10 +168,22 @@ def make_machine(device: str, dtype: str, threads: int | None, memory: str | Non
     return Machine(device, dtype, threads, *sizes)
 
 
-def plan_recipe(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> Plan:
-    """The plan of a recipe with the options and stages of a command. Raises `RecipeError` with every problem."""
-    from ..recipe.catalog import load_catalog
+def plan_recipe(recipe: Path, overrides: list[str], catalog: Catalog, store: Path) -> tuple[Plan, Replay | None]:
+    """The plan of a recipe, or of an export that is made again, with the options of a command; and what is known of that export.
+
+    Raises `RecipeError` with every problem.
+    """
+    from ..errors import Problem, RecipeError
     from ..recipe.plan import make_plan
     from ..recipe.recipe import load_recipe
+    from ..run.replay import is_replay, read_replay
 
-    return make_plan(load_recipe(recipe, overrides), load_catalog(plugins), store)
+    if not is_replay(recipe):
+        return make_plan(load_recipe(recipe, overrides), catalog, store), None
+    replay = read_replay(recipe, overrides)
+    try:
+        return make_plan(replay.recipe, catalog, store), replay
+    except RecipeError as error:
+        advice = "as in --set model.path=FOLDER or --set calibrate.dataset.path=FILE"
+        told = f"models, data and folders that lie elsewhere here are named with --set, {advice}; stages of files with --plugin"
+        raise RecipeError([*error.problems, Problem(str(recipe), told)]) from error

@@ -18,8 +18,8 @@ from .command_arguments import (
     MemorySize,
     Overrides,
     PluginFiles,
-    RecipePath,
     RecipePaths,
+    RunnablePath,
     StageName,
     StorePath,
     Threads,
@@ -74,7 +74,7 @@ app.command(name="check")(check_recipes)
 
 @app.command()
 def plan(
-    recipe: RecipePath,
+    recipe: RunnablePath,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
     store: StorePath = Path(".gradmap"),
     device: DeviceName = "auto",
@@ -93,13 +93,14 @@ def plan(
 
     with sole_output(json) as output:
         with endings(make_reporter(json=json, quiet=True, stream=output), store):
+            from ..recipe.catalog import load_catalog
             from ..report.cost_table import costs_as_json, print_costs
             from ..report.plan_table import print_plan
             from ..run.costs import estimate_plan
             from ..run.listening import heard
             from ..text import show
 
-            planned = plan_recipe(recipe, overrides, plugins, store)
+            planned, _ = plan_recipe(recipe, overrides, load_catalog(plugins), store)
             if not json:
                 print_plan(planned)
             machine = make_machine(device, dtype, threads, memory, host_memory)

@@ -31,10 +31,14 @@ def lock(
     gradmap run --locked then refuses to run where anything is another. The model is downloaded if it must be.
     """
     with endings(store=store):
+        from ..errors import CommandError
+        from ..recipe.catalog import load_catalog
         from ..run.lock_file import make_lock, name_lock, write_lock
         from ..text import show
 
-        plan = plan_recipe(recipe, overrides, plugins, store)
+        plan, replay = plan_recipe(recipe, overrides, load_catalog(plugins), store)
+        if replay is not None:
+            raise CommandError(f"{str(recipe)!r} says itself what it was made with; gradmap run --locked {recipe} goes by it")
         opened = open_store(store)
         opened.prepare()
         file = name_lock(recipe)

@@ -17,11 +17,11 @@ from .command_arguments import (
     MemorySize,
     Overrides,
     PluginFiles,
+    RunnablePath,
     StorePath,
     Threads,
 )
-from .command_options import make_machine, open_store, parse_path, plan_recipe
-from .completion import complete_recipe_file
+from .command_options import make_machine, open_store, plan_recipe
 from .ending import endings, tell_end
 
 if TYPE_CHECKING:
@@ -33,16 +33,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE",
-            parser=parse_path,
-            autocompletion=complete_recipe_file,
-            help="Recipe file, or the gradmap.json of an export.",
-            show_default=False,
-        ),
-    ],
+    recipe: RunnablePath,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default
     store: StorePath = Path(".gradmap"),
     device: DeviceName = "auto",
@@ -83,10 +74,11 @@ def run(
         reporter = LoggingReporter(reporter, store / "gradmap.log") if leads else reporter
         with endings(reporter, store):
             from ..machine.distributed import open_group
+            from ..recipe.catalog import load_catalog
             from ..run.runner import run_plan
 
             with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
-                plan, replay = _make_plan(recipe, overrides, plugins, store)
+                plan, replay = plan_recipe(recipe, overrides, load_catalog(plugins), store)
                 machine = make_machine(device, dtype, threads, memory, host_memory)
                 opened = open_store(store)
                 differences: list[str] = []
@@ -95,23 +87,6 @@ def run(
                 state = run_plan(plan, opened, machine, reporter, group, is_recorded=True, is_verified=verify)
                 if replay is not None and leads:
                     reporter.note("", replay.check_result(plan, state, differences))
-
-
-def _make_plan(recipe: Path, overrides: list[str], plugins: list[Path], store: Path) -> tuple[Plan, Replay | None]:
-    from ..errors import Problem, RecipeError
-    from ..recipe.catalog import load_catalog
-    from ..recipe.plan import make_plan
-    from ..run.replay import is_replay, read_replay
-
-    if is_replay(recipe):
-        replay = read_replay(recipe, overrides)
-        try:
-            return make_plan(replay.recipe, load_catalog(plugins), store), replay
-        except RecipeError as error:
-            advice = "as in --set model.path=FOLDER or --set calibrate.dataset.path=FILE"
-            told = f"models, data and folders that lie elsewhere here are named with --set, {advice}; stages of files with --plugin"
-            raise RecipeError([*error.problems, Problem(str(recipe), told)]) from error
-    return plan_recipe(recipe, overrides, plugins, store), None
 
 
 def _compare(

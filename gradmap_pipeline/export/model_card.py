@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.graph import ModelGraph
-from ..metrics import Metric, show_number
+from ..metrics import Metric
 from ..text import show
 from .base_card import carried_metadata
 from .card_usage import Format, library_of, usage_lines
@@ -67,7 +67,7 @@ def make_model_card(model: ModelGraph, metrics: Sequence[Metric], holding: Holdi
 def _list_cells(metric: Metric) -> list[str]:
     unit = f" {metric.unit}" if metric.unit else ""
     stderr = "" if metric.stderr is None else f"{metric.stderr:.2g}{unit}"
-    return [metric.name, metric.place, f"{show_number(metric.value)}{metric.shown_range}{unit}", stderr, metric.better]
+    return [metric.name, metric.place, f"{metric.shown_value}{unit}", stderr, metric.better]
 
 
 def _as_cell(text: str) -> str:
