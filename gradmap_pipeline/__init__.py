@@ -93,6 +93,7 @@ if TYPE_CHECKING:
         Answer as Answer,
         Answers as Answers,
         Prompts as Prompts,
+        agreeing_share as agreeing_share,
         answer_prompts as answer_prompts,
         repetition as repetition,
     )

@@ -120,7 +120,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "data.calibration_sources": ("CalibrationSource",),
         "data.drawing": ("draw_samples",),
         "data.tokenizer": ("check_length", "load_tokenizer", "check_tokenizer", "count_embeddings"),
-        "data.answers": ("Answer", "Answers", "Prompts", "answer_prompts", "repetition"),
+        "data.answers": ("Answer", "Answers", "Prompts", "answer_prompts", "repetition", "agreeing_share"),
         "data.sequences": ("make_sequences", "digest_sequences", "SHUFFLE_POOL"),
     },
 }

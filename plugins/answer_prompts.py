@@ -19,6 +19,7 @@ from gradmap_pipeline import (
     Prompts,
     Stage,
     StructureProbe,
+    agreeing_share,
     answer_prompts,
     hookimpl,
     known,
@@ -32,7 +33,7 @@ class AnswerPrompts(Stage):
     """Have the model and the unpruned model answer prompts, the likeliest token at each place; the report shows both."""
 
     name = "answer_prompts"
-    metric_names = ("repetition",)
+    metric_names = ("repetition", "agreement")
     libraries = ("torch", "transformers", "tokenizers")
 
     prompts: tuple[str, ...] | None = Field(
@@ -86,6 +87,7 @@ class AnswerPrompts(Stage):
                 base_answer=prompts.decode(base),
                 repetition=repetition(said),
                 base_repetition=repetition(base),
+                agreement=agreeing_share(said, base),
             )
             for prompt, base, said in zip(prompts.texts, before, after, strict=True)
         )

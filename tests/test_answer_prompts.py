@@ -12,7 +12,7 @@ import torch
 from gradmap_plugins.answer_prompts import AnswerPrompts
 from tiny import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from gradmap_pipeline import (
     Answers,
@@ -21,6 +21,7 @@ from gradmap_pipeline import (
     Prompts,
     StageError,
     TransformersFolder,
+    agreeing_share,
     answer_prompts,
     describe_folder,
     open_model,
@@ -153,6 +154,36 @@ def test_what_cannot_be_answered_is_refused_before_a_run(llama: Path, tmp_path: 
     result = CliRunner().invoke(app, ["check", str(recipe_of(llama, tmp_path, **options)), "--store", str(tmp_path / "store")])
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("ours", "base", "share"),
+    [
+        ([], [], 1.0),
+        ([1, 2], [1, 2], 1.0),
+        ([1, 2, 3, 4], [1, 2, 9, 4], 0.5),
+        ([1, 2], [1, 2, 3, 4], 0.5),
+        ([5], [6], 0.0),
+        ([], [1], 0),
+    ],
+)
+def test_agreement_ends_at_the_first_token_that_differs(ours: list[int], base: list[int], share: float) -> None:
+    assert agreeing_share(ours, base) == share
+
+
+def test_limits_of_answers_stop_a_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = json.loads(recipe_of(llama, tmp_path, prompts=["<i>abc</i>", "x"], tokens=16).read_text())
+
+    def run(least: float) -> Result:
+        recipe["steps"][-1]["limits"] = {"agreement": {"min": least}, "repetition": {"max": 1}}
+        (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+        return CliRunner().invoke(app, ["run", "r.yaml"])
+
+    assert run(0).exit_code == 0
+    failed = run(1)
+    assert failed.exit_code == 5
+    assert "agreement" in failed.stderr.splitlines()[-1]
 
 
 def test_answers_that_repeat_are_told_and_shown(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

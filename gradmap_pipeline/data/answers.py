@@ -54,6 +54,8 @@ class Answer(BaseModel):
     repetition: float
     """Share of the answer's four tokens in a row that stood in it before."""
     base_repetition: float
+    agreement: float
+    """Share of the answer that the unpruned model gives too, up to the first token that differs."""
 
     @property
     def repeats(self) -> bool:
@@ -71,9 +73,13 @@ class Answers(Artifact):
     answers: tuple[Answer, ...]
 
     def list_metrics(self) -> Sequence[Metric]:
-        mean = sum(answer.repetition for answer in self.answers) / len(self.answers)
-        setting = f"{len(self.answers)} answers of up to {self.tokens} tokens"
-        return [Metric(name="repetition", value=mean, better="lower", setting=setting)]
+        count = len(self.answers)
+        means = [sum(each) / count for each in zip(*((one.repetition, one.agreement) for one in self.answers), strict=True)]
+        setting = f"{count} answers of up to {self.tokens} tokens"
+        return [
+            Metric(name="repetition", value=means[0], better="lower", setting=setting),
+            Metric(name="agreement", value=means[1], better="higher", setting=setting),
+        ]
 
 
 class Prompts:
@@ -192,6 +198,14 @@ def _answer(
             break
         ids.append(token)
     return ids[len(prompt) :]
+
+
+def agreeing_share(ids: Sequence[int], others: Sequence[int]) -> float:
+    """Share of the longer of two answers, as token ids, before the first place where they differ; 1 where both are empty."""
+    longer = max(len(ids), len(others))
+    pairs = enumerate(zip(ids, others, strict=False))
+    alike = next((place for place, (one, other) in pairs if one != other), min(len(ids), len(others)))
+    return alike / longer if longer else 1.0
 
 
 def repetition(ids: Sequence[int]) -> float:

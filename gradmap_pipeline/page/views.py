@@ -103,6 +103,7 @@ class Answer(_View):
     base_answer: str
     repetition: Figure
     base_repetition: Figure
+    agreement: Figure | None = None
 
     @property
     def repeats(self) -> bool:

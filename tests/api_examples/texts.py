@@ -19,6 +19,7 @@ from gradmap_pipeline import (
     OptionError,
     Prompts,
     Stage,
+    agreeing_share,
     answer_prompts,
     check_length,
     check_tokenizer,
@@ -78,7 +79,11 @@ prompts = Prompts(model.base, ["def read(self):"], tokens=8)
 (said,) = answer_prompts(model, prompts, make_context(Path("answers")))
 assert len(said) <= 8
 text, repeated = prompts.decode(said), repetition(said)
-answer = Answer(prompt="def read(self):", answer=text, base_answer=text, repetition=repeated, base_repetition=repeated)
+same = agreeing_share(said, said)
+answer = Answer(
+    prompt="def read(self):", answer=text, base_answer=text, repetition=repeated, base_repetition=repeated, agreement=same
+)
 answers = Answers(model=model.digest, tokens=8, answers=(answer,))
-assert [metric.name for metric in answers.list_metrics()] == ["repetition"]
+assert [metric.name for metric in answers.list_metrics()] == ["repetition", "agreement"]
 assert repetition([1, 2, 3, 4] * 3) == 5 / 9
+assert agreeing_share([1, 2, 3], [1, 2, 4, 5]) == 2 / 4
