@@ -53,9 +53,9 @@ if TYPE_CHECKING:
         count_trained as count_trained,
         training_bytes as training_bytes,
     )
+    from .correction.fitting import HELD_OUT as HELD_OUT
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
     from .correction.refit import (
-        HELD_OUT as HELD_OUT,
         Refit as Refit,
         RefitSettings as RefitSettings,
         count_batch_samples as count_batch_samples,

@@ -68,8 +68,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "correct_site",
             "write_patches",
         ),
+        "correction.fitting": ("HELD_OUT",),
         "correction.refit": (
-            "HELD_OUT",
             "Refit",
             "RefitSettings",
             "count_batch_samples",

@@ -25,7 +25,8 @@ from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.context import FinishedStep
 from gradmap_pipeline.correction.adam import Adam
-from gradmap_pipeline.correction.refit import count_batch_samples, rate_at
+from gradmap_pipeline.correction.fitting import rate_at
+from gradmap_pipeline.correction.refit import count_batch_samples
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -363,7 +364,7 @@ def test_a_model_that_has_all_its_layers_is_refused(text: Path, tmp_path: Path) 
 
 def test_a_loss_that_is_not_finite_is_told(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, calibration = make_inputs(tmp_path, text)
-    monkeypatch.setattr("gradmap_pipeline.correction.refit._Fitting._differentiate", lambda *_: (math.inf, {}))
+    monkeypatch.setattr("gradmap_pipeline.correction.fitting.Fitting._differentiate", lambda *_: (math.inf, {}))
     message = "the loss of layer 0 is not finite at step 1 of 5 in float32; lower 'learning_rate'"
     with pytest.raises(StageError, match=message):
         run_stage(RefitLayers(steps=5), tmp_path / "out", model=graph.without_layers([1]), calibration=calibration)
