@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -160,8 +161,10 @@ class RefitLayers(Stage):
                     reached += units
                     advance(units, detail=detail)
 
-                def compute(layer: int = layer, count: Any = count) -> dict[str, torch.Tensor]:
-                    return pack(self._refit(streams, layer, count, context))
+                folder = None if context.keep_folder is None else context.keep_folder(["state", *key])
+
+                def compute(layer: int = layer, count: Any = count, folder: Path | None = folder) -> dict[str, torch.Tensor]:
+                    return pack(self._refit(streams, layer, count, context, folder))
 
                 values = context.remember_tensors(key, compute)
                 advance(self.steps - reached)
@@ -181,10 +184,10 @@ class RefitLayers(Stage):
             return [layer for layer in graph.layers if {layer - 1, layer + 1} & set(graph.removed)]
         return [layer for layer in graph.layers if layer + 1 >= graph.removed[0]]
 
-    def _refit(self, streams: Streams, layer: int, count: Any, context: Context) -> Refit:
+    def _refit(self, streams: Streams, layer: int, count: Any, context: Context, folder: Path | None) -> Refit:
         settings = RefitSettings(self.steps, self.learning_rate, self.batch_size, context.seed)
         try:
-            made = refit_layer(streams, layer, settings, count)
+            made = refit_layer(streams, layer, settings, count, folder)
         except NotFiniteError as error:
             graphs, batches = [streams.graph.dense, streams.graph], streams.pruned.batches
             told = explain_nonfinite(str(error), graphs, batches, context.device, context.dtype, context.folder)

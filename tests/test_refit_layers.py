@@ -24,6 +24,7 @@ from gradmap_pipeline import CalibrationSet, CapacityError, ModelGraph, ModelSou
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.context import FinishedStep
+from gradmap_pipeline.correction import fitting
 from gradmap_pipeline.correction.adam import Adam
 from gradmap_pipeline.correction.fitting import rate_at
 from gradmap_pipeline.correction.refit import count_batch_samples
@@ -254,6 +255,37 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, monkeypatch: pytes
     digests = [{name: file["sha256"] for name, file in one["model"]["patches"].items()} for one in (made, wanted)]
     assert digests[0] == digests[1] != {}
     assert not list(Path(".gradmap/units").glob("refit_layers-*"))  # its result holds them
+
+
+@pytest.mark.parametrize("damage", ["", "a tensor", "the numbers"])
+def test_a_layer_goes_on_from_the_step_that_was_kept(damage: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bytes; what is damaged is not used, and the layer is refit from its first step."""
+    wanted = refit_of(gradmap("run", "r.yaml", "--json", "--store", "whole"))
+    real, steps = fitting.Fitting._differentiate, []  # type: ignore[var-annotated]
+
+    def differentiate(self: Any, numbers: Any) -> Any:
+        steps.append(self._layer)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return real(self, numbers)
+
+    monkeypatch.setattr("gradmap_pipeline.correction.kept_state.SECONDS", 0.0)
+    monkeypatch.setattr(fitting.Fitting, "_differentiate", differentiate)
+    assert gradmap("run", "r.yaml", "--json").exit_code == 130
+    (state,) = Path(".gradmap/units").rglob("state.json")
+    assert json.loads(state.read_text())["numbers"]["step"] == 4
+    if damage == "a tensor":
+        tensor = sorted(state.parent.rglob("*.safetensors"))[1]
+        tensor.write_bytes(tensor.read_bytes()[:-1] + b"x")
+    elif damage:
+        state.write_text("{}")
+    taken = len(steps)
+    made = refit_of(gradmap("run", "r.yaml", "--json"))
+    assert steps[taken:].count(steps[0]) == (6 if damage else 2)
+    assert made["refit"] == wanted["refit"]
+    digests = [{name: file["sha256"] for name, file in one["model"]["patches"].items()} for one in (made, wanted)]
+    assert digests[0] == digests[1] != {}
+    assert not list(Path(".gradmap/units").rglob("state.json"))
 
 
 def test_a_damaged_unit_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _BETAS = 0.9, 0.999
 _EPSILON = 1e-12
+_NAMES = "mean", "square"
 
 
 class Adam:
@@ -24,6 +25,17 @@ class Adam:
         self._weights = weights
         self._moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in weights.items()}
         self._steps = 0
+
+    def list_state(self) -> dict[str, torch.Tensor]:
+        """Both moments of each weight by name, as they are."""
+        moments = ((name, zip(_NAMES, both, strict=True)) for name, both in self._moments.items())
+        return {f"{name} {which}": moment for name, both in moments for which, moment in both}
+
+    def restore(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Go on after so many steps, with moments from `list_state`."""
+        self._steps = steps
+        for name, moment in self.list_state().items():
+            moment.copy_(state[name])
 
     def step(self, gradients: Mapping[str, torch.Tensor], rates: Mapping[str, float]) -> None:
         """w ← w - rate · m̂ / (√v̂ + ε), with the means m̂ of gradients and v̂ of their squares, each freed of its start at 0."""

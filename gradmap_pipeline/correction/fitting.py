@@ -6,7 +6,7 @@ Sizes: B sequences a batch, T tokens, N tokens that are not padding, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import StageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..batches import Batch
     from ..context import Advance
+    from .kept_state import KeptState
     from .refit import RefitSettings
     from .streams import Streams
 
@@ -29,6 +30,7 @@ _LOOKS = 10
 """How often the error on the held-out samples is measured."""
 _LEAST_SIZE = 1e-3
 """Root mean square from which a parameter of smaller values is changed: one of zeros would stay as it is."""
+_NUMBERS = "step", "least", "best_step", "error"
 
 
 def token_errors(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -79,20 +81,34 @@ class Fitting:
             parts = [self._errors(number) for number in self._held]
         return sum(float(part.double().sum()) for part in parts) / sum(len(part) for part in parts)
 
-    def run(self, before: float, advance: Advance) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """The step after which the error was least, and the weights then, in fp32; None where it was never less than `before`."""
+    def run(self, before: float, advance: Advance, kept: KeptState) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """The step after which the error was least, and the weights then, in fp32; None where it was never less than `before`.
+
+        It goes on from what is `kept`, if anything is.
+        """
         import torch
 
         settings = self._settings
         weights = {name: parameter.detach().float().clone() for name, parameter in self._parameters.items()}
-        optimiser = Adam(weights)
+        optimiser, order = Adam(weights), _Order(self._training, self._pruned.batches, settings, self._layer)
         sizes = {name: size_of(weight) for name, weight in weights.items()}
         best: dict[str, torch.Tensor] = {}
-        least, best_step, error = before, 0, before
-        order = self._draw_steps()
+        first, least, best_step, error = 0, before, 0, before
         every = max(1, settings.steps // _LOOKS)
-        for step in range(settings.steps):
-            loss, gradients = self._differentiate(order())
+        if (state := kept.find()) is not None:
+            tensors, numbers = state
+            first, least, best_step, error = (numbers[name] for name in _NUMBERS)
+            for name, weight in weights.items():
+                weight.copy_(tensors[f"{name} weight"])
+                self._parameters[name].data.copy_(weight)
+                if best_step:
+                    best[name] = tensors[f"{name} best"].to(weight).clone()
+            optimiser.restore(tensors, first)
+            order.restore(tensors["order"], numbers["waiting"])
+            del state, tensors
+            advance(first, detail=f"layer {self._layer}, held out {error:.4g}")
+        for step in range(first, settings.steps):
+            loss, gradients = self._differentiate(order.draw())
             if not math.isfinite(loss):
                 raise StageError(
                     f"the loss of layer {self._layer} is not finite at step {step + 1} of {settings.steps} in "
@@ -109,6 +125,12 @@ class Fitting:
                     least, best_step = error, step + 1
                     for name, weight in weights.items():
                         best.setdefault(name, torch.empty_like(weight)).copy_(weight)
+            if kept.is_due:
+                tensors = {"order": order.generator.get_state(), **optimiser.list_state()}
+                tensors |= {f"{name} weight": weight for name, weight in weights.items()}
+                tensors |= {f"{name} best": weight for name, weight in best.items()}
+                numbers = dict(zip(_NUMBERS, (step + 1, least, best_step, error), strict=True))
+                kept.keep(tensors, {**numbers, "waiting": order.waiting})
             advance(detail=f"layer {self._layer}, loss {loss:.4g}, held out {error:.4g}")
         return (best_step, best) if best else None
 
@@ -132,20 +154,31 @@ class Fitting:
         output = model.run_layer(self._layer, hidden, pruned.arguments(number, self._layer))
         return token_errors(output, self._streams.target(self._position, number), pruned.batches[number].mask.to(hidden.device))
 
-    def _draw_steps(self) -> Callable[[], list[int]]:
-        """A function that gives the batches of the next step: all in an order drawn anew, again and again."""
+
+class _Order:
+    """Which batches each step takes: all in an order drawn anew, again and again."""
+
+    def __init__(self, training: Sequence[int], batches: Sequence[Batch], settings: RefitSettings, layer: int) -> None:
         import torch
 
-        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + self._layer)
-        waiting: list[int] = []
+        self._training, self._batches, self._samples = training, batches, settings.batch_size
+        self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + layer)
+        self.waiting: list[int] = []
 
-        def draw() -> list[int]:
-            taken, samples = [], 0
-            while samples < self._settings.batch_size:
-                if not waiting:
-                    waiting.extend(self._training[int(place)] for place in torch.randperm(len(self._training), generator=generator))
-                taken.append(waiting.pop(0))
-                samples += len(self._pruned.batches[taken[-1]].input_ids)
-            return taken
+    def restore(self, generator: torch.Tensor, waiting: Sequence[int]) -> None:
+        """Go on where another order was."""
+        self.generator.set_state(generator)
+        self.waiting = list(waiting)
 
-        return draw
+    def draw(self) -> list[int]:
+        """Batches with the samples of one step."""
+        import torch
+
+        taken, samples = [], 0
+        while samples < self._samples:
+            if not self.waiting:
+                places = torch.randperm(len(self._training), generator=self.generator)
+                self.waiting.extend(self._training[int(place)] for place in places)
+            taken.append(self.waiting.pop(0))
+            samples += len(self._batches[taken[-1]].input_ids)
+        return taken

@@ -19,10 +19,13 @@ from ..errors import CapacityError, ModelError
 from ..machine.memory import give_back, resident_bytes
 from ..sweep.memory_plan import format_size
 from .fitting import HELD_OUT, Fitting
+from .kept_state import KeptState
 from .sites import NotFiniteError
 from .streams import plan_streams
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import nn
 
@@ -99,9 +102,10 @@ def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_s
     return room
 
 
-def refit_layer(streams: Streams, layer: int, settings: RefitSettings, advance: Advance) -> Refit:
+def refit_layer(streams: Streams, layer: int, settings: RefitSettings, advance: Advance, folder: Path | None = None) -> Refit:
     """Refit a base layer of the pruned model, in place, in the memory of `room_for_refit`. `advance` counts steps.
 
+    `folder`: where its state is kept every minute meanwhile; a state that is there is where it begins. None: nowhere.
     What is stored is never worse on the held-out samples than what was there. Raises `NotFiniteError` where the layer's error is
     not finite before the first step, and `StageError` where the loss is not finite at a step.
     """
@@ -113,7 +117,9 @@ def refit_layer(streams: Streams, layer: int, settings: RefitSettings, advance: 
         before = fitting.measure()
         if not math.isfinite(before):
             raise NotFiniteError(f"the error of layer {layer}")
-        found = fitting.run(before, advance) if names else None
+        kept = KeptState(folder)
+        found = fitting.run(before, advance, kept) if names else None
+        kept.drop()
         give_back()
         if found is not None:
             step, best = found
