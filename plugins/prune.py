@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -12,6 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from gradmap_pipeline import (
     CalibrationSet,
     Context,
+    DecodingShape,
     Estimate,
     Forecasts,
     LayerScores,
@@ -27,15 +29,22 @@ from gradmap_pipeline import (
     StructureProbe,
     check_regular_removal,
     check_removal_by_config,
+    check_room_for_decoding,
     check_same_layers,
     check_tokenizer,
     choose_expressible,
     count_removed,
+    estimate_decoding,
     find_index_programs,
     full_config,
     hookimpl,
     known,
+    measure_speed,
 )
+
+_PROMPT, _NEW = 128, 32
+"""Tokens of the prompt, and those decoded after it, by which a model is timed."""
+_ROUNDS = 3
 
 
 class Prune(Stage):
@@ -52,8 +61,9 @@ class Prune(Stage):
     )
     target: PruningTarget | None = Field(
         None,
-        description="What the pruned model is to meet, instead of `ratio`: `parameters`, `bytes` or `max_perplexity_ratio`, "
-        "as in `target: {parameters: 110M}`. The fewest layers that reach a size are removed, or the most that hold a ratio.",
+        description="What the pruned model is to meet, instead of `ratio`: `parameters`, `bytes`, `max_perplexity_ratio` or "
+        "`tokens_per_second`, as in `target: {parameters: 110M}`. The fewest layers that reach a size or a speed are removed, or "
+        "the most that hold a ratio.",
     )
     among: Literal["any", "expressible", "regular"] = Field(
         "any",
@@ -70,6 +80,11 @@ class Prune(Stage):
 
     class Outputs(BaseModel):
         model: ModelGraph
+
+    @property
+    def machine_bound(self) -> bool:  # type: ignore[override]
+        """Whether what is removed depends on how fast this machine is."""
+        return self.target is not None and self.target.is_timed
 
     @model_validator(mode="after")
     def _check_choice(self) -> Prune:
@@ -163,12 +178,22 @@ class Prune(Stage):
             layers = inputs.of(ModelGraph).kept or probe.graph.layers
             count = len(self.layers) if isinstance(self.layers, list) else self._count(len(layers), None)
             check_regular_removal(full_config(probe.graph.base.folder), layers, count, kept)
+        if self.machine_bound:
+            probe.check_loadable()
+            if probe.room is not None:
+                check_room_for_decoding(
+                    probe.graph, [_shape_for(inputs.of(ModelGraph).positions)], probe.room.free, probe.room.dtype
+                )
         if kept is not None:
             probe.check_removal(kept)
         elif self.among == "any":
             probe.check_removable()
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
+        if self.target is not None and self.target.is_timed:
+            model = inputs.of(ModelGraph)
+            tried = 2 + math.ceil(math.log2(known(self._count_worst(self.target, inputs)) + 1))
+            return estimate_decoding(costs, [known(model.layers)], [_shape_for(model.positions)], tried * (_ROUNDS + 1))
         if self.target is None or not self.target.measured_text:
             return Estimate(costs.program_bytes)
         text, tried = inputs.of(CalibrationSet), known(self._count_worst(self.target, inputs))
@@ -194,7 +219,7 @@ class Prune(Stage):
             return take(self._count(len(model.layers), None))
         if text is not None:
             check_tokenizer(text, model)
-        return self.target.choose(model, len(scores.order), take, text, context)
+        return self.target.choose(model, len(scores.order), take, text, context, partial(_time, context=context))
 
     def _take(self, model: ModelGraph, scores: LayerScores, count: int) -> list[int]:
         if self.among == "any":
@@ -229,6 +254,19 @@ class Prune(Stage):
                 f"set the same {self._option!r} on the step that scores (its default is ratio: 0.25)",
             )
         return count
+
+
+def _shape_for(positions: int | None) -> DecodingShape:
+    """What is decoded to time a model that is made for so many positions."""
+    most = _PROMPT + _NEW if positions is None else min(positions, _PROMPT + _NEW)
+    new = min(_NEW, most // 2)
+    return DecodingShape(1, most - new, new)
+
+
+def _time(model: ModelGraph, context: Context) -> float:
+    """Tokens a second that a model decodes: the median of a few rounds."""
+    shape = _shape_for(model.base.default_sequence_length)
+    return median(measure_speed(model, None, [shape], context, rounds=_ROUNDS, warmup=1).cases[0].rates.decode)
 
 
 def _name_layers(layers: tuple[int, ...]) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from gradmap_plugins import prune as prune_module
 from gradmap_plugins.calibrate import Calibrate
 from gradmap_plugins.prune import Prune
 from pydantic import ValidationError
@@ -207,3 +209,64 @@ def test_a_model_that_is_elsewhere_has_no_size_yet(folder: Path) -> None:
     recipe = json.loads(Path("r.yaml").read_text())
     Path("r.yaml").write_text(json.dumps({**recipe, "model": {"id": "nobody/nothing"}}))
     assert "how large the model is shows when it is on this machine; download it first, or give 'ratio'" in gradmap("check").stderr
+
+
+def fake_rates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Six layers give 100 / 7 tokens/s, five 100 / 6, and so on. Returns the layers of the models that are timed."""
+    timed: list[int] = []
+
+    def measure(model: ModelGraph, *_: Any, **__: Any) -> Any:
+        timed.append(len(model.layers))
+        rate = 100 / (1 + len(model.layers))
+        return SimpleNamespace(cases=[SimpleNamespace(rates=SimpleNamespace(decode=(rate, rate / 2, rate * 2)))])
+
+    monkeypatch.setattr(prune_module, "measure_speed", measure)
+    return timed
+
+
+@pytest.mark.parametrize(("limit", "left"), [(100 / 6, 5), (16.7, 4), (20, 4), (24.9, 3)])
+def test_the_fewest_layers_go_for_a_speed(folder: Path, limit: float, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_rates(monkeypatch)
+    write_recipe({"target": {"tokens_per_second": limit}})
+    result = gradmap("run")
+    assert result.exit_code == 0, result.output
+    assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == left
+    assert f"decoding without {6 - left} of 6 layers: {100 / (1 + left):.3g} tokens/s on this machine, 14.3 before" in result.stdout
+
+
+def test_a_speed_is_measured_once_on_a_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = fake_rates(monkeypatch)
+    write_recipe({"target": {"tokens_per_second": 20}})
+    assert gradmap("run", "--threads", "1").exit_code == 0
+    assert len(timed) == len(set(timed)) > 0
+    before = len(timed)
+    assert gradmap("run", "--threads", "1").exit_code == 0
+    assert len(timed) == before
+    assert gradmap("run", "--threads", "2").exit_code == 0
+    assert len(timed) == 2 * before
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        (14, "the model gives 14.3 tokens/s on this machine with all its 6 layers, and 14 are aimed at; leave this step out"),
+        (
+            26,
+            "26 tokens/s cannot be reached on this machine: without 3 of 6 layers, as many as are scored, the model gives 25, and ",
+        ),
+    ],
+)
+def test_a_speed_that_is_there_or_out_of_reach(folder: Path, limit: float, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_rates(monkeypatch)
+    write_recipe({"target": {"tokens_per_second": limit}})
+    assert gradmap("check").exit_code == 0
+    result = gradmap("run")
+    assert (result.exit_code, told in result.stderr) == (4, True), result.stderr
+
+
+def test_a_real_model_is_timed(folder: Path) -> None:
+    """What no machine does is out of reach, with the rates that were measured."""
+    write_recipe({"target": {"tokens_per_second": 1e9}})
+    assert gradmap("plan").exit_code == 0
+    result = gradmap("run")
+    assert (result.exit_code, "1e+09 tokens/s cannot be reached on this machine" in result.stderr) == (4, True), result.stderr

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _SHARE_TRIED = 0.5
-"""Of the layers, at most, may go for a perplexity."""
+"""Of the layers, at most, may go for what is measured."""
 
 
 def parse_count(given: Any) -> Any:
@@ -53,10 +53,13 @@ class PruningTarget(BaseModel):
     max_perplexity_ratio: float | None = Field(
         None, gt=1, description="Largest perplexity on the calibration set, relative to the model that is pruned."
     )
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="Least tokens a second, decoded one after another on this machine, one sequence at a time."
+    )
 
     @model_validator(mode="after")
     def _check_one(self) -> PruningTarget:
-        names = ("parameters", "bytes", "max_perplexity_ratio")
+        names = tuple(type(self).model_fields)
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of {', '.join(names)}; found {' and '.join(given) or 'none'}")
@@ -64,15 +67,25 @@ class PruningTarget(BaseModel):
 
     @property
     def measured_text(self) -> bool:
-        """Whether text has to be read to tell what meets it; else the shapes of tensors tell."""
+        """Whether text has to be read to tell what meets it."""
         return self.max_perplexity_ratio is not None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether models have to be timed to tell what meets it, so that it depends on the machine."""
+        return self.tokens_per_second is not None
+
+    @property
+    def _has_size(self) -> bool:
+        """Whether the shapes of tensors tell what meets it."""
+        return self.parameters is not None or self.bytes is not None
 
     def count_worst(self, model: ModelForecast, scores: ScoresForecast) -> int | None:
         """How many layers may have to go, whichever they are; None where the plan does not know.
 
         Raises `OptionError` of 'target' where none has to, or where all that are not protected do not suffice.
         """
-        if self.measured_text:
+        if not self._has_size:
             if model.layers is None:
                 return None
             most = model.layers - 1 if scores.removable is None else scores.removable
@@ -94,7 +107,7 @@ class PruningTarget(BaseModel):
 
     def check_scored(self, model: ModelForecast, scores: ScoresForecast) -> None:
         """Raise `OptionError` of 'target' where more removals are needed, whichever they are, than are scored."""
-        if self.measured_text or scores.decisions is None:
+        if not self._has_size or scores.decisions is None:
             return
         graph = _open(model)
         sizes = sorted((self._size_of_layer(graph, layer) for layer in graph.layers), reverse=True)
@@ -113,11 +126,16 @@ class PruningTarget(BaseModel):
         take: Callable[[int], Sequence[int]],
         text: CalibrationSet | None,
         context: Context,
+        time_model: Callable[[ModelGraph], float] | None = None,
     ) -> list[int]:
-        """The fewest base layers to remove for a size, or the most for a perplexity.
+        """The fewest base layers to remove for a size or a speed, or the most for a perplexity.
 
-        `take(n)`: the n layers to remove, n from 1 to `most`. Raises `StageError` where no number of them will do.
+        `take(n)`: the n layers to remove, n from 1 to `most`. `time_model`: gives the tokens a second of a model; needed for a
+        target of speed alone. Raises `StageError` where no number of layers will do.
         """
+        if self.tokens_per_second is not None:
+            assert time_model is not None
+            return list(take(self._count_for_speed(self.tokens_per_second, model, most, take, context, time_model)))
         if self.max_perplexity_ratio is None:
             for count in range(1, most + 1):
                 if self._size_of(model.without_layers(take(count))) <= self._limit:
@@ -147,6 +165,37 @@ class PruningTarget(BaseModel):
         if count == most:
             context.note(f"all {most} scored removals hold the target; set 'ratio' on the step that scores to prepare more")
         return list(take(count))
+
+    def _count_for_speed(
+        self,
+        limit: float,
+        model: ModelGraph,
+        most: int,
+        take: Callable[[int], Sequence[int]],
+        context: Context,
+        time_model: Callable[[ModelGraph], float],
+    ) -> int:
+        @cache
+        def rate(count: int) -> float:
+            return time_model(model.without_layers(take(count)) if count else model)
+
+        whole = len(model.layers)
+        if rate(0) >= limit:
+            raise StageError(
+                f"the model gives {rate(0):.3g} tokens/s on this machine with all its {whole} layers, and {limit:g} are aimed at; "
+                "leave this step out"
+            )
+        if rate(most) < limit:
+            raise StageError(
+                f"{limit:g} tokens/s cannot be reached on this machine: without {most} of {whole} layers, as many as are scored, "
+                f"the model gives {rate(most):.3g}, and {rate(0):.3g} with all; aim at less, or remove more with 'layers'"
+            )
+        count = 1 + find_most(lambda count: rate(count) < limit, most - 1)
+        context.note(
+            f"decoding without {count} of {whole} layers: {rate(count):.3g} tokens/s on this machine, {rate(0):.3g} before; on "
+            "another machine the target may take another number of layers"
+        )
+        return count
 
     @property
     def _unit(self) -> str:
