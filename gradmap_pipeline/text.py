@@ -106,6 +106,12 @@ def name_without_place(name: str) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
+def shorten_titles(titles: Sequence[str]) -> list[str]:
+    """Titles such as `perplexity on /data/test.txt` without folders, for headings; as they are where two would be the same."""
+    short = [on.join((name, name_without_place(place))) for name, on, place in (title.partition(" on ") for title in titles)]
+    return short if len(set(short)) == len(set(titles)) else list(titles)
+
+
 def without_places(value: Any) -> Any:
     """JSON whose texts that are paths of this machine, from its root, are cut to their names, for what is passed on."""
     if isinstance(value, dict):

@@ -32,7 +32,7 @@ from gradmap_pipeline.run.costs import PlanCosts, StepCost
 from gradmap_pipeline.run.events import Place, Progress, RunFinished, RunStarted, StepFinished
 from gradmap_pipeline.run.measured import Measured, read_metrics
 from gradmap_pipeline.run.summary import ModelRow, Summary, summarise
-from gradmap_pipeline.text import format_seconds
+from gradmap_pipeline.text import format_seconds, shorten_titles
 
 
 @pytest.fixture
@@ -382,3 +382,13 @@ def test_plan_loses_nothing_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> No
     assert "project_compensate 5.00 GiB 1.0 GB 1.0 MB 1.0e+15 50 min 00 s" in joined
     assert "does not fit" in joined
     assert joined.count("graphs kept") == len(plan.steps)
+
+
+def test_titles_lose_folders_where_none_is_mistaken_for_another() -> None:
+    assert shorten_titles(["perplexity on /data/test.txt", "loss", "perplexity on builtin heldout"]) == [
+        "perplexity on test.txt",
+        "loss",
+        "perplexity on builtin heldout",
+    ]
+    alike = ["perplexity on /a/test.txt", "perplexity on /b/test.txt"]
+    assert shorten_titles(alike) == alike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..run.difference import Side, show_value
 from ..run.run_files import list_runs, read_head, shorten_ids
-from ..text import add_row, format_seconds, make_console, make_table, say
+from ..text import add_row, format_seconds, make_console, make_table, say, shorten_titles
 
 _WITHOUT_END = ("running", "killed", "damaged")
 _MOST_METRICS = 1
@@ -72,22 +73,26 @@ def print_run(record: Mapping[str, Any]) -> None:
     """One run: how it ended, what it was of, what it decided and measured, what each step took, and its recipe."""
     console = make_console()
     for line in _describe(record):
-        say(console, line)
+        for part in textwrap.wrap(line, console.width, subsequent_indent="  ") if console.is_terminal else [line]:
+            say(console, part)
     models = record.get("models") or []
     if models:
         columns = list(dict.fromkeys(column for row in models for column in row["metrics"]))
-        table = make_table("model", "step", "layers", "parameters", "removed", *columns, right=("layers", "parameters", *columns))
+        right = ("layers", "parameters", *shorten_titles(columns))
+        table = make_table("model", "step", *right[:2], "removed", *right[2:], right=right)
         for row in models:
             removed = sorted(set(models[0]["kept"]) - set(row["kept"]))
             figures = [f"{row['metrics'][column]['value']:.4g}" if column in row["metrics"] else "" for column in columns]
             add_row(table, row["label"], row["step"], str(row["layers"]), f"{row['parameters']:,}", _join(removed), *figures)
         console.print(table)
     if record.get("steps"):
-        table = make_table("step", "stage", "took", "plugin", "result", right=("took",))
         plugins = {step["id"]: step["plugin"] for step in record["provenance"]["steps"]}
+        others = set(plugins.values()) - {record["made_by"]}  # else the lines above name it
+        table = make_table("step", "stage", "took", *(["plugin"] if others else []), "result", right=("took",))
         for step in record["steps"]:
             took = "from the store" if step["cached"] else format_seconds(step["seconds"])
-            add_row(table, step["id"], step["stage"], took, plugins.get(step["id"], ""), str(step["key"])[:12])
+            stage = "" if step["stage"] == step["id"] else step["stage"]
+            add_row(table, step["id"], stage, took, *([plugins.get(step["id"], "")] if others else []), str(step["key"])[:12])
         console.print(table)
     for line in str(record["recipe"]).rstrip("\n").split("\n"):
         say(console, f"    {line}")

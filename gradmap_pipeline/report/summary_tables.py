@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..run.summary import ModelRow, Summary
-from ..text import add_row, format_seconds, make_table, say
+from ..text import add_row, format_seconds, make_table, say, shorten_titles
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,7 @@ _MOST_METRICS_BESIDE = 3
 def print_summary(console: Console, summary: Summary, seconds: float) -> None:
     """Models with their metrics, how much of the damage a correction repaired, and steps."""
     beside = summary.columns if len(summary.columns) <= _MOST_METRICS_BESIDE else []
-    columns = ("layers", "parameters", "bytes", *beside)
+    columns = ("layers", "parameters", "bytes", *shorten_titles(beside))
     models = make_table("model", *columns, right=columns)
     for row in summary.models:
         figures = [_show_figure(row, column) for column in beside]
@@ -34,8 +34,8 @@ def print_summary(console: Console, summary: Summary, seconds: float) -> None:
             label if labels.count(label) == 1 else f"{label}, {row.step}" for label, row in zip(labels, summary.models, strict=True)
         ]
         metrics = make_table("metric", *names, right=names)
-        for column in summary.columns:
-            add_row(metrics, column, *(_show_figure(row, column) for row in summary.models))
+        for title, column in zip(shorten_titles(summary.columns), summary.columns, strict=True):
+            add_row(metrics, title, *(_show_figure(row, column) for row in summary.models))
         console.print(metrics)
     for dataset, model, share in summary.closed_gaps():
         say(console, f"{model.step} closes {share:.1%} of the gap in log-perplexity that pruning opened on {dataset}.")
