@@ -59,7 +59,9 @@ def test_what_is_written_runs(folder: Path) -> None:
     assert json.loads(Path("out/model-pruned/config.json").read_text())["num_hidden_layers"] == 2
 
 
-@pytest.mark.parametrize(("target", "given"), [("parameters=50K", "50K"), ("max_perplexity_ratio=1.5", 1.5)])
+@pytest.mark.parametrize(
+    ("target", "given"), [("parameters=50K", "50K"), ("max_perplexity_ratio=1.5", 1.5), ("bytes=200000", 200000)]
+)
 def test_a_target_is_taken_over(target: str, given: object) -> None:
     assert gradmap("init", "model", "--target", target).exit_code == 0
     prune = next(step for step in yaml.safe_load(Path("recipe.yaml").read_text())["steps"] if step["use"] == "prune")

@@ -26,7 +26,7 @@ def init(
         typer.Option(
             "--target",
             metavar="NAME=VALUE",
-            help="Instead of --ratio: parameters=110M, bytes=500MB or max_perplexity_ratio=1.5.",
+            help="Instead of --ratio: parameters=110M, bytes=500MB, max_perplexity_ratio=1.5 or tokens_per_second=40.",
             show_default=False,
         ),
     ] = None,
@@ -83,6 +83,7 @@ def init(
 
 def _read_amount(ratio: float | None, target: str | None) -> dict[str, Any]:
     from ..errors import CommandError
+    from ..recipe.yaml_positions import load_yaml
     from ..stages.pruning_target import PruningTarget
 
     if ratio is not None and target is not None:
@@ -94,4 +95,4 @@ def _read_amount(ratio: float | None, target: str | None) -> dict[str, Any]:
         raise CommandError(
             f"--target: found {target!r}, accepted: {', '.join(f'{field}=VALUE' for field in PruningTarget.model_fields)}"
         )
-    return {"target": {name: float(value) if name == "max_perplexity_ratio" and value.replace(".", "", 1).isdigit() else value}}
+    return {"target": {name: load_yaml(value, f"--target {target}").data}}

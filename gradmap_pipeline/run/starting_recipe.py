@@ -73,7 +73,7 @@ def write_starting_recipe(start: Start) -> str:
         "  - use: calibrate",
         "    with: {dataset: {builtin: calibration}, " + amount + "}",
         "  - use: gradmap_score",
-        "  # How much goes: a share (`ratio`), a number (`layers`) or a `target` of parameters, bytes or perplexity.",
+        "  # How much goes: a share (`ratio`), a number (`layers`) or a `target` of parameters, bytes, perplexity or speed.",
         "  - use: prune",
         f"    with: {prune}",
         "  - use: evaluate",
