@@ -38,6 +38,7 @@ from gradmap_pipeline import (
     Work,
     check_tokenizer,
     count_batch_samples,
+    disk_for_refit,
     explain_nonfinite,
     hookimpl,
     known,
@@ -120,14 +121,17 @@ class RefitLayers(Stage):
         # Which layers these are is not known yet: at most this many.
         removed = len(costs.graph.layers) - count
         refit = min(count, 2 * removed) if self.layers == "next_to_cuts" else count
-        room = room_for_refit(costs.needs(count, samples, tokens), together)
+        needs = costs.needs(count, samples, tokens)
+        room = room_for_refit(needs, together)
         try:
             both = costs.two_streams(count, samples, tokens, room, 0, "weights, gradients and moments of a layer")
         except CapacityError as error:
             raise CapacityError(f"{error}, or lower 'batch_size' or 'sequence_length'") from None
         one = costs.benchmark.layer_pass(together, tokens, weight_gradients=True)
         trained, looked = refit * self.steps * self.batch_size, refit * 12 * samples / HELD_OUT
+        layers = 2 * refit * costs.stored_layer_bytes // len(costs.graph.layers)  # as finished work, and as what comes out
         return both + Estimate(
+            disk_bytes=both.disk_bytes + layers + disk_for_refit(needs),
             flops=trained * (one.flops + one.backward_flops) + looked * one.flops,
             seconds=trained * (one.forward_for_backward + one.backward) + looked * one.forward,
         )

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _STATE = 20
 """Bytes for each element: the weight in fp32, its gradient, two moments, and the best weight so far."""
+_KEPT = 16
+"""Bytes for each element in a state that is kept: the weight, two moments and the best weight, in fp32."""
 _LOSS_COPIES = 8
 """Tensors of the size of a batch's hidden states, of twice their type, that the loss and its gradient take."""
 
@@ -79,6 +81,11 @@ def room_for_refit(needs: SweepNeeds, batch_samples: int) -> int:
     gradients = needs.layer_bytes  # those of one batch
     losses = 2 * _LOSS_COPIES * batch_samples * needs.boundary_bytes
     return _STATE * needs.layer_elements + 8 * needs.largest_parameter + gradients + needs.count_work(batch_samples) + losses
+
+
+def disk_for_refit(needs: SweepNeeds) -> int:
+    """Bytes on disk that the kept state of the largest layer takes, and the one before it until the next is whole."""
+    return 2 * _KEPT * needs.layer_elements
 
 
 def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_samples: int, context: Context) -> int:

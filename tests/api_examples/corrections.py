@@ -39,6 +39,7 @@ from gradmap_pipeline import (
     correct_site,
     count_batch_samples,
     count_trained,
+    disk_for_refit,
     find_output_site,
     find_top_choices,
     find_writers,
@@ -180,6 +181,7 @@ assert together * HELD_OUT <= samples  # batches are several, so that one can be
 room = measure_room_for_refit(pruned, samples, tokens, together, context)  # raises CapacityError where it does not fit
 assert room > 4 * 5 * max(pruned.layer_elements().values())  # as `room_for_refit(needs, together)` says of a plan's needs
 assert callable(room_for_refit)
+assert callable(disk_for_refit)
 streams = open_streams(pruned, calibration, context, room, together)
 lowest = layers_before_cuts(pruned)[0]
 settings = RefitSettings(steps=10, learning_rate=0.01, batch_size=4, seed=0)
