@@ -245,7 +245,7 @@ def test_progress_tells_loss_and_rate(folder: Path) -> None:
     result = gradmap("run", "r.yaml", "--json", "--set", "distill.steps=60", "--set", "distill.patience=60")
     events = [json.loads(line) for line in result.stdout.splitlines()]
     details = [event["detail"] for event in events if event["event"] == "progress" and event["description"] == "train"]
-    assert any(detail.startswith("loss ") and "learning rate " in detail for detail in details)
+    assert any(detail.startswith("loss ") and "learning rate " in detail for detail in details), details
 
 
 @pytest.mark.parametrize(

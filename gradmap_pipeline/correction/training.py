@@ -147,15 +147,15 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
                 return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     class Tell(TrainerCallback):
-        detail = ""
+        def __init__(self) -> None:
+            self.latest: dict[str, float] = {}
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            advance(detail=self.detail)
+            shown = {"loss": "loss", "learning_rate": "learning rate", "eval_loss": "held out"}
+            advance(detail=", ".join(f"{text} {self.latest[name]:.4g}" for name, text in shown.items() if name in self.latest))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            shown = {"loss": "loss", "eval_loss": "held out", "learning_rate": "learning rate"}
-            told = [f"{text} {logs[name]:.4g}" for name, text in shown.items() if name in (logs or {})]
-            self.detail = ", ".join(told) or self.detail
+            self.latest |= logs or {}
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             (folder / f"checkpoint-{state.global_step}" / _DONE).touch()
