@@ -134,7 +134,7 @@ class Distill(Stage):
         needed = costs.occupied + sum(lines.values())
         check_memory_for_training(needed, costs.memory, self.weights)
         taught = costs.text(self.samples * tokens) + costs.forward_sweep(len(costs.graph.layers), self.samples, tokens)
-        layer = costs.benchmark.layer_pass(self._at_once, tokens, weight_gradients=True)
+        layer = costs.benchmark.layer_pass(self._at_once, tokens, weight_gradients=self.weights == "all")
         head = costs.benchmark.head_pass(self._at_once, tokens)
         passes = self.steps * self.batch_size
         forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
