@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, monkeypatch: pytes
     assert not list(Path(".gradmap/units").glob("refit_layers-*"))  # its result holds them
 
 
-@pytest.mark.parametrize("damage", ["", "a tensor", "the numbers"])
+@pytest.mark.parametrize("damage", ["", "a tensor", "a number", "all"])
 def test_a_layer_goes_on_from_the_step_that_was_kept(damage: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the same bytes; what is damaged is not used, and the layer is refit from its first step."""
     wanted = refit_of(gradmap("run", "r.yaml", "--json", "--store", "whole"))
@@ -270,13 +270,16 @@ def test_a_layer_goes_on_from_the_step_that_was_kept(damage: str, folder: Path, 
         return real(self, numbers)
 
     monkeypatch.setattr("gradmap_pipeline.correction.kept_state.SECONDS", 0.0)
+    monkeypatch.setattr("gradmap_pipeline.correction.kept_state._WRITES", 0)
     monkeypatch.setattr(fitting.Fitting, "_differentiate", differentiate)
     assert gradmap("run", "r.yaml", "--json").exit_code == 130
     (state,) = Path(".gradmap/units").rglob("state.json")
-    assert json.loads(state.read_text())["numbers"]["step"] == 4
+    assert json.loads(state.read_text())["state"]["numbers"]["step"] == 4
     if damage == "a tensor":
         tensor = sorted(state.parent.rglob("*.safetensors"))[1]
         tensor.write_bytes(tensor.read_bytes()[:-1] + b"x")
+    elif damage == "a number":
+        state.write_text(state.read_text().replace('"step": 4', '"step": 2'))
     elif damage:
         state.write_text("{}")
     taken = len(steps)

@@ -5,7 +5,7 @@ Source: https://arxiv.org/abs/1412.6980, algorithm 1. That of torch brings its c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ class Adam:
         moments = ((name, zip(_NAMES, both, strict=True)) for name, both in self._moments.items())
         return {f"{name} {which}": moment for name, both in moments for which, moment in both}
 
-    def restore(self, state: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Go on after so many steps, with moments from `list_state`."""
+    def restore(self, read: Callable[[str], torch.Tensor], steps: int) -> None:
+        """Go on after so many steps, with the moments that `read` gives by their names in `list_state`."""
         self._steps = steps
         for name, moment in self.list_state().items():
-            moment.copy_(state[name])
+            moment.copy_(read(name))
 
     def step(self, gradients: Mapping[str, torch.Tensor], rates: Mapping[str, float]) -> None:
         """w ← w - rate · m̂ / (√v̂ + ε), with the means m̂ of gradients and v̂ of their squares, each freed of its start at 0."""

@@ -96,16 +96,15 @@ class Fitting:
         first, least, best_step, error = 0, before, 0, before
         every = max(1, settings.steps // _LOOKS)
         if (state := kept.find()) is not None:
-            tensors, numbers = state
+            read, numbers = state  # one tensor at a time, so that going on takes no more memory than beginning
             first, least, best_step, error = (numbers[name] for name in _NUMBERS)
             for name, weight in weights.items():
-                weight.copy_(tensors[f"{name} weight"])
+                weight.copy_(read(f"{name} weight"))
                 self._parameters[name].data.copy_(weight)
                 if best_step:
-                    best[name] = tensors[f"{name} best"].to(weight).clone()
-            optimiser.restore(tensors, first)
-            order.restore(tensors["order"], numbers["waiting"])
-            del state, tensors
+                    best[name] = torch.empty_like(weight).copy_(read(f"{name} best"))
+            optimiser.restore(read, first)
+            order.restore(read("order").clone(), numbers["waiting"])
             advance(first, detail=f"layer {self._layer}, held out {error:.4g}")
         for step in range(first, settings.steps):
             loss, gradients = self._differentiate(order.draw())
