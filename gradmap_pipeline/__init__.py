@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         Refit as Refit,
         RefitSettings as RefitSettings,
         count_batch_samples as count_batch_samples,
+        count_best_bytes as count_best_bytes,
         disk_for_refit as disk_for_refit,
         measure_room_for_refit as measure_room_for_refit,
         put_values as put_values,

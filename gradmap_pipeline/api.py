@@ -74,6 +74,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "RefitSettings",
             "count_batch_samples",
             "room_for_refit",
+            "count_best_bytes",
             "disk_for_refit",
             "measure_room_for_refit",
             "refit_layer",

@@ -38,6 +38,7 @@ from gradmap_pipeline import (
     Work,
     check_tokenizer,
     count_batch_samples,
+    count_best_bytes,
     disk_for_refit,
     explain_nonfinite,
     hookimpl,
@@ -122,7 +123,7 @@ class RefitLayers(Stage):
         removed = len(costs.graph.layers) - count
         refit = min(count, 2 * removed) if self.layers == "next_to_cuts" else count
         needs = costs.needs(count, samples, tokens)
-        room = room_for_refit(needs, together)
+        room = room_for_refit(needs, together, count_best_bytes(costs.graph))
         try:
             both = costs.two_streams(count, samples, tokens, room, 0, "weights, gradients and moments of a layer")
         except CapacityError as error:

@@ -27,7 +27,7 @@ from gradmap_pipeline.context import FinishedStep
 from gradmap_pipeline.correction import fitting
 from gradmap_pipeline.correction.adam import Adam
 from gradmap_pipeline.correction.fitting import rate_at
-from gradmap_pipeline.correction.refit import count_batch_samples
+from gradmap_pipeline.correction.refit import count_batch_samples, count_best_bytes
 from gradmap_pipeline.machine.memory import resident_bytes
 from gradmap_pipeline.testing import make_context, run_stage
 
@@ -144,6 +144,17 @@ def test_same_seed_same_bytes_and_another_seed_others(text: Path, tmp_path: Path
     assert [layer.layer for layer in one.refit.layers] == [0, 2, 3]
     assert one.model.count_parameters() == pruned.count_parameters()
     assert one.model.label == "refit"
+
+
+def test_best_weights_in_bfloat16_lose_nothing_that_is_written(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, calibration = make_inputs(tmp_path, text, dtype=torch.bfloat16)
+    pruned, stage = graph.without_layers([1]), RefitLayers(steps=8)
+    assert (count_best_bytes(graph), count_best_bytes(open_folder(make_model(tmp_path / "wide")))) == (2, 4)
+    held = run_stage(stage, tmp_path / "held", model=pruned, calibration=calibration)
+    monkeypatch.setattr(fitting, "type_of_best", lambda _: torch.float32)
+    wide = run_stage(stage, tmp_path / "in fp32", model=pruned, calibration=calibration)
+    assert held.refit == wide.refit
+    assert held.model.digest == wide.model.digest != pruned.digest
 
 
 def test_errors_fall_layer_by_layer(text: Path, tmp_path: Path) -> None:

@@ -64,11 +64,27 @@ def split_batches(batches: Sequence[Batch]) -> tuple[list[int], list[int]]:
     return [number for number in range(len(batches)) if number not in held], held[::-1]
 
 
+def type_of_best(written: torch.dtype) -> torch.dtype:
+    """The type in which the best weights are held, of those that are written in another: bfloat16 loses nothing that is written."""
+    import torch
+
+    return written if written == torch.bfloat16 else torch.float32
+
+
 class Fitting:
     """One layer, whose weights are in, on its way to less error."""
 
-    def __init__(self, streams: Streams, layer: int, parameters: dict[str, nn.Parameter], settings: RefitSettings) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        layer: int,
+        parameters: dict[str, nn.Parameter],
+        settings: RefitSettings,
+        types: dict[str, torch.dtype],
+    ) -> None:
+        """`types`: that parameters are written in."""
         self._streams, self._pruned, self._layer, self._parameters = streams, streams.pruned, layer, parameters
+        self._types = types
         self._settings = settings
         self._position = streams.graph.layers.index(layer)
         self._training, self._held = split_batches(self._pruned.batches)
@@ -82,7 +98,7 @@ class Fitting:
         return sum(float(part.double().sum()) for part in parts) / sum(len(part) for part in parts)
 
     def run(self, before: float, advance: Advance, kept: KeptState) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """The step after which the error was least, and the weights then, in fp32; None where it was never less than `before`.
+        """The step after which the error was least, and the weights then; None where it was never less than `before`.
 
         It goes on from what is `kept`, if anything is.
         """
@@ -102,7 +118,7 @@ class Fitting:
                 weight.copy_(read(f"{name} weight"))
                 self._parameters[name].data.copy_(weight)
                 if best_step:
-                    best[name] = torch.empty_like(weight).copy_(read(f"{name} best"))
+                    best[name] = torch.empty_like(weight, dtype=type_of_best(self._types[name])).copy_(read(f"{name} best"))
             optimiser.restore(read, first)
             order.restore(read("order").clone(), numbers["waiting"])
             advance(first, detail=f"layer {self._layer}, held out {error:.4g}")
@@ -123,7 +139,7 @@ class Fitting:
                 if error < least:
                     least, best_step = error, step + 1
                     for name, weight in weights.items():
-                        best.setdefault(name, torch.empty_like(weight)).copy_(weight)
+                        best.setdefault(name, torch.empty_like(weight, dtype=type_of_best(self._types[name]))).copy_(weight)
             if kept.is_due:
                 tensors = {"order": order.generator.get_state(), **optimiser.list_state()}
                 tensors |= {f"{name} weight": weight for name, weight in weights.items()}

@@ -18,7 +18,7 @@ from ..checkpoint.casts import FOR_WRITING, cast_all
 from ..errors import CapacityError, ModelError
 from ..machine.memory import give_back, resident_bytes
 from ..sweep.memory_plan import format_size
-from .fitting import HELD_OUT, Fitting
+from .fitting import HELD_OUT, Fitting, type_of_best
 from .kept_state import KeptState
 from .sites import NotFiniteError
 from .streams import plan_streams
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ..sweep.needs import SweepNeeds
     from .streams import Streams
 
-_STATE = 20
-"""Bytes for each element: the weight in fp32, its gradient, two moments, and the best weight so far."""
+_STATE = 16
+"""Bytes for each element: the weight in fp32, its gradient, and two moments; besides the best weight so far."""
 _KEPT = 16
 """Bytes for each element in a state that is kept: the weight, two moments and the best weight, in fp32."""
 _LOSS_COPIES = 8
@@ -76,11 +76,28 @@ def count_batch_samples(batch_size: int, samples: int, tokens: int) -> int:
     return max(count for count in range(1, batch_size + 1) if batch_size % count == 0 and count <= most)
 
 
-def room_for_refit(needs: SweepNeeds, batch_samples: int) -> int:
-    """Bytes that refitting the largest layer takes besides its weights. `needs`: of a sweep with gradients."""
+def count_best_bytes(graph: ModelGraph) -> int:
+    """Bytes that an element of the best weights so far takes: 2 where all layers are written in bfloat16, else those of fp32."""
+    types = {
+        _type_of(graph.dtype or tensor.torch_dtype) for layer in graph.layers for tensor in graph.layer_tensors(layer).values()
+    }
+    return max(type_of_best(one).itemsize for one in types)
+
+
+def room_for_refit(needs: SweepNeeds, batch_samples: int, best_bytes: int = 4) -> int:
+    """Bytes that refitting the largest layer takes besides its weights. `needs`: of a sweep with gradients.
+
+    `best_bytes`: as `count_best_bytes` says.
+    """
     gradients = needs.layer_bytes  # those of one batch
     losses = 2 * _LOSS_COPIES * batch_samples * needs.boundary_bytes
-    return _STATE * needs.layer_elements + 8 * needs.largest_parameter + gradients + needs.count_work(batch_samples) + losses
+    return (
+        (_STATE + best_bytes) * needs.layer_elements
+        + 8 * needs.largest_parameter
+        + gradients
+        + needs.count_work(batch_samples)
+        + losses
+    )
 
 
 def disk_for_refit(needs: SweepNeeds) -> int:
@@ -96,7 +113,7 @@ def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_s
     needs = measure_needs(
         LayerwiseModel(graph.dense, device=context.device, dtype=context.dtype, resident_bytes=0), samples, tokens
     )
-    room = room_for_refit(needs, batch_samples)
+    room = room_for_refit(needs, batch_samples, count_best_bytes(graph))
     give_back()
     free = context.memory - resident_bytes(context.device)
     plan, _ = plan_streams(needs, free, room)
@@ -120,7 +137,9 @@ def refit_layer(streams: Streams, layer: int, settings: RefitSettings, advance: 
     streams.pruned.run_up_to(layer)
     with model.layer(layer) as module:
         names, left_out = find_writable(model, layer, module)
-        fitting = Fitting(streams, layer, {name: module.get_parameter(name) for name in names}, settings)
+        graph = streams.graph
+        types = {name: _type_of(graph.dtype or graph.stored_tensor(disk).torch_dtype) for name, disk in names.items()}
+        fitting = Fitting(streams, layer, {name: module.get_parameter(name) for name in names}, settings, types)
         before = fitting.measure()
         if not math.isfinite(before):
             raise NotFiniteError(f"the error of layer {layer}")
@@ -132,8 +151,7 @@ def refit_layer(streams: Streams, layer: int, settings: RefitSettings, advance: 
             step, best = found
             values = {}
             for name, value in best.items():
-                stored = streams.graph.stored_tensor(names[name])
-                values[name] = cast_all(value, _type_of(streams.graph.dtype or stored.torch_dtype), names[name], FOR_WRITING)
+                values[name] = cast_all(value, types[name], names[name], FOR_WRITING)
             put_values(module, values)
             after = fitting.measure()
             if after < before:

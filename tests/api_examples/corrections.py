@@ -38,6 +38,7 @@ from gradmap_pipeline import (
     collect_moments,
     correct_site,
     count_batch_samples,
+    count_best_bytes,
     count_trained,
     disk_for_refit,
     find_output_site,
@@ -182,6 +183,7 @@ room = measure_room_for_refit(pruned, samples, tokens, together, context)  # rai
 assert room > 4 * 5 * max(pruned.layer_elements().values())  # as `room_for_refit(needs, together)` says of a plan's needs
 assert callable(room_for_refit)
 assert callable(disk_for_refit)
+assert count_best_bytes(pruned) in (2, 4)
 streams = open_streams(pruned, calibration, context, room, together)
 lowest = layers_before_cuts(pruned)[0]
 settings = RefitSettings(steps=10, learning_rate=0.01, batch_size=4, seed=0)
