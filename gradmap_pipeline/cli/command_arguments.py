@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .command_options import check_device, check_size, check_threads, parse_path, parse_store
 from .completion import complete_recipe_file, complete_stage
 
-RecipePath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RECIPE", parser=parse_path, autocompletion=complete_recipe_file, help="Recipe file.", show_default=False
-    ),
-]
-RunnablePath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RECIPE",
-        parser=parse_path,
-        autocompletion=complete_recipe_file,
-        help="Recipe file, or the gradmap.json of an export.",
-        show_default=False,
-    ),
-]
-RunnablePaths = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="RECIPE...",
-        parser=parse_path,
-        autocompletion=complete_recipe_file,
-        help="Recipe files, or the gradmap.json of exports.",
-        show_default=False,
-    ),
-]
-RecipePaths = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="RECIPE...", parser=parse_path, autocompletion=complete_recipe_file, help="Recipe files.", show_default=False
-    ),
-]
+
+def _recipe_argument(metavar: str, text: str) -> Any:
+    return typer.Argument(metavar=metavar, parser=parse_path, autocompletion=complete_recipe_file, help=text, show_default=False)
+
+
+RecipePath = Annotated[Path, _recipe_argument("RECIPE", "Recipe file.")]
+RecipePaths = Annotated[list[Path], _recipe_argument("RECIPE...", "Recipe files.")]
+RunnablePath = Annotated[Path, _recipe_argument("RECIPE", "Recipe file, or the gradmap.json of an export.")]
+RunnablePaths = Annotated[list[Path], _recipe_argument("RECIPE...", "Recipe files, or the gradmap.json of exports.")]
 StageName = Annotated[str | None, typer.Argument(autocompletion=complete_stage, help="Stage to describe.", show_default=False)]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Replace one option of the recipe. Repeatable.")

@@ -28,7 +28,7 @@ _BATCH = 1024  # tokens that are computed at a time
 
 
 class Normed(NamedTuple):
-    """What a linear map took and what became of its output, of a batch."""
+    """A batch as a linear map took it, and as the norm behind it sees what the map returned."""
 
     taken: torch.Tensor
     """(B, T, F)"""
@@ -54,7 +54,7 @@ def capture_behind_norm(model: LayerwiseModel, layer: int, site: Site, *, leave:
 
     def listen(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         y = inputs[0].float()
-        unit = _apply_without_scale(norm, inputs[0], site.norm_offset).float()
+        unit = apply_unscaled(norm, inputs[0]).float()
         size = (y * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True).clamp_min(1e-30)
         captured.append(Normed(taken.pop().reshape(*output.shape[:-1], -1), unit, size))
         if leave:
@@ -76,7 +76,7 @@ def scale_behind(layer: nn.Module, site: Site) -> torch.Tensor:
 def make_equations(
     normed: Normed, mask: torch.Tensor, missing: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (n, F) and R (n, D), fp64, such that a change of the map ΔW = (X / g)ᵀ makes up for what can be of R where A X = R.
+    """Return A (n, F), and R (n, D) in fp64. With A X = R, the change ΔW = (X / g)ᵀ of the map makes up for all that it can.
 
     `mask` (B, T), `missing` (n, D), `scale` (D,).
     """
@@ -110,15 +110,16 @@ def nearest_of_size(scale: torch.Tensor, wanted: torch.Tensor, size: torch.Tenso
     return along / (square + torch.where(is_inside, 0, high))
 
 
-def _apply_without_scale(norm: nn.Module, hidden: torch.Tensor, offset: float) -> torch.Tensor:
-    """What a norm gives where it multiplies by ones, and shifts by nothing."""
+def apply_unscaled(norm: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """Return f(1) - f(0), f(weight) a norm's output: what its scale multiplies, whatever it adds to its weight and shifts by."""
     import torch
 
-    before = {name: parameter.data for name, parameter in norm.named_parameters()}
+    weight = norm.get_parameter("weight")
+    before = weight.data
     try:
-        for name, parameter in norm.named_parameters():
-            parameter.data = torch.full_like(parameter.data, 1 - offset if name == "weight" else 0)
-        return norm.forward(hidden)  # type: ignore[no-any-return]
+        weight.data = torch.ones_like(before)
+        with_ones = norm.forward(*inputs)
+        weight.data = torch.zeros_like(before)
+        return with_ones - norm.forward(*inputs)  # type: ignore[no-any-return]
     finally:
-        for name, parameter in norm.named_parameters():
-            parameter.data = before[name]
+        weight.data = before

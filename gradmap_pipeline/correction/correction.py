@@ -280,9 +280,10 @@ def collect_moments(
 def _equations_at(
     streams: Streams, layer: int, site: Site, space: Space, *, leave: bool = False
 ) -> tuple[AbstractContextManager[list[Any]], Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
-    """What captures at a site, and what makes inputs (n, F) and residuals (n, D) of that, a mask (B, T) and what is missing (n, D).
+    """Return a capture at a site, and a function of what it captures, a mask (B, T) and what is missing (n, D).
 
-    The layer's weights must be in. `leave`: as in `capture_site`.
+    The function gives the inputs (n, F) and residuals (n, D) of the ridge problem. `leave`: as in `capture_site`.
+    The layer's weights must be in.
     """
     from .behind_norms import capture_behind_norm, make_equations, scale_behind
     from .streams import capture_site

@@ -27,7 +27,7 @@ HELD_OUT = 8
 """One sample of so many is held out: the error on those decides what is kept."""
 _WARM_UP = 0.1
 _LOOKS = 10
-"""How often the error on the held-out samples is measured."""
+"""The error on the held-out samples is measured so often."""
 _LEAST_SIZE = 1e-3
 """Root mean square from which a parameter of smaller values is changed: one of zeros would stay as it is."""
 _NUMBERS = "step", "least", "best_step", "error"

@@ -1,4 +1,4 @@
-"""How far training has come, kept in a folder, so that a killed run goes on from there to the same bytes."""
+"""A folder keeps how far a training has come, so that a killed run goes on from there to the same bytes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 SECONDS = 60.0
-"""What a killed run loses at most, besides the step it was at, where the disk is not slow."""
+"""A killed run loses so much at most, besides the step it was at, where the disk is not slow."""
 _WRITES = 20
-"""Times what it took to keep the state last, before it is kept again."""
+"""The state is kept again after so many times what it took to keep it last."""
 _STATE = "state.json"
 
 
@@ -33,7 +33,7 @@ class KeptState:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to keep the state again."""
+        """True where it is time to keep the state again."""
         return self._folder is not None and time.monotonic() - self._last >= max(SECONDS, _WRITES * self._took)
 
     def keep(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
@@ -60,9 +60,9 @@ class KeptState:
         self._took = self._last - started
 
     def find(self) -> tuple[Callable[[str], torch.Tensor], dict[str, Any]] | None:
-        """What was kept last: a function that reads a tensor by its name, and the numbers.
+        """Return a function that reads a tensor kept last by its name, and the numbers.
 
-        None where there is nothing, or where any of it is damaged.
+        It returns None where there is nothing, or where any of it is damaged.
         """
         if self._folder is None:
             return None

@@ -20,6 +20,7 @@ from ..sweep.sample_pass import SamplePass
 from ..sweep.sweep import Stream, open_sweep
 from ..sweep.visits import ForwardVisit
 from ..work import Round
+from .behind_norms import apply_unscaled
 from .site_search import check_gain
 from .sites import CapturedError, NoSiteError, NotFiniteError
 
@@ -215,24 +216,12 @@ def capture_site(
     That is what enters a linear map, or what leaves it; of a norm, what its scale multiplies. `leave`: go no further in the layer,
     but raise an error that `run_to_site` expects.
     """
-    import torch
-
     captured: list[torch.Tensor] = []
     module = model.module.get_submodule(f"{model.layers_path}.{layer}.{site.name}")
 
     def listen(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if site.role == "norm":
-            scale = module.get_parameter("weight")
-            before = scale.data
-            try:  # whatever the norm adds to its scale, the output is linear in it
-                scale.data = torch.ones_like(before)
-                values = module.forward(*inputs)
-                scale.data = torch.zeros_like(before)
-                values = values - module.forward(*inputs)
-            finally:
-                scale.data = before
-        else:
-            values = inputs[0] if side == "input" else output
+        taken = inputs[0] if side == "input" else output
+        values = apply_unscaled(module, *inputs) if site.role == "norm" else taken
         captured.append(values if site.gain == 1 else values * site.gain)
         if leave:
             raise CapturedError
