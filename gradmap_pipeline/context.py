@@ -76,13 +76,13 @@ class Context:
     """What earlier steps have measured of the models that this one takes, and of those they were made from, where the stage has
     `reads_metrics`."""
     remember_tensors: Callable[[Any, Callable[[], dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = compute_anew
-    """This does for tensors by name what `remember` does for JSON values, in a stage that one process runs.
+    """This does for tensors by name what `remember` does for JSON values. Of several processes all get those of the leading one.
 
     They are kept until the step has finished; nowhere where there is no store beside the stage: in another Python, in a test.
     """
     keep_folder: Callable[[Any], Path] | None = None
     """`context.keep_folder(key)`: a folder that stays where a run is killed, until the step has finished; what the stage wrote
-    there before under an equal key is in it. None where `remember_tensors` keeps nothing."""
+    there before under an equal key is in it. Processes that work together share it. None where `remember_tensors` keeps nothing."""
     provenance: Mapping[str, Any] | None = None
     """What a step that writes a folder says of how it is made again: the `recipe` as far as this step, and what decides its bytes.
     `make_lineage` takes it in. None where there is no recipe."""

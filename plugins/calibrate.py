@@ -60,15 +60,8 @@ class Calibrate(Stage):
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         length = known(check_length(self.sequence_length, inputs.of(ModelGraph)))
-        counts = self.dataset.share_out(self.samples)
-        total = Estimate()
-        for part, count in zip(self.dataset.parts(), counts, strict=True):
-            if part.generated is None:
-                tokens = count * length
-                total += costs.text(tokens * (SHUFFLE_POOL if self.shuffle else 1), least=tokens)
-            else:
-                total += costs.generated_text(known(inputs.of(ModelGraph).layers), count, length)
-        return total
+        layers = known(inputs.of(ModelGraph).layers)
+        return costs.drawn_text(self.dataset, self.samples, length, layers, SHUFFLE_POOL if self.shuffle else 1)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         import torch

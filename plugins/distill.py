@@ -7,6 +7,8 @@ Sizes: S samples, T tokens, K choices of the teacher, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,29 +16,28 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gradmap_pipeline import (
     Artifact,
+    CalibrationSource,
     Context,
-    DatasetSource,
     Estimate,
     Forecasts,
     ModelCosts,
     ModelGraph,
     OptionError,
     Outlook,
+    ProcessGroup,
     Stage,
-    StageError,
     StructureProbe,
     TensorFile,
     TrainingPoint,
     TrainingSettings,
     check_length,
     check_memory_for_training,
-    count_embeddings,
     count_trained,
+    draw_samples,
     find_top_choices,
     hookimpl,
     known,
     load_tokenizer,
-    make_sequences,
     open_sweep,
     train_whole,
     training_bytes,
@@ -74,11 +75,12 @@ class Distill(Stage):
     """Train a pruned model as a whole towards the original's predictions, by LoRA that is merged, or all of its weights."""
 
     name = "distill"
+    parallel = True
     requires = ("accelerate", "peft")
     extra = "distill"
     libraries = ("torch", "transformers", "accelerate", "peft")
 
-    dataset: DatasetSource = Field(description="Text to train on.")
+    dataset: CalibrationSource = Field(description="Text to train on; what the model writes itself, the original writes.")
     samples: int = Field(512, ge=_LEAST_SAMPLES, description="Sequences to train on; one in eight of them is held out.")
     sequence_length: int | None = Field(
         None, ge=8, description="Tokens in a sequence. Default: as long as the model is made for, at most 2048."
@@ -123,6 +125,7 @@ class Distill(Stage):
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
+        probe.check_shares(self.batch_size)
         self.dataset.check_fits_tokenizer(lambda: load_tokenizer(probe.graph.base))
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
@@ -133,7 +136,8 @@ class Distill(Stage):
         lines = training_bytes(needs, weights, trained, self._at_once)
         needed = costs.occupied + sum(lines.values())
         check_memory_for_training(needed, costs.memory, self.weights)
-        taught = costs.text(self.samples * tokens) + costs.forward_sweep(len(costs.graph.layers), self.samples, tokens)
+        whole = len(costs.graph.layers)
+        taught = costs.drawn_text(self.dataset, self.samples, tokens, whole) + costs.forward_sweep(whole, self.samples, tokens)
         layer = costs.benchmark.layer_pass(self._at_once, tokens, weight_gradients=self.weights == "all")
         head = costs.benchmark.head_pass(self._at_once, tokens)
         passes = self.steps * self.batch_size
@@ -153,17 +157,16 @@ class Distill(Stage):
 
     def run(self, inputs: Any, context: Context) -> Any:
         graph: ModelGraph = inputs.model
+        group = context.group
+        group.split(self.batch_size)
         tokens = self.sequence_length or graph.base.default_sequence_length
-        tokenizer, rows = load_tokenizer(graph.base), count_embeddings(graph.base)
-        ids, _ = make_sequences(tokenizer, self.dataset.documents(), tokens, self.samples, embeddings=rows)
-        if len(ids) < self.samples:
-            raise StageError(f"the text gives {len(ids)} sequences of {tokens} tokens; lower 'samples' or 'sequence_length'")
+        ids, _, _ = draw_samples(self.dataset, graph.dense, tokens, self.samples, "documents", context, shuffle=False)
         choices, logs = self._teach(graph.dense, ids, context)
         key = ["train", graph.digest, self._text_key(ids), self.model_dump(mode="json"), context.seed]
-        folder = context.folder / "training" if context.keep_folder is None else context.keep_folder(key)
+        folder = Path(group.tell(str(context.folder / "training"))) if context.keep_folder is None else context.keep_folder(key)
         settings = TrainingSettings(**{name: getattr(self, name) for name in _SETTINGS}, held_out=self.samples // _HELD_OUT)
         made = train_whole(graph, (ids, choices, logs), settings, folder, context)
-        if context.keep_folder is None:
+        if context.keep_folder is None and group.leads:
             rmtree(folder, ignore_errors=True)
         if not made.best_step:
             context.note(f"the model is left as it is; no step lowered its loss on held-out samples, {made.before:.4g}")
@@ -197,19 +200,28 @@ class Distill(Stage):
         """Choices int32 (S, T-1, K) of the original, and the logarithms of their probabilities; kept in the store meanwhile."""
         import torch
 
-        parts = []
+        parts, group = [], context.group
         with context.progress("read the original's predictions", len(ids), "sample") as advance:
             for some in ids.split(_TAUGHT):
 
                 def compute(some: torch.Tensor = some) -> dict[str, torch.Tensor]:
-                    with open_sweep(dense, (some, torch.ones_like(some)), context) as sweep:
-                        found = list(find_top_choices(sweep, self.top_k))
-                    return {name: torch.cat([one[at] for one in found]) for at, name in enumerate(("choices", "logs"))}
+                    shared = context if len(some) >= group.size else replace(context, group=ProcessGroup())
+                    with open_sweep(dense, (some, torch.ones_like(some)), shared) as sweep:
+                        read = list(find_top_choices(sweep, self.top_k))
+                    values = {name: torch.cat([one[at] for one in read]) for at, name in enumerate(("choices", "logs"))}
+                    return {name: join_shares(value, len(some), shared.group) for name, value in values.items()}
 
                 key = ["teach", dense.digest, self._text_key(some), self.top_k]
                 parts.append(context.remember_tensors(key, compute))
                 advance(len(some))
         return torch.cat([part["choices"] for part in parts]), torch.cat([part["logs"] for part in parts])
+
+
+def join_shares(values: torch.Tensor, count: int, group: ProcessGroup) -> torch.Tensor:
+    """What all processes have found of `count` samples, each of its own (samples, …) as `ProcessGroup.share` gives them."""
+    whole = values.new_zeros(count, *values.shape[1:])
+    group.share(whole).copy_(values)
+    return group.sum(whole)
 
 
 @hookimpl

@@ -49,6 +49,7 @@ class LookaheadScore(LayerScoring):
     """Rank layers by how far the corrected model's predictions move without each of them, again after each removal."""
 
     name = "lookahead_score"
+    parallel = True
 
     sample_share: float = Field(
         0.5,
@@ -66,6 +67,16 @@ class LookaheadScore(LayerScoring):
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         super().inspect(inputs, probe)
+        samples, processes = inputs.of(CalibrationSet).samples, probe.processes
+        if samples is not None:
+            used = self._count_used(samples)
+            held_out = count_held_out(used)
+            if min(held_out, used - held_out) < processes:
+                raise OptionError(
+                    "sample_share",
+                    f"{used} of {samples} samples are used, {held_out} of them to compare predictions on, too few for {processes} "
+                    "processes; raise it, or 'samples' of the calibration, or start fewer",
+                )
         probe.find_sites()
 
     def forecast(self, inputs: Forecasts) -> Outlook:
@@ -106,6 +117,11 @@ class LookaheadScore(LayerScoring):
         sweeps = costs.two_streams(depth, used, tokens, room_for(inputs, width), round(again))
         seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
         return sweeps + Estimate(flops=sum(work), seconds=seconds)
+
+
+def count_held_out(used: int) -> int:
+    """How many of the samples predictions are compared on."""
+    return max(1, round(_HELD_OUT * used))
 
 
 class Search:
@@ -155,8 +171,7 @@ class Search:
     def _open(self) -> CorrectedModel:
         sites = StructureProbe(self.model, self.context.memory).find_sites()
         inputs, width = self.model.map_sizes()
-        held_out = max(1, round(_HELD_OUT * len(self.samples[0])))
-        fit, compared = divide_samples(self.samples, held_out)
+        fit, compared = divide_samples(self.samples, count_held_out(len(self.samples[0])))
         options = {"ridge": self.stage.ridge, "shrink": self.stage.shrink}
         return CorrectedModel(self.model, fit, compared, sites, self.context, reserve=room_for(inputs, width), **options)
 

@@ -81,6 +81,7 @@ class RefitLayers(Stage):
     """Train the kept layers next to cuts, one at a time, to hand on what the original model does; no parameter is added."""
 
     name = "refit_layers"
+    parallel = True
 
     layers: Literal["next_to_cuts", "all_after_first_cut"] = Field(
         "all_after_first_cut",
@@ -109,6 +110,10 @@ class RefitLayers(Stage):
         return {"model": inputs.of(ModelGraph)}
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
+        samples = inputs.of(CalibrationSet).samples
+        processes = self.batch_size // probe.check_shares(self.batch_size)
+        if samples is not None:
+            check_samples(samples, self.batch_size, processes)
         probe.check_layerwise()
         try:
             probe.check_gradients()
@@ -144,13 +149,16 @@ class RefitLayers(Stage):
         if not graph.removed:
             raise StageError("the model has all its layers, so there is nothing to refit; put prune before this step")
         samples, tokens = calibration.load()[0].shape
+        group = context.group
+        own, own_step = samples // group.size, group.split(self.batch_size)
         try:
-            check_samples(samples, self.batch_size)
+            check_samples(samples, self.batch_size, group.size)
         except OptionError as error:
             raise StageError(f"'{error.option}': {error}") from None
         started = time.perf_counter()
-        together = count_batch_samples(self.batch_size, samples, tokens)
-        room = measure_room_for_refit(graph, samples, tokens, together, context)
+        together = count_batch_samples(own_step, own, tokens)
+        with group.agreeing(CapacityError):
+            room = measure_room_for_refit(graph, own, tokens, together, context)
         streams = open_streams(graph, calibration, context, room, together)
         streams.take_scales(find_scales(context))
         chosen = self.choose(graph)
@@ -166,7 +174,7 @@ class RefitLayers(Stage):
                     reached += units
                     advance(units, detail=detail)
 
-                folder = None if context.keep_folder is None else context.keep_folder(["state", *key])
+                folder = None if context.keep_folder is None else context.keep_folder(["state", group.size, *key])
 
                 def compute(layer: int = layer, count: Any = count, folder: Path | None = folder) -> dict[str, torch.Tensor]:
                     return pack(self._refit(streams, layer, count, context, folder))
@@ -224,13 +232,15 @@ class RefitLayers(Stage):
         )
 
 
-def check_samples(samples: int, batch_size: int) -> None:
-    """Raise `OptionError` where samples are too few to hold some out and take a step on others."""
-    left = samples - max(1, samples // HELD_OUT)
-    if samples < HELD_OUT or batch_size > left:
-        what = f"the calibration set has {samples:,} samples, and one in {HELD_OUT} is held out"
-        if samples < HELD_OUT:
-            raise OptionError("batch_size", f"{what}; calibrate on at least {HELD_OUT}")
+def check_samples(samples: int, batch_size: int, processes: int = 1) -> None:
+    """Raise `OptionError` where samples, shared by processes, are too few to hold some out and take a step on others."""
+    own = samples // processes
+    left = (own - max(1, own // HELD_OUT)) * processes
+    if own < HELD_OUT or batch_size > left:
+        shared = "" if processes == 1 else f", shared by {processes} processes"
+        what = f"the calibration set has {samples:,} samples{shared}, and one in {HELD_OUT} is held out"
+        if own < HELD_OUT:
+            raise OptionError("batch_size", f"{what}; calibrate on at least {HELD_OUT * processes}")
         raise OptionError("batch_size", f"found {batch_size:,}; {what}: at most {left:,} are left for a step")
 
 

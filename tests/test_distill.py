@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from gradmap_plugins import distill
+from gradmap_plugins.calibrate import Calibrate
 from gradmap_plugins.distill import Distill
 from tiny import make_model
 from typer.testing import CliRunner, Result
@@ -167,6 +169,28 @@ def test_products_are_in_bfloat16_where_the_run_computes_in_it(
     single = {(False, torch.float32, torch.float32)}
     assert measured == [(set(), single), ({(is_training, torch.float32, torch.bfloat16) for is_training in (True, False)}, single)]
     assert result.distillation.after < 0.98 * result.distillation.before
+
+
+def test_text_of_the_model_itself_is_written_by_the_original(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a mix is text, and half is what the model writes: equal to what `calibrate` draws on the original."""
+    graph = open_folder(llama)
+    mix = {"mix": [{"path": text}, {"self": {}}]}
+    drawn = run_stage(Calibrate.model_validate({"dataset": mix, "samples": 16, "sequence_length": 16, "shuffle": False}),
+                      tmp_path / "calibration", model=graph).calibration.load()[0]  # fmt: skip
+    trained_on = []
+    real = distill.train_whole
+
+    def listen(pruned: Any, data: Any, settings: Any, folder: Path, context: Any) -> Any:
+        trained_on.append(data[0])
+        return real(pruned, data, settings, folder, context)
+
+    monkeypatch.setattr(distill, "train_whole", listen)
+    stage = Distill.model_validate({"dataset": mix, "samples": 16, "sequence_length": 16, "steps": 2, "batch_size": 4})
+    run_stage(stage, tmp_path / "out", model=graph.without_layers([1]))
+    (ids,) = trained_on
+    assert torch.equal(ids, drawn.long())
 
 
 def test_samples_one_after_another_make_the_same_step(llama: Path, text: Path, tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ _CHUNK = 8 << 20  # bytes copied at a time; a multiple of every item size
 MAX_SHARD_BYTES = 5_000_000_000
 
 
+def item_bytes(dtype: str) -> int:
+    """Bytes of a number of a floating-point type, by the name that torch gives it."""
+    return ITEM_BYTES[_FLOATS[dtype]]
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies on disk."""

@@ -38,7 +38,8 @@ def check(
             from ..errors import CommandError, GradmapError
             from ..recipe.catalog import load_catalog
             from ..report.check_result import describe_check, print_check
-            from ..run.inspection import inspect_plan
+            from ..run.store import Store
+            from ..run.verdicts import inspect_once
             from ..text import dump_json
 
             if len(recipes) > 1 and overrides:
@@ -48,7 +49,7 @@ def check(
                 plan, failure = None, None
                 try:
                     made, _ = plan_recipe(recipe, overrides, catalog, store)
-                    inspect_plan(made)  # the stages look at the model
+                    inspect_once(made, Store(store))  # the stages look at the model
                     plan = made
                 except GradmapError as error:
                     failure = error

@@ -54,16 +54,17 @@ def count_trained(weights: Literal["lora", "all"], parameters: int, layers: int,
     return parameters if weights == "all" else layers * rank * 20 * width
 
 
-def training_bytes(needs: SweepNeeds, parameters: int, trained: int, batch: int) -> dict[str, int]:
-    """Bytes that training a whole model in fp32 with Adam takes, by what they are for.
+def training_bytes(needs: SweepNeeds, parameters: int, trained: int, batch: int, processes: int = 1) -> dict[str, int]:
+    """Bytes that training a whole model in fp32 with Adam takes in a process, by what they are for.
 
     `needs`: of a sweep with gradients over the model. `trained`: parameters that change. `batch`: samples in memory at a time.
+    `processes`: that train together; each holds the gradients once more while they are summed.
     """
     logits = LOGIT_BYTES * batch * needs.tokens * needs.words
     return {
         "libraries": _LIBRARIES,
         "weights": 4 * parameters,
-        "gradients and moments": 16 * trained,
+        "gradients and moments": (16 if processes == 1 else 20) * trained,
         "activations": batch * (needs.layers * (needs.saved_bytes + needs.boundary_bytes) + needs.saved_bytes),
         "logits": logits,
     }

@@ -6,8 +6,8 @@ Sizes: B sequences a batch, T tokens, N tokens that are not padding, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import StageError
 from ..sweep.layer_graphs import accumulate, opened
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..batches import Batch
     from ..context import Advance
+    from ..machine.distributed import ProcessGroup
     from .kept_state import KeptState
     from .refit import RefitSettings
     from .streams import Streams
@@ -86,6 +87,7 @@ class Fitting:
         self._streams, self._pruned, self._layer, self._parameters = streams, streams.pruned, layer, parameters
         self._types = types
         self._settings = settings
+        self._group = streams.group
         self._position = streams.graph.layers.index(layer)
         self._training, self._held = split_batches(self._pruned.batches)
 
@@ -95,7 +97,9 @@ class Fitting:
 
         with torch.no_grad():
             parts = [self._errors(number) for number in self._held]
-        return sum(float(part.double().sum()) for part in parts) / sum(len(part) for part in parts)
+        sums = {"errors": sum(float(part.double().sum()) for part in parts), "tokens": sum(len(part) for part in parts)}
+        sums = self._group.sum_values(sums)
+        return sums["errors"] / sums["tokens"]
 
     def run(self, before: float, advance: Advance, kept: KeptState) -> tuple[int, dict[str, torch.Tensor]] | None:
         """The step after which the error was least, and the weights then; None where it was never less than `before`.
@@ -106,21 +110,24 @@ class Fitting:
 
         settings = self._settings
         weights = {name: parameter.detach().float().clone() for name, parameter in self._parameters.items()}
-        optimiser, order = Adam(weights), _Order(self._training, self._pruned.batches, settings, self._layer)
+        order = _Order(self._training, self._pruned.batches, settings, self._layer, self._group)
+        optimiser = Adam(weights)
         sizes = {name: size_of(weight) for name, weight in weights.items()}
         best: dict[str, torch.Tensor] = {}
         first, least, best_step, error = 0, before, 0, before
         every = max(1, settings.steps // _LOOKS)
-        if (state := kept.find()) is not None:
-            read, numbers = state  # one tensor at a time, so that going on takes no more memory than beginning
+        if (state := self._find_state(kept)) is not None:
+            fill, numbers = state  # one tensor at a time, so that going on takes no more memory than beginning
             first, least, best_step, error = (numbers[name] for name in _NUMBERS)
             for name, weight in weights.items():
-                weight.copy_(read(f"{name} weight"))
+                fill(f"{name} weight", weight)
                 self._parameters[name].data.copy_(weight)
                 if best_step:
-                    best[name] = torch.empty_like(weight, dtype=type_of_best(self._types[name])).copy_(read(f"{name} best"))
-            optimiser.restore(read, first)
-            order.restore(read("order").clone(), numbers["waiting"])
+                    best[name] = torch.empty_like(weight, dtype=type_of_best(self._types[name]))
+                    fill(f"{name} best", best[name])
+            optimiser.restore(fill, first)
+            for _ in range(first):
+                order.draw()
             advance(first, detail=f"layer {self._layer}, held out {error:.4g}")
         for step in range(first, settings.steps):
             loss, gradients = self._differentiate(order.draw())
@@ -140,17 +147,28 @@ class Fitting:
                     least, best_step = error, step + 1
                     for name, weight in weights.items():
                         best.setdefault(name, torch.empty_like(weight, dtype=type_of_best(self._types[name]))).copy_(weight)
-            if kept.is_due:
-                tensors = {"order": order.generator.get_state(), **optimiser.list_state()}
-                tensors |= {f"{name} weight": weight for name, weight in weights.items()}
+            if self._group.tell(kept.is_due):
+                tensors = {f"{name} weight": weight for name, weight in weights.items()}
                 tensors |= {f"{name} best": weight for name, weight in best.items()}
                 numbers = dict(zip(_NUMBERS, (step + 1, least, best_step, error), strict=True))
-                kept.keep(tensors, {**numbers, "waiting": order.waiting})
+                kept.keep({**tensors, **optimiser.list_state()}, numbers)
             advance(detail=f"layer {self._layer}, loss {loss:.4g}, held out {error:.4g}")
         return (best_step, best) if best else None
 
+    def _find_state(self, kept: KeptState) -> tuple[Callable[[str, torch.Tensor], object], dict[str, Any]] | None:
+        """What the leading process has kept: a function that fills a tensor of each process by its name, and the numbers."""
+        state = kept.find() if self._group.leads else None
+        numbers = self._group.tell(None if state is None else state[1])
+
+        def fill(name: str, tensor: torch.Tensor) -> None:
+            if state is not None:
+                tensor.copy_(state[0](name))
+            self._group.lead(tensor)
+
+        return None if numbers is None else (fill, numbers)
+
     def _differentiate(self, numbers: Sequence[int]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Mean error over the tokens of some batches, and its gradients in fp32."""
+        """Mean error over the tokens of some batches of each process, and its gradients in fp32."""
         import torch
 
         total, tokens, sums = 0.0, 0, {}  # type: ignore[var-annotated]
@@ -161,7 +179,9 @@ class Fitting:
                 gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
                 accumulate(sums, parameters, gradients, 1.0)
                 total, tokens = total + float(loss.detach()), tokens + len(errors)
-        return total / tokens, {name: gradient.div_(tokens) for name, gradient in sums.items()}
+        shared = self._group.sum_values({"errors": total, "tokens": tokens})
+        total, tokens = shared["errors"], int(shared["tokens"])
+        return total / tokens, {name: self._group.sum(gradient).div_(tokens) for name, gradient in sums.items()}
 
     def _errors(self, number: int) -> torch.Tensor:
         pruned, model = self._pruned, self._pruned.model
@@ -173,27 +193,24 @@ class Fitting:
 class _Order:
     """Which batches each step takes: all in an order drawn anew, again and again."""
 
-    def __init__(self, training: Sequence[int], batches: Sequence[Batch], settings: RefitSettings, layer: int) -> None:
+    def __init__(
+        self, training: Sequence[int], batches: Sequence[Batch], settings: RefitSettings, layer: int, group: ProcessGroup
+    ) -> None:
         import torch
 
-        self._training, self._batches, self._samples = training, batches, settings.batch_size
-        self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + layer)
-        self.waiting: list[int] = []
-
-    def restore(self, generator: torch.Tensor, waiting: Sequence[int]) -> None:
-        """Go on where another order was."""
-        self.generator.set_state(generator)
-        self.waiting = list(waiting)
+        self._training, self._batches, self._samples = training, batches, group.split(settings.batch_size)
+        self._generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + layer)
+        self._waiting: list[int] = []
 
     def draw(self) -> list[int]:
-        """Batches with the samples of one step."""
+        """Batches with the samples that this process takes of one step."""
         import torch
 
         taken, samples = [], 0
         while samples < self._samples:
-            if not self.waiting:
-                places = torch.randperm(len(self._training), generator=self.generator)
-                self.waiting.extend(self._training[int(place)] for place in places)
-            taken.append(self.waiting.pop(0))
+            if not self._waiting:
+                places = torch.randperm(len(self._training), generator=self._generator)
+                self._waiting.extend(self._training[int(place)] for place in places)
+            taken.append(self._waiting.pop(0))
             samples += len(self._batches[taken[-1]].input_ids)
         return taken

@@ -29,7 +29,8 @@ class CorrectedModel:
     """A model without some of its layers, corrected at each kept layer on some samples and compared with the original on others.
 
     The correction is that of `project_compensate`: least squares towards what enters the next kept layer of the original model, at
-    the attention's output projection and at the last map that writes. Values of weights are not written anywhere.
+    the attention's output projection and at the last map that writes. Values of weights are not written anywhere. The processes of
+    `context` share the samples of both kinds.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class CorrectedModel:
         pruned = open_sweep(graph, fit, context, keep="all", divisible=False, stream=stream, plan=plan)
         self._streams = Streams(targets, pruned.open_only_pass(), graph, context.group, graph.base.layers)
         self._sweep = pruned
-        self._checked = pruned.open_beside(held_out)
+        ids, mask = (context.group.share(part) for part in held_out)
+        self._checked = pruned.open_beside((ids, mask))
         self._predictions = pruned.kept.open_beside()
         """Log-probabilities of the original model by slice and batch (B, n, V), in half precision."""
         self._keep_predictions()
@@ -179,7 +181,9 @@ class CorrectedModel:
         for group in outputs:
             with self._checked.model.weights.head():
                 total += sum(self._sum_divergence(index, hidden) for index, hidden in group)
-        return total / max(1, sum(int(batch.mask[:, :-1].sum()) for batch in self._checked.batches))
+        counted = sum(int(batch.mask[:, :-1].sum()) for batch in self._checked.batches)
+        sums = self.context.group.sum_values({"divergence": total, "tokens": counted})
+        return sums["divergence"] / max(1.0, sums["tokens"])
 
     def _sum_divergence(self, index: int, hidden: torch.Tensor) -> float:
         total = 0.0

@@ -106,7 +106,10 @@ def disk_for_refit(needs: SweepNeeds) -> int:
 
 
 def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_samples: int, context: Context) -> int:
-    """`room_for_refit` of a model, for samples of so many tokens. Raises `CapacityError` where that does not fit."""
+    """`room_for_refit` of a model, for samples of so many tokens. Raises `CapacityError` where that does not fit.
+
+    `samples`: of each process.
+    """
     from ..sweep.layerwise import LayerwiseModel
     from ..sweep.needs import measure_needs
 
@@ -129,7 +132,9 @@ def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_s
 def refit_layer(streams: Streams, layer: int, settings: RefitSettings, advance: Advance, folder: Path | None = None) -> Refit:
     """Refit a base layer of the pruned model, in place, in the memory of `room_for_refit`. `advance` counts steps.
 
-    `folder`: where its state is kept every minute meanwhile; a state that is there is where it begins. None: nowhere.
+    `folder`: where its state is kept every minute meanwhile, by the leading process; a state that is there is where it begins.
+    None: nowhere.
+    The processes of `streams` share the samples of each step and sum gradients and errors, so that all take the same steps.
     What is stored is never worse on the held-out samples than what was there. Raises `NotFiniteError` where the layer's error is
     not finite before the first step, and `StageError` where the loss is not finite at a step.
     """
@@ -143,7 +148,7 @@ def refit_layer(streams: Streams, layer: int, settings: RefitSettings, advance: 
         before = fitting.measure()
         if not math.isfinite(before):
             raise NotFiniteError(f"the error of layer {layer}")
-        kept = KeptState(folder)
+        kept = KeptState(folder if streams.group.leads else None)
         found = fitting.run(before, advance, kept) if names else None
         kept.drop()
         give_back()

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..checkpoint.architecture import layer_of
 from ..checkpoint.checkpoint import load_tensor
 from ..checkpoint.whole import load_whole, name_on_disk
-from ..errors import StageError
+from ..errors import CapacityError, StageError
 from ..machine.memory import give_back, resident_bytes
 from .distilling import check_memory_for_training, count_trained, divergence_from, loss_on, training_bytes
 from .training_curve import TrainingPoint, thin_out
-from .training_surroundings import alone, own_randomness, quiet
+from .training_surroundings import own_randomness, quiet, seen_processes
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +59,9 @@ class TrainingSettings:
     samples_at_once: int | None = None
     """Samples of a step in memory at a time; a divisor of `batch_size`. None: all."""
 
-    @property
-    def at_once(self) -> int:
-        """Samples in memory at a time."""
-        return self.samples_at_once or self.batch_size
+    def at_once(self, processes: int = 1) -> int:
+        """Samples that each of some processes has in memory at a time."""
+        return math.gcd(self.samples_at_once or self.batch_size, self.batch_size // processes)
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,13 @@ def train_whole(
 ) -> Trained:
     """Train a model on ids int64 (S, T), and the choices int32 and their logs fp32 (S, T-1, K) that `find_top_choices` gives.
 
-    `folder`: holds the trainer's checkpoints; training goes on from the last whole one. Raises `StageError` where a loss is not
-    finite.
+    `folder`: holds the trainer's checkpoints, of all processes; training goes on from the last whole one. The processes of the
+    step share the samples of each step and sum their gradients. Samples beyond the last whole step of a pass over all are left
+    out. Raises `StageError` where a loss is not finite.
     """
-    check_room(graph, data[0].shape[1], settings, context)
-    with own_randomness(context.seed), quiet(), alone():
+    with context.group.agreeing(CapacityError, StageError):
+        check_room(graph, data[0].shape[1], settings, context)
+    with own_randomness(context.seed), quiet(), seen_processes(context.group, context.device):
         return _train(graph, data, settings, folder, context)
 
 
@@ -105,7 +106,8 @@ def check_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, conte
     del model
     give_back()
     trained = count_trained(settings.weights, parameters, len(graph.layers), settings.rank, width)
-    needed = sum(training_bytes(needs, parameters, trained, settings.at_once).values())
+    processes = context.group.size
+    needed = sum(training_bytes(needs, parameters, trained, settings.at_once(processes), processes).values())
     check_memory_for_training(resident_bytes(context.device) + needed, context.memory, settings.weights)
 
 
@@ -158,12 +160,17 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
             self.latest |= logs or {}
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            (folder / f"checkpoint-{state.global_step}" / _DONE).touch()
+            context.group.agree(None)  # each process has written what it needs to go on
+            if context.group.leads:
+                (folder / f"checkpoint-{state.global_step}" / _DONE).touch()
 
+    at_once, processes = settings.at_once(context.group.size), context.group.size
+    looked_at = at_once if processes == 1 else math.gcd(at_once, held)  # else some are looked at twice
+    whole = (len(samples) - held) // settings.batch_size * settings.batch_size
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=settings.steps, learning_rate=settings.learning_rate, seed=context.seed, report_to=[],
-        per_device_train_batch_size=settings.at_once, per_device_eval_batch_size=settings.at_once, optim="adamw_torch",
-        gradient_accumulation_steps=settings.batch_size // settings.at_once,
+        per_device_train_batch_size=at_once, per_device_eval_batch_size=looked_at, optim="adamw_torch",
+        gradient_accumulation_steps=settings.batch_size // processes // at_once,
         lr_scheduler_type="linear", warmup_steps=max(1, settings.steps // 10), weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
         eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2, disable_tqdm=True,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
@@ -174,17 +181,18 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
         arguments._n_gpu = 1  # else the trainer copies the model to all GPUs of the machine
     tell = Tell()
     trainer = KlTrainer(
-        model=model, args=arguments, train_dataset=samples[:-held], eval_dataset=samples[-held:],
+        model=model, args=arguments, train_dataset=samples[:whole], eval_dataset=samples[-held:],
         callbacks=[EarlyStoppingCallback(settings.patience), tell],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.model_accepts_loss_kwargs = False
     before = measure(module, samples[-held:], settings)
-    last = find_whole_checkpoint(folder)
+    last = context.group.tell(find_whole_checkpoint(folder))
     with context.progress("train", settings.steps, "step") as advance:
         if last is not None:
-            advance(int(last.name.rpartition("-")[2]))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            advance(int(last.rpartition("-")[2]))
+        trainer.train(resume_from_checkpoint=last)
+    context.group.agree(None)  # nobody reads the checkpoints any more
     state = trainer.state
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else bfloat16 stays
     if settings.weights == "lora":
@@ -260,7 +268,8 @@ def round_as_stored(module: Any, names: dict[str, str], graph: ModelGraph) -> di
     return changed
 
 
-def find_whole_checkpoint(folder: Path) -> Path | None:
+def find_whole_checkpoint(folder: Path) -> str | None:
     """The latest checkpoint of the trainer that is whole."""
     whole = (file.parent for file in folder.glob(f"checkpoint-*/{_DONE}"))
-    return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+    last = max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)

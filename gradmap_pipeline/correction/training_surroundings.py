@@ -1,4 +1,4 @@
-"""What a trainer finds around it: random numbers of its own, loggers that are quiet, and no sign of a launcher."""
+"""What a trainer finds around it: random numbers of its own, loggers that are quiet, and the processes that train together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..machine.distributed import ProcessGroup
 
 _OF_LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PMI_", "OMPI_", "MV2_",
@@ -30,14 +34,28 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Nothing says meanwhile that a launcher started several processes, of which this one trains while the others wait."""
-    names = [name for name in os.environ if name.startswith(_OF_LAUNCHERS)]
-    kept = {name: os.environ.pop(name) for name in names}
+def seen_processes(group: ProcessGroup, device: str) -> Iterator[None]:
+    """What accelerate reads says meanwhile that the processes of `group` train together, whatever launcher started them.
+
+    A group of one trains alone, even if others wait for it.
+    """
+    import torch
+    from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(_OF_LAUNCHERS)}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if group.size > 1:
+        number = group.local_rank if device == "cpu" else group.gpu  # accelerate takes the GPU of this number
+        places = {"RANK": group.rank, "LOCAL_RANK": number, "WORLD_SIZE": group.size, "LOCAL_WORLD_SIZE": group.size}
+        os.environ.update({name: str(value) for name, value in places.items()})
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else it sets a number of its own
     try:
         yield
     finally:
-        os.environ.update(kept)
+        AcceleratorState._reset_state(reset_partial_state=True)  # who comes next looks for itself
+        for name in [name for name in os.environ if name.startswith((*_OF_LAUNCHERS, "OMP_NUM_THREADS"))]:
+            del os.environ[name]
+        os.environ.update(kept if threads is None else {**kept, "OMP_NUM_THREADS": threads})
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.checkpoint import item_bytes
 from ..data.generation import count_generation_bytes
 from ..errors import CapacityError
 from ..sweep.memory_plan import format_size
@@ -53,7 +54,7 @@ def count_pass_bytes(graph: ModelGraph, shape: DecodingShape, dtype: str) -> tup
     config: dict[str, Any] = text_config(load_config(graph.base.folder))
     hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0
     width = next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), 4 * hidden)
-    item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    item = item_bytes(dtype)
     return weights, shape.sequences * (each + shape.prompt_tokens * item * (_AT_ONCE * width + 2 * _AT_ONCE * hidden))
 
 

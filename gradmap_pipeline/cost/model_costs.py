@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint.checkpoint import item_bytes
 from ..correction.streams import plan_streams
 from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, explain_generation
 from ..errors import CapacityError
@@ -22,6 +23,7 @@ from .machine_speed import MachineSpeed
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from ..data.calibration_sources import CalibrationSource
 
 _TOKEN_BYTES = 40  # of a Python list of ids, and of the tensor made from it
 
@@ -131,6 +133,19 @@ class ModelCosts:
                 f"{', or allow more with --memory' if self.device == 'cpu' else ''}"
             )
         return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.speed.token)
+
+    def drawn_text(self, source: CalibrationSource, samples: int, tokens: int, layers: int, pool: int = 1) -> Estimate:
+        """Draw samples (samples, tokens) as `draw_samples` does. `pool`: how many times as much text is read for them.
+
+        `layers`: of the model that writes the part that a model writes.
+        """
+        total = Estimate()
+        for part, count in zip(source.parts(), source.share_out(samples), strict=True):
+            if part.generated is None:
+                total += self.text(count * tokens * pool, least=count * tokens)
+            else:
+                total += self.generated_text(layers, count, tokens)
+        return total
 
     def generated_text(self, layers: int, samples: int, tokens: int) -> Estimate:
         """Samples (samples, tokens) that a model of so many layers writes itself, whole in memory.
@@ -248,7 +263,7 @@ class ModelCosts:
 
     @property
     def _item(self) -> int:
-        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return item_bytes(self.dtype)
 
     def _check_room(self) -> None:
         """Before anything is allocated: what every sweep needs at least."""

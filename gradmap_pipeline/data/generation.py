@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import adapter
+from ..checkpoint.checkpoint import item_bytes
 from ..errors import CapacityError, StageError
 from ..machine.memory import give_back, resident_bytes
 from ..sweep.memory_plan import format_size
@@ -147,7 +148,7 @@ def count_generation_bytes(graph: ModelGraph, length: int, dtype: str) -> tuple[
     """Bytes of the whole model, and of what one sequence adds: keys and values, and the logits of a token in a few copies."""
     from ..checkpoint.source import load_config, text_config
 
-    item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    item = item_bytes(dtype)
     config: dict[str, Any] = text_config(load_config(graph.base.folder))
     skeleton = {name: config.get(name) for name in ("num_attention_heads", "n_head", "hidden_size", "n_embd", "d_model")}
     heads = skeleton["num_attention_heads"] or skeleton["n_head"] or 1

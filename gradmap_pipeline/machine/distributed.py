@@ -59,6 +59,15 @@ class ProcessGroup:
             raise StageError(f"{len(samples)} samples cannot be shared by {self.size} processes; start fewer, or use more samples")
         return samples[self.rank :: self.size]
 
+    def split(self, batch_size: int) -> int:
+        """Samples of a step that each process takes, as many as any other. Raises `StageError` where there are no such shares."""
+        if batch_size % self.size:
+            raise StageError(
+                f"a step of {batch_size} samples cannot be shared alike by {self.size} processes; set 'batch_size' to a multiple "
+                f"of {self.size}, or start another number of processes"
+            )
+        return batch_size // self.size
+
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
         """Say what is exchanged inside belongs to, such as a layer: processes that are not at the same place exchange nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..checkpoint.graph import ModelGraph, open_folder
 from ..errors import GradmapError, OptionError
@@ -14,12 +15,17 @@ from ..recipe.plan import Plan, PlannedStep
 from ..stages.structure_probe import Room, StructureProbe
 
 
-def inspect_plan(plan: Plan) -> None:
-    """Ask the stages of all steps where the model is on this machine. Raises as `inspect_steps`; no tensor is read."""
+def inspect_plan(plan: Plan) -> bool:
+    """Ask the stages of all steps where the model is on this machine; return whether there was memory to try all that they ask.
+
+    Raises as `inspect_steps`; no tensor is read.
+    """
     folder = plan.model.find_folder()
-    if folder is not None:
-        graph = open_folder(folder, plan.model.name, plan.model.dtype, digest_of=lambda _: "")
-        inspect_steps(plan.steps, graph, default_budget("cpu"))
+    if folder is None:
+        return False
+    graph, memory = open_folder(folder, plan.model.name, plan.model.dtype, digest_of=lambda _: ""), default_budget("cpu")
+    inspect_steps(plan.steps, graph, memory)
+    return StructureProbe(graph, memory).tries_all
 
 
 def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int, room: Room | None = None) -> None:
@@ -31,6 +37,7 @@ def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int, 
         error.where = error.where or f"model {model.base.name!r}"
         raise
     for step in steps:
+        probe.room = room if room is None or step.environment is None else replace(room, processes=1)  # one runs elsewhere
         _inspect(step, probe)
     del probe
     give_back()
@@ -39,7 +46,7 @@ def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int, 
 def measure_room(machine: Machine, group: ProcessGroup) -> Room:
     """What the steps of a run may use on its device."""
     device = machine.prepare_torch(group)
-    return Room(group.least(machine.budget(device, group) - resident_bytes(device)), machine.dtype)
+    return Room(group.least(machine.budget(device, group) - resident_bytes(device)), machine.dtype, group.size)
 
 
 def _inspect(step: PlannedStep, probe: StructureProbe) -> None:

@@ -59,31 +59,36 @@ class KeptTensorUnits:
         found_finished: list[float],
     ) -> None:
         """`found_finished`: gets the seconds of those that earlier runs have computed."""
-        self._stage, self._store, self._is_alone, self._found_finished = step.stage.name, store, group.size == 1, found_finished
+        self._stage, self._store, self._group, self._found_finished = step.stage.name, store, group, found_finished
+        self._step = step.id
         self._made_by = [step.code.digest, dtype, versions_of(step, workplace)]
         self._keys: list[str] = []
         self._folders: list[Path] = []
 
     def remember(self, key: Any, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """See `Context.remember_tensors`. Of several processes that work together each computes them."""
-        if not self._is_alone:
-            return compute()
-        whole = sha256_of_value(["tensors", *self._made_by, key])
+        """See `Context.remember_tensors`. Processes that work together compute them together, and get those of the leading one."""
+        group, whole = self._group, sha256_of_value(["tensors", *self._made_by, key])
+        group.agree_on(f"inputs of step {self._step!r}", whole)
         self._keys.append(whole)
-        kept = self._store.load_tensors(self._stage, whole)
+        kept = self._store.load_tensors(self._stage, whole) if group.leads else None
         if kept is not None:
             self._found_finished.append(kept[1])
-            return kept[0]
+        if group.tell(kept is not None):
+            return lead_tensors(kept[0] if kept is not None else {}, group)
         started = time.monotonic()
-        value = compute()
-        self._store.save_tensors(self._stage, whole, value, time.monotonic() - started)
+        value = lead_tensors(compute(), group)
+        if group.leads:
+            self._store.save_tensors(self._stage, whole, value, time.monotonic() - started)
         return value
 
     def keep_folder(self, key: Any) -> Path:
-        """See `Context.keep_folder`."""
-        folder = self._store.hold_folder(self._stage, sha256_of_value(["folder", *self._made_by, key]))
-        self._folders.append(folder)
-        return folder
+        """See `Context.keep_folder`. Processes that work together share it; the leading one holds it."""
+        whole = sha256_of_value(["folder", *self._made_by, key])
+        self._group.agree_on(f"inputs of step {self._step!r}", whole)
+        folder = self._store.hold_folder(self._stage, whole) if self._group.leads else None
+        if folder is not None:
+            self._folders.append(folder)
+        return Path(self._group.tell(None if folder is None else str(folder)))
 
     def drop(self) -> None:
         """Forget those that were asked for: their step has finished."""
@@ -91,6 +96,21 @@ class KeptTensorUnits:
             self._store.drop_tensors(self._stage, key)
         for folder in self._folders:
             self._store.drop_folder(folder)
+
+
+def lead_tensors(tensors: dict[str, torch.Tensor], group: ProcessGroup) -> dict[str, torch.Tensor]:
+    """The tensors that the leading process has, in all processes."""
+    if group.size == 1:
+        return tensors
+    import torch
+
+    form = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()}
+    led = {}
+    for name, (dtype, shape) in group.tell(form).items():
+        value = tensors[name].cpu().contiguous() if group.leads else torch.empty(shape, dtype=getattr(torch, dtype))
+        group.lead(value.reshape(-1))
+        led[name] = value
+    return led
 
 
 def progress_of(step: str, reporter: Reporter) -> Any:

@@ -13,7 +13,8 @@ from ..checkpoint.companions import find_tokenizer_files
 from ..checkpoint.depth import find_sources
 from ..checkpoint.layer_check import check_same_layers
 from ..checkpoint.pretrained import check_generation_config, load_tokenizer
-from ..errors import ModelError
+from ..errors import ModelError, OptionError, StageError
+from ..machine.distributed import ProcessGroup
 from ..sweep.shapes import check_tensors
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Room:
     """Bytes on its device, besides what the program has there."""
     dtype: str
     """Floating-point type to compute in."""
+    processes: int = 1
+    """That do the step together, if it is `parallel`."""
 
 
 class StructureProbe:
@@ -67,13 +70,21 @@ class StructureProbe:
     def _sources(self) -> dict[int, list[int]]:
         return find_sources(full_config(self.graph.base.folder))
 
+    @property
+    def tries_all(self) -> bool:
+        """Whether no layer is too large to be tried in the memory that may be used."""
+        return all(self._fits(elements) for elements in self.graph.layer_elements().values())
+
+    def _fits(self, elements: int) -> bool:
+        return 4 * elements < self._memory // 2
+
     def check_loadable(self) -> None:
         """Raise `ModelError` where tensors are not what the config makes, or tokenizer or generation config cannot be read."""
         check_generation_config(self.graph.base.folder)
         if find_tokenizer_files(self.graph.base.folder):
             load_tokenizer(self.graph.base.folder)
         elements = self.graph.layer_elements()
-        check_tensors(self._model, lambda layer: 4 * elements[layer] < self._memory // 2)
+        check_tensors(self._model, lambda layer: self._fits(elements[layer]))
 
     def check_layerwise(self) -> None:
         """Raise `ModelError` where the model cannot be run one layer at a time; tries one layer of each kind."""
@@ -94,6 +105,18 @@ class StructureProbe:
                 f"layer {source} supplies keys and values to {', '.join(map(str, users))}, so hidden states do not carry all "
                 "gradients; list the layers to remove under 'layers' of prune instead of scoring them"
             )
+
+    @property
+    def processes(self) -> int:
+        """That the run which is about to start does the step with, if it is `parallel`; 1 where none is."""
+        return 1 if self.room is None else self.room.processes
+
+    def check_shares(self, batch_size: int) -> int:
+        """Samples of a training step that each process of the run takes. Raises `OptionError` where one would take more."""
+        try:
+            return ProcessGroup(size=self.processes).split(batch_size)
+        except StageError as error:
+            raise OptionError("batch_size", str(error)) from None
 
     def check_removal(self, kept: Sequence[int]) -> None:
         """Raise `ModelError` where no config makes the layers that would be left."""
@@ -179,4 +202,4 @@ class StructureProbe:
             tensors = self.graph.layer_tensors(layer)
             signature = tuple((name[start:].partition(".")[2], tensor.shape) for name, tensor in tensors.items())
             by_signature.setdefault(signature, []).append(layer)
-        return {alike[0]: alike for alike in by_signature.values() if 4 * elements[alike[0]] < self._memory // 2}
+        return {alike[0]: alike for alike in by_signature.values() if self._fits(elements[alike[0]])}

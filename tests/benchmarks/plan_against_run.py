@@ -1,7 +1,9 @@
 """What a recipe takes against what its plan says: `python tests/benchmarks/plan_against_run.py RECIPE [OPTION ...]`.
 
 Plans, then runs the recipe in a process of its own and an empty store, with the options given. Prints seconds, bytes read and peak
-resident memory of each step, planned and found, with the ratio found / planned.
+resident memory of each step, planned and found, with the ratio found / planned. With `--preload` first, the process imports before
+the run what steps import, so that bytes are those of model and data, as a plan counts them; then seconds and peaks of the first
+steps are not those of a run.
 """
 
 from __future__ import annotations
@@ -13,10 +15,24 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+RUN = ("-m", "gradmap_pipeline")
+_PRELOAD = """
+import importlib, sys
+for name in ("torch", "torch._dynamo", "datasets", "transformers.trainer", "transformers.models.auto.modeling_auto", "accelerate",
+             "peft", "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "sklearn", "onnx"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+from gradmap_pipeline.cli import main
+main()
+"""
 
 
 class Watch:
@@ -49,9 +65,9 @@ class Watch:
                 return
 
 
-def run(folder: Path, recipe: Path, options: list[str]) -> list[tuple[str, float, int, int]]:
-    """(step, seconds, bytes read, peak) of the opening of the model, and of each step."""
-    command = [sys.executable, "-m", "gradmap_pipeline", "run", str(recipe), "--json", *options]
+def run(folder: Path, recipe: Path, options: list[str], start: Sequence[str] = RUN) -> list[tuple[str, float, int, int]]:
+    """(step, seconds, bytes read, peak) of the opening of the model, and of each step. `start`: what Python runs."""
+    command = [sys.executable, *start, "run", str(recipe), "--json", *options]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     watch, before, started = Watch(process.pid), 0, 0.0
     rows: list[tuple[str, float, int, int]] = []
@@ -86,7 +102,7 @@ def plan(folder: Path, recipe: Path, options: list[str]) -> dict[str, dict[str, 
     return {step["step"]: step["estimate"] for step in json.loads(done.stdout)["steps"]}
 
 
-def compare(folder: Path, recipe: Path, options: list[str]) -> None:
+def compare(folder: Path, recipe: Path, options: list[str], start: Sequence[str] = RUN) -> None:
     """Plan and run a recipe in `folder`, and print both with the ratio run / plan."""
     shutil.rmtree(folder / ".gradmap", ignore_errors=True)
     started = time.monotonic()
@@ -94,7 +110,7 @@ def compare(folder: Path, recipe: Path, options: list[str]) -> None:
     print(f"planned in {time.monotonic() - started:.1f} s")
     print(f"{'':20} {'seconds':^22} {'GB read':^22} {'peak GiB':^22}")
     print(f"{'step':20}" + f" {'plan':>7}{'run':>8}{'ratio':>7}" * 3)
-    rows = run(folder, recipe, options)
+    rows = run(folder, recipe, options, start)
     units = (1.0, 1e9, 2.0**30)
     names = ("seconds", "bytes_read", "peak_bytes")
     totals = [sum(row[1] for row in rows), sum(row[2] for row in rows), max(row[3] for row in rows)]
@@ -113,4 +129,7 @@ def _cell(planned: float, measured: float, unit: float) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        compare(Path(work), Path(sys.argv[1]).resolve(), sys.argv[2:])
+        given = sys.argv[1:]
+        begin = ("-c", _PRELOAD) if given[0] == "--preload" else RUN
+        recipe_file, *others = given[1:] if given[0] == "--preload" else given
+        compare(Path(work), Path(recipe_file).resolve(), others, begin)

@@ -1,0 +1,109 @@
+"""What stages have found of a model is kept in the store, so that a second `gradmap check` need not look again."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..machine.digests import sha256_of_value
+from ..recipe.plan import Plan
+from ..recipe.stage_code import StageCode
+from .inspection import inspect_plan
+from .keys import version_of
+from .store import Store
+
+_NAME = "check"
+"""Under which the store keeps verdicts."""
+_SHIPPED = ("gradmap_pipeline", "gradmap_plugins")
+
+
+def inspect_once(plan: Plan, store: Store) -> None:
+    """`inspect_plan`, unless nothing of what it looks at has changed since all was well. What is refused is looked at each time.
+
+    Where the store cannot be written, nothing is kept; nor where something was left out because memory was short.
+    """
+    folder = plan.model.find_folder()
+    if folder is None:
+        return
+    key = _make_key(plan, folder)
+    if store.load_unit(_NAME, key) is not None:
+        return
+    started = time.monotonic()
+    is_complete = inspect_plan(plan)
+    if is_complete and _make_key(plan, folder) == key:  # else something has changed meanwhile
+        with suppress(OSError):
+            store.prepare()
+            store.save_unit(_NAME, key, "well", time.monotonic() - started)
+
+
+def _make_key(plan: Plan, model: Path) -> str:
+    """All that the answers of stages depend on. Files count by their state, which the system changes with them."""
+    steps = [
+        {
+            "id": step.id,
+            "stage": step.stage.name,
+            "code": None if StageCode.is_shipped(type(step.stage)) else step.code.digest,
+            "options": step.stage.model_dump(mode="json"),
+            "files": [_list_states(path) for path in (*_find_paths(step.stage), *step.writes)],
+            "inputs": {name: ".".join(source) for name, source in step.inputs.items()},
+            "environment": None if step.environment is None else [repr(step.environment), str(step.python)],
+            "versions": {library: version_of(library) for library in step.stage.libraries},
+        }
+        for step in plan.steps
+    ]
+    return sha256_of_value(
+        {
+            "model": [plan.model.model_dump(mode="json"), _list_states(model)],
+            "steps": steps,
+            "code": [_list_states(_find_package(name)) for name in _SHIPPED],
+            "packages": [_list_state(Path(place)) for place in sys.path if Path(place).name.endswith("-packages")],
+            "system": [platform.python_version(), platform.platform(), os.cpu_count(), os.environ.get("PATH")],
+        }
+    )
+
+
+def _find_package(name: str) -> Path:
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _find_paths(value: Any) -> Iterator[Path]:
+    """Files and folders that options name, at any depth."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        for _, item in value:
+            yield from _find_paths(item)
+    elif isinstance(value, dict):
+        yield from _find_paths(list(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for item in value:
+            yield from _find_paths(item)
+
+
+def _list_states(path: Path) -> list[list[Any]]:
+    """Of a file, or of each file of a folder, without those that Python makes of code. A Python counts with its packages."""
+    if path.is_dir():
+        return [_list_state(each) for each in sorted(path.rglob("*")) if each.is_file() and each.suffix != ".pyc"]
+    packages = path.parent.parent.glob("lib/python*/site-packages") if os.access(path, os.X_OK) else ()
+    return [_list_state(each) for each in (path, *packages)]
+
+
+def _list_state(path: Path) -> list[Any]:
+    """Where it is, its size, and times of its latest changes; none of these where it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [str(path.absolute())]
+    return [str(path.absolute()), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,0 +1,189 @@
+"""A second `gradmap check` looks at the model again only where something has changed that its stages look at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gradmap_pipeline import ModelError
+from gradmap_pipeline.cli import app
+from gradmap_pipeline.run import verdicts
+
+RECIPE = """\
+version: 1
+model: {path: model}
+steps:
+  - use: calibrate
+    with: {dataset: {path: text.txt}, samples: 4, sequence_length: 16}
+  - use: gradmap_score
+    with: {layers: 1}
+  - use: prune
+    with: {layers: 1}
+  - use: export
+    with: {to: out, overwrite: true}
+"""
+PLUGIN = """
+from pydantic import BaseModel
+from gradmap_pipeline import ModelGraph, Stage, hookimpl
+class Same(Stage):
+    "Give back the model."
+    name = "same"
+    class Inputs(BaseModel):
+        model: ModelGraph
+    class Outputs(BaseModel):
+        model: ModelGraph
+    def forecast(self, inputs):
+        return {"model": inputs.of(ModelGraph)}
+    def run(self, inputs, context):
+        return self.Outputs(model=inputs.model)
+@hookimpl
+def gradmap_stages():
+    return [Same]
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path, text: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, "model")
+    shutil.copy(text, "text.txt")
+    Path("r.yaml").write_text(RECIPE)
+    Path("p.py").write_text(PLUGIN)
+    Path("out").mkdir()
+    Path("out/config.json").write_text("{}\n\n")
+    return tmp_path
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The plans whose model was looked at."""
+    seen: list[Any] = []
+
+    def look(plan: Any) -> bool:
+        seen.append(plan)
+        return True
+
+    monkeypatch.setattr(verdicts, "inspect_plan", look)
+    return seen
+
+
+def check() -> None:
+    result = CliRunner().invoke(app, ["check", "r.yaml", "--plugin", "p.py"])
+    assert result.exit_code == 0, result.output
+
+
+def test_what_was_well_is_looked_at_once(looks: list[Any]) -> None:
+    for _ in range(3):
+        check()
+    assert len(looks) == 1
+    assert Path(".gradmap/.gitignore").read_text() == "*\n"
+
+
+def change_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+def use_other_model() -> None:
+    shutil.copytree("model", "other")
+    Path("r.yaml").write_text(RECIPE.replace("path: model", "path: other"))
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "an option": lambda _: Path("r.yaml").write_text(RECIPE.replace("samples: 4", "samples: 5")),
+    "a step": lambda _: Path("r.yaml").write_text(RECIPE + "  - use: same\n"),
+    "another model": lambda _: use_other_model(),
+    "a byte of the weights": lambda _: change_byte(Path("model/model.safetensors")),
+    "a file beside them": lambda _: Path("model/added.txt").touch(),
+    "a byte of the text": lambda _: change_byte(Path("text.txt")),
+    "an earlier export": lambda _: change_byte(Path("out/config.json")),
+    "what is installed": lambda patch: patch.setattr("sys.path", [*sys.path, "/elsewhere/site-packages"]),
+    "programs": lambda patch: patch.setenv("PATH", "/elsewhere"),
+    "the version of a library": lambda patch: patch.setattr(verdicts, "version_of", lambda library: f"9.{library}"),
+    "Python": lambda patch: patch.setattr("platform.python_version", lambda: "3.99.1"),
+    "code of this package": lambda patch: patch.setattr(verdicts, "_SHIPPED", ("gradmap_pipeline",)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_looked_at_again(change: str, looks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check()
+    CHANGES[change](monkeypatch)
+    check()
+    assert len(looks) == 2
+    check()
+    assert len(looks) == 2
+
+
+def test_code_of_a_plugin_counts(looks: list[Any]) -> None:
+    Path("r.yaml").write_text(RECIPE + "  - use: same\n")
+    check()
+    Path("p.py").write_text(PLUGIN.replace("Give back the model", "Hand on the model"))
+    check()
+    assert len(looks) == 2
+
+
+def test_what_is_refused_is_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def refuse(plan: Any) -> bool:
+        looks.append(plan)
+        raise ModelError("no room for it here")
+
+    monkeypatch.setattr(verdicts, "inspect_plan", refuse)
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["check", "r.yaml"])
+        assert (result.exit_code, "no room for it here" in result.stderr) == (2, True)
+    assert len(looks) == 2
+
+
+def test_what_changes_meanwhile_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as it was before the second check."""
+    looks = []
+
+    def change(plan: Any) -> bool:
+        looks.append(plan)
+        monkeypatch.setenv("PATH", "/elsewhere")
+        return True
+
+    monkeypatch.setattr(verdicts, "inspect_plan", change)
+    path = os.environ["PATH"]
+    for _ in range(2):
+        check()
+        monkeypatch.setenv("PATH", path)
+    assert len(looks) == 2
+
+
+def test_what_there_was_no_memory_to_try_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("gradmap_pipeline.run.inspection.default_budget", lambda _: 1000)
+        check()
+    assert not list(Path(".").glob(".gradmap/units/check-*"))
+    check()
+    assert len(list(Path(".").glob(".gradmap/units/check-*"))) == 1
+
+
+def test_damaged_verdict_counts_as_none(looks: list[Any]) -> None:
+    check()
+    (kept,) = Path(".gradmap/units").glob("check-*.json")
+    kept.write_text(kept.read_text().replace('"well"', '"bad!"'))
+    check()
+    assert len(looks) == 2
+
+
+def test_store_that_cannot_be_written_is_no_obstacle(looks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(verdicts.Store, "prepare", refuse)
+    check()
+    check()
+    assert len(looks) == 2
