@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 _HELD_OUT = 8
 """One sample of so many is held out."""
 _LEAST_SAMPLES = 16
+_LOOKS = 10
+"""At held-out samples, at most; each leaves a checkpoint."""
+_CHECKPOINTS = 3
+"""Of training, on disk at once: the best, the last, and the one being written."""
 _TAUGHT = 64
 """Samples whose choices are one unit of work."""
 _SETTINGS = ("teacher_share", "weights", "rank", "alpha", "steps", "learning_rate", "batch_size", "samples_at_once", "patience")
@@ -142,18 +146,22 @@ class Distill(Stage):
         head = costs.benchmark.head_pass(self._at_once, tokens)
         passes = self.steps * self.batch_size
         forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
-        looks = 11 * self.samples // _HELD_OUT
+        looks = (_LOOKS + 1) * self.samples // _HELD_OUT
         kept = self.samples * tokens * min(self.top_k, needs.words) * 8
+        state = 12 * trained  # weights and two moments, fp32
+        stored = costs.count_bytes(layers)
+        changed = stored if self.weights == "all" else layers * costs.stored_layer_bytes // whole
         training = Estimate(
             needed,
-            bytes_written=kept,
+            bytes_read=2 * stored + 4 * trained + 2 * kept,  # to train, to compare with; the best checkpoint
+            bytes_written=kept + _LOOKS * state,
             flops=passes * (layers * (layer.flops + layer.backward_flops) + head.flops + head.backward_flops),
             seconds=passes * (forward + backward) + looks * forward,
             how=f"trained as a whole, {'LoRA' if self.weights == 'lora' else 'all weights'}",
-            disk_bytes=kept,
+            disk_bytes=kept + _CHECKPOINTS * state,
             lines={"program": costs.occupied, **lines},
         )
-        return training + taught
+        return training + taught + costs.given(changed)
 
     def run(self, inputs: Any, context: Context) -> Any:
         graph: ModelGraph = inputs.model

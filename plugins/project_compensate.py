@@ -110,7 +110,10 @@ class ProjectCompensate(LayerCompensation):
         except CapacityError as error:
             raise CapacityError(f"{error}, or use space: output" if self.space == "input" else str(error)) from None
         seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
-        return both + Estimate(flops=sum(work), seconds=seconds)
+        inputs, width = costs.graph.map_sizes()
+        values = sites * width * (inputs + (width if self.attention else 0))
+        given = costs.given(values * costs.stored_layer_bytes // sum(costs.layer_elements.values()))
+        return both + given + Estimate(flops=sum(work), seconds=seconds)
 
     def check(self, graph: ModelGraph) -> None:
         drifting = sum(layer + 1 >= graph.removed[0] for layer in graph.layers)

@@ -135,11 +135,15 @@ class RefitLayers(Stage):
             raise CapacityError(f"{error}, or lower 'batch_size' or 'sequence_length'") from None
         one = costs.benchmark.layer_pass(together, tokens, weight_gradients=True)
         trained, looked = refit * self.steps * self.batch_size, refit * 12 * samples / HELD_OUT
-        layers = 2 * refit * costs.stored_layer_bytes // len(costs.graph.layers)  # as finished work, and as what comes out
-        return both + Estimate(
-            disk_bytes=both.disk_bytes + layers + disk_for_refit(needs),
-            flops=trained * (one.flops + one.backward_flops) + looked * one.flops,
-            seconds=trained * (one.forward_for_backward + one.backward) + looked * one.forward,
+        layers = refit * costs.stored_layer_bytes // len(costs.graph.layers)
+        return (
+            both
+            + costs.given(2 * layers, 2)
+            + Estimate(  # as finished work, and as what comes out
+                disk_bytes=both.disk_bytes + 2 * layers + disk_for_refit(needs),
+                flops=trained * (one.flops + one.backward_flops) + looked * one.flops,
+                seconds=trained * (one.forward_for_backward + one.backward) + looked * one.forward,
+            )
         )
 
     def run(self, inputs: Any, context: Context) -> Any:

@@ -84,6 +84,11 @@ class ModelCosts:
         """Bytes of embeddings, norm and head on disk."""
         return sum(tensor.size for tensor in self.graph.other_tensors().values())
 
+    @cached_property
+    def embedding_bytes(self) -> int:
+        """Bytes on disk of the largest tensor that is in no layer: the embeddings."""
+        return max((tensor.size for tensor in self.graph.other_tensors().values()), default=0)
+
     def first_time(self, key: Hashable) -> bool:
         """True once for each key; a run finds what an earlier step has done in the store."""
         is_new = key not in self._seen
@@ -133,6 +138,15 @@ class ModelCosts:
                 f"{', or allow more with --memory' if self.device == 'cpu' else ''}"
             )
         return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.speed.token)
+
+    def given(self, size: int, times: int = 3) -> Estimate:
+        """Tensors of so many bytes that a step gives: written, and read for their digests and for what is not finite.
+
+        `times`: how often they are read.
+        """
+        return Estimate(
+            bytes_read=times * size, bytes_written=size, seconds=size * (times * self.speed.read_again() + self.speed.write)
+        )
 
     def drawn_text(self, source: CalibrationSource, samples: int, tokens: int, layers: int, pool: int = 1) -> Estimate:
         """Draw samples (samples, tokens) as `draw_samples` does. `pool`: how many times as much text is read for them.
@@ -238,7 +252,7 @@ class ModelCosts:
         }
         allocator = plan.peak_bytes - sum(plan.lines.values())
         layer_bytes = self.stored_layer_bytes / whole
-        read = round(layer_bytes * (whole + layers + (0 if plan.is_resident else again)))
+        read = round(layer_bytes * (whole + layers + (0 if plan.is_resident else again))) + 2 * self.embedding_bytes
         layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(
