@@ -73,8 +73,8 @@ class Context:
     step: str | None = None
     """Id of this step in the recipe; None where there is no recipe."""
     metrics: tuple[Metric, ...] = ()
-    """What earlier steps have measured of the models that this one takes, and of those they were made from, where the stage has
-    `reads_metrics`."""
+    """What earlier steps have measured of the models that this one takes, of those they were made from, and of the unpruned one,
+    where the stage has `reads_metrics`."""
     remember_tensors: Callable[[Any, Callable[[], dict[str, torch.Tensor]]], dict[str, torch.Tensor]] = compute_anew
     """This does for tensors by name what `remember` does for JSON values. Of several processes all get those of the leading one.
 

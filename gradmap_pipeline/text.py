@@ -112,6 +112,17 @@ def shorten_titles(titles: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(set(titles)) else list(titles)
 
 
+def join_ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers in order, three or more in a row by their ends: `2, 5 to 11, 15, 16`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def without_places(value: Any) -> Any:
     """JSON whose texts that are paths of this machine, from its root, are cut to their names, for what is passed on."""
     if isinstance(value, dict):

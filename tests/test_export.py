@@ -89,7 +89,7 @@ def test_folder_holds_all_that_belongs_to_a_model(tmp_path: Path) -> None:
     assert [(entry["name"], entry["value"]) for entry in lineage["metrics"]] == [("perplexity", 12.5)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Layers removed, counted from 0: 0, 2." in card
-    assert card.count("| perplexity | a text | 12.500 |  | lower |") == 1
+    assert card.count("| perplexity | a text | 12.500 | lower |") == 1
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("abc")["input_ids"]) == 4
 
 

@@ -341,7 +341,7 @@ def test_what_was_measured_counts_for_the_card_of_an_export(folder: Path) -> Non
     (folder / "r.yaml").write_text(json.dumps(recipe))
     assert gradmap("run").exit_code == 0
     card = (folder / "out" / "README.md").read_text()
-    assert "| length | text.txt | 40.000 characters |  | lower |\n| half |  | 20.000 |  | lower |\n" in card
+    assert "| length | text.txt | 40.000 characters | lower |\n| half |  | 20.000 | lower |\n" in card
     lineage = json.loads((folder / "out" / "gradmap.json").read_text())
     assert [step["id"] for step in lineage["steps"]] == ["prune", "length", "export"]
     assert "export: done (from the store)" in gradmap("run").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -46,15 +47,58 @@ def test_card_says_what_was_done(pruned: ModelGraph) -> None:
     assert f"# {pruned.base.folder.name}, 2 of 4 layers\n" in card
     assert "Layers removed, counted from 0: 1, 2." in card
     assert f"{pruned.count_parameters():,} parameters, 1,234 bytes in `model.safetensors`." in card
-    assert "| metric | on | value | standard error | better |" in card
-    assert "| perplexity | text, 1 x 2 tokens | 40.000 |  | lower |" in card
-    assert "| acc\\|em |  | 0.2500 % | 0.012 % | higher |" in card
+    assert "| metric | on | this model | better |\n|---|---|---:|---|\n" in card
+    assert "| perplexity | text, 1 x 2 tokens | 40.000 | lower |" in card
+    assert "| acc\\|em |  | 0.2500 ± 0.012 % | higher |" in card
     local = perplexity.model_copy(update={"on": "/home/me/texts/prose.txt"})
     assert "| perplexity | prose.txt, 1 x 2 tokens | 40.000 |" in make_model_card(pruned, [local], PLAIN)
     hub = perplexity.model_copy(update={"on": "owner/name train"})
     assert "| perplexity | owner/name train, 1 x 2 tokens | 40.000 |" in make_model_card(pruned, [hub], PLAIN)
     assert "quantis" not in card
     assert str(pruned.base.folder.parent) not in card
+
+
+def test_the_unpruned_model_stands_beside_it(pruned: ModelGraph) -> None:
+    """Where it was measured alike: on the same text, and in the same way. What it alone has is left out."""
+    own = Metric(name="perplexity", value=40.0, better="lower", on="text", setting="1 x 2 tokens", model=pruned.digest)
+    answers = Metric(name="repetition", value=0.5, better="lower", model=pruned.digest)
+    dense = own.model_copy(update={"value": 20.0, "model": pruned.dense.digest})
+    others = [
+        dense.model_copy(update={"value": 21.0, "setting": "3 x 2 tokens"}),
+        dense.model_copy(update={"value": 22.0, "on": "prose"}),
+        dense.model_copy(update={"value": 23.0, "model": "another"}),
+    ]
+    card = make_model_card(pruned, [*others, dense, own, answers], PLAIN)
+    table = [line for line in card.splitlines() if line.startswith("|")]
+    assert table == [
+        "| metric | on | unpruned | this model | better |",
+        "|---|---|---:|---:|---|",
+        "| perplexity | text, 1 x 2 tokens | 20.000 | 40.000 | lower |",
+        "| repetition |  |  | 0.5000 | lower |",
+    ]
+
+
+def test_changed_weights_take_a_line_for_each_name(pruned: ModelGraph) -> None:
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (3, 5, 6, 7, 9, 10)]
+    names += ["model.layers.0.self_attn.o_proj.weight", "model.norm.weight"]
+    changed = pruned.model_copy(update={"patches": dict.fromkeys(names)})
+    lines = [line for line in make_model_card(changed, (), PLAIN).splitlines() if line.startswith("- ")]
+    assert lines == [
+        "- `mlp.down_proj.weight` of layers 3, 5 to 7, 9, 10",
+        "- `self_attn.o_proj.weight` of layers 0",
+        "- `model.norm.weight`",
+    ]
+
+
+def test_a_chat_model_is_shown_to_answer(pruned: ModelGraph, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(8))
+    for settings, shown in (({}, False), ({"chat_template": "{{ messages }}"}, True)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_card(tmp_path, pruned, (), "safetensors")
+        card = (tmp_path / "README.md").read_text()
+        assert ("apply_chat_template" in card) == shown
+        assert "model.generate(" in card
+        compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "card", "exec")
 
 
 def test_relation_to_a_base_on_the_hub(pruned: ModelGraph) -> None:

@@ -8,14 +8,20 @@ Format = Literal["safetensors", "torchao", "compressed-tensors", "onnx", "gguf"]
 _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+_PLAIN = """ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=64)
+print(tokenizer.decode(ids[0]))"""
+_CHAT = """chat = [{"role": "user", "content": "Why is the sky blue?"}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+ids = model.generate(**prompt, max_new_tokens=64)
+print(tokenizer.decode(ids[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))"""
 _OPTIMUM = """from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
 model = ORTModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=64)
-print(tokenizer.decode(ids[0]))"""
+"""
 _GENAI = """import onnxruntime_genai as genai
 
 model = genai.Model("path/to/this/folder")
@@ -42,19 +48,25 @@ def library_of(form: Format, files: tuple[str, ...]) -> str:
     return "gguf" if form == "gguf" else "transformers"
 
 
-def usage_lines(form: Format, files: tuple[str, ...]) -> list[str]:
-    """Markdown that shows how to run a folder. `files`: names of those with weights."""
+def usage_lines(form: Format, files: tuple[str, ...], *, is_chat: bool = False) -> list[str]:
+    """Markdown that shows how to run a folder. `files`: names of those with weights. `is_chat`: whether it answers chats."""
+    generating = _CHAT if is_chat else _PLAIN
+    transformers = _TRANSFORMERS + generating
     if form == "safetensors":
-        return _block("python", _TRANSFORMERS)
+        return _block("python", transformers)
     if form == "torchao":
-        return ["Needs torchao: `pip install transformers torchao accelerate`.", "", *_block("python", _TRANSFORMERS)]
+        return ["Needs torchao: `pip install transformers torchao accelerate`.", "", *_block("python", transformers)]
     if form == "compressed-tensors":
         needs = "Needs compressed-tensors: `pip install transformers compressed-tensors`. vLLM loads it as it is."
-        return [needs, "", *_block("python", _TRANSFORMERS), "", *_block("text", _VLLM)]
+        return [needs, "", *_block("python", transformers), "", *_block("text", _VLLM)]
     if form == "gguf":
         named = next((name for name in files if name.endswith(".gguf")), "model.gguf")
         return ["With llama.cpp, or a program built on it:", "", *_block("text", _LLAMA_CPP.format(file=named))]
-    lines = ['With Optimum, `pip install optimum-onnx "onnxruntime>=1.23"`:', "", *_block("python", _OPTIMUM)]
+    lines = [
+        'With Optimum, `pip install optimum-onnx "onnxruntime>=1.23"`:',
+        "",
+        *_block("python", _OPTIMUM + generating),
+    ]
     lines += ["", "With ONNX Runtime GenAI, `pip install onnxruntime-genai`:", "", *_block("python", _GENAI)]
     if _is_for_javascript(files):
         lines += ["", "With transformers.js, once the folder is on the hub:", "", *_block("js", _JAVASCRIPT)]

@@ -15,7 +15,7 @@ from ..context import Context, FinishedStep
 from ..errors import StageError
 from ..text import without_places
 from .exports import WEIGHTS, load_folder
-from .model_card import Holding, make_model_card
+from .model_card import Holding, make_model_card, select_metrics
 
 if TYPE_CHECKING:
     from ..checkpoint.graph import ModelGraph
@@ -99,11 +99,12 @@ def write_card(
     quantisation: str | None = None,
     details: tuple[str, ...] = (),
 ) -> None:
-    """The model card of a folder that has its weights: sizes are those of the files there. It has the model's `metrics`."""
+    """The model card of a folder that has its weights: sizes are those of the files there. It has those of
+    `metrics` that are of the model or of the unpruned one."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
     sizes = {name: file.stat().st_size for name, file in files.items() if name.endswith(WEIGHTS)}
     deviations = tuple(find_deviations(model, form))
-    card = make_model_card(model, _select_metrics(model, metrics), Holding(form, sizes, quantisation, details, deviations))
+    card = make_model_card(model, metrics, Holding(form, sizes, quantisation, details, deviations, _is_chat(folder)))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -144,7 +145,8 @@ def make_lineage(
         "layers_removed": model.removed,
         "patched": {name: file.sha256 for name, file in model.patches.items()},
         "steps": _list_steps(stage, context),
-        "metrics": [without_places(metric.model_dump()) for metric in _select_metrics(model, context.metrics)],
+        "metrics": _dump_metrics(model, context.metrics),
+        "base_metrics": _dump_metrics(model.dense, context.metrics),
         "max_logit_difference": difference,
         "files": {name: file.model_dump() for name, file in sorted(files.items())},
     }
@@ -182,9 +184,16 @@ def _count_weights(files: Mapping[str, ExportedFile]) -> int:
     return sum(file.size for name, file in files.items() if name.endswith(WEIGHTS))
 
 
-def _select_metrics(model: ModelGraph, metrics: Sequence[Metric]) -> list[Metric]:
-    """Those of the model, each once."""
-    return list(dict.fromkeys(metric for metric in metrics if metric.model == model.digest))
+def _dump_metrics(model: ModelGraph, metrics: Sequence[Metric]) -> list[Any]:
+    return [without_places(metric.model_dump()) for metric in select_metrics(model, metrics)]
+
+
+def _is_chat(folder: Path) -> bool:
+    """Whether the tokenizer has a template for chats."""
+    settings = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
 
 
 def _read_lineage(folder: Path) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def facts_of_lineage(lineage: Mapping[str, Any]) -> Facts | None:
     if base is None or not isinstance(kept, list | tuple):
         return None
     columns = {_name_column(metric): metric for metric in read_all(Metric, lineage.get("metrics"))}
-    dense = ModelLine(label="dense", layers=base.layers, parameters=base.parameters, bytes=base.bytes)
+    whole = {_name_column(metric): metric for metric in read_all(Metric, lineage.get("base_metrics"))}
+    dense = ModelLine(label="dense", layers=base.layers, parameters=base.parameters, bytes=base.bytes, metrics=whole)
     made = read(ModelLine, {**_mapping(lineage.get("model")), "layers": len(kept)}) or ModelLine(label="made", layers=len(kept))
     files = {str(name): read(File, file) for name, file in _mapping(lineage.get("files")).items()}
     difference = lineage.get("max_logit_difference")

@@ -167,7 +167,7 @@ def _list_metrics(facts: Facts) -> Table:
 
 
 def _explain_metrics(facts: Facts) -> str:
-    return "" if facts.recipe else "Those of the model itself; the files of an export do not say what the unpruned model has."
+    return "" if facts.recipe or facts.models[0].metrics else "Of the unpruned model nothing was measured before the export."
 
 
 def _list_limits(facts: Facts) -> Table:

@@ -251,11 +251,11 @@ def _prepare_computing(
 
 
 def _find_known(step: PlannedStep, inputs: Mapping[str, Artifact], state: RunState) -> list[Measured]:
-    """What earlier steps have measured of the models that a step takes, for stages that want to know."""
+    """What earlier steps have measured of the models that a step takes and of the unpruned one, for stages that want to know."""
     if not step.stage.reads_metrics:
         return []
     models = [artifact for artifact in inputs.values() if isinstance(artifact, Model | Export)]
-    digests = {form.digest for model in models for form in (model, model.graph)}
+    digests = {form.digest for model in models for form in (model, model.graph, model.graph.dense)}
     return [one for one in state.measured if one.metric.model in digests]
 
 

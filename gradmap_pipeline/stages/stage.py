@@ -54,7 +54,8 @@ class Stage(BaseModel):
     metric_names: ClassVar[tuple[str, ...] | None] = None
     """Names of the metrics that its outputs carry: `gradmap check` refuses limits on others. None: known when it has run."""
     reads_metrics: ClassVar[bool] = False
-    """Whether it uses `context.metrics`: what earlier steps have measured of the models that it takes. They count as an input."""
+    """Whether it uses `context.metrics`: what earlier steps have measured of the models that it takes, and of the unpruned
+    one. They count as an input."""
 
     machine_bound: ClassVar[bool] = False
     """Whether what it gives holds for one machine alone, as times do: device, processor, threads and system are part of the key
