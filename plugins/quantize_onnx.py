@@ -152,7 +152,8 @@ class QuantizeOnnx(FolderExport):
         exported = source.model_copy(
             update={"folder": new.target, "files": files, "max_logit_difference": agreement.difference, "quantisation": self.method}
         )
-        context.note(f"wrote {self.to}: weights of {exported.size_bytes / 1e6:.1f} MB instead of {source.size_bytes / 1e6:.1f} MB")
+        sizes = f"{exported.size_bytes / 1e6:.1f} MB instead of {source.size_bytes / 1e6:.1f} MB"
+        context.note(f"wrote {self.to}{new.replaced}: weights of {sizes}")
         for detail in details:
             context.note(detail)
         return self.Outputs(exported=exported, matrices=matrices.model_copy(update={"model": exported.digest}))

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.run.step_context import FoundUnits, progress_of
 
 RECIPE = """\
 version: 1
@@ -319,9 +320,44 @@ def test_killed_run_leaves_no_finished_step(folder: Path) -> None:
 
 
 def test_plan_and_check(folder: Path) -> None:
-    assert gradmap("check", "r.yaml").stdout == "r.yaml: no problems in 8 steps\n"
     shown = gradmap("plan", "r.yaml").stdout
     assert "4 layers" in shown
     assert "2 decisions" in shown
     assert "2 layers" in shown
     assert not (folder / ".gradmap").exists()
+    assert gradmap("check", "r.yaml").stdout == "r.yaml: no problems in 8 steps\n"
+    assert [file.name.partition("-")[0] for file in (folder / ".gradmap").rglob("*.json")] == ["check"]
+
+
+def test_an_export_says_what_it_takes_the_place_of(folder: Path) -> None:
+    gradmap("run", "r.yaml")
+    (folder / "r.yaml").write_text((folder / "r.yaml").read_text().replace("layers: 2", "layers: 1"))
+    again = gradmap("run", "r.yaml")
+    assert again.exit_code == 0, again.output
+    assert "wrote out in place of an export of 2 layers: 0." in again.stdout
+
+
+def test_what_is_kept_is_told_and_says_nothing_of_the_speed() -> None:
+    told: list[Any] = []
+
+    class Listener:
+        def progress(self, event: Any) -> None:
+            told.append((event.done, event.rate))
+
+        def progress_ended(self, step: str, description: str) -> None:
+            pass
+
+    notes: list[str] = []
+    found = FoundUnits(notes.append)
+    with progress_of("score", Listener(), found)("score layers", 4, "decision") as advance:  # type: ignore[arg-type]
+        for _ in range(2):
+            found.add(10.0)
+            advance()
+        assert [rate for _, rate in told] == [None, None, None]
+        time.sleep(0.05)
+        advance()
+    assert notes == ["goes on with what an earlier run has finished"]
+    done, rate = told[-1]
+    assert done == 3
+    assert 0.05 <= 1 / rate < 5
+    assert found.seconds == [10.0, 10.0]

@@ -80,7 +80,8 @@ def write_quantised(
     for line in (*explain_config(graph), *find_deviations(graph, form)):
         context.note(line)
     size = sum(file.size for file in files.values()) / 1e6
-    context.note(f"wrote {new.target}: {size:.1f} MB, loaded back, logits differ from the unquantised by up to {difference:.2g}")
+    told = f"loaded back, logits differ from the unquantised by up to {difference:.2g}"
+    context.note(f"wrote {new.target}{new.replaced}: {size:.1f} MB, {told}")
     return TransformersFolder(
         graph=graph, folder=new.target, files=files, max_logit_difference=difference, quantisation=quantisation
     )

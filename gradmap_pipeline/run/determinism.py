@@ -30,7 +30,7 @@ def verify_step(call: StepCall, first: BaseModel, *, is_leading: bool) -> None:
     if getattr(step.stage, "machine_bound", False):
         return
     with scratch_step() as folder:
-        again = replace(call, step=_write_into(step, folder.path / "written"), found_finished=[])
+        again = replace(call, step=_write_into(step, folder.path / "written"))
         (folder.path / "step").mkdir()
         second = again.run_anew(replace(folder, path=folder.path / "step"))
         difference = next(_find_differences(first, second), None) if is_leading else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,28 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass
+class FoundUnits:
+    """Units of work that a step takes from earlier runs."""
+
+    note: Callable[[str], None]
+    """Tells the user."""
+    seconds: list[float] = field(default_factory=list)
+    """That they took."""
+
+    def add(self, seconds: float) -> None:
+        """Count one more."""
+        if not self.seconds:
+            self.note("goes on with what an earlier run has finished")
+        self.seconds.append(seconds)
+
+
 def memory_of(
-    step: PlannedStep, workplace: Workplace | None, dtype: str, store: Store, group: ProcessGroup, found_finished: list[float]
+    step: PlannedStep, workplace: Workplace | None, dtype: str, store: Store, group: ProcessGroup, found: FoundUnits
 ) -> Callable[[Any, Callable[[], Any]], Any]:
     """Units of a stage's work, kept under what the stage names as key and the code that made them.
 
-    `found_finished`: gets the seconds of those that earlier runs have computed.
+    `found`: counts those that earlier runs have computed.
     """
     versions = versions_of(step, workplace)
 
@@ -35,7 +52,7 @@ def memory_of(
         group.agree_on(f"inputs of step {step.id!r}", whole)
         unit = group.tell(store.load_unit(step.stage.name, whole) if group.leads else None)
         if unit is not None:
-            found_finished.append(unit["seconds"])
+            found.add(unit["seconds"])
             return unit["value"]
         started = time.monotonic()
         value = group.tell(compute())
@@ -56,10 +73,10 @@ class KeptTensorUnits:
         dtype: str,
         store: Store,
         group: ProcessGroup,
-        found_finished: list[float],
+        found: FoundUnits,
     ) -> None:
-        """`found_finished`: gets the seconds of those that earlier runs have computed."""
-        self._stage, self._store, self._group, self._found_finished = step.stage.name, store, group, found_finished
+        """`found`: counts those that earlier runs have computed."""
+        self._stage, self._store, self._group, self._found = step.stage.name, store, group, found
         self._step = step.id
         self._made_by = [step.code.digest, dtype, versions_of(step, workplace)]
         self._keys: list[str] = []
@@ -72,7 +89,7 @@ class KeptTensorUnits:
         self._keys.append(whole)
         kept = self._store.load_tensors(self._stage, whole) if group.leads else None
         if kept is not None:
-            self._found_finished.append(kept[1])
+            self._found.add(kept[1])
         if group.tell(kept is not None):
             return lead_tensors(kept[0] if kept is not None else {}, group)
         started = time.monotonic()
@@ -113,23 +130,25 @@ def lead_tensors(tensors: dict[str, torch.Tensor], group: ProcessGroup) -> dict[
     return led
 
 
-def progress_of(step: str, reporter: Reporter) -> Any:
-    """How a stage tells how far it is, for the context of a step."""
+def progress_of(step: str, reporter: Reporter, found: FoundUnits) -> Any:
+    """How a stage tells how far it is, for the context of a step. What is `found` finished says nothing of how fast it goes on."""
 
     @contextmanager
     def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
-        started, done = time.monotonic(), 0
+        started, done, skipped, seen = time.monotonic(), 0, 0, len(found.seconds)
 
         def report(detail: str = "") -> None:
             seconds = time.monotonic() - started
-            rate = done / seconds if done and seconds > 0 else None
+            rate = (done - skipped) / seconds if done > skipped and seconds > 0 else None
             left = (total - done) / rate if rate else None
             told = rate if unit else None
             reporter.progress(Progress(step, description, done, total, unit, told, left, detail))
 
         def advance(units: int = 1, /, *, detail: str = "") -> None:
-            nonlocal done
+            nonlocal started, done, skipped, seen
             done = min(total, done + units)
+            if len(found.seconds) > seen:
+                started, skipped, seen = time.monotonic(), done, len(found.seconds)
             if not has_ended:
                 report(detail)
 

@@ -20,7 +20,7 @@ from ..recipe.plan import Plan, PlannedStep
 from .events import Reporter
 from .listening import heard
 from .stage_call import call_stage, check_outputs
-from .step_context import KeptTensorUnits, memory_of, progress_of
+from .step_context import FoundUnits, KeptTensorUnits, memory_of, progress_of
 from .store import StepFolder, Store
 
 
@@ -45,8 +45,11 @@ class StepCall:
     """What libraries have said, and was told."""
     provenance: Mapping[str, Any] | None = None
     """What an export is to say of how it is made again."""
-    found_finished: list[float] = field(default_factory=list)
-    """Seconds of the units that earlier runs have computed."""
+    found: FoundUnits = field(init=False)
+    """Units that earlier runs have computed."""
+
+    def __post_init__(self) -> None:
+        self.found = FoundUnits(self._note)
 
     def run(self, folder: StepFolder, *, is_leading: bool) -> tuple[BaseModel, dict[str, Any], Callable[[], None]]:
         """Call the stage; units that earlier runs have finished are taken from the store.
@@ -55,18 +58,17 @@ class StepCall:
         are kept.
         """
         step, store, dtype = self.step, self.store, self.machine.dtype
-        tensors = KeptTensorUnits(step, self.workplace, dtype, store, self.group, self.found_finished)
-        remember = memory_of(step, self.workplace, dtype, store, self.group, self.found_finished)
-        note = lambda text: self.reporter.note(step.id, text)  # noqa: E731
+        tensors = KeptTensorUnits(step, self.workplace, dtype, store, self.group, self.found)
+        remember = memory_of(step, self.workplace, dtype, store, self.group, self.found)
         units = {"remember": remember, "remember_tensors": tensors.remember, "keep_folder": tensors.keep_folder}
-        context = self._open_context(folder, note, **units)
+        context = self._open_context(folder, self._note, **units)
         called = time.monotonic()
         result = self._call(context)
         record: dict[str, Any] = {}
         if is_leading:
             check_outputs(step, result, self._take_inputs(), folder)
             record = {"step": step.id, "stage": step.stage.name, "options": step.stage.model_dump(mode="json", by_alias=True)}
-            record["seconds"] = time.monotonic() - called + sum(self.found_finished)
+            record["seconds"] = time.monotonic() - called + sum(self.found.seconds)
             record["peak_bytes"] = peak_bytes(context.device)
         return result, record, tensors.drop
 
@@ -83,6 +85,9 @@ class StepCall:
         with heard(context.note, self.told):
             return call_stage(self.step, self._take_inputs(), context, self.store, self.workplace, self.machine.threads)
 
+    def _note(self, text: str) -> None:
+        self.reporter.note(self.step.id, text)
+
     def _take_inputs(self) -> BaseModel:
         return self.step.stage.Inputs.model_validate(dict(self.inputs))
 
@@ -95,7 +100,7 @@ class StepCall:
             device=device,
             dtype=machine.dtype,
             memory=together.least(machine.budget(device, together)),
-            progress=progress_of(self.step.id, self.reporter),
+            progress=progress_of(self.step.id, self.reporter, self.found),
             note=note,
             group=together,
             lineage=self.lineage,
