@@ -30,7 +30,11 @@ _PROMPT_TOKENS = 32  # for the estimate
 
 
 class AnswerPrompts(Stage):
-    """Have the model and the unpruned model answer prompts, the likeliest token at each place; the report shows both."""
+    """Have the model and the unpruned model answer prompts, the likeliest token at each place; the report shows both.
+
+    `repetition` is the share of an answer's four tokens in a row that stood in it before, and `agreement` the share of the answer,
+    from its first token on, that the unpruned model gives too; both are means over the answers.
+    """
 
     name = "answer_prompts"
     metric_names = ("repetition", "agreement")
@@ -91,9 +95,12 @@ class AnswerPrompts(Stage):
             )
             for prompt, base, said in zip(prompts.texts, before, after, strict=True)
         )
-        repeating = sum(answer.repeats for answer in answers)
-        if repeating:
-            context.note(f"warning: {repeating} of {len(answers)} answers of the {model.label} model repeat themselves")
+        repeating = [number for number, answer in enumerate(answers, 1) if answer.repeats]
+        empty = [number for number, answer in enumerate(answers, 1) if not answer.answer.strip()]
+        for numbers, what in ((repeating, "repeat themselves"), (empty, "are empty")):
+            if numbers:
+                which = f"{len(numbers)} of {len(answers)} answers of the {model.label} model {what}"
+                context.note(f"warning: {which}: to prompt {', '.join(map(str, numbers))}")
         return self.Outputs(answers=Answers(model=model.digest, tokens=self.tokens, answers=answers))
 
 

@@ -198,6 +198,8 @@ def test_answers_that_repeat_are_told_and_shown(llama: Path, tmp_path: Path, mon
     answers = record["steps"][-1]["outputs"]["answers"]["answers"]
     repeating = [answer["repetition"] >= 0.5 for answer in answers]
     assert page.count("Repeats itself.") == sum(repeating) + sum(answer["base_repetition"] >= 0.5 for answer in answers)
-    assert (f"warning: {sum(repeating)} of 2 answers of the pruned model repeat themselves" in ran.stdout) == any(repeating)
+    which = ", ".join(str(number) for number, repeats in enumerate(repeating, 1) if repeats)
+    told = f"warning: {sum(repeating)} of 2 answers of the pruned model repeat themselves: to prompt {which}\n"
+    assert (told in ran.stdout) == any(repeating)
     mean = sum(answer["repetition"] for answer in answers) / 2
     assert record["models"][-1]["metrics"]["repetition"]["value"] == pytest.approx(mean)

@@ -117,3 +117,14 @@ def test_wrong_arguments(folder: Path) -> None:
         assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
     assert Path("there.yaml").read_text() == "mine"
     assert not Path("recipe.yaml").exists()
+
+
+def test_what_comes_next_has_the_options_given_and_a_chat_model_is_told(folder: Path) -> None:
+    settings = Path("model/tokenizer_config.json")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    told = gradmap("init", "model", "--to", "a.yaml", "--dtype", "bfloat16", "--threads", "1").stdout.splitlines()
+    assert told == [
+        "this model answers chats: with --chat the recipe has both models answer prompts",
+        "wrote a.yaml: gradmap plan a.yaml --dtype bfloat16 --threads 1; gradmap run a.yaml --dtype bfloat16 --threads 1",
+    ]

@@ -103,6 +103,8 @@ def plan(
             planned, _ = plan_recipe(recipe, overrides, load_catalog(plugins), store)
             if not json:
                 print_plan(planned)
+                if sys.stderr.isatty():
+                    print("trying a layer of each kind on this machine", file=sys.stderr, flush=True)
             machine = make_machine(device, dtype, threads, memory, host_memory)
             with heard(lambda text: None if json else print(show(f"note: {text}"), file=output)):
                 costs = estimate_plan(planned, machine, store)

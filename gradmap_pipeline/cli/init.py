@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,7 @@ def init(
     A file that is there is not overwritten. The model is downloaded if it must be; no weights are read.
     """
     with endings(store=store):
+        from ..checkpoint.pretrained import load_tokenizer
         from ..errors import CommandError
         from ..recipe.catalog import load_catalog
         from ..run.size_curve import name_model
@@ -70,6 +72,8 @@ def init(
             quantisation=quantise,
             answers=answers,
         )
+        if sys.stderr.isatty():
+            print(show(f"{start.title}; trying what this machine can do with it"), file=sys.stderr, flush=True)
         machine = make_machine(device, dtype, threads, memory, host_memory)
         fitted = fit_start(start, to, load_catalog([]), machine, store)
         with to.open("x", encoding="utf-8") as file:
@@ -78,7 +82,16 @@ def init(
             print("layers are chosen `among: expressible`, as the config of this model cannot say every removal")
         if not fitted.is_corrected:
             print("no correction: this architecture has no place for one")
-        print(show(f"wrote {to}: gradmap plan {to}; gradmap run {to}"))
+        if not answers and getattr(load_tokenizer(graph.base.folder), "chat_template", None):
+            print("this model answers chats: with --chat the recipe has both models answer prompts")
+        options = {
+            "--device": (device, "auto"),
+            "--dtype": (dtype, "float32"),
+            "--memory": (memory, None),
+            "--threads": (threads, None),
+        }
+        said = "".join(f" {name} {value}" for name, (value, default) in options.items() if value != default)
+        print(show(f"wrote {to}: gradmap plan {to}{said}; gradmap run {to}{said}"))
 
 
 def _read_amount(ratio: float | None, target: str | None) -> dict[str, Any]:
