@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..context import Advance, Context
     from .calibration_sources import GeneratedText
 
-GENERATED_TOGETHER = 8
+GENERATED_TOGETHER = 32
 """Sequences that are drawn, and kept for later runs, together."""
 _SEED_STRIDE = 1_000_003  # keeps the seeds of the sequences of one run apart from those of the next
 
@@ -36,7 +36,7 @@ def generate_rows(
 ) -> list[array[int]]:
     """`samples` sequences of `length` token ids, drawn from the model; its own choice after EOS too, as in packed text.
 
-    Every sequence has its own random numbers, by the seed and its number. Each eight are kept for later runs when they are done.
+    Every sequence has its own random numbers, by the seed and its number. Each 32 are kept for later runs when they are done.
     Raises `CapacityError` where the model, and the keys and values of one sequence, do not fit into the memory of the step.
     """
     tokenizer, embeddings = load_tokenizer(graph.base), count_embeddings(graph.base)
