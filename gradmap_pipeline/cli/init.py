@@ -51,9 +51,9 @@ def init(
     with endings(store=store):
         from ..errors import CommandError
         from ..recipe.catalog import load_catalog
+        from ..report.console import print_line
         from ..run.size_curve import name_model
         from ..run.starting_recipe import QUANTISATIONS, Start, fit_start, write_starting_recipe
-        from ..text import show
 
         if to.exists():
             raise CommandError(f"--to {str(to)!r} is there already; name another file, or move that one away")
@@ -75,10 +75,10 @@ def init(
         with to.open("x", encoding="utf-8") as file:
             file.write(write_starting_recipe(fitted))
         if fitted.among != "any":
-            print("layers are chosen `among: expressible`, as the config of this model cannot say every removal")
+            print_line("layers are chosen `among: expressible`, as the config of this model cannot say every removal")
         if not fitted.is_corrected:
-            print("no correction: this architecture has no place for one")
-        print(show(f"wrote {to}: gradmap plan {to}; gradmap run {to}"))
+            print_line("no correction: this architecture has no place for one")
+        print_line(f"wrote {to}: gradmap plan {to}; gradmap run {to}")
 
 
 def _read_amount(ratio: float | None, target: str | None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ..machine.extras import explain_missing
 from ..metrics import show_number
 from ..page.comparison import Compared, make_comparison_page
 from ..stages.targets import describe_folder, new_folder
-from ..text import add_row, make_console, make_table, show
+from ..text import show
+from .console import add_row, make_console, make_table, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,10 +35,10 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """One table: a row for each variant, after the models they start from."""
     headings = _headings(comparison)
-    table = make_table(*headings, right=headings[2:], fold=True)
+    table = make_table(*headings, right=headings[2:])
     for row in comparison.rows:
         add_row(table, *_cells(row, comparison))
-    (console or make_console()).print(table)
+    print_table(console or make_console(), table)
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:
