@@ -26,10 +26,12 @@ from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.recipe.plan import make_plan
 from gradmap_pipeline.recipe.recipe import load_recipe
 from gradmap_pipeline.report import cost_table, plan_table, reporters
+from gradmap_pipeline.report.comparison_files import print_comparison
 from gradmap_pipeline.report.console import make_console, wrap_words
 from gradmap_pipeline.report.log_file import LoggingReporter
 from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_rate
 from gradmap_pipeline.report.summary_tables import print_models, print_summary
+from gradmap_pipeline.run.comparison import Comparison, Row
 from gradmap_pipeline.run.costs import PlanCosts, StepCost
 from gradmap_pipeline.run.events import Place, Progress, RunFinished, RunStarted, StepFinished
 from gradmap_pipeline.run.measured import Measured, read_metrics
@@ -399,6 +401,22 @@ def test_summary_cuts_no_number_and_no_name(width: int, count: int) -> None:
     assert words.count("0.1704") == words.count("0.3725") == count
     assert ("metric" in words) is (width == 80)
     assert "perplexity on test.txt" in shown
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_comparison_cuts_no_number_and_no_name(width: int) -> None:
+    models = summarise_large_models(["dense", "compensated"]).models
+    rows = [
+        Row(f"mine, prune.layers={one.removed}", one.label, one.layers, one.parameters, one.bytes, one.metrics) for one in models
+    ]
+    stream = io.StringIO()
+    print_comparison(Comparison(rows), open_terminal(stream, width))
+    shown = stream.getvalue()
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= width
+    assert {"134,515,008", "269,030,016", "prune.layers=1", "compensated", "0.1704", "repetition", "evaluations"} <= set(
+        shown.split()
+    )
+    assert shown.count("variant") == (3 if width == 80 else 1)
 
 
 def test_removed_layers_go_on_below_and_numbers_do_not() -> None:
