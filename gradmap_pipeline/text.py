@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+from typing import Any
 
 _UNSEEN_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
 """Control characters, lone surrogates, separators of lines and paragraphs."""
@@ -43,47 +37,6 @@ def _is_obeyed(character: str) -> bool:
 def _escape(character: str) -> str:
     number = ord(character)
     return _NAMED.get(character) or (f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}")
-
-
-NARROW = 110
-"""Columns of a terminal below which tables of many columns become lists."""
-
-
-def make_console() -> Console:
-    """A console as wide as the terminal, or wide enough that a log loses nothing; what it is given is text, never markup."""
-    from rich.console import Console
-
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    plain["file"] = sys.stdout  # as it is now, whatever is there while code of a plugin runs
-    return Console(**plain) if sys.stdout.isatty() else Console(width=200, force_terminal=False, **plain)
-
-
-def say(console: Console, line: str) -> None:
-    """Print one line, however long."""
-    console.print(_as_text(line), soft_wrap=True)
-
-
-def make_table(*headings: str, right: Sequence[str] = (), fold: bool = False) -> Table:
-    """A table; `right`: the columns of numbers. `fold`: break long words instead of cutting them."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in headings:
-        justify: Literal["left", "right"] = "right" if heading in right else "left"
-        table.add_column(_as_text(heading), justify=justify, overflow="fold" if fold else "ellipsis")
-    return table
-
-
-def add_row(table: Table, *cells: str | Sequence[str]) -> None:
-    """Add a row of cells; one of several lines is a list of them."""
-    table.add_row(*(_as_text(*([cell] if isinstance(cell, str) else cell)) for cell in cells))
-
-
-def _as_text(*lines: str) -> Text:
-    from rich.text import Text
-
-    return Text("\n".join(map(show, lines)))
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:

@@ -172,6 +172,22 @@ def test_run_that_misses_a_limit_says_so(folder: Path, tmp_path: Path) -> None:
     assert "missed by" in page.text
 
 
+def test_without_a_name_the_latest_finished_run_is_reported(folder: Path, tmp_path: Path) -> None:
+    assert gradmap("run", "r.yaml", "--set", "prune.layers=1").exit_code == 0
+    head = json.loads(gradmap("log", "--json", "--limit", 1).stdout)
+    assert gradmap("run", "r.yaml", "--set", "model.path=out/nowhere").exit_code == 2
+    result = gradmap("report", "--to", tmp_path / "l.html")
+    assert result.exit_code == 0, result.output
+    told, wrote = result.stdout.splitlines()
+    assert re.fullmatch(rf"run {head['id']} of r\.yaml, ended [\d-]+ [\d:]+ UTC", told)
+    assert wrote == f"wrote {tmp_path / 'l.html'}"
+    assert "Set on the command line: prune.layers=1." in Page((tmp_path / "l.html").read_text()).text
+    refused = gradmap("report", "--store", "nowhere", "--to", tmp_path / "n.html")
+    advice = "run a recipe first, name the store with --store, or name the folder of an export"
+    assert (refused.exit_code, refused.stderr) == (2, f"error: the store 'nowhere' has no finished run; {advice}\n")
+    assert not (tmp_path / "n.html").exists()
+
+
 def test_comparison_does_not_take_the_place_of_a_run(folder: Path) -> None:
     before = Store(folder / ".gradmap").load_run(folder / "r.yaml")
     assert gradmap("compare", "r.yaml", "--out", folder / "comparison").exit_code == 0

@@ -8,15 +8,18 @@ import re
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from rich.console import Console
 from tiny import make_model, make_text
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.report import run_log
 from gradmap_pipeline.report.run_log import list_heads
 from gradmap_pipeline.run.difference import Side, find_differences, load_run
 from gradmap_pipeline.run.run_files import RunFile, dump_run, find_run, list_runs, read_head, read_run, shorten_ids
@@ -45,6 +48,31 @@ class End(Stage):
 @hookimpl
 def gradmap_stages():
     return [End]
+'''
+
+NAPS = '''
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from pydantic import BaseModel
+from gradmap_pipeline import ModelGraph, Stage, StageError, hookimpl
+
+class Nap(Stage):
+    """Sleep in two parts."""
+    name = "nap"
+    class Inputs(BaseModel):
+        model: ModelGraph
+    class Outputs(BaseModel):
+        model: ModelGraph
+    def run(self, inputs, context):
+        context.remember("long", lambda: time.sleep(1.2))
+        if Path("stop").exists():
+            raise StageError("stopped")
+        return self.Outputs(model=inputs.model)
+
+@hookimpl
+def gradmap_stages():
+    return [Nap]
 '''
 
 
@@ -113,8 +141,10 @@ def test_every_end_is_recorded(folder: Path, how: str, outcome: str, code: int, 
     assert [step["id"] for step in record["steps"]] == ["prune", "evaluate"]
     assert record["head"]["metrics"]
     shown = gradmap("show").stdout
-    assert f"of ends.yaml: {outcome}, exit code {code}\n" in shown
+    assert f"of ends.yaml: {outcome}, exit code {code}; of 3 steps, 2 done\n" in shown
     assert f"set on the command line: end_somehow.how={how}\n" in shown
+    listed = gradmap("log", "--limit", 1).stdout.splitlines()[3]
+    assert re.fullmatch(rf" [0-9a-f]+ .* ends\.yaml +{outcome} \({code}\) +[\d.]+ s +of 3 steps, 2 done", listed)
     assert not list((folder / ".gradmap" / "runs").glob("*.lock"))
 
 
@@ -171,6 +201,42 @@ def test_log_lists_newest_first(folder: Path) -> None:
     assert f"1 of {len(heads)} runs; --limit 0 lists all" in shown
     assert gradmap("log", "--store", "nowhere").stdout == "no runs in nowhere\n"
     assert not (folder / "nowhere").exists()
+
+
+def test_log_in_80_columns_has_what_counts_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(run_log, "make_console", lambda: console)
+    metrics = {"perplexity on /work/shared/data/wikitext-2/test.txt": 43.512, "repetition": 0.17}
+    common = {"started_at": "2026-11-28T00:13:22Z", "base_layers": 30, "layers": 24, "metrics": metrics, "seconds": 89.2}
+    done = {"short_id": "00904a", "recipe": "/work/a/long/place/mine.yaml", "outcome": "done", "exit_code": 0}
+    stopped = {"short_id": "88fd8e", "recipe": "mine.yaml", "outcome": "interrupted", "exit_code": 130, "steps": 9, "steps_done": 4}
+    export = {"short_id": "7c4814", "recipe": "out/smollm2-pruned/gradmap.json", "outcome": "limit missed", "exit_code": 5}
+    run_log.print_log([{**common, **head} for head in (done, stopped, export)], 3, Path(".gradmap"))
+    shown = capsys.readouterr().out
+    start = datetime(2026, 11, 28, 0, 13, tzinfo=timezone.utc).astimezone().strftime("%m-%d %H:%M")
+    assert [line.rstrip() for line in shown.splitlines()] == [
+        "run     started      ended                    took  recipe",
+        f"00904a  {start}  done               1 min 29 s  mine.yaml",
+        "        30 → 24 layers, perplexity on test.txt 43.51, 1 more",
+        f"88fd8e  {start}  interrupted (130)  1 min 29 s  mine.yaml",
+        "        of 9 steps, 4 done",
+        f"7c4814  {start}  limit missed (5)   1 min 29 s  smollm2-pruned/gradmap.json",
+        "        30 → 24 layers, perplexity on test.txt 43.51, 1 more",
+    ]
+
+
+def test_step_that_went_on_after_an_interruption_says_so(folder: Path) -> None:
+    (folder / "naps.py").write_text(NAPS)
+    (folder / "naps.yaml").write_text(json.dumps({"version": 1, "model": {"path": "model"}, "steps": [{"use": "nap"}]}))
+    for is_stopped in (True, False):
+        (folder / "stop").touch() if is_stopped else (folder / "stop").unlink()
+        assert gradmap("run", "naps.yaml", "--plugin", "naps.py").exit_code == (4 if is_stopped else 0)
+    (step,) = last_record(folder)["steps"]
+    assert step["seconds"] > 1.2
+    assert step["seconds_here"] < 1.0
+    assert re.search(r" nap +1\.[2-9] s, 0\.\d s of it in this run ", gradmap("show").stdout)
+    assert gradmap("run", "naps.yaml", "--plugin", "naps.py").exit_code == 0
+    assert re.search(r" nap +from the store ", gradmap("show").stdout)
 
 
 def test_show_gives_the_recipe_back(folder: Path) -> None:

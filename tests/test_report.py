@@ -13,25 +13,29 @@ import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from gradmap_pipeline import Artifact, Evaluation, ModelGraph, TensorFile, __version__
+from gradmap_pipeline import Artifact, Evaluation, Metric, ModelGraph, TensorFile, __version__
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cost.estimate import Estimate
 from gradmap_pipeline.recipe.catalog import load_catalog
 from gradmap_pipeline.recipe.plan import make_plan
 from gradmap_pipeline.recipe.recipe import load_recipe
 from gradmap_pipeline.report import cost_table, plan_table, reporters
+from gradmap_pipeline.report.comparison_files import print_comparison
+from gradmap_pipeline.report.console import make_console, wrap_words
 from gradmap_pipeline.report.log_file import LoggingReporter
 from gradmap_pipeline.report.reporters import JsonReporter, LineReporter, QuietReporter, format_rate
-from gradmap_pipeline.report.summary_tables import print_summary
+from gradmap_pipeline.report.summary_tables import print_models, print_summary
+from gradmap_pipeline.run.comparison import Comparison, Row
 from gradmap_pipeline.run.costs import PlanCosts, StepCost
 from gradmap_pipeline.run.events import Place, Progress, RunFinished, RunStarted, StepFinished
 from gradmap_pipeline.run.measured import Measured, read_metrics
-from gradmap_pipeline.run.summary import ModelRow, Summary, summarise
+from gradmap_pipeline.run.summary import ModelRow, StepRow, Summary, summarise
 from gradmap_pipeline.text import format_seconds, shorten_titles
 
 
@@ -363,10 +367,125 @@ def test_rates(rate: float, shown: str) -> None:
     assert format_rate(rate, "token") == shown
 
 
+def open_terminal(stream: io.StringIO, width: int, term: str = "xterm") -> Console:
+    """A terminal without colours."""
+    plain: dict[str, Any] = {"color_system": None, "markup": False, "highlight": False, "_environ": {"TERM": term}}
+    return Console(file=stream, width=width, force_terminal=True, **plain)
+
+
+def summarise_large_models(labels: list[str]) -> Summary:
+    """A dense model and others made of it, of 134,515,008 parameters and less, with three metrics."""
+    rows = []
+    for place, label in enumerate(labels):
+        values = {"perplexity on /work/data/test.txt": 29.61 + place, "repetition": 0.1704, "agreement": 0.3725}
+        metrics = {title: Metric(name=title, value=value, better="lower") for title, value in values.items()}
+        kept, count = tuple(range(30 - place)), 134_515_008 - place * 3_540_096
+        step = "project_compensate" if place else "model"
+        rows.append(ModelRow(label, step, len(kept), kept, place, 0, count, 2 * count, metrics))
+    return Summary(rows, [StepRow("evaluate_dense", "evaluate", 7.4, False), StepRow("fix", "project_compensate", 134.0, False)])
+
+
+@pytest.mark.parametrize("count", [3, 7])
+@pytest.mark.parametrize("width", [80, 140])
+def test_summary_cuts_no_number_and_no_name(width: int, count: int) -> None:
+    labels = ["dense", "pruned", "compensated", "refit", "distilled", "quantized_to_q4_k_m", "merged"][:count]
+    summary = summarise_large_models(labels)
+    stream = io.StringIO()
+    print_summary(open_terminal(stream, width), summary, 200.0)
+    shown = stream.getvalue()
+    words = shown.split()
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert {"parameters", "repetition", "agreement", "project_compensate", "evaluate_dense", *labels} <= set(words)
+    assert {f"{row.parameters:,}" for row in summary.models} | {f"{row.bytes:,}" for row in summary.models} <= set(words)
+    assert words.count("0.1704") == words.count("0.3725") == count
+    assert ("metric" in words) is (width == 80)
+    assert "perplexity on test.txt" in shown
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_comparison_cuts_no_number_and_no_name(width: int) -> None:
+    models = summarise_large_models(["dense", "compensated"]).models
+    rows = [
+        Row(f"mine, prune.layers={one.removed}", one.label, one.layers, one.parameters, one.bytes, one.metrics) for one in models
+    ]
+    stream = io.StringIO()
+    print_comparison(Comparison(rows), open_terminal(stream, width))
+    shown = stream.getvalue()
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= width
+    assert {"134,515,008", "269,030,016", "prune.layers=1", "compensated", "0.1704", "repetition", "evaluations"} <= set(
+        shown.split()
+    )
+    assert shown.count("variant") == (3 if width == 80 else 1)
+
+
+def test_removed_layers_go_on_below_and_numbers_do_not() -> None:
+    stream = io.StringIO()
+    headings = ("model", "step", "layers", "parameters", "removed")
+    cells = [["compensated", "project_compensate", "22", "106,194,240", "3, 12, 13, 14, 15, 17, 25, 26"]]
+    columns, figures = ["perplexity on test.txt"], [["39.45"]]
+    print_models(open_terminal(stream, 80), headings, cells, columns, figures, ["project_compensate"])
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+    start = lines.index("compensated project_compensate 22 106,194,240 3, 12, 13, 14, 15,")
+    assert lines[start + 1] == "17, 25, 26"
+    assert "perplexity on test.txt 39.45" in lines
+
+
+def test_tables_that_go_to_no_terminal_have_no_trailing_blanks(summary: Summary, capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary(make_console(), summary, 1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10
+    assert lines == [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("error: it fits", ["error: it fits"]),
+        ("  wrote a model that answers chats", ["  wrote a model that", "    answers chats"]),
+        ("error: /a/path/longer/than/the/width is not there", ["error:", "  /a/path/longer/than/the/width", "  is not there"]),
+        ("", [""]),
+    ],
+)
+def test_long_lines_go_on_at_words_below(line: str, parts: list[str]) -> None:
+    assert wrap_words(line, 20) == parts
+    assert wrap_words(line, None) == [line]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_refusals_and_notes_are_whole_where_they_are_wrapped(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("COLUMNS", "40")
+    refused, noted = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", refused)
+    message = "found 31 layers, accepted: fewer than the model has, which is 30"
+    QuietReporter().error(2, message, "r.yaml:9:3")
+    reporter = LineReporter()
+    reporter.console = open_terminal(noted, 40, term)
+    reporter.note("export", f"a model that answers chats: {message}")
+    for stream in (refused, noted):
+        lines = stream.getvalue().splitlines()
+        assert " ".join(" ".join(lines).split()).endswith(message)
+        assert (len(lines) == 1) is (term == "dumb")
+        assert term == "dumb" or max(map(len, lines)) <= 40
+        assert len({len(line) - len(line.lstrip()) for line in lines[1:]}) <= 1
+
+
+def test_refusal_in_a_pipe_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    QuietReporter().error(4, "word " * 30, None)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_plan_loses_nothing_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     for module in (plan_table, cost_table):
-        monkeypatch.setattr(module, "make_console", lambda: Console(file=stream, width=80, markup=False, highlight=False))
+        monkeypatch.setattr(module, "make_console", lambda: open_terminal(stream, 80))
     plan = make_plan(load_recipe(Path(__file__).parent.parent / "recipes" / "quickstart.yaml"), load_catalog())
     plan_table.print_plan(plan)
     lines = {"layer weights": 3 << 30, "hidden states": 2 << 30}

@@ -94,11 +94,11 @@ def plan(
     with sole_output(json) as output:
         with endings(make_reporter(json=json, quiet=True, stream=output), store):
             from ..recipe.catalog import load_catalog
+            from ..report.console import print_line
             from ..report.cost_table import costs_as_json, print_costs
             from ..report.plan_table import print_plan
             from ..run.costs import estimate_plan
             from ..run.listening import heard
-            from ..text import show
 
             planned, _ = plan_recipe(recipe, overrides, load_catalog(plugins), store)
             if not json:
@@ -106,7 +106,7 @@ def plan(
                 if sys.stderr.isatty():
                     print("trying a layer of each kind on this machine", file=sys.stderr, flush=True)
             machine = make_machine(device, dtype, threads, memory, host_memory)
-            with heard(lambda text: None if json else print(show(f"note: {text}"), file=output)):
+            with heard(lambda text: None if json else print_line(f"note: {text}", output)):
                 costs = estimate_plan(planned, machine, store)
             if json:
                 print(costs_as_json(costs), file=output, flush=True)
@@ -144,21 +144,21 @@ def compare(
     with endings(store=store):
         from ..recipe.places import find_machine_places
         from ..report.comparison_files import print_comparison, save_comparison
+        from ..report.console import print_line
         from ..report.reporters import CompareReporter
         from ..run.comparison import check_folder, make_variants, run_variants
-        from ..text import show
 
         catalog = _catalog(plugins)
         variants = make_variants(recipes, grids, overrides, catalog, store)
         check_folder(out, variants, [place for recipe in recipes for place in find_machine_places(store, recipe, plugins)])
         left_out = sorted({step for variant in variants for step in variant.left_out})
         if left_out:
-            print(show(f"left out, as variants would write over each other: {', '.join(left_out)}"))
+            print_line(f"left out, as variants would write over each other: {', '.join(left_out)}")
         reporter = CompareReporter([variant.name for variant in variants])
         comparison = run_variants(variants, open_store(store), make_machine(device, dtype, threads, memory, host_memory), reporter)
         print_comparison(comparison)
         for line in save_comparison(comparison, out):
-            print(show(line))
+            print_line(line)
         for name, error in comparison.failures:
             reporter.error(error.exit_code, f"{name}: {error}", error.where)
     if comparison.failures:

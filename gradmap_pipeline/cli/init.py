@@ -53,6 +53,7 @@ def init(
         from ..checkpoint.pretrained import load_tokenizer
         from ..errors import CommandError
         from ..recipe.catalog import load_catalog
+        from ..report.console import print_line
         from ..run.size_curve import name_model
         from ..run.starting_recipe import QUANTISATIONS, Start, fit_start, write_starting_recipe
         from ..text import show
@@ -79,11 +80,11 @@ def init(
         with to.open("x", encoding="utf-8") as file:
             file.write(write_starting_recipe(fitted))
         if fitted.among != "any":
-            print("layers are chosen `among: expressible`, as the config of this model cannot say every removal")
+            print_line("layers are chosen `among: expressible`, as the config of this model cannot say every removal")
         if not fitted.is_corrected:
-            print("no correction: this architecture has no place for one")
+            print_line("no correction: this architecture has no place for one")
         if not answers and getattr(load_tokenizer(graph.base.folder), "chat_template", None):
-            print("this model answers chats: with --chat the recipe has both models answer prompts")
+            print_line("this model answers chats: with --chat the recipe has both models answer prompts")
         options = {
             "--device": (device, "auto"),
             "--dtype": (dtype, "float32"),
@@ -91,7 +92,7 @@ def init(
             "--threads": (threads, None),
         }
         said = "".join(f" {name} {value}" for name, (value, default) in options.items() if value != default)
-        print(show(f"wrote {to}: gradmap plan {to}{said}; gradmap run {to}{said}"))
+        print_line(f"wrote {to}: gradmap plan {to}{said}; gradmap run {to}{said}")
 
 
 def _read_amount(ratio: float | None, target: str | None) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def lock(
     with endings(store=store):
         from ..errors import CommandError
         from ..recipe.catalog import load_catalog
+        from ..report.console import print_line
         from ..run.lock_file import make_lock, name_lock, write_lock
-        from ..text import show
 
         plan, replay = plan_recipe(recipe, overrides, load_catalog(plugins), store)
         if replay is not None:
@@ -46,4 +46,4 @@ def lock(
         write_lock(file, made)
         opened.close()
         names = ", ".join(f"{name} {version}" for name, version in made.libraries.items())
-        print(show(f"wrote {file}: {plan.model.name}, {len(made.steps)} steps, Python {made.python}, {names}"))
+        print_line(f"wrote {file}: {plan.model.name}, {len(made.steps)} steps, Python {made.python}, {names}")

@@ -30,11 +30,11 @@ def new_plugin(
     The stage is called as the package, with underscores and without "gradmap-". A folder that holds anything is refused.
     """
     with endings():
-        from ..text import show
+        from ..report.console import print_line
         from .new_plugin import write_plugin
 
         folder, stage = write_plugin(name, kind, to)
-        print(show(f"wrote {folder}: stage {stage}, its tests and a recipe; {folder / 'README.md'} says how to go on"))
+        print_line(f"wrote {folder}: stage {stage}, its tests and a recipe; {folder / 'README.md'} says how to go on")
 
 
 def recipes(

@@ -80,6 +80,7 @@ def collect_garbage(
     with endings():
         from ..errors import CommandError
         from ..machine.memory import parse_size
+        from ..report.console import print_line
         from ..report.store_lines import format_collection
         from ..run.store_collection import Criteria, collect, parse_age
 
@@ -93,7 +94,8 @@ def collect_garbage(
             raise CommandError(f"--unused-by {str(unused_by)!r} is not a folder; name the folder of the recipes that you keep")
         criteria = Criteria(age, None if max_size is None else parse_size(max_size), unused_by)
         done = collect(_find_store(store), criteria, is_dry=dry_run)
-        print("\n".join(format_collection(done, is_dry=dry_run)))
+        for line in format_collection(done, is_dry=dry_run):
+            print_line(line)
 
 
 @store_commands.command(name="rm")
@@ -122,6 +124,7 @@ def remove_named(
     """Remove what is named; what a run under way uses is left. It is made again when a recipe needs it."""
     with endings():
         from ..errors import CommandError
+        from ..report.console import print_line
         from ..report.store_lines import format_collection
         from ..run.store_collection import choose_named, remove
 
@@ -131,7 +134,8 @@ def remove_named(
             )
         root = _find_store(store)
         done = remove(root, choose_named(root, steps, keys, runs), is_dry=dry_run)
-        print("\n".join(format_collection(done, is_dry=dry_run)))
+        for line in format_collection(done, is_dry=dry_run):
+            print_line(line)
 
 
 @store_commands.command(name="check")
@@ -143,11 +147,13 @@ def check_all(store: StorePath = Path(".gradmap"), plugins: PluginFiles = []) ->
     with endings():
         from ..errors import StageError
         from ..recipe.catalog import load_catalog
+        from ..report.console import print_line
         from ..report.store_lines import format_findings, name_entry
         from ..run.store_check import check_store
 
         looked_at, findings = check_store(_find_store(store), load_catalog(plugins))
-        print("\n".join(format_findings(looked_at, findings)))
+        for line in format_findings(looked_at, findings):
+            print_line(line)
         damaged = [f"{name_entry(one.entry)} is damaged: {one.reason}" for one in findings if one.is_damage]
         if damaged:
             keys = dict.fromkeys(f"--key {one.entry.key[:12]}" for one in findings if one.is_damage and one.entry.key)

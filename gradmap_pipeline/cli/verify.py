@@ -17,9 +17,9 @@ def verify(
     """Check an exported folder: every file as it was written, and the model loads."""
     with endings():
         from ..export.verify import verify_folder
+        from ..report.console import print_line
         from ..run.listening import heard
-        from ..text import show
 
-        with heard(lambda text: print(show(f"note: {text}"))):
+        with heard(lambda text: print_line(f"note: {text}")):
             for line in verify_folder(folder):
-                print(show(line))
+                print_line(line)

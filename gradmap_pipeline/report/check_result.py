@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import GradmapError, Problem, RecipeError
 from ..recipe.plan import Plan
-from ..text import show
+from .console import print_line
 from .plan_table import print_advice
 
 _PLACE = re.compile(r"(?P<file>.+):(?P<line>\d+):(?P<column>\d+)", re.DOTALL)
@@ -18,7 +18,7 @@ def print_check(recipe: Path, plan: Plan) -> None:
     """Advice, and that there is no problem."""
     print_advice(plan)
     count = len(plan.steps)
-    print(show(f"{recipe}: no problems in {count} step{'' if count == 1 else 's'}"))
+    print_line(f"{recipe}: no problems in {count} step{'' if count == 1 else 's'}")
 
 
 def describe_check(recipe: Path, plan: Plan | None, failure: GradmapError | None) -> dict[str, Any]:

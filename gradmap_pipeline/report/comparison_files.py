@@ -12,12 +12,17 @@ from ..machine.extras import explain_missing
 from ..metrics import show_number
 from ..page.comparison import Compared, make_comparison_page
 from ..stages.targets import describe_folder, new_folder
-from ..text import add_row, make_console, make_table, show
+from ..text import shorten_titles, show
+from .console import add_row, fits, make_console, make_table, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ..run.comparison import Comparison, Row
+
+_NAMES = 2
+"""Columns that say of what the others are: variant and model."""
 
 
 def _headings(comparison: Comparison) -> list[str]:
@@ -32,12 +37,26 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """One table: a row for each variant, after the models they start from."""
-    headings = _headings(comparison)
-    table = make_table(*headings, right=headings[2:], fold=True)
-    for row in comparison.rows:
-        add_row(table, *_cells(row, comparison))
-    (console or make_console()).print(table)
+    """One table, or as many as its columns need: a row for each variant, after the models they start from."""
+    to = console or make_console()
+    headings = shorten_titles(_headings(comparison))
+    rows = [_cells(row, comparison) for row in comparison.rows]
+    columns: list[int] = []
+    for column in range(_NAMES, len(headings)):
+        if columns and not fits(to, _make_table(headings, rows, [*columns, column])):
+            print_table(to, _make_table(headings, rows, columns))
+            columns = []
+        columns.append(column)
+    print_table(to, _make_table(headings, rows, columns))
+
+
+def _make_table(headings: list[str], rows: list[list[str]], columns: list[int]) -> Table:
+    """Names, and some of the columns of figures."""
+    numbers = [headings[column] for column in columns]
+    table = make_table(*headings[:_NAMES], *numbers, right=numbers, flexible=headings[:_NAMES])
+    for row in rows:
+        add_row(table, *row[:_NAMES], *(row[column] for column in columns))
+    return table
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> Iterator[str]:

@@ -7,19 +7,20 @@ from dataclasses import asdict
 from ..cost.estimate import Estimate
 from ..run.costs import PlanCosts
 from ..sweep.memory_plan import format_size
-from ..text import NARROW, add_row, dump_json, format_bytes, format_seconds, make_console, make_table
+from ..text import dump_json, format_bytes, format_seconds
+from .console import NARROW, add_row, make_console, make_table, print_table, say
 
 
 def print_costs(costs: PlanCosts | None) -> None:
     """A row a step, their sum, and what the figures do not know."""
     console = make_console()
     if costs is None:
-        console.print("What it takes can be said when the model is on this machine.")
+        say(console, "What it takes can be said when the model is on this machine.")
         return
     is_narrow = console.width < NARROW
     columns: tuple[str, ...] = ("memory", "read", "written", "FLOPs", "time")
     columns = columns if is_narrow else ("parameters", *columns)
-    table = make_table("step", *columns, *(() if is_narrow else ("how",)), right=columns, fold=True)
+    table = make_table("step", *columns, *(() if is_narrow else ("how",)), right=columns, flexible=("step", "how"))
 
     def add(step: str, parameters: int | None, cells: list[str], how: str) -> None:
         if is_narrow:
@@ -34,8 +35,8 @@ def print_costs(costs: PlanCosts | None) -> None:
     table.add_section()
     is_known = all(step.estimate for step in costs.steps)
     add("all" if is_known else "all that is known", None, _cells(costs.total), "")
-    console.print(table)
-    memory = make_table("step", "memory at its peak", fold=True)
+    print_table(console, table)
+    memory = make_table("step", "memory at its peak", flexible=("memory at its peak",))
     for step in costs.steps:
         lines = {} if step.estimate is None else step.estimate.lines
         largest = sorted(((size, line) for line, size in lines.items() if size >= 1 << 20), reverse=True)
@@ -43,10 +44,11 @@ def print_costs(costs: PlanCosts | None) -> None:
         how = ("does not fit" if step.obstacle else step.estimate.how if step.estimate else "") if is_narrow else ""
         if listed or how:
             add_row(memory, step.step, "; ".join(filter(None, (listed, how))))
-    console.print(memory)
-    console.print(
+    print_table(console, memory)
+    say(
+        console,
         f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
-        "downloads are not in them."
+        "downloads are not in them.",
     )
 
 

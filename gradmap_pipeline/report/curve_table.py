@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..run.size_curve import CurvePoint
-from ..text import add_row, make_console, make_table, say
+from .console import add_row, make_console, make_table, print_table, say
 
 
 def print_curve(curve: Sequence[CurvePoint], text: str, ranking: str) -> None:
     """A row for each depth, and how a recipe asks for one. `text`: that perplexity is measured on."""
     console = make_console()
     columns = ("parameters", "bytes", "speed", "perplexity", "ratio")
-    table = make_table("layers", *columns, "removed", right=("layers", *columns), fold=True)
+    table = make_table("layers", *columns, "removed", right=("layers", *columns), flexible=("removed",))
     for point in curve:
         figures = (f"{point.parameters:,}", f"{point.bytes:,}", f"{point.speedup:.2f} x", f"{point.perplexity:.4g}")
         removed = ", ".join(map(str, point.removed))
         add_row(table, str(point.layers), *figures, f"{point.perplexity_ratio:.3f}", removed)
-    console.print(table)
+    print_table(console, table)
     say(console, f"Ranked by {ranking}. Perplexity is of {text}, before any correction; a correction closes a part of the gap.")
     say(console, "Speed is estimated for a pass over one sequence: from one layer and the head, tried with made-up weights.")
     smallest = curve[-1]

@@ -21,6 +21,16 @@ _MARKS = {"--to": GENERATOR, "--svg": PICTURE_START}
 _MARKED_CHARACTERS = 2000
 
 
+def read_latest(store: Path) -> tuple[Facts, str]:
+    """What the latest run of a store recorded, and a line that names it. Raises `CommandError` where no run came to figures."""
+    record = Store(store).load_run()
+    facts = None if record is None else facts_of_run(record)
+    if record is None or facts is None:
+        advice = "run a recipe first, name the store with --store, or name the folder of an export"
+        raise CommandError(f"the store {str(store)!r} has no finished run; {advice}")
+    return facts, f"run {record['head']['id']} of {record['head']['recipe']}, ended {record['ended_at']}"
+
+
 def read_facts(source: Path, store: Path) -> Facts:
     """What an export, or the latest run of a recipe, recorded. Raises `CommandError`, and `StageError` where that is damaged."""
     if source.is_dir():

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ..recipe.plan import Plan, PlannedStep
-from ..text import NARROW, add_row, make_console, make_table, show
+from .console import NARROW, add_row, make_console, make_table, print_line, print_table, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,29 +19,26 @@ def print_plan(plan: Plan) -> None:
         _print_list(plan, console)
         print_advice(plan)
         return
-    table = make_table("step", "stage", "takes", "options", "result", fold=True)
+    table = make_table("step", "stage", "takes", "options", "result", flexible=("takes", "options", "result"))
     layers = getattr(plan.model_forecast, "layers", None)
     add_row(table, "model", "", "", plan.model.name, f"{layers} layers" if layers else "")
     for step in plan.steps:
         add_row(table, step.id, step.stage.name, _list_sources(step), _list_options(step), _list_known(step))
-    console.print(table)
+    print_table(console, table)
     print_advice(plan)
 
 
 def _print_list(plan: Plan, console: Console) -> None:
     """The same for a narrow terminal: a line a step, and its options below it."""
-    from rich.padding import Padding
-    from rich.text import Text
-
     layers = getattr(plan.model_forecast, "layers", None)
-    console.print(Text(show(f"{plan.model.name}{f', {layers} layers' if layers else ''}")))
+    say(console, f"{plan.model.name}{f', {layers} layers' if layers else ''}")
     for step in plan.steps:
         stage = "" if step.id == step.stage.name else f" ({step.stage.name})"
         known = _list_known(step)
-        console.print(Text(show(f"{step.id}{stage} takes {_list_sources(step)}{f': {known}' if known else ''}")))
+        say(console, f"{step.id}{stage} takes {_list_sources(step)}{f': {known}' if known else ''}")
         options = _list_options(step)
         if options:
-            console.print(Padding(Text(show(", ".join(options))), (0, 0, 0, 4)))
+            say(console, f"    {', '.join(options)}")
 
 
 def _list_sources(step: PlannedStep) -> str:
@@ -71,6 +68,6 @@ def print_advice(plan: Plan) -> None:
     """What the user should know before a run, a line each."""
     for step in plan.steps:
         for line in step.notices:
-            print(show(line))
+            print_line(line)
         for line in step.advice:
-            print(show(f"step {step.id!r}: {line}"))
+            print_line(f"step {step.id!r}: {line}")

@@ -14,7 +14,8 @@ from .. import __version__
 from ..machine.streams import error_stream, is_lost
 from ..run.events import Place, Progress, Reporter, RunFinished, RunStarted, StepFinished, StepStarted
 from ..sweep.memory_plan import format_size
-from ..text import dump_json, format_seconds, make_console, say, show
+from ..text import dump_json, format_seconds, show
+from .console import make_console, print_line, say
 from .summary_tables import print_summary
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class QuietReporter:
     def error(self, exit_code: int, message: str, where: str | None) -> None:
         place = f"{where}: " if where and not message.startswith(where) else ""
         for line in filter(str.strip, message.split("\n")):
-            print(show(f"error: {place}{line}"), file=error_stream())
+            print_line(f"error: {place}{line}", error_stream())
 
 
 class JsonReporter(QuietReporter):

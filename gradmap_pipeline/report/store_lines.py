@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..run.store_entries import Entry, Total, add_up
 from ..text import format_bytes, show
+from .console import align
 
 if TYPE_CHECKING:
     from ..run.store_check import Finding
@@ -41,7 +42,7 @@ def format_entries(entries: Sequence[Entry]) -> list[str]:
     if records:
         (total,) = add_up(records)
         rows.append(("records of runs", str(total.count), *_show_total(total), ""))
-    return _align(rows, right=(2,)) if len(rows) > 1 else ["the store holds no results"]
+    return align(rows, right=(2,)) if len(rows) > 1 else ["the store holds no results"]
 
 
 def _show_total(total: Total) -> tuple[str, str]:
@@ -53,7 +54,7 @@ def format_totals(totals: Sequence[Total]) -> list[str]:
     rows = [("what", "number", "size")]
     rows += [(_name_total(total), str(total.count), format_size_of(total.bytes)) for total in totals]
     rows.append(("all", "", format_size_of(sum(total.bytes for total in totals))))
-    return _align(rows, right=(1, 2))
+    return align(rows, right=(1, 2))
 
 
 def _name_total(total: Total) -> str:
@@ -122,17 +123,3 @@ def _name_recipes(recipes: Sequence[str]) -> str:
     names = [Path(recipe).name for recipe in recipes]
     more = f" and {len(names) - _RECIPES_SHOWN} more" if len(names) > _RECIPES_SHOWN else ""
     return ", ".join(names[:_RECIPES_SHOWN]) + more
-
-
-def _align(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
-    """Columns side by side, two blanks apart; those named by place end at one edge."""
-    shown = [tuple(map(show, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    lines = []
-    for row in shown:
-        cells = (
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return lines

@@ -26,12 +26,15 @@ def make_head(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
     """The few fields of a record that a list of runs shows."""
     models = record.get("models") or []
     last = next((row for row in reversed(models) if row["metrics"]), models[-1] if models else None)
-    head = {
+    head: dict[str, Any] = {
         "recipe": str(plan.recipe_path),
         "recipe_path": str(plan.recipe_path.resolve()),
         "description": plan.description,
         "model": plan.model.name,
+        "steps": len(plan.steps),
     }
+    if "steps" in record:
+        head["steps_done"] = len(record["steps"])
     if last is None:
         return head
     metrics = {column: metric["value"] for column, metric in last["metrics"].items()}
@@ -88,6 +91,7 @@ def make_record(plan: Plan, machine: Machine, state: RunState | None, seconds: f
                 "options": stages[step.step].model_dump(mode="json", by_alias=True),
                 "outputs": {name: artifact.content() for name, artifact in state.outputs.get(step.step, {}).items()},
                 "seconds": step.computed_seconds,
+                "seconds_here": step.seconds,
                 "peak_bytes": step.peak_bytes,
                 "cached": step.cached,
             }

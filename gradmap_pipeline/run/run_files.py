@@ -131,12 +131,12 @@ def read_run(run: RunFile) -> dict[str, Any] | None:
     return None if not record or head is None else {**record, _HEAD: head}
 
 
-def find_latest(store: Path, recipe: Path) -> RunFile | None:
-    """The latest run of the recipe in this file that came to figures: it reached its end, or missed a limit."""
-    place = str(recipe.resolve())
+def find_latest(store: Path, recipe: Path | None = None) -> RunFile | None:
+    """The latest run that came to figures: it reached its end, or missed a limit. `recipe`: of the recipe in this file alone."""
+    place = None if recipe is None else str(recipe.resolve())
     for run in list_runs(store):
         head = read_head(run)
-        is_whole = head is not None and head["outcome"] in (DONE, MISSED) and head.get("recipe_path") == place
+        is_whole = head is not None and head["outcome"] in (DONE, MISSED) and place in (None, head.get("recipe_path"))
         if is_whole and read_object(run.path):
             return run
     return None

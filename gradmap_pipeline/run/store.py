@@ -172,8 +172,8 @@ class Store:
         """Keep the record of a run, as `dump_run` writes it."""
         self._write(file, text)
 
-    def load_run(self, recipe: Path) -> dict[str, Any] | None:
-        """The record of the latest run of the recipe in this file that came to figures; None where there is none as written."""
+    def load_run(self, recipe: Path | None = None) -> dict[str, Any] | None:
+        """The record of the latest run that came to figures, of any recipe or of that in this file; None where there is none."""
         run = find_latest(self.root, recipe)
         return None if run is None else read_run(run)
 
