@@ -12,7 +12,7 @@ class OthersEnded(KeyboardInterrupt):
     """Raised in the main thread of a process when another process of its run has failed."""
 
 
-_KEEP_NOTHING = frozenset("check diff init log plan recipes schema show stages verify".split())
+_KEEP_NOTHING = frozenset(["check", "diff", "init", "log", "plan", "recipes", "schema", "show", "stages", "verify"])
 """Commands that leave nothing behind before they have ended."""
 
 

@@ -18,6 +18,7 @@ from ..machine.extras import OURS, explain_missing
 from ..stages.forecasts import Forecasts, Outlook
 from ..stages.stage import Stage
 from ..stages.targets import find_clashing_export, overlaps
+from ..text import join_words
 from .asking import ask, make_stage
 from .catalog import Catalog
 from .limits import Limit, find_faults, find_measured_input
@@ -111,8 +112,8 @@ def _join_steps(problems: Sequence[Problem]) -> list[Problem]:
         joined.setdefault((problem.where, said), []).append(step)
     told = []
     for key, problem in first.items():
-        *others, last = joined[key]
-        told.append(replace(problem, message=f"steps {', '.join(others)} and {last}: {key[1]}") if others else problem)
+        steps = joined[key]
+        told.append(replace(problem, message=f"steps {join_words(steps)}: {key[1]}") if len(steps) > 1 else problem)
     return told
 
 

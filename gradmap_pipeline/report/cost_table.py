@@ -43,7 +43,8 @@ def print_costs(costs: PlanCosts | None) -> None:
         how = ("does not fit" if step.obstacle else step.estimate.how if step.estimate else "") if is_narrow else ""
         if listed or how:
             add_row(memory, step.step, "; ".join(filter(None, (listed, how))))
-    console.print(memory)
+    if memory.rows:
+        console.print(memory)
     console.print(
         f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
         "downloads are not in them."

@@ -11,7 +11,6 @@ from gradmap_pipeline import (
     Artifact,
     CalibrationForecast,
     CalibrationSet,
-    CapacityError,
     Context,
     Decision,
     Environment,
@@ -41,6 +40,7 @@ from gradmap_pipeline import (
     explain_missing,
     hookimpl,
     known,
+    lack_of_memory,
     load_tensor,
 )
 from gradmap_pipeline.testing import make_context, make_inputs, run_stage
@@ -101,7 +101,7 @@ class MeasureNorms(Stage):
             for layer in graph.layers:
                 for name, stored in graph.layer_tensors(layer).items():
                     if 8 * stored.elements > context.memory:
-                        raise CapacityError(f"{name} does not fit into the memory allowed")
+                        raise lack_of_memory(f"{name} takes more than the memory allowed", 2 * context.memory, dtype=context.dtype)
                     norms[name] = load_tensor(stored).double().norm()
                 advance()
         largest = max(map(float, norms.values()))
