@@ -216,9 +216,9 @@ def _read_text(path: Path) -> str:
 def _find_near_name(path: Path) -> Path | None:
     """The recipe in the same folder whose name is most like that of a file that is not there."""
     with suppress(OSError, ValueError):
-        names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".json"))
-        near = [name for name in names if Path(name).stem == path.stem] or get_close_matches(path.name, names, n=1)
-        return path.with_name(near[0]) if near else None
+        files = sorted(file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".json"))
+        near = get_close_matches(path.stem, [file.stem for file in files], n=1)
+        return next((file for file in files if [file.stem] == near), None)
     return None
 
 
