@@ -69,7 +69,8 @@ def plan_sweep(
     least = _count_phases(needs, 1, is_resident=False)
     if sum(least.values()) + _SLACK > free:
         needed = sum(least.values()) + _SLACK
-        largest = sorted(((size, line) for line, size in {**least, "allocator": _SLACK}.items() if size >= 1 << 20), reverse=True)
+        held_for = [*least.items(), ("allocator", _SLACK)]
+        largest = sorted(((size, str(line)) for line, size in held_for if size >= 1 << 20), reverse=True)
         raise lack_of_memory(
             f"one sample of {needs.tokens} tokens at a time takes {format_size(needed)} "
             f"({', '.join(f'{line} {format_size(size)}' for size, line in largest)}) beside the {format_size(held)} of the program "
