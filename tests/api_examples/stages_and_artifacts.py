@@ -11,6 +11,7 @@ from gradmap_pipeline import (
     Artifact,
     CalibrationForecast,
     CalibrationSet,
+    CapacityError,
     Context,
     Decision,
     Environment,
@@ -101,7 +102,8 @@ class MeasureNorms(Stage):
             for layer in graph.layers:
                 for name, stored in graph.layer_tensors(layer).items():
                     if 8 * stored.elements > context.memory:
-                        raise lack_of_memory(f"{name} takes more than the memory allowed", 2 * context.memory, dtype=context.dtype)
+                        error: CapacityError = lack_of_memory(f"{name} takes more than is allowed", 8 * stored.elements)
+                        raise error
                     norms[name] = load_tensor(stored).double().norm()
                 advance()
         largest = max(map(float, norms.values()))
