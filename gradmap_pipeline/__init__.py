@@ -165,6 +165,7 @@ if TYPE_CHECKING:
     from .machine.distributed import ProcessGroup as ProcessGroup
     from .machine.environment import Environment as Environment
     from .machine.extras import explain_missing as explain_missing
+    from .machine.memory_advice import lack_of_memory as lack_of_memory
     from .measurements import Evaluation as Evaluation, Measurement as Measurement
     from .metrics import Metric as Metric
     from .stages.compensating import (

@@ -24,6 +24,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "cost.estimate": ("Estimate",),
         "cost.model_costs": ("ModelCosts",),
         "errors": ("OptionError", "ModelError", "StageError", "QualityError", "CapacityError"),
+        "machine.memory_advice": ("lack_of_memory",),
     },
     "Models": {
         "checkpoint.model": ("Model", "ExportableModel"),

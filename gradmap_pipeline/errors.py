@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from .interruptions import is_interruption
 
@@ -89,6 +91,10 @@ class CapacityError(GradmapError):
     """The machine has too little memory or disk for the plan."""
 
     exit_code = 3
+    enough: int | None = None
+    """Bytes to allow with --memory that suffice as far as is known; None where more memory does not help."""
+    by_option: Mapping[str, str] = MappingProxyType({})
+    """What helps besides, where the stage that runs has an option of this name."""
 
 
 class StageError(GradmapError):

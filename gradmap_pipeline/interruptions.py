@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 
 class OthersEnded(KeyboardInterrupt):
     """Raised in the main thread of a process when another process of its run has failed."""
+
+
+_KEEP_NOTHING = frozenset(["check", "diff", "init", "log", "plan", "recipes", "schema", "show", "stages", "verify"])
+"""Commands that leave nothing behind before they have ended."""
 
 
 @dataclass
@@ -40,6 +45,13 @@ def is_interruption(error: BaseException) -> bool:
     if not isinstance(error, KeyboardInterrupt):
         return False
     return isinstance(error, OthersEnded) or _signals.has_come or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def explain_interruption(arguments: Sequence[str]) -> str:
+    """What an interruption leaves of the command with these arguments."""
+    if arguments and arguments[0] in _KEEP_NOTHING:
+        return "interrupted; nothing was changed"
+    return "interrupted; what is finished is kept: run the same command to go on"
 
 
 def is_importing(frame: FrameType | None) -> bool:

@@ -112,6 +112,12 @@ def format_seconds(seconds: float | None) -> str:
     return f"{days} days" if days < 3 * 365 else f"{days // 365:,} years"
 
 
+def join_words(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def format_bytes(size: float) -> str:
     """A size in powers of ten, as disks are sold."""
     for unit, name in ((10**9, "GB"), (10**6, "MB")):

@@ -23,6 +23,7 @@ from gradmap_pipeline import (
     answer_prompts,
     hookimpl,
     known,
+    lack_of_memory,
     repetition,
 )
 
@@ -73,10 +74,12 @@ class AnswerPrompts(Stage):
         layers, whole = known(inputs.of(Model).layers), len(costs.graph.layers)
         try:
             return costs.generated_text(layers, count, length) + costs.generated_text(whole, count, length)
-        except CapacityError:
-            raise CapacityError(
-                "answering prompts takes the whole model in memory, which does not fit; allow more with --memory, use --dtype "
-                "bfloat16, or leave the step out"
+        except CapacityError as error:
+            raise lack_of_memory(
+                "answering prompts takes the whole model in memory, which does not fit",
+                error.enough or costs.memory,
+                ["leave the step out"],
+                dtype=costs.dtype,
             ) from None
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

@@ -56,7 +56,10 @@ class Calibrate(Stage):
         return {"calibration": CalibrationForecast(samples=self.samples, sequence_length=length)}
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
-        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(probe.graph.base))
+        base = probe.graph.base
+        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(base))
+        length = self.sequence_length or base.default_sequence_length
+        self.dataset.check_gives(self.samples, length, self.packing, lambda: load_tokenizer(base), is_shuffled=self.shuffle)
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         length = known(check_length(self.sequence_length, inputs.of(ModelGraph)))

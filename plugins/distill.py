@@ -130,7 +130,10 @@ class Distill(Stage):
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
         probe.check_shares(self.batch_size)
-        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(probe.graph.base))
+        base = probe.graph.base
+        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(base))
+        length = self.sequence_length or base.default_sequence_length
+        self.dataset.check_gives(self.samples, length, "documents", lambda: load_tokenizer(base))
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         layers, tokens = known(inputs.of(ModelGraph).layers), known(check_length(self.sequence_length, inputs.of(ModelGraph)))

@@ -90,7 +90,10 @@ class EvaluateDraft(Stage):
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         probe.check_layerwise()
-        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(probe.graph.base))
+        base = probe.graph.base
+        self.dataset.check_fits_tokenizer(lambda: load_tokenizer(base))
+        length = self.sequence_length or base.default_sequence_length
+        self.dataset.check_gives(self.samples, length, self.packing, lambda: load_tokenizer(base))
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         model = inputs.of(ModelGraph)

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gradmap_pipeline import (
     Artifact,
-    CapacityError,
     Context,
     Estimate,
     ExportableModel,
@@ -37,6 +36,7 @@ from gradmap_pipeline import (
     full_config,
     hookimpl,
     known,
+    lack_of_memory,
     make_lineage,
     take_graph,
     write_onnx_folder,
@@ -124,9 +124,11 @@ class ExportModel(FolderExport):
             weights = costs.count_parameters(layers) * (4 if self.onnx.dtype == "float32" else 2)
             needed = estimate_tracing_memory(weights, costs.program_bytes)
             if needed > costs.memory:
-                raise CapacityError(
+                raise lack_of_memory(
                     f"tracing holds the weights once and a second program: {needed / 2**30:.2f} GiB, over the "
-                    f"{costs.memory / 2**30:.2f} GiB allowed; use `onnx: {{dtype: float16}}`, or allow more with --memory"
+                    f"{costs.memory / 2**30:.2f} GiB allowed",
+                    needed,
+                    ["use `onnx: {dtype: float16}`"] if self.onnx.dtype == "float32" else [],
                 )
             moving = size * speed.read_again(size) + weights * (speed.digest + 2 * speed.write)
             return Estimate(needed, size, weights, seconds=moving, how="seconds without those of tracing")

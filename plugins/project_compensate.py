@@ -108,7 +108,9 @@ class ProjectCompensate(LayerCompensation):
         try:
             both = costs.two_streams(layers, samples, tokens, self.room(costs.graph), again)
         except CapacityError as error:
-            raise CapacityError(f"{error}, or use space: output" if self.space == "input" else str(error)) from None
+            if self.space == "input":
+                error.by_option = {**error.by_option, "space": "use space: output"}
+            raise
         seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
         inputs, width = costs.graph.map_sizes()
         values = sites * width * (inputs + (width if self.attention else 0))

@@ -132,7 +132,8 @@ class RefitLayers(Stage):
         try:
             both = costs.two_streams(count, samples, tokens, room, 0, "weights, gradients and moments of a layer")
         except CapacityError as error:
-            raise CapacityError(f"{error}, or lower 'batch_size' or 'sequence_length'") from None
+            error.by_option = {**error.by_option, "batch_size": "lower 'batch_size'"}
+            raise
         one = costs.benchmark.layer_pass(together, tokens, weight_gradients=True)
         trained, looked = refit * self.steps * self.batch_size, refit * 12 * samples / HELD_OUT
         layers = refit * costs.stored_layer_bytes // len(costs.graph.layers)

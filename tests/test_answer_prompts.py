@@ -122,7 +122,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, llama: Path) -> No
     graph = open_folder(llama)
     context = replace(make_context(tmp_path / "step"), memory=1 << 20)
     with pytest.raises(
-        CapacityError, match=r"answering prompts takes the whole model in memory, .* are left; use --dtype bfloat16, allow"
+        CapacityError, match=r"answering prompts takes the whole model in memory, .* are left; use --dtype bfloat16, leave"
     ):
         answer_prompts(graph, Prompts(graph.base, ["abc"], 5), context)
 

@@ -269,7 +269,7 @@ def test_a_model_that_does_not_fit_is_refused(graph: ModelGraph, tmp_path: Path)
     wanted = (
         r"^part 1 of the mix \(text of the model itself\): generating text takes the whole model in memory, .* in float32, and .*"
     )
-    with pytest.raises(CapacityError, match=wanted + "use --dtype bfloat16, lower 'sequence_length', allow more with --memory"):
+    with pytest.raises(CapacityError, match=wanted + "use --dtype bfloat16, lower 'sequence_length', leave 'self' out, or allow "):
         draw_samples(source, graph, 16, 8, "documents", make_context(tmp_path, memory=1))
 
 

@@ -198,8 +198,9 @@ def test_each_step_that_does_not_fit_is_named(folder: Path) -> None:
     give_back()  # as the plan does, before it looks at what is resident
     result = gradmap("plan", "r.yaml", "--memory", str(resident_bytes() + (60 << 20)))
     assert result.exit_code == 3
-    for step in ("evaluate_dense", "gradmap_score"):
-        assert f"step '{step}': one layer" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "steps 'evaluate_dense', 'gradmap_score', " in result.stderr
+    assert " need more memory; most of all " in result.stderr
     assert "does not fit" in result.stdout
 
 
@@ -211,7 +212,7 @@ def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path
     result = gradmap("plan", "r.yaml", *memory)
     assert result.exit_code == 3
     assert "step 'project_compensate': one layer and what is computed with it (2.19 GiB) need" in result.stderr
-    assert "or more with --memory, or use space: output" in result.stderr
+    assert "use space: output, or allow " in result.stderr
     assert gradmap("plan", "r.yaml", *memory, "--set", "project_compensate.space=output").exit_code == 0
 
 
@@ -223,7 +224,7 @@ def test_ids_that_fit_no_memory_are_said(folder: Path) -> None:
     result = gradmap("plan", "r.yaml", "--memory", "2GiB")
     assert result.exit_code == 3
     message = "error: step 'calibrate': the ids of 24,000,000,000,000 tokens need 894069.67 GiB, over the 2.00 GiB allowed; lower "
-    assert message + "'samples' or 'sequence_length', or allow more with --memory" in result.stderr
+    assert message + "'samples' or 'sequence_length', or allow 900000GiB or more with --memory" in result.stderr
 
 
 def test_samples_that_no_text_gives_are_refused(folder: Path) -> None:
@@ -240,11 +241,13 @@ def test_samples_that_no_text_gives_are_refused(folder: Path) -> None:
                 f"step 'calibrate': option '{message}",
             ]
     (folder / "r.yaml").write_text(RECIPE.replace("samples: 8", f"samples: {64 * size // 24}"))
-    assert gradmap("check", "r.yaml").exit_code == 0, "no more is known before the text is read"
+    result = gradmap("check", "r.yaml")
+    assert result.exit_code == 2, "the text is small enough to be tokenised"
+    assert "option 'samples': the data set gives only " in result.stderr
     text = RECIPE.replace("samples: 8", "packing: none, samples: " + str(size + 1))
     (folder / "r.yaml").write_text(text)
     assert gradmap("check", "r.yaml").exit_code == 2
-    (folder / "r.yaml").write_text(text.replace(str(size + 1), str(size)))
+    (folder / "r.yaml").write_text(text.replace(str(size + 1), "1"))
     assert gradmap("check", "r.yaml").exit_code == 0
 
 

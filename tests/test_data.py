@@ -19,7 +19,8 @@ from gradmap_pipeline import CalibrationSet, DatasetSource, StageError
 from gradmap_pipeline.builtin.text import load_documents, load_training_documents
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.data import check_tokenizer, encoding, load_tokenizer, make_sequences
-from gradmap_pipeline.errors import ModelError
+from gradmap_pipeline.data.sequences import count_rows
+from gradmap_pipeline.errors import ModelError, OptionError
 from gradmap_pipeline.testing import run_stage
 
 TEXTS = ["first text", "second, with a\nnew line", "third"]
@@ -236,3 +237,28 @@ def test_fingerprint_follows_the_text(tmp_path: Path) -> None:
     assert fingerprint() != before
     hub = [DatasetSource(id="a/b", revision=revision).fingerprint(lambda path: "") for revision in ("one", "two")]
     assert hub[0] != hub[1]
+
+
+@pytest.mark.parametrize("packing", ["documents", "none"])
+def test_a_text_that_is_a_little_too_short_is_refused_by_its_tokens(packing: str, llama: Path, tmp_path: Path) -> None:
+    """At the very number of samples that the run refuses, and in its words."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"row {number} of a few"}) + "\n" for number in range(40)))
+    source, base = DatasetSource(path=file), open_folder(llama).base
+    tokenizer = load_tokenizer(base)
+    most = count_rows(tokenizer, source.documents(), 16, 1000, packing)
+    assert 0 < most < 1000
+    source.check_gives(most, 16, packing, lambda: tokenizer)
+    with pytest.raises(OptionError) as refused:
+        source.check_gives(most + 1, 16, packing, lambda: tokenizer)
+    assert refused.value.option == "samples"
+    with pytest.raises(StageError) as failed:
+        make_sequences(tokenizer, source.documents(), 16, most + 1, packing)
+    assert str(refused.value) == str(failed.value)
+    assert f"gives only {most} of {most + 1} samples" in str(failed.value)
+
+
+def test_texts_that_are_large_or_elsewhere_are_not_tokenised(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a" * 8 * 4 * 16)
+    for source in (DatasetSource(path=tmp_path / "text.txt"), DatasetSource(id="some/data"), DatasetSource(builtin="heldout")):
+        source.check_gives(4, 16, "documents", lambda: pytest.fail("nothing is tokenised"))

@@ -132,5 +132,5 @@ def test_memory_plan_reaches_the_stage(tmp_path: Path, llama: Path, text: Path) 
     stage = Calibrate.model_validate({"dataset": {"path": text}, "samples": 4, "sequence_length": 24})
     calibration = run_stage(stage, tmp_path / "calibration", model=model).calibration
     context = make_context(tmp_path / "step", memory=1 << 20)
-    with pytest.raises(CapacityError, match="or allow more with --memory"):
+    with pytest.raises(CapacityError, match=r"use --dtype bfloat16, or allow [0-9.]+[MG]iB or more with --memory"):
         GradmapScore(sample_share=1.0, layers=1).run(GradmapScore.Inputs(model=model, calibration=calibration), context)

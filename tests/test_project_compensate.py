@@ -60,7 +60,7 @@ def test_room_for_the_sums_is_checked(tmp_path: Path) -> None:
     context = make_context(tmp_path, memory=resident_bytes() + (1 << 30))
     check_room(1000, 1000, context.memory, context.device)
     with pytest.raises(
-        CapacityError, match=r"correcting 20000 inputs takes 3.81 GiB, .* use space: output, or allow more with --memory"
+        CapacityError, match=r"correcting 20000 inputs takes 3.81 GiB, .* are left; allow [0-9.]+GiB or more with --memory"
     ):
         check_room(20_000, 4000, context.memory, context.device)
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.cli.command_options import check_dtype
 from gradmap_pipeline.run.step_context import FoundUnits, progress_of
 
 RECIPE = """\
@@ -95,7 +96,7 @@ def test_moved_model_is_the_same_model(folder: Path, llama: Path, tmp_path: Path
     [
         (["--device", "gpu"], 2, "found 'gpu', accepted: auto, cpu, cuda, cuda:1"),
         (["--device", "cuda:99"], 3, "--device cuda:99: torch sees"),
-        (["--dtype", "int8"], 2, "'int8' is not one of"),
+        (["--dtype", "int8"], 2, "found 'int8', accepted: float32, bfloat16, float16; or fp32, bf16, fp16"),
         (["--threads", "0"], 2, "found 0, accepted: 1 to "),
     ],
 )
@@ -103,6 +104,11 @@ def test_impossible_machine(folder: Path, arguments: list[str], code: int, messa
     result = gradmap("run", "r.yaml", *arguments)
     assert result.exit_code == code
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("short", "full"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_short_names_of_types(short: str, full: str) -> None:
+    assert check_dtype(short) == check_dtype(full) == full
 
 
 def test_json_events(folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from gradmap_pipeline.cli import app
+from gradmap_pipeline.errors import RecipeError
+from gradmap_pipeline.recipe.recipe import load_recipe
 
 HEAD = "version: 1\nmodel: {path: MODEL}\n"
 CALIBRATE = "steps:\n  - use: calibrate\n    with: {dataset: {builtin: heldout}}\n"
@@ -58,7 +61,20 @@ CASES = {
     ),
     "option out of range": (
         HEAD + "steps:\n  - use: prune\n    with: {ratio: 1.5}\n",
-        ["5:12: step 'prune': option 'ratio': found 1.5, accepted: less than 1.0"],
+        ["5:12: step 'prune': option 'ratio': found 1.5, accepted: a number above 0 and below 1, such as 0.25"],
+    ),
+    "share as text": (
+        HEAD + "steps:\n  - use: prune\n    with: {ratio: 25%}\n",
+        ["5:12: step 'prune': option 'ratio': found '25%', accepted: a number above 0 and below 1, such as 0.25"],
+    ),
+    "whole number with two bounds": (
+        HEAD + "steps:\n  - use: magnitude_score\n    with: {power: 3}\n  - use: prune\n",
+        ["5:12: step 'magnitude_score': option 'power': found 3, accepted: a whole number from 1 to 2"],
+    ),
+    "block that steps share": (
+        HEAD + "steps:\n  - use: evaluate\n    id: first\n    with: &text {dataset: {builtin: heldout}, sampels: 8}\n"
+        "  - use: evaluate\n    with: *text\n",
+        ["6:47: steps 'first' and 'evaluate': option 'sampels': unknown key 'sampels'; did you mean 'samples'?"],
     ),
     "unknown choice": (
         HEAD + "steps:\n  - use: calibrate\n    with: {dataset: {builtin: heldot}}\n",
@@ -160,7 +176,10 @@ def test_mistake(case: str, command: str, folder: Path, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("prune.ratio=1.5", "--set prune.ratio=1.5: step 'prune': option 'ratio': found 1.5, accepted: less than 1.0"),
+        (
+            "prune.ratio=1.5",
+            "--set prune.ratio=1.5: step 'prune': option 'ratio': found 1.5, accepted: a number above 0",
+        ),
         ("prun.ratio=0.5", "--set prun.ratio=0.5: no step 'prun' in this recipe; did you mean 'prune'?"),
         ("prune.rato=0.5", "--set prune.rato=0.5: step 'prune': option 'rato': unknown key 'rato'; did you mean 'ratio'?"),
         ("prune=0.5", "--set prune=0.5: names no option of step 'prune'; write prune.OPTION=VALUE"),
@@ -200,3 +219,14 @@ def test_unreadable_file(file: str, message: str, folder: Path) -> None:
 def test_not_utf8(folder: Path) -> None:
     (folder / "r.yaml").write_bytes(b"version: \xff\n")
     assert "r.yaml: is not text in UTF-8" in CliRunner().invoke(app, ["check", "r.yaml"]).stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [("mine.yml", "did you mean 'mine.yaml'?"), ("mime.yaml", "did you mean 'mine.yaml'?"), ("else.yaml", "name a recipe file")],
+)
+def test_a_recipe_that_is_not_there(asked: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(RecipeError, match=f"^{asked}: cannot be read: No such file or directory; {re.escape(advice)}$"):
+        load_recipe(Path(asked))

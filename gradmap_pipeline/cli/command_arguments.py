@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from .command_options import check_device, check_size, check_threads, parse_path, parse_store
-from .completion import complete_recipe_file, complete_stage
+from .command_options import check_device, check_dtype, check_size, check_threads, parse_path, parse_store
+from .completion import complete_dtype, complete_recipe_file, complete_stage
 
 
 def _recipe_argument(metavar: str, text: str) -> Any:
@@ -35,7 +35,16 @@ RecordStore = Annotated[
 DeviceName = Annotated[
     str, typer.Option("--device", callback=check_device, help="cpu, cuda, cuda:1, or auto: the first GPU if there is one.")
 ]
-DtypeName = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type to compute in.")]
+DtypeName = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        callback=check_dtype,
+        autocompletion=complete_dtype,
+        help="Type to compute in: float32, bfloat16 or float16; or fp32, bf16, fp16.",
+    ),
+]
 MemorySize = Annotated[
     str | None,
     typer.Option(

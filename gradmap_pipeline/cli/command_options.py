@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _UsageError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 """Base of all complaints about arguments; typer has it from click or brings its own."""
 _THREADS_A_CORE = 4
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _STORE_HOLDS = {
     "steps",
     "units",
@@ -65,7 +66,8 @@ def _tell_usage(error: Any, arguments: list[str]) -> int:
         error.show()
         return CommandError.exit_code
     reporter = make_reporter(json="--json" in arguments, quiet=True)
-    reporter.error(CommandError.exit_code, f"{error.format_message().rstrip('.')}; see {path} --help", None)
+    message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's, where typer asks it
+    reporter.error(CommandError.exit_code, f"{message}; see {path} --help", None)
     return CommandError.exit_code
 
 
@@ -73,6 +75,14 @@ def check_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise typer.BadParameter(f"found {device!r}, accepted: auto, cpu, cuda, cuda:1")
     return device
+
+
+def check_dtype(dtype: str) -> str:
+    """The full name of a type."""
+    full = _SHORT_DTYPES.get(dtype, dtype)
+    if full not in _SHORT_DTYPES.values():
+        raise typer.BadParameter(f"found {dtype!r}, accepted: {', '.join(_SHORT_DTYPES.values())}; or {', '.join(_SHORT_DTYPES)}")
+    return full
 
 
 def check_size(size: str | None) -> str | None:

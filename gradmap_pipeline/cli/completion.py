@@ -25,6 +25,11 @@ def complete_shipped_recipe(incomplete: str) -> list[str]:
     return sorted(name for name in names if name.startswith(incomplete))
 
 
+def complete_dtype(incomplete: str) -> list[str]:
+    """Types to compute in."""
+    return [name for name in ("float32", "bfloat16", "float16") if name.startswith(incomplete)]
+
+
 def complete_recipe_file(incomplete: str) -> list[str]:
     """Recipe files, and folders that may hold some."""
     folder, _, name = incomplete.rpartition("/")

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..interruptions import is_importing, note_interruption
+from ..interruptions import explain_interruption, is_importing, note_interruption
 from ..machine.launch import is_one_of_many
 from ..machine.streams import error_number
 
@@ -177,7 +177,7 @@ def _describe(error: BaseException, store: Path | None) -> tuple[int, str, str |
 def _describe_interruption() -> str:
     if _state.number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
         return "ended by torchrun, as it does when one process has; what is finished is kept: run the same command to go on"
-    return "interrupted; what is finished is kept: run the same command to go on"
+    return explain_interruption(sys.argv[1:])
 
 
 def _keep_traceback(error: BaseException, store: Path | None) -> str:

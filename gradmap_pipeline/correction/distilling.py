@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import CapacityError
+from ..machine.memory_advice import lack_of_memory
 from ..sweep.head_losses import LOGIT_BYTES
 from ..sweep.memory_plan import format_size
 
@@ -73,9 +73,10 @@ def training_bytes(needs: SweepNeeds, parameters: int, trained: int, batch: int,
 def check_memory_for_training(needed: int, allowed: int, weights: Literal["lora", "all"]) -> None:
     """Raise `CapacityError` where training the whole model takes more than what is allowed."""
     if needed > allowed:
-        other = "use weights: lora, " if weights == "all" else ""
-        raise CapacityError(
+        ways = ["lower 'samples_at_once' or 'sequence_length'", "take refit_layers, which holds one layer"]
+        raise lack_of_memory(
             f"training the whole model takes {format_size(needed)}, its weights, gradients, moments and activations, over the "
-            f"{format_size(allowed)} allowed; {other}lower 'samples_at_once' or 'sequence_length', allow more with --memory, or "
-            "take refit_layers, which holds one layer"
+            f"{format_size(allowed)} allowed",
+            needed,
+            ["use weights: lora", *ways] if weights == "all" else ways,
         )

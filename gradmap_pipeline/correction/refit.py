@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from ..batches import BATCH_TOKENS
 from ..checkpoint.casts import FOR_WRITING, cast_all
-from ..errors import CapacityError, ModelError
+from ..errors import ModelError
 from ..machine.memory import give_back, resident_bytes
+from ..machine.memory_advice import lack_of_memory
 from ..sweep.memory_plan import format_size
 from .fitting import HELD_OUT, Fitting, type_of_best
 from .kept_state import KeptState
@@ -119,12 +120,13 @@ def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_s
     room = room_for_refit(needs, batch_samples, count_best_bytes(graph))
     give_back()
     free = context.memory - resident_bytes(context.device)
-    plan, _ = plan_streams(needs, free, room)
+    plan, _ = plan_streams(needs, free, room, held=context.memory - free)
     if plan.kept_limit < room:
-        raise CapacityError(
+        raise lack_of_memory(
             f"refitting the largest layer takes {format_size(room)} besides its weights, for those in fp32, gradients, Adam's "
-            f"moments and activations, and of the memory allowed {format_size(max(0, plan.kept_limit))} are left for that; lower "
-            "'batch_size' or 'sequence_length', or allow more with --memory"
+            f"moments and activations, and of the memory allowed {format_size(max(0, plan.kept_limit))} are left for that",
+            context.memory + room - plan.kept_limit,
+            ["lower 'batch_size'", "lower 'sequence_length' of calibrate"],
         )
     return room
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..errors import CapacityError, StageError
+from ..errors import StageError
 from ..machine.memory import give_back, resident_bytes
+from ..machine.memory_advice import lack_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +208,9 @@ def check_room(inputs: int, width: int, memory: int, device: str) -> None:
         give_back()
     free = memory - resident_bytes(device)
     if needed > free:
-        raise CapacityError(
+        raise lack_of_memory(
             f"correcting {inputs} inputs takes {needed / 2**30:.2f} GiB, and of the memory allowed "
-            f"{max(0, free) / 2**30:.2f} GiB are left; use space: output, or allow more with --memory"
+            f"{max(0, free) / 2**30:.2f} GiB are left",
+            memory - free + needed,
+            by_option={"space": "use space: output"},
         )

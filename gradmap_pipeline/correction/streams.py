@@ -74,13 +74,14 @@ class Drift:
         return self.shift / max(self.norm / self.tokens, 1e-300)
 
 
-def plan_streams(needs: SweepNeeds, free: int, reserve: int, host_free: int = 0) -> tuple[SweepPlan, int]:
+def plan_streams(needs: SweepNeeds, free: int, reserve: int, host_free: int = 0, *, held: int = 0) -> tuple[SweepPlan, int]:
     """How to run the original and the pruned model over samples, and the bytes of boundaries to hold in memory for each.
 
     `reserve`: bytes to leave free for what is done with them. `host_free`: bytes in the machine's memory beside that of a GPU.
+    `held`: bytes that the process has besides, for messages.
     """
     alone = replace(needs, is_backward=False, has_head=False)
-    plan = plan_sweep(alone, free, divisible=False, reserve=reserve, host_free=host_free)
+    plan = plan_sweep(alone, free, divisible=False, reserve=reserve, host_free=host_free, held=held)
     return plan, (max(0, plan.kept_limit - reserve) + plan.host_limit) // 2
 
 

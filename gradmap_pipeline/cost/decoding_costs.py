@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import item_bytes
 from ..data.generation import count_generation_bytes
-from ..errors import CapacityError
+from ..machine.memory import resident_bytes
+from ..machine.memory_advice import lack_of_memory
 from ..sweep.memory_plan import format_size
 from .estimate import Estimate
 
@@ -58,8 +59,9 @@ def count_pass_bytes(graph: ModelGraph, shape: DecodingShape, dtype: str) -> tup
     return weights, shape.sequences * (each + shape.prompt_tokens * item * (_AT_ONCE * width + 2 * _AT_ONCE * hidden))
 
 
-def plan_residency(weights: Sequence[int], beside: int, free: int, dtype: str) -> Residency:
-    """How models of so many bytes go into `free` bytes. `beside`: bytes that a pass of either holds besides.
+def plan_residency(weights: Sequence[int], beside: int, free: int, dtype: str, held: int | None = None) -> Residency:
+    """How models of so many bytes go into `free` bytes. `beside`: bytes that a pass of either holds besides. `held`: bytes of
+    the process besides `free`, for messages; None: those that it has now.
 
     Raises `CapacityError` where not even one at a time fits.
     """
@@ -67,11 +69,13 @@ def plan_residency(weights: Sequence[int], beside: int, free: int, dtype: str) -
         return Residency(True, sum(weights) + beside)
     needed = max(weights) + beside
     if needed > free:
-        advice = "use --dtype bfloat16, " if dtype == "float32" else ""
-        raise CapacityError(
+        raise lack_of_memory(
             f"a benchmark takes the whole model in memory, {format_size(max(weights))} in {dtype}, and {format_size(beside)} "
-            f"for its sequences; {format_size(max(0, free))} are left; {advice}lower 'batch_sizes' or 'prompt_tokens', allow more "
-            "with --memory, or leave the step out"
+            f"for its sequences; {format_size(max(0, free))} are left",
+            needed + (resident_bytes() if held is None else held),
+            ["leave the step out"],
+            dtype=dtype,
+            by_option={"batch_sizes": "lower 'batch_sizes' or 'prompt_tokens'"},
         )
     return Residency(False, needed)
 
@@ -89,7 +93,7 @@ def estimate_decoding(costs: ModelCosts, depths: Sequence[int], shapes: Sequence
     counted = [count_pass_bytes(costs.graph, shape, dtype) for shape in shapes]
     weights = [round(counted[0][0] * costs.count_parameters(depth) / costs.count_parameters(whole)) for depth in depths]
     beside = max(held for _, held in counted)
-    residency = plan_residency(weights, beside, costs.memory - costs.occupied, dtype)
+    residency = plan_residency(weights, beside, costs.memory - costs.occupied, dtype, costs.occupied)
     reads = 1 if residency.is_together else rounds
     read = reads * sum(map(costs.count_bytes, depths))
     seconds, flops = read * costs.speed.read_again(), 0.0

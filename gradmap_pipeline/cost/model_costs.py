@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.checkpoint import item_bytes
 from ..correction.streams import plan_streams
-from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, explain_generation
-from ..errors import CapacityError
+from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, lack_of_memory_for_text
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, free_on_host, give_back, resident_bytes, tune_allocator
+from ..machine.memory_advice import lack_of_memory
+from ..sweep.head_losses import LOGIT_BYTES, LOGITS_AT_ONCE
 from ..sweep.memory_plan import SweepPlan, format_size, plan_sweep
 from ..sweep.needs import SweepNeeds
 from .estimate import Estimate
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from ..data.calibration_sources import CalibrationSource
 
+_OPENING_BYTES = 256 << 20
+"""What opening a model and the allocator take, for a message before that is known."""
 _TOKEN_BYTES = 40  # of a Python list of ids, and of the tensor made from it
 
 
@@ -132,10 +135,11 @@ class ModelCosts:
         needed = (tokens if least is None else least) * _TOKEN_BYTES
         allowed = self.memory if self.device == "cpu" else free_bytes()
         if needed > allowed:
-            raise CapacityError(
+            raise lack_of_memory(
                 f"the ids of {needed // _TOKEN_BYTES:,} tokens need {format_size(needed)}, over the {format_size(allowed)} "
-                f"{'allowed' if self.device == 'cpu' else 'free in the machine'}; lower 'samples' or 'sequence_length'"
-                f"{', or allow more with --memory' if self.device == 'cpu' else ''}"
+                f"{'allowed' if self.device == 'cpu' else 'free in the machine'}",
+                needed + self.program_bytes,
+                ["lower 'samples' or 'sequence_length'"],
             )
         return Estimate(self.program_bytes + tokens * _TOKEN_BYTES, seconds=tokens * self.speed.token)
 
@@ -170,7 +174,7 @@ class ModelCosts:
         weights = round(weights * self.count_parameters(layers) / self.count_parameters(len(self.layer_elements)))
         free = self.memory - self.occupied
         if weights + each > free:
-            raise CapacityError(explain_generation(weights, each, tokens, max(0, free), self.dtype))
+            raise lack_of_memory_for_text(weights, each, tokens, self.memory, free, self.dtype)
         together = min(GENERATED_TOGETHER, (free - weights) // each, samples)
         layer, head = self.benchmark.layer_pass(together, 2), self.benchmark.head_pass(together, 2)  # a head needs two tokens
         lines = {"program": self.occupied, "weights": weights, "keys and values": together * each}
@@ -189,7 +193,7 @@ class ModelCosts:
         `besides`: bytes of other files that the step reads and writes.
         """
         needs = replace(self.needs(layers, samples, tokens), is_backward=False, keeps_boundaries=False)
-        plan = plan_sweep(needs, self.memory - self.occupied, host_free=self.host_free)
+        plan = plan_sweep(needs, self.memory - self.occupied, host_free=self.host_free, held=self.occupied)
         layer, head = self.benchmark.layer_pass(plan.batch_samples, tokens), self.benchmark.head_pass(plan.batch_samples, tokens)
         moving = self._moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
         passes = samples + (min(samples, plan.batch_samples) if plan.is_resident else 0)  # the first batch warms up
@@ -209,7 +213,7 @@ class ModelCosts:
     ) -> Estimate:
         """Backward sweeps in a row, over models of so many layers each. Reuse between them is left out."""
         needs = replace(self.needs(layers[0], samples, tokens), has_weight_gradients=weight_gradients)
-        plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible, host_free=self.host_free)
+        plan = plan_sweep(needs, self.memory - self.occupied, divisible=divisible, host_free=self.host_free, held=self.occupied)
         layer, head = (
             self.benchmark.layer_pass(plan.batch_samples, tokens, weight_gradients),
             self.benchmark.head_pass(plan.batch_samples, tokens),
@@ -235,13 +239,13 @@ class ModelCosts:
         """
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
-        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve, self.host_free)
+        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve, self.host_free, held=self.occupied)
         held = free - plan.kept_limit
         if held + reserve > free:
-            enough = self.memory + held + reserve - free
-            raise CapacityError(
+            raise lack_of_memory(
                 f"one layer and what is computed with it ({format_size(reserve)}) need {format_size(held + reserve)}, and of the "
-                f"memory allowed {format_size(free)} are left; allow {format_size(enough)} or more with --memory"
+                f"memory allowed {format_size(free)} are left",
+                self.memory + held + reserve - free,
             )
         boundaries = [samples * self.needs(count, 1, tokens).boundary_bytes * (count + 1) for count in (whole, layers)]
         written = sum(max(0, size - limit) for size in boundaries)
@@ -285,8 +289,9 @@ class ModelCosts:
         other = max(tensor.elements for tensor in self.graph.other_tensors().values()) * self._item
         needed = resident_bytes(self.device) + max(layer, other)
         if needed > self.memory:
-            raise CapacityError(
+            raise lack_of_memory(
                 f"the embeddings ({format_size(other)}) or one layer ({format_size(layer)}) in {self.dtype} need "
-                f"{format_size(needed)} with the program itself, over the {format_size(self.memory)} allowed; "
-                f"{'use --dtype bfloat16, or ' if self._item > 2 else ''}allow more with --memory"
+                f"{format_size(needed)} with the program itself, over the {format_size(self.memory)} allowed",
+                needed + LOGIT_BYTES * LOGITS_AT_ONCE + _OPENING_BYTES,
+                dtype=self.dtype,
             )

@@ -16,8 +16,9 @@ from ..batches import Batch
 from ..checkpoint import adapter
 from ..checkpoint.graph import ModelGraph
 from ..checkpoint.source import count_positions, load_config
-from ..errors import CapacityError, OptionError, StageError
+from ..errors import OptionError, StageError
 from ..machine.memory import give_back, resident_bytes
+from ..machine.memory_advice import lack_of_memory
 from ..metrics import Metric
 from ..sweep.memory_plan import format_size
 from .documents import Chat
@@ -162,12 +163,14 @@ def _open(model: Model, prompts: Prompts, context: Context) -> Callable[[Sequenc
     from ..checkpoint.whole import load_whole
 
     weights, each = count_generation_bytes(model, max(map(len, prompts.rows)) + prompts.tokens, context.dtype)
-    free = max(0, context.memory - resident_bytes(context.device))
+    free = context.memory - resident_bytes(context.device)
     if weights + each > free:
-        raise CapacityError(
+        raise lack_of_memory(
             f"answering prompts takes the whole model in memory, {format_size(weights + each)} in {context.dtype}; "
-            f"{format_size(free)} are left; {'use --dtype bfloat16, ' if context.dtype == 'float32' else ''}allow more with "
-            "--memory, or leave the step out"
+            f"{format_size(max(0, free))} are left",
+            context.memory - free + weights + each,
+            ["leave the step out"],
+            dtype=context.dtype,
         )
     module = load_whole(model, context.dtype, context.device).eval()
     forget_lengths(module)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import OptionError
+from .sequences import Packing
 from .sources import DatasetSource
 from .tokenizer import first_token
 
@@ -73,6 +74,21 @@ class _OneSource(DatasetSource):
             self.generated.prompts.check_fits_tokenizer(load_tokenizer)
         else:
             first_token(load_tokenizer())
+
+    def check_gives(
+        self,
+        samples: int,
+        length: int,
+        packing: Packing,
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        *,
+        is_shuffled: bool = False,
+    ) -> None:
+        if self.generated is None:
+            super().check_gives(samples, length, packing, load_tokenizer, is_shuffled=is_shuffled)
+        elif self.generated.prompts is not None:
+            tokens = self.generated.prompt_tokens
+            self.generated.prompts.check_gives(samples, tokens, "documents", load_tokenizer, is_shuffled=True)
 
     def local_paths(self) -> list[Path]:
         prompts = None if self.generated is None else self.generated.prompts
@@ -159,6 +175,24 @@ class CalibrationSource(_OneSource):
         for number, part in enumerate(self.mix, 1):
             try:
                 part.check_fits_tokenizer(load_tokenizer)
+            except OptionError as error:
+                raise OptionError(error.option, f"part {number} of the mix: {error}") from None
+
+    def check_gives(
+        self,
+        samples: int,
+        length: int,
+        packing: Packing,
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        *,
+        is_shuffled: bool = False,
+    ) -> None:
+        if self.mix is None:
+            super().check_gives(samples, length, packing, load_tokenizer, is_shuffled=is_shuffled)
+            return
+        for number, (part, count) in enumerate(zip(self.mix, self.share_out(samples), strict=True), 1):
+            try:
+                part.check_gives(count, length, packing, load_tokenizer, is_shuffled=is_shuffled)
             except OptionError as error:
                 raise OptionError(error.option, f"part {number} of the mix: {error}") from None
 

@@ -14,6 +14,7 @@ from ..checkpoint import adapter
 from ..checkpoint.checkpoint import item_bytes
 from ..errors import CapacityError, StageError
 from ..machine.memory import give_back, resident_bytes
+from ..machine.memory_advice import lack_of_memory
 from ..sweep.memory_plan import format_size
 from .sequences import draw_rows
 from .tokenizer import count_embeddings, first_token, load_tokenizer
@@ -96,7 +97,7 @@ class _Writer:
             give_back()
             free = self.context.memory - resident_bytes(self.context.device)
         if model + each > free:
-            raise CapacityError(explain_generation(model, each, self.length, max(0, free), self.context.dtype))
+            raise lack_of_memory_for_text(model, each, self.length, self.context.memory, free, self.context.dtype)
         return min(GENERATED_TOGETHER, (free - model) // each)
 
     def write(self, starts: list[list[int]], seeds: list[int], advance: Advance) -> list[list[int]]:
@@ -161,11 +162,13 @@ def count_generation_bytes(graph: ModelGraph, length: int, dtype: str) -> tuple[
     return graph.count_parameters() * item, cached + cached // 4 + 16 * words
 
 
-def explain_generation(model: int, each: int, length: int, free: int, dtype: str) -> str:
-    """Why text cannot be generated in the memory that is left."""
+def lack_of_memory_for_text(model: int, each: int, length: int, allowed: int, free: int, dtype: str) -> CapacityError:
+    """The error that says why text cannot be generated in the `free` bytes that are left of those allowed."""
     whole, sample = format_size(model), format_size(each)
-    return (
+    return lack_of_memory(
         f"generating text takes the whole model in memory, {whole} in {dtype}, and {sample} for a sequence of {length} tokens; "
-        f"{format_size(free)} are left; {'use --dtype bfloat16, ' if dtype == 'float32' else ''}lower 'sequence_length', allow "
-        "more with --memory, or leave 'self' out"
+        f"{format_size(max(0, free))} are left",
+        allowed - free + model + each,
+        ["lower 'sequence_length'", "leave 'self' out"],
+        dtype=dtype,
     )

@@ -54,20 +54,12 @@ def draw_rows(
     """The ids of each sequence, without padding. As in `make_sequences`."""
     import torch
 
-    sequences: Iterator[list[int]]
-    if packing == "documents":
-        sequences = _pack(tokenizer, documents, length)
-    else:
-        heads = (list(islice(chain.from_iterable(parts), length)) for parts in encode(tokenizer, documents))
-        sequences = (ids for ids in heads if len(ids) > 1)
+    sequences = _cut(tokenizer, documents, length, packing)
     if samples is not None:
         sequences = islice(sequences, min(samples if seed is None else samples * SHUFFLE_POOL, sys.maxsize))
     rows = [array("i", ids) for ids in sequences]
     if samples is not None and len(rows) < samples:
-        raise StageError(
-            f"the data set gives only {len(rows)} of {samples} samples of {length} tokens; "
-            "lower 'samples' or 'sequence_length', or use more text"
-        )
+        raise StageError(explain_few(len(rows), samples, length))
     if not rows:
         raise StageError(f"the data set gives no sample of {length} tokens; lower 'sequence_length', or use more text")
     if embeddings is not None:
@@ -76,6 +68,21 @@ def draw_rows(
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
         rows = [rows[index] for index in chosen.tolist()]
     return rows
+
+
+def count_rows(
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], length: int, samples: int, packing: Packing
+) -> int:
+    """How many of so many sequences documents give."""
+    return sum(1 for _ in islice(_cut(tokenizer, documents, length, packing), samples))
+
+
+def explain_few(found: int, samples: int, length: int) -> str:
+    """Why a data set is too small."""
+    return (
+        f"the data set gives only {found} of {samples} samples of {length} tokens; "
+        "lower 'samples' or 'sequence_length', or use more text"
+    )
 
 
 def stack_rows(
@@ -102,6 +109,15 @@ def digest_sequences(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> s
     for tensor in (input_ids, attention_mask):
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], length: int, packing: Packing) -> Iterator[list[int]]:
+    """The ids of each sequence that documents give, in order."""
+    if packing == "documents":
+        yield from _pack(tokenizer, documents, length)
+    else:
+        heads = (list(islice(chain.from_iterable(parts), length)) for parts in encode(tokenizer, documents))
+        yield from (ids for ids in heads if len(ids) > 1)
 
 
 def _pack(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], length: int) -> Iterator[list[int]]:

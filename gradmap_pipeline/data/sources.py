@@ -15,12 +15,17 @@ from ..machine.digests import sha256_of_value
 from .documents import LONG_BYTES, Chat, Document, LongText, make_documents, shuffle_documents
 from .files import compression_of, find_files, format_of
 from .readers import Row, read_rows, read_text
+from .sequences import Packing, count_rows, explain_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BUILTIN_BYTES = 1 << 26
 """More than the sources of Python's standard library hold."""
+_SMALL_BYTES = 4 << 20
+"""Text of at most so many is tokenised before a run, to see whether it is enough."""
+_PLENTY = 8
+"""Bytes for each token that is wanted, from which on a text is taken to be enough."""
 _TOKENS_A_BYTE = 64
 """More than any tokenizer and chat template make of a byte."""
 
@@ -122,6 +127,30 @@ class DatasetSource(BaseModel):
                 first.render(load_tokenizer())
             except StageError as error:
                 raise OptionError("dataset", str(error)) from error
+
+    def check_gives(
+        self,
+        samples: int,
+        length: int,
+        packing: Packing,
+        load_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        *,
+        is_shuffled: bool = False,
+    ) -> None:
+        """Raise `OptionError` where a small local text gives fewer samples than so many, by the tokens that it makes.
+
+        Larger texts, and text from elsewhere, are not looked at; faults of the data are left to those who read them.
+        """
+        size = None if self.path is None else self._count_bytes()
+        if size is None or size > _SMALL_BYTES or size >= _PLENTY * samples * length:
+            return
+        try:
+            found = count_rows(load_tokenizer(), self.documents(), length, samples, packing)
+        except StageError:
+            return
+        # Texts in another order may fill one sequence more, where each begins with a BOS token.
+        if found + (is_shuffled and packing == "documents") < samples:
+            raise OptionError("samples", explain_few(found, samples, length))
 
     def local_paths(self) -> list[Path]:
         """Files and folders on this machine that are read."""

@@ -11,6 +11,7 @@ import sys
 from types import FrameType
 
 from ..errors import CapacityError
+from ..interruptions import explain_interruption
 
 OUR_CODES = (0, 2, 3, 4, 5, 130)
 _LEAST = 3 << 29
@@ -68,7 +69,7 @@ def supervise() -> tuple[int, str] | None:
     if code in OUR_CODES:
         return code, ""
     if is_interrupted:
-        return 130, "interrupted; what is finished is kept: run the same command to go on"
+        return 130, explain_interruption(sys.argv[1:])
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     limit = (address_limit() or 0) >> 20
     return 3, f"ran out of address space: a library {how} under the limit of {limit} MiB (ulimit -v); raise or remove the limit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from ..machine.extras import OURS, explain_missing
 from ..stages.forecasts import Forecasts, Outlook
 from ..stages.stage import Stage
 from ..stages.targets import find_clashing_export, overlaps
+from ..text import join_words
 from .asking import ask, make_stage
 from .catalog import Catalog
 from .limits import Limit, find_faults, find_measured_input
@@ -28,6 +30,7 @@ from .validation import Invalid
 from .wiring import Board, wire_inputs
 from .yaml_positions import Location
 
+_OF_STEP = re.compile(r"step ('[^']*'): (.*)", re.DOTALL)
 _LIMITS_ELSEWHERE = "stands beside 'with', not in it: `limits: {perplexity: {max: 30}}`"
 
 
@@ -92,10 +95,26 @@ def make_plan(recipe: Recipe, catalog: Catalog, store: Path = DEFAULT_STORE) -> 
         steps, board, problems = _plan_steps(recipe, catalog, board.requests)
     problems += _find_clashes(steps, recipe, find_machine_places(store, recipe.path, catalog.plugin_files))
     if problems or recipe.model is None:
-        raise RecipeError(sorted(dict.fromkeys(problems), key=lambda problem: problem.order))
+        raise RecipeError(_join_steps(sorted(dict.fromkeys(problems), key=lambda problem: problem.order)))
     forecast: Any = board.forecasts[MODEL_STEP, "model"]
     said = (recipe.text, tuple(recipe.overrides.values()), recipe.description)
     return Plan(recipe.model, recipe.seed, steps, recipe.path, forecast, *said)
+
+
+def _join_steps(problems: Sequence[Problem]) -> list[Problem]:
+    """Those that several steps have in common, as a block that they share brings them in, are told once."""
+    joined: dict[tuple[str, str], list[str]] = {}
+    first: dict[tuple[str, str], Problem] = {}
+    for problem in problems:
+        named = _OF_STEP.fullmatch(problem.message)
+        step, said = (named[1], named[2]) if named else ("", problem.message)
+        first.setdefault((problem.where, said), problem)
+        joined.setdefault((problem.where, said), []).append(step)
+    told = []
+    for key, problem in first.items():
+        steps = joined[key]
+        told.append(replace(problem, message=f"steps {join_words(steps)}: {key[1]}") if len(steps) > 1 else problem)
+    return told
 
 
 def _plan_steps(

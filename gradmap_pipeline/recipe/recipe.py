@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,7 +198,9 @@ def _read_text(path: Path) -> str:
         content = read_input(path, MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError([Problem(str(path), f"cannot be read: {reason}; name a recipe file")]) from error
+        near = None if path.exists() else _find_near_name(path)
+        advice = "name a recipe file" if near is None else f"did you mean {str(near)!r}?"
+        raise RecipeError([Problem(str(path), f"cannot be read: {reason}; {advice}")]) from error
     if len(content) > MAX_BYTES:
         raise RecipeError([Problem(str(path), f"is not a recipe: it holds more than {MAX_BYTES >> 20} MiB")])
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -208,6 +211,15 @@ def _read_text(path: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         message = f"is not text in UTF-8: byte 0x{content[error.start]:02X} on line {line}; save it as UTF-8"
         raise RecipeError([Problem(str(path), message)]) from error
+
+
+def _find_near_name(path: Path) -> Path | None:
+    """The recipe in the same folder whose name is most like that of a file that is not there."""
+    with suppress(OSError, ValueError):
+        files = sorted(file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".json"))
+        near = get_close_matches(path.stem, [file.stem for file in files], n=1)
+        return next((file for file in files if [file.stem] == near), None)
+    return None
 
 
 def _apply(data: dict[str, Any], override: str) -> Location:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, RootModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from .yaml_positions import Location
 
@@ -21,6 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 LARGEST_INTEGER = 2**63 - 1
 """Largest whole number in a recipe: what torch takes for a seed, and a tensor for a size."""
 
+_BOUNDS = ("gt", "ge", "lt", "le")
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -153,6 +155,9 @@ def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location,
     if error_type == "value_error":
         return str(context["error"])
     if error_type in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        span = _describe_span(model, location)
+        if span is not None:
+            return f"found {_show(value)}, accepted: {span}"
         limit = next(iter(context.values()))
         words = {
             "greater_than": "more than",
@@ -168,10 +173,34 @@ def _explain(detail: dict[str, Any], model: type[BaseModel], location: Location,
     if error_type == "too_short":
         return "found an empty list; give at least one entry"
     wanted = next((words for prefix, words in _KINDS.items() if error_type.startswith(prefix)), None)
+    if wanted in ("a number", "a whole number"):
+        wanted = _describe_span(model, location) or wanted
     if wanted is None:
         return f"found {_show(value)}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
     quotes = "; put quotes around it" if wanted in ("text", "a path") and isinstance(value, int | float) and not is_branch else ""
     return f"found {_show(value)}, accepted: {wanted}{quotes}"
+
+
+def _describe_span(model: type[BaseModel], location: Location) -> str | None:
+    """What numbers a field with both bounds takes, with an example; None of any other."""
+    info = _field_at(model, location)
+    bounds = {name: getattr(rule, name) for rule in (info.metadata if info else ()) for name in _BOUNDS if hasattr(rule, name)}
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if info is None or low is None or high is None or high >= LARGEST_INTEGER:
+        return None
+    is_whole = float not in _members(info.annotation)
+    kind = "a whole number" if is_whole else "a number"
+    if "ge" in bounds and "le" in bounds:
+        return f"{kind} from {low} to {high}" + ("" if is_whole else f", such as {_halve(low, high)}")
+    lower = f"at least {low}" if "ge" in bounds else f"above {low}"
+    upper = f"at most {high}" if "le" in bounds else f"below {high}"
+    default = info.default
+    example = default if isinstance(default, int | float) and low < default < high else _halve(low, _halve(low, high))
+    return f"{kind} {lower} and {upper}" + ("" if is_whole else f", such as {example}")
+
+
+def _halve(low: float, high: float) -> float:
+    return (low + high) / 2
 
 
 def _advise_mapping(text: str, model: type[BaseModel], location: Location) -> str:
@@ -217,15 +246,8 @@ def _values_of(annotation: Any) -> Any:
 
 def _fields_of(annotation: Any) -> dict[str, Any] | None:
     """Keys and annotations of the model inside an annotation; None where there is no model in it."""
-    if get_origin(annotation) is dict:
-        return None
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, RootModel):
-        return {info.alias or name: info.annotation for name, info in annotation.model_fields.items()}
-    for member in annotation if isinstance(annotation, tuple) else get_args(annotation):
-        fields = _fields_of(member)
-        if fields is not None:
-            return fields
-    return None
+    infos = _infos_of(annotation)
+    return None if infos is None else {name: info.annotation for name, info in infos.items()}
 
 
 def _annotation_at(model: type[BaseModel], location: Location) -> Any:
@@ -234,6 +256,23 @@ def _annotation_at(model: type[BaseModel], location: Location) -> Any:
         if isinstance(part, str):
             annotation = _values_of(annotation) or (_fields_of(annotation) or {}).get(part)
     return annotation
+
+
+def _field_at(model: type[BaseModel], location: Location) -> FieldInfo | None:
+    """The field at a location; None where an entry of a list or of a mapping stands there."""
+    if not location or not isinstance(location[-1], str):
+        return None
+    return (_infos_of(_annotation_at(model, location[:-1])) or {}).get(location[-1])
+
+
+def _infos_of(annotation: Any) -> dict[str, FieldInfo] | None:
+    """Keys and fields of the model inside an annotation; None where there is no model in it."""
+    if get_origin(annotation) is dict:
+        return None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and not issubclass(annotation, RootModel):
+        return {info.alias or name: info for name, info in annotation.model_fields.items()}
+    inner = map(_infos_of, annotation if isinstance(annotation, tuple) else get_args(annotation))
+    return next((infos for infos in inner if infos is not None), None)
 
 
 def _accepted_keys(model: type[BaseModel], location: Location) -> list[str]:

@@ -44,7 +44,8 @@ def print_costs(costs: PlanCosts | None) -> None:
         how = ("does not fit" if step.obstacle else step.estimate.how if step.estimate else "") if is_narrow else ""
         if listed or how:
             add_row(memory, step.step, "; ".join(filter(None, (listed, how))))
-    print_table(console, memory)
+    if memory.rows:
+        print_table(console, memory)
     say(
         console,
         f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "

@@ -11,12 +11,14 @@ from ..cost.estimate import Estimate
 from ..cost.model_costs import ModelCosts
 from ..errors import CapacityError, GradmapError, ModelError, first_line
 from ..machine.machine import Machine
+from ..machine.memory_advice import tell_shortage
 from ..machine.shortages import find_shortage
 from ..recipe.asking import ask
 from ..recipe.plan import Plan, PlannedStep
 from ..recipe.recipe import MODEL_STEP
 from ..stages.forecasts import Forecasts
 from ..sweep.memory_plan import format_size
+from ..text import join_words
 from .inspection import inspect_steps
 
 
@@ -31,6 +33,8 @@ class StepCost:
     """None: the stage does not say."""
     obstacle: str | None = None
     """Why the step does not fit this machine."""
+    enough: int | None = None
+    """Bytes to allow with --memory that suffice as far as is known, where it does not fit the memory."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,15 @@ class PlanCosts:
 
     @property
     def obstacles(self) -> list[str]:
-        """One line for each step that does not fit."""
-        return [f"step {step.step!r}: {step.obstacle}" for step in self.steps if step.obstacle]
+        """Why steps do not fit, a line each; of those that need more memory, one line tells what the largest needs."""
+        lines = [f"step {step.step!r}: {step.obstacle}" for step in self.steps if step.obstacle and step.enough is None]
+        short = [step for step in self.steps if step.enough is not None]
+        if not short:
+            return lines
+        largest = max(short, key=lambda step: step.enough or 0)
+        names = join_words([repr(step.step) for step in short])
+        most = f"steps {names} need more memory; most of all {largest.step!r}" if len(short) > 1 else f"step {names}"
+        return [f"{most}: {largest.obstacle}", *lines]
 
 
 def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None:
@@ -82,7 +93,8 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
                 other: Estimate | None = ask("estimate", step.stage, step.id, step.plugin, whole, costs)
                 estimate = estimate + other if estimate is not None and other is not None else None
         except CapacityError as error:
-            steps.append(StepCost(step.id, parameters, None, str(error)))
+            told = tell_shortage(error, type(step.stage).model_fields)
+            steps.append(StepCost(step.id, parameters, None, told, error.enough))
             continue
         obstacle = None if estimate is None else _find_full_disk(step, estimate, store)
         if estimate is not None and estimate.seconds:

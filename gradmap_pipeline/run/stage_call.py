@@ -15,6 +15,7 @@ from ..errors import CapacityError, GradmapError, RecipeError, StageError, descr
 from ..interruptions import is_interruption
 from ..machine.atomic_folder import scratch_folder
 from ..machine.environment import Workplace
+from ..machine.memory_advice import tell_shortage
 from ..machine.shortages import find_shortage
 from ..machine.streams import plugin_code
 from ..recipe.asking import name_method
@@ -44,6 +45,8 @@ def call_stage(
             shortage_error = CapacityError(f"stage {step.stage.name!r} {shortage.explain([context.folder, *step.writes])}")
             shortage_error.where = where
             raise shortage_error from error
+        if isinstance(error, CapacityError) and error.by_option:
+            error.args = (tell_shortage(error, type(step.stage).model_fields),)
         if isinstance(error, GradmapError):
             failure = StageError(text_of(error)) if error.exit_code == RecipeError.exit_code else error
             failure.where = error.where or where

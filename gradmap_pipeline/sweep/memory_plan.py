@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..batches import BATCH_TOKENS
-from ..errors import CapacityError
+from ..machine.memory_advice import lack_of_memory
 from .ledger import Line
 from .needs import SweepNeeds
 
@@ -56,23 +56,28 @@ class SweepPlan:
         return ", ".join(filter(None, (layers, "graphs kept" if self.keeps_graphs else "", passes, spilled)))
 
 
-def plan_sweep(needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0, host_free: int = 0) -> SweepPlan:
+def plan_sweep(
+    needs: SweepNeeds, free: int, *, divisible: bool = True, reserve: int = 0, host_free: int = 0, held: int = 0
+) -> SweepPlan:
     """The fastest plan that fits into `free` bytes.
 
     `divisible` False: what is computed is not a sum over samples, so they must go through together.
     `reserve`: bytes of those that are better left free than used to keep layers or to read ahead. `host_free`: bytes in the
-    machine's memory, where the device has its own.
+    machine's memory, where the device has its own. `held`: bytes that the process has besides, for messages.
     Raises `CapacityError` when the largest layer and one sample do not fit.
     """
-    layer = needs.layer_bytes + needs.weight_gradient_bytes
     least = _count_phases(needs, 1, is_resident=False)
     if sum(least.values()) + _SLACK > free:
-        raise CapacityError(
-            f"one layer ({format_size(layer)}) and what it computes of one sample of {needs.tokens} tokens "
-            f"({format_size(needs.count_work(1))}), or the head ({format_size(needs.head_bytes)}) and its logits "
-            f"({format_size(needs.count_logit_bytes(1))}), need {format_size(sum(least.values()) + _SLACK)}, and of the "
-            f"memory allowed {format_size(max(free, 0))} are left; shorten 'sequence_length', use --dtype bfloat16, or allow more "
-            "with --memory"
+        needed = sum(least.values()) + _SLACK
+        held_for = [*least.items(), ("allocator", _SLACK)]
+        largest = sorted(((size, str(line)) for line, size in held_for if size >= 1 << 20), reverse=True)
+        raise lack_of_memory(
+            f"one sample of {needs.tokens} tokens at a time takes {format_size(needed)} "
+            f"({', '.join(f'{line} {format_size(size)}' for size, line in largest)}) beside the {format_size(held)} of the program "
+            f"itself, over the {format_size(free + held)} allowed",
+            needed + reserve + held,
+            dtype="float32" if needs.item_bytes > 2 else "",
+            by_option={"sequence_length": "shorten 'sequence_length'"},
         )
     is_resident = sum(_count_phases(needs, 1, is_resident=True).values()) + _SLACK + reserve <= free
     batch = _choose_batch(needs, free, is_resident=is_resident)

@@ -45,6 +45,8 @@ class SweepNeeds:
     """V"""
     logits_at_once: int
     """Logits that the head holds at once, unless one position of a batch has more."""
+    item_bytes: int = 4
+    """Bytes of a number in the type that is computed in."""
     layer_elements: int = 0
     """Parameters of the largest layer."""
     largest_parameter: int = 0
@@ -137,6 +139,7 @@ def measure_needs(
         boundary_bytes=hidden.nbytes,
         saved_bytes=_measure_saved(model, largest, hidden, arguments[largest]),
         words=model.words,
+        item_bytes=size,
         logits_at_once=LOGITS_AT_ONCE if model.can_slice_logits else tokens * model.words * samples,
         layer_elements=elements[largest],
         largest_parameter=max(parameter.numel() for parameter in model.parameters_of(largest)),

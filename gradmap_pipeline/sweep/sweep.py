@@ -86,10 +86,11 @@ def open_sweep(
             has_padding=not bool(samples[1].bool().all()),
             has_head=has_head,
         )
-        free = group.least(context.memory - resident_bytes(context.device))
+        held = resident_bytes(context.device)
+        free = group.least(context.memory - held)
         host_free = group.least(free_on_host(context.device, context.host_memory))
         with group.agreeing(CapacityError):
-            plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve, host_free=host_free)
+            plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve, host_free=host_free, held=held)
     if stream and stream.batch_samples:
         plan = replace(plan, batch_samples=stream.batch_samples)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead

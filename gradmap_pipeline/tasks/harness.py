@@ -9,7 +9,8 @@ from functools import cache
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CapacityError, OptionError
+from ..errors import OptionError
+from ..machine.memory_advice import lack_of_memory
 from ..machine.shortages import is_shortage
 from ..machine.streams import set_aside
 from .checks import find_local_tasks
@@ -72,9 +73,12 @@ def make_harness(model: ModelGraph | TransformersFolder, tokenizer: Any, batch_s
     needed = model.count_parameters() * width if isinstance(model, ModelGraph) else model.size_bytes
     free = context.memory - resident_bytes(context.device)
     if needed > free:
-        raise CapacityError(
+        raise lack_of_memory(
             f"lm-eval needs the whole model in memory, {needed / 2**30:.2f} GiB, and of the memory allowed "
-            f"{max(0, free) / 2**30:.2f} GiB are left; use --dtype bfloat16, allow more with --memory, or use evaluate"
+            f"{max(0, free) / 2**30:.2f} GiB are left",
+            context.memory - free + needed,
+            ["use evaluate"],
+            dtype=context.dtype,
         )
     if isinstance(model, ModelGraph):
         loaded = load_whole(model, context.dtype, context.device)

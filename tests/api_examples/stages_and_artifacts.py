@@ -41,6 +41,7 @@ from gradmap_pipeline import (
     explain_missing,
     hookimpl,
     known,
+    lack_of_memory,
     load_tensor,
 )
 from gradmap_pipeline.testing import make_context, make_inputs, run_stage
@@ -101,7 +102,8 @@ class MeasureNorms(Stage):
             for layer in graph.layers:
                 for name, stored in graph.layer_tensors(layer).items():
                     if 8 * stored.elements > context.memory:
-                        raise CapacityError(f"{name} does not fit into the memory allowed")
+                        error: CapacityError = lack_of_memory(f"{name} takes more than is allowed", 8 * stored.elements)
+                        raise error
                     norms[name] = load_tensor(stored).double().norm()
                 advance()
         largest = max(map(float, norms.values()))

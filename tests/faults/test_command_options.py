@@ -43,7 +43,7 @@ def test_memory(folder: Path, value: str) -> None:
 
 
 def test_memory_that_is_next_to_nothing(folder: Path) -> None:
-    refused(gradmap("--memory", "0.0001GiB"), "allow more with --memory", 3)
+    refused(gradmap("--memory", "0.0001GiB"), "or more with --memory", 3)
     assert parse_size("0.0001GiB") == 107374
     assert parse_size("1048576TiB") == 2**60
 
