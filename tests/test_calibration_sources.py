@@ -250,11 +250,12 @@ def test_what_was_generated_is_kept(graph: ModelGraph, tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         return write(self, starts, *rest)
 
+    monkeypatch.setattr(generation, "GENERATED_TOGETHER", 8)
     monkeypatch.setattr(generation._Writer, "write", end_early)
     with pytest.raises(KeyboardInterrupt):
         generate_rows(GeneratedText(), graph, 16, 10, 0, context)
     assert len(kept) == 1
-    monkeypatch.undo()
+    monkeypatch.setattr(generation._Writer, "write", write)
     rows = [row.tolist() for row in generate_rows(GeneratedText(), graph, 16, 10, 0, context)]
     assert len(kept) == 2
     assert rows == rows_of(graph, tmp_path, 10, 16)
@@ -318,7 +319,7 @@ def check(folder: Path, *, dataset: dict[str, Any], model: Path, stage: str = "c
 @pytest.mark.parametrize("stage", ["calibrate", "evaluate"])
 def test_chats_without_a_template_are_refused_at_check(stage: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    chats = {"path": str(write_chats(tmp_path / "chats.jsonl", CHAT)), "column": "messages"}
+    chats = {"path": str(write_chats(tmp_path / "chats.jsonl", *[CHAT] * 9)), "column": "messages"}
     code, said = check(tmp_path, dataset=chats, model=model, stage=stage)
     assert code == 2
     assert "line 1: found chat messages, and the tokenizer has no chat template to make text of them" in said
@@ -356,7 +357,7 @@ def test_the_plan_counts_what_generating_takes(graph: ModelGraph, llama: Path, t
     few, many = costs.generated_text(4, 2, 32), costs.generated_text(4, 64, 32)
     besides = costs.occupied
     assert few.peak_bytes == max(costs.occupied, besides + weights + 2 * each)
-    assert many.peak_bytes == max(costs.occupied, besides + weights + 8 * each)
+    assert many.peak_bytes == max(costs.occupied, besides + weights + generation.GENERATED_TOGETHER * each)
     assert many.flops == pytest.approx(32 * few.flops)
     costs.memory = besides + weights + 3 * each
     assert costs.generated_text(4, 64, 32).how == "3 sequences at a time"
