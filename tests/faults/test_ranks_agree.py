@@ -414,7 +414,7 @@ SamplePass.loss_without = noted
     layers = [0, 1, 2, 3] if stage == "perplexity_score" else [1, 2]
     first = [[line.split() for line in lines[: len(layers)]] for lines in scored[1]]
     assert [[int(layer) for layer, _ in lines] for lines in first] == [layers, layers]
-    assert [{int(samples) for _, samples in lines} for lines in first] == [{4}, {3}]
+    assert [{int(samples) for _, samples in lines} for lines in first] == [{9}, {8}]
     half = [[line.split() for line in lines[: len(layers) // 2]] for lines in scored[2]]
     assert sorted(int(layer) for lines in half for layer, _ in lines) == layers
     assert {int(samples) for lines in half for _, samples in lines} == {7}
