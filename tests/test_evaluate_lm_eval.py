@@ -148,7 +148,7 @@ def test_in_a_recipe(llama: Path, tasks: Path, tmp_path: Path, monkeypatch: pyte
     assert result.stderr.count("local_choice: acc 0.") + result.stdout.count("local_choice: acc 0.") == 2
     assert re.search(r"acc on local_choice *\n(.*\n)+ *pruned +3 .* 0\.\d+ ± 0\.\d+ *\n *pruned, transformers int8", result.stdout)
     card = (tmp_path / "small" / "README.md").read_text()
-    assert re.search(r"\| acc \| local_choice, 4 questions, 0-shot \| 0\.\d+ \| 0\.\d+ \| higher \|", card)
+    assert re.search(r"\| acc \| local_choice, 4 questions, 0-shot \| 0\.\d+ ± 0\.\d+ \| higher \|", card)
     limits = "again.limits={acc: {min: 1.1, min_ratio: 9}}"
     result = gradmap("run", "r.yaml", "--set", limits)
     assert result.exit_code == 5

@@ -316,10 +316,11 @@ def test_broken_metrics_of_a_plugin(metrics: str, message: str, folder: Path) ->
 
 
 def test_a_table_of_its_own_for_many_metrics(folder: Path) -> None:
-    write_plugin(folder, '[Metric(name=name, value=self.characters, better="lower") for name in ("one", "two", "three")]')
-    result = gradmap("run", "length.limits.one.max_ratio=9")
+    metrics = '[Metric(name=f"figure {number}", value=self.characters, better="lower") for number in range(20)]'
+    write_plugin(folder, metrics)
+    result = gradmap("run", "length.limits.figure 0.max_ratio=9")
     assert re.search(r"metric +dense +pruned *\n.*\n +length on text\.txt \(characters\) +30\.000 +40\.000", result.stdout)
-    assert re.search(r"three +30\.000 +40\.000", result.stdout)
+    assert re.search(r"figure 19 +30\.000 +40\.000", result.stdout)
 
 
 def test_option_of_a_stage_cannot_be_called_as_the_key_of_steps(folder: Path) -> None:

@@ -97,7 +97,7 @@ def test_metric_of_a_plugin_is_shown_wherever_metrics_are(recipe: Path) -> None:
     assert result.exit_code == 0, result.output
     assert re.search(r"bytes +depth \(layers\)", result.stdout)
     assert re.search(r"dense .* 4\.000 ± 0\.25 *\n +pruned .* 2\.000 ± 0\.25 *\n", result.stdout)
-    assert "| depth |  | 2.000 layers | 0.25 layers | lower |" in Path("exported/README.md").read_text()
+    assert "| depth |  | 4.000 ± 0.25 layers | 2.000 ± 0.25 layers | lower |" in Path("exported/README.md").read_text()
     (kept,) = json.loads(Path("exported/gradmap.json").read_text())["metrics"]
     assert (kept["name"], kept["value"], kept["stderr"]) == ("depth", 2.0, 0.25)
 

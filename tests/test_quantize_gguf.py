@@ -168,7 +168,7 @@ def test_the_card_is_of_the_quantised_file(tmp_path: Path, monkeypatch: pytest.M
     exported = run_stage(stage, tmp_path / "export", model=hub, metrics=[metric]).exported
     plain = (tmp_path / "plain" / "README.md").read_text()
     assert "base_model_relation: finetune" in plain
-    assert "| metric | on | value |" in plain
+    assert "| metric | on | this model | better |" in plain
     quantise(exported, tmp_path, metrics=[metric])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: owner/name\nbase_model_relation: quantized\n" in card
@@ -176,8 +176,8 @@ def test_the_card_is_of_the_quantised_file(tmp_path: Path, monkeypatch: pytest.M
     assert "# owner/name, 3 of 4 layers, Q4_K_M\n" in card
     assert " 14 bytes in `model-q4_k_m.gguf`." in card
     assert "llama-cli -m model-q4_k_m.gguf" in card
-    assert "| metric before quantisation | on | value |" in card
-    assert "| perplexity | text | 40.000 |" in card
+    assert "| metric | on | this model before quantisation | better |" in card
+    assert "| perplexity | text | 40.000 | lower |" in card
     assert "model-f16" not in card
 
 

@@ -417,7 +417,7 @@ SamplePass.loss_without = noted
     assert [{int(samples) for _, samples in lines} for lines in first] == [{9}, {8}]
     half = [[line.split() for line in lines[: len(layers) // 2]] for lines in scored[2]]
     assert sorted(int(layer) for lines in half for layer, _ in lines) == layers
-    assert {int(samples) for lines in half for _, samples in lines} == {7}
+    assert {int(samples) for lines in half for _, samples in lines} == {17}
 
 
 def test_processes_that_have_gone_different_ways_say_so(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import os
 import sys
 import time
 from pathlib import Path
@@ -144,7 +143,8 @@ def test_merge_keys_at_their_edges(text: str, message: str | None) -> None:
 def test_a_merged_value_is_placed_where_it_is_written(folder: Path) -> None:
     text = HEAD + "steps:\n  - use: evaluate\n    with: &e {dataset: {builtin: heldout}, samples: x}\n"
     lines = problems(text + "  - use: evaluate\n    id: two\n    with:\n      <<: *e\n      packing: some\n")
-    assert [line.split(": step ")[0] for line in lines] == ["r.yaml:5:44", "r.yaml:5:44", "r.yaml:10:7"]
+    assert [line.split(": step")[0] for line in lines] == ["r.yaml:5:44", "r.yaml:10:7"]
+    assert lines[0].startswith("r.yaml:5:44: steps 'evaluate' and 'two': option 'samples': found 'x'")
 
 
 def test_home_folder_in_every_path(folder: Path, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +285,9 @@ def test_a_step_that_takes_from_itself(folder: Path) -> None:
     assert "no earlier step makes 'prune.model'" in lines
 
 
-def test_check_reads_and_writes_nothing_besides(folder: Path) -> None:
+def test_check_writes_nothing_but_that_all_was_well(folder: Path) -> None:
     check(HEAD + "steps:\n" + EVALUATE)
-    assert os.listdir(folder) == ["r.yaml"]
+    files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    assert [name.partition("-")[0] for name in files] == [".gradmap/.gitignore", ".gradmap/units/check", "r.yaml"]
+    check(HEAD + "steps:\n  - use: evaluate\n    with: {samples: x}\n", "--store", "other")
+    assert not (folder / "other").exists()
