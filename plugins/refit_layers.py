@@ -111,9 +111,9 @@ class RefitLayers(Stage):
 
     def inspect(self, inputs: Forecasts, probe: StructureProbe) -> None:
         samples = inputs.of(CalibrationSet).samples
-        processes = self.batch_size // probe.check_shares(self.batch_size)
+        probe.check_shares(self.batch_size)
         if samples is not None:
-            check_samples(samples, self.batch_size, processes)
+            check_samples(samples, self.batch_size, probe.processes)
         probe.check_layerwise()
         try:
             probe.check_gradients()

@@ -206,9 +206,9 @@ def test_log_lists_newest_first(folder: Path) -> None:
 def test_log_in_80_columns_has_what_counts_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
     monkeypatch.setattr(run_log, "make_console", lambda: console)
-    metrics = {"perplexity on /work/shared/data/wikitext-2/test.txt": 43.512, "repetition": 0.17}
+    metrics = {"perplexity on /texts/wikitext-2/test.txt": 43.512, "repetition": 0.17}
     common = {"started_at": "2026-11-28T00:13:22Z", "base_layers": 30, "layers": 24, "metrics": metrics, "seconds": 89.2}
-    done = {"short_id": "00904a", "recipe": "/work/a/long/place/mine.yaml", "outcome": "done", "exit_code": 0}
+    done = {"short_id": "00904a", "recipe": "/recipes/of/a/long/place/mine.yaml", "outcome": "done", "exit_code": 0}
     stopped = {"short_id": "88fd8e", "recipe": "mine.yaml", "outcome": "interrupted", "exit_code": 130, "steps": 9, "steps_done": 4}
     export = {"short_id": "7c4814", "recipe": "out/smollm2-pruned/gradmap.json", "outcome": "limit missed", "exit_code": 5}
     run_log.print_log([{**common, **head} for head in (done, stopped, export)], 3, Path(".gradmap"))

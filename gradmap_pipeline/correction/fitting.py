@@ -156,7 +156,7 @@ class Fitting:
         return (best_step, best) if best else None
 
     def _find_state(self, kept: KeptState) -> tuple[Callable[[str, torch.Tensor], object], dict[str, Any]] | None:
-        """What the leading process has kept: a function that fills a tensor of each process by its name, and the numbers."""
+        """Return what the leading process has kept: a function that fills a tensor in all processes by name, and the numbers."""
         state = kept.find() if self._group.leads else None
         numbers = self._group.tell(None if state is None else state[1])
 

@@ -1,4 +1,4 @@
-"""What a trainer finds around it: random numbers of its own, loggers that are quiet, and the processes that train together."""
+"""The surroundings of a trainer: random numbers of its own, loggers that are quiet, and the processes that train together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 @contextmanager
 def seen_processes(group: ProcessGroup, device: str) -> Iterator[None]:
-    """What accelerate reads says meanwhile that the processes of `group` train together, whatever launcher started them.
+    """Have accelerate see meanwhile that the processes of `group` train together, whatever launcher started them.
 
     A group of one trains alone, even if others wait for it.
     """

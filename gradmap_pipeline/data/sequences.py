@@ -73,14 +73,14 @@ def draw_rows(
 def count_rows(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], length: int, samples: int, packing: Packing
 ) -> int:
-    """How many of so many sequences documents give."""
+    """Return how many sequences the documents give, up to `samples`."""
     return sum(1 for _ in islice(_cut(tokenizer, documents, length, packing), samples))
 
 
-def explain_few(found: int, samples: int, length: int) -> str:
+def explain_few(given: int, samples: int, length: int) -> str:
     """Why a data set is too small."""
     return (
-        f"the data set gives only {found} of {samples} samples of {length} tokens; "
+        f"the data set gives only {given} of {samples} samples of {length} tokens; "
         "lower 'samples' or 'sequence_length', or use more text"
     )
 

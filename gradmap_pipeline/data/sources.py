@@ -145,12 +145,12 @@ class DatasetSource(BaseModel):
         if size is None or size > _SMALL_BYTES or size >= _PLENTY * samples * length:
             return
         try:
-            found = count_rows(load_tokenizer(), self.documents(), length, samples, packing)
+            given = count_rows(load_tokenizer(), self.documents(), length, samples, packing)
         except StageError:
             return
         # Texts in another order may fill one sequence more, where each begins with a BOS token.
-        if found + (is_shuffled and packing == "documents") < samples:
-            raise OptionError("samples", explain_few(found, samples, length))
+        if given + (is_shuffled and packing == "documents") < samples:
+            raise OptionError("samples", explain_few(given, samples, length))
 
     def local_paths(self) -> list[Path]:
         """Files and folders on this machine that are read."""

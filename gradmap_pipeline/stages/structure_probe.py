@@ -111,10 +111,10 @@ class StructureProbe:
         """That the run which is about to start does the step with, if it is `parallel`; 1 where none is."""
         return 1 if self.room is None else self.room.processes
 
-    def check_shares(self, batch_size: int) -> int:
-        """Samples of a training step that each process of the run takes. Raises `OptionError` where one would take more."""
+    def check_shares(self, batch_size: int) -> None:
+        """Raise `OptionError` where the processes of the run cannot take as many samples of a training step each."""
         try:
-            return ProcessGroup(size=self.processes).split(batch_size)
+            ProcessGroup(size=self.processes).split(batch_size)
         except StageError as error:
             raise OptionError("batch_size", str(error)) from None
 
