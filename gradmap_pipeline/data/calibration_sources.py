@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -163,20 +164,16 @@ class CalibrationSource(_OneSource):
             super().check_amount(samples, length, packing)
             return
         for number, (part, count) in enumerate(zip(self.mix, self.share_out(samples), strict=True), 1):
-            try:
+            with _naming(number):
                 part.check_amount(count, length, packing)
-            except OptionError as error:
-                raise OptionError(error.option, f"part {number} of the mix: {error}") from None
 
     def check_fits_tokenizer(self, load_tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
         if self.mix is None:
             super().check_fits_tokenizer(load_tokenizer)
             return
         for number, part in enumerate(self.mix, 1):
-            try:
+            with _naming(number):
                 part.check_fits_tokenizer(load_tokenizer)
-            except OptionError as error:
-                raise OptionError(error.option, f"part {number} of the mix: {error}") from None
 
     def check_gives(
         self,
@@ -191,10 +188,8 @@ class CalibrationSource(_OneSource):
             super().check_gives(samples, length, packing, load_tokenizer, is_shuffled=is_shuffled)
             return
         for number, (part, count) in enumerate(zip(self.mix, self.share_out(samples), strict=True), 1):
-            try:
+            with _naming(number):
                 part.check_gives(count, length, packing, load_tokenizer, is_shuffled=is_shuffled)
-            except OptionError as error:
-                raise OptionError(error.option, f"part {number} of the mix: {error}") from None
 
     def local_paths(self) -> list[Path]:
         return super().local_paths() if self.mix is None else [path for part in self.mix for path in part.local_paths()]
@@ -203,3 +198,12 @@ class CalibrationSource(_OneSource):
         if self.mix is None:
             return super().fingerprint(digest_of)
         return {"mix": [{"weight": part.weight, "text": part.fingerprint(digest_of)} for part in self.mix]}
+
+
+@contextmanager
+def _naming(part: int) -> Iterator[None]:
+    """Refusals say which part of the mix they are of."""
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(error.option, f"part {part} of the mix: {error}") from None

@@ -193,7 +193,7 @@ def _is_chat(folder: Path) -> bool:
     settings = folder / "tokenizer_config.json"
     if (folder / "chat_template.jinja").is_file():
         return True
-    return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
 
 
 def _read_lineage(folder: Path) -> dict[str, Any]:
