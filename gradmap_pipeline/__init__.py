@@ -48,11 +48,6 @@ if TYPE_CHECKING:
         solve_site as solve_site,
         write_patches as write_patches,
     )
-    from .correction.distilling import (
-        check_memory_for_training as check_memory_for_training,
-        count_trained as count_trained,
-        training_bytes as training_bytes,
-    )
     from .correction.fitting import HELD_OUT as HELD_OUT
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
     from .correction.refit import (
@@ -83,6 +78,13 @@ if TYPE_CHECKING:
     )
     from .correction.training import Trained as Trained, TrainingSettings as TrainingSettings, train_whole as train_whole
     from .correction.training_curve import TrainingPoint as TrainingPoint
+    from .correction.training_memory import (
+        TrainingNeeds as TrainingNeeds,
+        check_memory_for_training as check_memory_for_training,
+        count_trained as count_trained,
+        measure_training_needs as measure_training_needs,
+        training_bytes as training_bytes,
+    )
     from .correction.writers import Writer as Writer
     from .cost.decoding_costs import (
         DecodingShape as DecodingShape,

@@ -38,6 +38,7 @@ from gradmap_pipeline import (
     hookimpl,
     known,
     load_tokenizer,
+    measure_training_needs,
     open_sweep,
     train_whole,
     training_bytes,
@@ -137,10 +138,10 @@ class Distill(Stage):
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         layers, tokens = known(inputs.of(ModelGraph).layers), known(check_length(self.sequence_length, inputs.of(ModelGraph)))
-        needs = costs.needs(layers, self._at_once, tokens)
+        needs = measure_training_needs(costs.graph, tokens, costs.dtype, costs.device)
         weights = costs.count_parameters(layers)
-        trained = count_trained(self.weights, weights, layers, self.rank, costs.benchmark.hidden_size)
-        lines = training_bytes(needs, weights, trained, self._at_once)
+        trained = count_trained(self.weights, weights, layers, self.rank, needs.width)
+        lines = training_bytes(needs, layers, weights, trained, self._at_once)
         needed = costs.occupied + sum(lines.values())
         check_memory_for_training(needed, costs.memory, self.weights)
         whole = len(costs.graph.layers)
@@ -149,7 +150,7 @@ class Distill(Stage):
         head = costs.benchmark.head_pass(self._at_once, tokens)
         passes = self.steps * self.batch_size
         forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
-        looks = (_LOOKS + 1) * self.samples // _HELD_OUT
+        held, looks = self.samples // _HELD_OUT, min(_LOOKS, self.steps)
         kept = self.samples * tokens * min(self.top_k, needs.words) * 8
         state = 12 * trained  # weights and two moments, fp32
         stored = costs.count_bytes(layers)
@@ -157,9 +158,12 @@ class Distill(Stage):
         training = Estimate(
             needed,
             bytes_read=2 * stored + 4 * trained + 2 * kept,  # to train, to compare with; the best checkpoint
-            bytes_written=kept + _LOOKS * state,
+            bytes_written=kept + looks * state,
             flops=passes * (layers * (layer.flops + layer.backward_flops) + head.flops + head.backward_flops),
-            seconds=passes * (forward + backward) + looks * forward,
+            seconds=passes * (forward + backward)
+            + (looks + 2) * held * forward  # before and after all, too
+            + self.steps * trained * costs.speed.update
+            + looks * state * costs.speed.write,
             how=f"trained as a whole, {'LoRA' if self.weights == 'lora' else 'all weights'}",
             disk_bytes=kept + _CHECKPOINTS * state,
             lines={"program": costs.occupied, **lines},

@@ -137,13 +137,14 @@ class RefitLayers(Stage):
         one = costs.benchmark.layer_pass(together, tokens, weight_gradients=True)
         trained, looked = refit * self.steps * self.batch_size, refit * 12 * samples / HELD_OUT
         layers = refit * costs.stored_layer_bytes // len(costs.graph.layers)
+        updated = refit * self.steps * max(costs.layer_elements.values())
         return (
             both
             + costs.given(2 * layers, 2)
             + Estimate(  # as finished work, and as what comes out
                 disk_bytes=both.disk_bytes + 2 * layers + disk_for_refit(needs),
                 flops=trained * (one.flops + one.backward_flops) + looked * one.flops,
-                seconds=trained * (one.forward_for_backward + one.backward) + looked * one.forward,
+                seconds=trained * (one.forward_for_backward + one.backward) + looked * one.forward + updated * costs.speed.update,
             )
         )
 

@@ -15,11 +15,19 @@ from gradmap_plugins.distill import Distill
 from tiny import make_model
 from typer.testing import CliRunner, Result
 
-from gradmap_pipeline import CapacityError, StageError, find_top_choices, open_sweep
+from gradmap_pipeline import (
+    CapacityError,
+    ModelGraph,
+    StageError,
+    find_top_choices,
+    measure_training_needs,
+    open_sweep,
+    training_bytes,
+)
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.checkpoint.whole import load_whole, name_on_disk
 from gradmap_pipeline.cli import app
-from gradmap_pipeline.correction import training
+from gradmap_pipeline.correction import sliced_loss, training
 from gradmap_pipeline.correction.distilling import divergence_from, loss_on
 from gradmap_pipeline.correction.training import add_lora
 from gradmap_pipeline.correction.training_curve import thin_out
@@ -72,7 +80,34 @@ def test_loss_on_text_is_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, ids = torch.randn(2, 4, 7, generator=generator), torch.randint(7, (2, 5), generator=generator)
     expected = -logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(loss_on(logits, ids).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss_on(logits, ids[:, 1:]).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sliced_loss_is_the_whole_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient, times a factor, of the mean over all positions but the last, in fp64; the last position has none."""
+    monkeypatch.setattr(sliced_loss, "LOSSES_AT_ONCE", 3 * 7)  # three positions at a time, of five
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(2, 6, 7, generator=generator).to(dtype)
+    ids = torch.randint(7, (2, 6), generator=generator)
+    logits = given.clone().requires_grad_()
+
+    def losses(part: torch.Tensor, sequence: int, positions: slice) -> torch.Tensor:
+        assert part.dtype == torch.float32
+        return loss_on(part, ids[sequence, 1:][positions])
+
+    mean = sliced_loss.mean_by_slices(logits, losses)
+    (3 * mean).backward()
+    exact = given.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    (3 * expected).backward()
+    assert logits.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(mean.detach().double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits.grad, exact.grad.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    assert not logits.grad[:, -1].any()
+    with torch.no_grad():
+        assert float(sliced_loss.mean_by_slices(logits, losses)) == float(mean.detach())
 
 
 @pytest.mark.parametrize("slices", [False, True])
@@ -294,7 +329,7 @@ def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, mon
     make_model(tmp_path / "model", hidden_size=512, intermediate_size=8192)
     (tmp_path / "r.yaml").write_text(RECIPE.replace("MODEL", str(tmp_path / "model")).replace("TEXT", str(text)))
     assert gradmap("plan", "r.yaml", "--memory", "3GiB", "--set", "distill.weights=all").exit_code == 0
-    monkeypatch.setattr("gradmap_pipeline.correction.distilling._LIBRARIES", 1 << 40)
+    monkeypatch.setattr("gradmap_pipeline.correction.training_memory._LIBRARIES", 1 << 40)
     result = gradmap("plan", "r.yaml", "--memory", "3GiB", "--set", "distill.weights=all")
     assert result.exit_code == 3
     assert "training the whole model takes" in result.output
@@ -307,12 +342,47 @@ def test_memory_that_does_not_suffice_is_refused_by_the_plan(tmp_path: Path, mon
 def test_memory_that_does_not_suffice_is_refused_by_the_run(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradmap_pipeline.correction.distilling._LIBRARIES", 1 << 40)  # whatever other tests have left in memory
+    monkeypatch.setattr(
+        "gradmap_pipeline.correction.training_memory._LIBRARIES", 1 << 40
+    )  # whatever other tests have left in memory
     options = {"dataset": {"path": text}, "samples": 16, "sequence_length": 16, "steps": 4, "batch_size": 4}
     stage = Distill.model_validate(options)
     inputs = stage.Inputs(model=open_folder(llama).without_layers([1]))
     with pytest.raises(CapacityError, match=r"training the whole model takes .*, over the .* allowed; lower 'samples_at_once' or"):
         stage.run(inputs, make_context(tmp_path / "out", memory=resident_bytes() + (200 << 20)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_planned_are_those_that_autograd_keeps(dtype: str, tmp_path: Path) -> None:
+    """What one more layer keeps of a batch of 3, all weights trained, beside the weights themselves."""
+    graph = open_folder(make_model(tmp_path / "model", hidden_size=128, intermediate_size=384, num_hidden_layers=4))
+    needs = measure_training_needs(graph, 64, dtype, "cpu")
+    parameters = graph.count_parameters()
+    more, less = (training_bytes(needs, layers, parameters, 0, 3)["activations"] for layers in (3, 2))
+    kept = [keep_graph(graph.without_layers(range(layers, 4)), 3, 64, dtype) for layers in (3, 2)]
+    assert more - less == pytest.approx(kept[0] - kept[1], rel=0.05)
+    maps = sum(tensor.elements for tensor in graph.layer_tensors(0).values() if len(tensor.shape) == 2)
+    assert (needs.cast_bytes >= 2 * maps) == (dtype == "bfloat16")
+
+
+def keep_graph(graph: ModelGraph, samples: int, tokens: int, dtype: str) -> int:
+    """Bytes of the tensors that autograd keeps of a forward pass, without the weights."""
+    module: Any = load_whole(graph, "float32").requires_grad_()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        logits = module(input_ids=torch.zeros(samples, tokens, dtype=torch.long), use_cache=False).logits
+    assert logits.requires_grad
+    return sum(size for place, size in kept.items() if place not in weights)
 
 
 def test_a_loss_that_is_not_finite_is_told(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

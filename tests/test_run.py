@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.cli.command_options import check_dtype
-from gradmap_pipeline.run.step_context import FoundUnits, progress_of
+from gradmap_pipeline.run.step_context import ReusedUnits, progress_of
 
 RECIPE = """\
 version: 1
@@ -354,10 +354,10 @@ def test_what_is_kept_is_told_and_says_nothing_of_the_speed() -> None:
             pass
 
     notes: list[str] = []
-    found = FoundUnits(notes.append)
-    with progress_of("score", Listener(), found)("score layers", 4, "decision") as advance:  # type: ignore[arg-type]
+    reused = ReusedUnits(notes.append)
+    with progress_of("score", Listener(), reused)("score layers", 4, "decision") as advance:  # type: ignore[arg-type]
         for _ in range(2):
-            found.add(10.0)
+            reused.add(10.0)
             advance()
         assert [rate for _, rate in told] == [None, None, None]
         time.sleep(0.05)
@@ -366,4 +366,4 @@ def test_what_is_kept_is_told_and_says_nothing_of_the_speed() -> None:
     done, rate = told[-1]
     assert done == 3
     assert 0.05 <= 1 / rate < 5
-    assert found.seconds == [10.0, 10.0]
+    assert reused.seconds == [10.0, 10.0]

@@ -131,6 +131,41 @@ def test_code_of_a_plugin_counts(looks: list[Any]) -> None:
     assert len(looks) == 2
 
 
+def run(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A run that computes nothing, and writes its export."""
+    monkeypatch.setattr("gradmap_pipeline.run.runner.run_plan", lambda *_, **__: change_byte(Path("out/config.json")))
+    return CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code
+
+
+def test_what_a_run_has_shown_is_not_looked_at(looks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch) == 0
+    check()
+    assert not looks
+    change_byte(Path("text.txt"))
+    check()
+    assert len(looks) == 1
+
+
+def test_run_that_fails_or_whose_text_changes_has_shown_nothing(looks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ModelError("no room for it here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradmap_pipeline.run.runner.run_plan", fail)
+        assert CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code == 2
+        patch.setattr("gradmap_pipeline.run.runner.run_plan", lambda *_, **__: change_byte(Path("text.txt")))
+        assert CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code == 0
+    check()
+    assert len(looks) == 1
+
+
+def test_recipe_that_init_wrote_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CliRunner().invoke(app, ["init", "model"]).exit_code == 0
+    monkeypatch.setattr(verdicts, "inspect_plan", lambda _: pytest.fail("looked at again"))
+    result = CliRunner().invoke(app, ["check", "recipe.yaml"])
+    assert result.exit_code == 0, result.output
+
+
 def test_what_is_refused_is_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
 

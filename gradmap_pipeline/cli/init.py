@@ -89,6 +89,8 @@ def init(
             "--device": (device, "auto"),
             "--dtype": (dtype, "float32"),
             "--memory": (memory, None),
+            "--host-memory": (host_memory, None),
+            "--store": (store, Path(".gradmap")),
             "--threads": (threads, None),
         }
         said = "".join(f" {name} {value}" for name, (value, default) in options.items() if value != default)

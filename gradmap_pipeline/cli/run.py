@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,6 +77,7 @@ def run(
             from ..machine.distributed import open_group
             from ..recipe.catalog import load_catalog
             from ..run.runner import run_plan
+            from ..run.verdicts import shown_by_run
 
             with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
                 plan, replay = plan_recipe(recipe, overrides, load_catalog(plugins), store)
@@ -84,7 +86,8 @@ def run(
                 differences: list[str] = []
                 if locked or replay is not None:
                     plan, machine, differences = _compare(plan, machine, opened, reporter, replay, is_locked=locked, leads=leads)
-                state = run_plan(plan, opened, machine, reporter, group, is_recorded=True, is_verified=verify)
+                with shown_by_run(plan, opened) if leads else nullcontext():
+                    state = run_plan(plan, opened, machine, reporter, group, is_recorded=True, is_verified=verify)
                 if replay is not None and leads:
                     reporter.note("", replay.check_result(plan, state, differences))
 

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +19,10 @@ from ..checkpoint.architecture import layer_of
 from ..checkpoint.checkpoint import load_tensor
 from ..checkpoint.whole import load_whole, name_on_disk
 from ..errors import CapacityError, StageError
-from ..machine.memory import give_back, resident_bytes
-from .distilling import check_memory_for_training, count_trained, divergence_from, loss_on, training_bytes
+from ..machine.memory import resident_bytes
+from .distilling import divergence_from, loss_on
 from .training_curve import TrainingPoint, thin_out
+from .training_memory import check_memory_for_training, count_trained, measure_training_needs, training_bytes
 from .training_surroundings import own_randomness, quiet, seen_processes
 
 if TYPE_CHECKING:
@@ -97,18 +98,11 @@ def train_whole(
 
 def check_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context) -> None:
     """Raise `CapacityError` where training does not fit into the memory of the step."""
-    from ..sweep.layerwise import LayerwiseModel
-    from ..sweep.needs import measure_needs
-
-    model = LayerwiseModel(graph.dense, device=context.device, dtype="float32", resident_bytes=0)
-    needs, parameters = replace(measure_needs(model, 1, tokens), layers=len(graph.layers)), graph.count_parameters()
-    width = int(model.module.config.get_text_config().hidden_size)
-    del model
-    give_back()
-    trained = count_trained(settings.weights, parameters, len(graph.layers), settings.rank, width)
-    processes = context.group.size
-    needed = sum(training_bytes(needs, parameters, trained, settings.at_once(processes), processes).values())
-    check_memory_for_training(resident_bytes(context.device) + needed, context.memory, settings.weights)
+    needs = measure_training_needs(graph, tokens, context.dtype, context.device)
+    layers, parameters, processes = len(graph.layers), graph.count_parameters(), context.group.size
+    trained = count_trained(settings.weights, parameters, layers, settings.rank, needs.width)
+    lines = training_bytes(needs, layers, parameters, trained, settings.at_once(processes), processes)
+    check_memory_for_training(resident_bytes(context.device) + sum(lines.values()), context.memory, settings.weights)
 
 
 def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSettings, folder: Path, context: Context) -> Trained:
@@ -136,7 +130,10 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
 
     class KlTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            loss = mixed_loss(model, inputs, settings.teacher_share)
+            import torch
+
+            with torch.autocast(torch.device(context.device).type, torch.bfloat16, enabled=context.dtype == "bfloat16"):
+                loss = mixed_loss(model, inputs, settings.teacher_share)
             if not math.isfinite(float(loss.detach())):
                 step = self.state.global_step + 1
                 raise StageError(f"the loss is not finite at step {step} of {settings.steps}; lower 'learning_rate'")
@@ -175,7 +172,7 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
         eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2, disable_tqdm=True,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
         use_cpu=context.device == "cpu", dataloader_pin_memory=False, prediction_loss_only=True, label_names=[],
-        restore_callback_states_from_checkpoint=True, bf16=context.dtype == "bfloat16",
+        restore_callback_states_from_checkpoint=True,
     )  # fmt: skip
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the trainer copies the model to all GPUs of the machine
@@ -194,7 +191,6 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
         trainer.train(resume_from_checkpoint=last)
     context.group.agree(None)  # nobody reads the checkpoints any more
     state = trainer.state
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else bfloat16 stays
     if settings.weights == "lora":
         module = model.merge_and_unload()
     values = round_as_stored(module, names, graph)
@@ -206,13 +202,19 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
 
 def mixed_loss(model: Any, inputs: Any, share: float) -> torch.Tensor:
     """Mean over positions of `share` times the KL to the original, and the rest of the loss on text."""
-    logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
-    parts = []
-    if share:
-        parts.append(share * divergence_from(logits, inputs["choices"].long(), inputs["logs"]).mean())
-    if share < 1:
-        parts.append((1 - share) * loss_on(logits, inputs["input_ids"]).mean())
-    return sum(parts[1:], parts[0])
+    from .sliced_loss import mean_by_slices
+
+    ids, choices, logs = inputs["input_ids"], inputs["choices"].long(), inputs["logs"]
+
+    def losses(logits: torch.Tensor, sequence: int, positions: slice) -> torch.Tensor:
+        parts = []
+        if share:
+            parts.append(share * divergence_from(logits, choices[sequence, positions], logs[sequence, positions]))
+        if share < 1:
+            parts.append((1 - share) * loss_on(logits, ids[sequence, 1:][positions]))
+        return sum(parts[1:], parts[0])
+
+    return mean_by_slices(model(input_ids=ids, use_cache=False).logits, losses)
 
 
 def measure(module: Any, samples: list[dict[str, torch.Tensor]], settings: TrainingSettings) -> float:

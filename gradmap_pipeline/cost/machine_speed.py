@@ -1,4 +1,4 @@
-"""How fast this machine reads, writes, digests and multiplies: each measured once, at its first use, in a moment."""
+"""How fast this machine reads, writes, digests, multiplies and trains: each measured once, at its first use, in a moment."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _READS = 8
 _BLOCK = 4 << 20
 _BLOCKS = 16
 _WIDTH = 1024  # of the matrices multiplied
+_UPDATED = 4 << 20  # parameters at once
 _CHARACTERS = 200_000
 _VERY_LONG = 20
 """Times what is to be measured at least: what is prepared at the first call does not show any more."""
@@ -155,6 +156,22 @@ class MachineSpeed:
             return moments.missing  # which waits for a GPU
 
         return time_call(add) / (2 * _WIDTH * _WIDTH * (_WIDTH + _WIDTH // 2))
+
+    @cached_property
+    def update(self) -> float:
+        """Seconds for a parameter that a step of Adam changes, in fp32."""
+        import torch
+
+        from ..correction.adam import Adam
+
+        weights, gradients = (torch.ones(_UPDATED, device=self._device) for _ in range(2))
+        adam = Adam({"weights": weights})
+
+        def step() -> float:
+            adam.step({"weights": gradients}, {"weights": 0.0})
+            return float(weights[0])  # which waits for a GPU
+
+        return time_call(step) / _UPDATED
 
     @cached_property
     def token(self) -> float:

@@ -14,6 +14,8 @@ from ..recipe.plan import Plan, make_plan
 from ..recipe.recipe import read_recipe
 from .costs import estimate_plan
 from .inspection import inspect_plan
+from .store import Store
+from .verdicts import inspect_once
 
 if TYPE_CHECKING:
     from ..machine.machine import Machine
@@ -119,7 +121,9 @@ def fit_start(start: Start, file: Path, catalog: Catalog, machine: Machine, stor
         except GradmapError as error:
             refusal = refusal or error
             continue
-        return _fit_samples(variant, plan, file, catalog, machine, store)
+        fitted = _fit_samples(variant, plan, file, catalog, machine, store)
+        inspect_once(make_plan(read_recipe(write_starting_recipe(fitted), file), catalog, store), Store(store))  # `check` will know
+        return fitted
     assert refusal is not None
     raise refusal
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class FoundUnits:
+class ReusedUnits:
     """Units of work that a step takes from earlier runs."""
 
     note: Callable[[str], None]
@@ -39,11 +39,11 @@ class FoundUnits:
 
 
 def memory_of(
-    step: PlannedStep, workplace: Workplace | None, dtype: str, store: Store, group: ProcessGroup, found: FoundUnits
+    step: PlannedStep, workplace: Workplace | None, dtype: str, store: Store, group: ProcessGroup, reused: ReusedUnits
 ) -> Callable[[Any, Callable[[], Any]], Any]:
     """Units of a stage's work, kept under what the stage names as key and the code that made them.
 
-    `found`: counts those that earlier runs have computed.
+    `reused`: counts those that earlier runs have computed.
     """
     versions = versions_of(step, workplace)
 
@@ -52,7 +52,7 @@ def memory_of(
         group.agree_on(f"inputs of step {step.id!r}", whole)
         unit = group.tell(store.load_unit(step.stage.name, whole) if group.leads else None)
         if unit is not None:
-            found.add(unit["seconds"])
+            reused.add(unit["seconds"])
             return unit["value"]
         started = time.monotonic()
         value = group.tell(compute())
@@ -73,10 +73,10 @@ class KeptTensorUnits:
         dtype: str,
         store: Store,
         group: ProcessGroup,
-        found: FoundUnits,
+        reused: ReusedUnits,
     ) -> None:
-        """`found`: counts those that earlier runs have computed."""
-        self._stage, self._store, self._group, self._found = step.stage.name, store, group, found
+        """`reused`: counts those that earlier runs have computed."""
+        self._stage, self._store, self._group, self._reused = step.stage.name, store, group, reused
         self._step = step.id
         self._made_by = [step.code.digest, dtype, versions_of(step, workplace)]
         self._keys: list[str] = []
@@ -89,7 +89,7 @@ class KeptTensorUnits:
         self._keys.append(whole)
         kept = self._store.load_tensors(self._stage, whole) if group.leads else None
         if kept is not None:
-            self._found.add(kept[1])
+            self._reused.add(kept[1])
         if group.tell(kept is not None):
             return lead_tensors(kept[0] if kept is not None else {}, group)
         started = time.monotonic()
@@ -130,12 +130,12 @@ def lead_tensors(tensors: dict[str, torch.Tensor], group: ProcessGroup) -> dict[
     return led
 
 
-def progress_of(step: str, reporter: Reporter, found: FoundUnits) -> Any:
-    """How a stage tells how far it is, for the context of a step. What is `found` finished says nothing of how fast it goes on."""
+def progress_of(step: str, reporter: Reporter, reused: ReusedUnits) -> Any:
+    """How a stage tells how far it is, for the context of a step. What is `reused` says nothing of how fast it goes on."""
 
     @contextmanager
     def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
-        started, done, skipped, seen = time.monotonic(), 0, 0, len(found.seconds)
+        started, done, skipped, seen = time.monotonic(), 0, 0, len(reused.seconds)
 
         def report(detail: str = "") -> None:
             seconds = time.monotonic() - started
@@ -147,8 +147,8 @@ def progress_of(step: str, reporter: Reporter, found: FoundUnits) -> Any:
         def advance(units: int = 1, /, *, detail: str = "") -> None:
             nonlocal started, done, skipped, seen
             done = min(total, done + units)
-            if len(found.seconds) > seen:
-                started, skipped, seen = time.monotonic(), done, len(found.seconds)
+            if len(reused.seconds) > seen:
+                started, skipped, seen = time.monotonic(), done, len(reused.seconds)
             if not has_ended:
                 report(detail)
 

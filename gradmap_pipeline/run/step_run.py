@@ -20,7 +20,7 @@ from ..recipe.plan import Plan, PlannedStep
 from .events import Reporter
 from .listening import heard
 from .stage_call import call_stage, check_outputs
-from .step_context import FoundUnits, KeptTensorUnits, memory_of, progress_of
+from .step_context import KeptTensorUnits, ReusedUnits, memory_of, progress_of
 from .store import StepFolder, Store
 
 
@@ -45,11 +45,11 @@ class StepCall:
     """What libraries have said, and was told."""
     provenance: Mapping[str, Any] | None = None
     """What an export is to say of how it is made again."""
-    found: FoundUnits = field(init=False)
+    reused: ReusedUnits = field(init=False)
     """Units that earlier runs have computed."""
 
     def __post_init__(self) -> None:
-        self.found = FoundUnits(self._note)
+        self.reused = ReusedUnits(self._note)
 
     def run(self, folder: StepFolder, *, is_leading: bool) -> tuple[BaseModel, dict[str, Any], Callable[[], None]]:
         """Call the stage; units that earlier runs have finished are taken from the store.
@@ -58,8 +58,8 @@ class StepCall:
         are kept.
         """
         step, store, dtype = self.step, self.store, self.machine.dtype
-        tensors = KeptTensorUnits(step, self.workplace, dtype, store, self.group, self.found)
-        remember = memory_of(step, self.workplace, dtype, store, self.group, self.found)
+        tensors = KeptTensorUnits(step, self.workplace, dtype, store, self.group, self.reused)
+        remember = memory_of(step, self.workplace, dtype, store, self.group, self.reused)
         units = {"remember": remember, "remember_tensors": tensors.remember, "keep_folder": tensors.keep_folder}
         context = self._open_context(folder, self._note, **units)
         called = time.monotonic()
@@ -68,7 +68,7 @@ class StepCall:
         if is_leading:
             check_outputs(step, result, self._take_inputs(), folder)
             record = {"step": step.id, "stage": step.stage.name, "options": step.stage.model_dump(mode="json", by_alias=True)}
-            record["seconds"] = time.monotonic() - called + sum(self.found.seconds)
+            record["seconds"] = time.monotonic() - called + sum(self.reused.seconds)
             record["peak_bytes"] = peak_bytes(context.device)
         return result, record, tensors.drop
 
@@ -100,7 +100,7 @@ class StepCall:
             device=device,
             dtype=machine.dtype,
             memory=together.least(machine.budget(device, together)),
-            progress=progress_of(self.step.id, self.reporter, self.found),
+            progress=progress_of(self.step.id, self.reporter, self.reused),
             note=note,
             group=together,
             lineage=self.lineage,

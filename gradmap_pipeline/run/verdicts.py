@@ -1,4 +1,4 @@
-"""What stages have found of a model is kept in the store, so that a second `gradmap check` need not look again."""
+"""That the stages of a recipe can work on its model is kept in the store once it is seen, so that `gradmap check` need not look."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..machine.digests import sha256_of_value
-from ..recipe.plan import Plan
+from ..recipe.plan import Plan, PlannedStep
 from ..recipe.stage_code import StageCode
 from .inspection import inspect_plan
 from .keys import version_of
@@ -40,20 +40,37 @@ def inspect_once(plan: Plan, store: Store) -> None:
     started = time.monotonic()
     is_complete = inspect_plan(plan)
     if is_complete and _make_key(plan, folder) == key:  # else something has changed meanwhile
-        with suppress(OSError):
-            store.prepare()
-            store.save_unit(_NAME, key, "well", time.monotonic() - started)
+        _keep(key, store, started)
 
 
-def _make_key(plan: Plan, model: Path) -> str:
-    """All that the answers of stages depend on. Files count by their state, which the system changes with them."""
+@contextmanager
+def shown_by_run(plan: Plan, store: Store) -> Iterator[None]:
+    """A run of all steps that ends well meanwhile shows what `inspect_once` would look for. Its exports are then there."""
+    folder, started = plan.model.find_folder(), time.monotonic()
+    before = folder and _make_key(plan, folder, is_written=False)
+    yield
+    if folder is not None and _make_key(plan, folder, is_written=False) == before:
+        _keep(_make_key(plan, folder), store, started)
+
+
+def _keep(key: str, store: Store, started: float) -> None:
+    with suppress(OSError):
+        store.prepare()
+        store.save_unit(_NAME, key, "well", time.monotonic() - started)
+
+
+def _make_key(plan: Plan, model: Path, *, is_written: bool = True) -> str:
+    """All that the answers of stages depend on. Files count by their state, which the system changes with them.
+
+    `is_written`: what is where exports go counts, too.
+    """
     steps = [
         {
             "id": step.id,
             "stage": step.stage.name,
             "code": None if StageCode.is_shipped(type(step.stage)) else step.code.digest,
             "options": step.stage.model_dump(mode="json"),
-            "files": [_list_states(path) for path in (*_find_paths(step.stage), *step.writes)],
+            "files": [_list_states(path) for path in _find_files(step, is_written)],
             "inputs": {name: ".".join(source) for name, source in step.inputs.items()},
             "environment": None if step.environment is None else [repr(step.environment), str(step.python)],
             "versions": {library: version_of(library) for library in step.stage.libraries},
@@ -76,6 +93,12 @@ def _find_package(name: str) -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent
+
+
+def _find_files(step: PlannedStep, is_written: bool) -> list[Path]:
+    written = {path.resolve() for path in step.writes}
+    named = *_find_paths(step.stage), *step.writes
+    return [path for path in named if is_written or path.resolve() not in written]
 
 
 def _find_paths(value: Any) -> Iterator[Path]:

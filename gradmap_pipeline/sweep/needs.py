@@ -168,8 +168,27 @@ def _make_batch(samples: int, tokens: int, *, has_padding: bool) -> Batch:
     return Batch(torch.zeros(samples, tokens, dtype=torch.long), mask)
 
 
-def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, arguments: LayerArguments) -> int:
-    """Bytes that autograd keeps for one layer besides its weights, each storage once."""
+def measure_saved_in_training(model: LayerwiseModel, tokens: int, *, is_narrow: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps of the largest layer where its weights are trained: of each sample, and of a batch of any size.
+
+    `is_narrow`: computed in bfloat16 by torch's autocast.
+    """
+    import torch
+
+    elements, counts = model.graph.layer_elements(), []
+    layer = max(elements, key=elements.__getitem__)
+    for samples in (1, 2):
+        hidden, arguments = model.record(_make_batch(samples, tokens, has_padding=False), is_made_up=True)
+        with torch.autocast(torch.device(model.device).type, torch.bfloat16, enabled=is_narrow):
+            counts.append(_measure_saved(model, layer, hidden, arguments[layer], is_trained=True))
+    each = max(0, counts[1] - counts[0])
+    return each, max(0, counts[0] - each)
+
+
+def _measure_saved(
+    model: LayerwiseModel, layer: int, hidden: torch.Tensor, arguments: LayerArguments, *, is_trained: bool = False
+) -> int:
+    """Bytes that autograd keeps for one layer besides its weights, each storage once. `is_trained`: weights have gradients."""
     import torch
 
     saved: dict[int, int] = {}
@@ -181,6 +200,10 @@ def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, argu
 
     with model.layer(layer) as module:
         weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        trained = [parameter.requires_grad_() for parameter in module.parameters() if is_trained and parameter.is_floating_point()]
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             output = model.run_layer(layer, hidden.detach().requires_grad_(), arguments)
-        return sum(size for place, size in saved.items() if place not in weights) + output.nbytes
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        kept = sum(size for place, size in saved.items() if place not in weights)
+        return kept if is_trained else kept + output.nbytes  # which the next layer keeps in training

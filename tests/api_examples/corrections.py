@@ -27,6 +27,7 @@ from gradmap_pipeline import (
     StructureProbe,
     TensorFile,
     Trained,
+    TrainingNeeds,
     TrainingPoint,
     TrainingSettings,
     Writer,
@@ -47,6 +48,7 @@ from gradmap_pipeline import (
     layers_before_cuts,
     magnitude_ratio,
     measure_room_for_refit,
+    measure_training_needs,
     nearest_scale,
     open_streams,
     open_sweep,
@@ -199,9 +201,10 @@ with streams.pruned.model.layer(lowest) as module:  # a later visit finds them c
 
 # A model trained as a whole on what the original predicts; what it learns is merged into tensors that are there.
 ids = calibration.load()[0]
-check_memory_for_training(2**28, 2**30, "lora")  # raises CapacityError; a plan takes the sum of `training_bytes`
-assert callable(training_bytes)
-assert count_trained("all", 1000, 2, 8, 32) == 1000
+training_needs: TrainingNeeds = measure_training_needs(pruned, 64, "float32", "cpu")  # what one sample takes
+changing = count_trained("all", pruned.count_parameters(), len(pruned.layers), 8, training_needs.width)
+lines = training_bytes(training_needs, len(pruned.layers), pruned.count_parameters(), changing, 8)
+check_memory_for_training(sum(lines.values()), 2**30, "lora")  # raises CapacityError; a plan takes the sum, too
 with open_sweep(pruned.dense, (ids, torch.ones_like(ids)), context) as sweep:
     found = list(find_top_choices(sweep, 16))
 choices, logs = (torch.cat([part[at] for part in found]) for at in (0, 1))

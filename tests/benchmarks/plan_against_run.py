@@ -1,13 +1,14 @@
 """What a recipe takes against what its plan says: `python tests/benchmarks/plan_against_run.py RECIPE [OPTION ...]`.
 
 Plans, then runs the recipe in a process of its own and an empty store, with the options given. Prints seconds, bytes read and peak
-resident memory of each step, planned and found, with the ratio found / planned. With `--preload` first, the process imports before
+resident memory of each step, planned and found, with the ratio found / planned. With `--preload`, the process imports before
 the run what steps import, so that bytes are those of model and data, as a plan counts them; then seconds and peaks of the first
 steps are not those of a run.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -98,7 +99,7 @@ def plan(folder: Path, recipe: Path, options: list[str]) -> dict[str, dict[str, 
     command = [sys.executable, "-m", "gradmap_pipeline", "plan", str(recipe), "--json", *options]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(done.stderr)
+        sys.exit(done.stderr or done.stdout)
     return {step["step"]: step["estimate"] for step in json.loads(done.stdout)["steps"]}
 
 
@@ -129,7 +130,8 @@ def _cell(planned: float, measured: float, unit: float) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as work:
-        given = sys.argv[1:]
-        begin = ("-c", _PRELOAD) if given[0] == "--preload" else RUN
-        recipe_file, *others = given[1:] if given[0] == "--preload" else given
-        compare(Path(work), Path(recipe_file).resolve(), others, begin)
+        parser = argparse.ArgumentParser(description="A recipe's plan against its run. Other options go to both.")
+        parser.add_argument("recipe", type=Path)
+        parser.add_argument("--preload", action="store_true", help="import first what steps import")
+        arguments, others = parser.parse_known_args()
+        compare(Path(work), arguments.recipe.resolve(), others, ("-c", _PRELOAD) if arguments.preload else RUN)
