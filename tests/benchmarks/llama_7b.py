@@ -1,7 +1,7 @@
 """A checkpoint with Llama-2-7B's shapes through a whole recipe in a few GiB: `python tests/benchmarks/llama_7b.py WORK_FOLDER`.
 
 Weights are random, in bf16, sharded as Hugging Face shards them (13.5 GB). Prints seconds, bytes read and peak resident memory of
-each step. Needs 30 GB of disk in WORK_FOLDER, and keeps the checkpoint there for another time.
+each step. Needs 30 GB of disk in WORK_FOLDER, and keeps the checkpoint there for another time. `--layers` makes one of fewer layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from plan_against_run import compare
 
 RECIPE = """\
 version: 1
-model: {path: llama-7b}
+model: {path: MODEL}
 steps:
   - use: evaluate
     id: evaluate_dense
@@ -23,9 +23,9 @@ steps:
   - use: calibrate
     with: {dataset: {builtin: calibration}, samples: SAMPLES, sequence_length: LENGTH}
   - use: gradmap_score
-    with: {layers: 2}
+    with: {layers: REMOVED}
   - use: prune
-    with: {layers: 2}
+    with: {layers: REMOVED}
   - use: project_compensate
     with: {site: SITE}
   - use: evaluate
@@ -35,8 +35,8 @@ steps:
 """
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Llama-2-7B's shapes in shards of at most 5 GB, one tensor in memory at a time."""
+def make_checkpoint(folder: Path, layers: int) -> None:
+    """So many layers of Llama-2-7B's shapes in shards of at most 5 GB, one tensor in memory at a time."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -48,7 +48,7 @@ def make_checkpoint(folder: Path) -> None:
     config = LlamaConfig(
         hidden_size=4096,
         intermediate_size=11008,
-        num_hidden_layers=32,
+        num_hidden_layers=layers,
         num_attention_heads=32,
         vocab_size=32000,
         max_position_embeddings=4096,
@@ -80,7 +80,7 @@ def make_checkpoint(folder: Path) -> None:
         )
         save_file({name: tensor.bfloat16()}, parts / f"{name}.safetensors")
         stored |= read_header(parts / f"{name}.safetensors")
-    assert len(split_shards(stored, None, 5_000_000_000)) == 3
+    assert layers < 32 or len(split_shards(stored, None, 5_000_000_000)) == 3
     for _ in write_folder(stored, folder):
         pass
     shutil.rmtree(parts)
@@ -89,18 +89,22 @@ def make_checkpoint(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--removed", type=int, default=2)
     parser.add_argument("--memory", default="3GiB")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--site", default="largest_shift")
     arguments = parser.parse_args()
-    if not (arguments.folder / "llama-7b" / "model.safetensors.index.json").is_file():
+    model = arguments.folder / f"llama-7b-{arguments.layers}-layers"
+    if not (model / "config.json").is_file() or (model / "parts").exists():
         started = time.monotonic()
-        shutil.rmtree(arguments.folder / "llama-7b", ignore_errors=True)
-        make_checkpoint(arguments.folder / "llama-7b")
+        shutil.rmtree(model, ignore_errors=True)
+        make_checkpoint(model, arguments.layers)
         print(f"made the checkpoint in {time.monotonic() - started:.0f} s")
-    recipe = RECIPE.replace("SAMPLES", str(arguments.samples)).replace("LENGTH", str(arguments.length))
-    (arguments.folder / "recipe.yaml").write_text(recipe.replace("SITE", arguments.site))
+    recipe = RECIPE.replace("MODEL", model.name).replace("REMOVED", str(arguments.removed)).replace("SITE", arguments.site)
+    recipe = recipe.replace("SAMPLES", str(arguments.samples)).replace("LENGTH", str(arguments.length))
+    (arguments.folder / "recipe.yaml").write_text(recipe)
     compare(arguments.folder, arguments.folder / "recipe.yaml", ["--memory", arguments.memory, "--dtype", "bfloat16"])
 
 

@@ -65,6 +65,11 @@ CASES: dict[str, Case] = {
     "search": Case("sleb_score", {"layers": 1}, samples=128),
     "correction": Case("project_compensate", {}, pruned=True, room=220),
     "merge": Case("mka_merge", {"layers": 2}, room=260),
+    "refit": Case("refit_layers", {"steps": 8}, pruned=True, room=260),
+    "training": Case("distill", {"samples": 64, "sequence_length": 256, "steps": 4}, samples=8, pruned=True, room=700),
+    "training of all weights": Case(
+        "distill", {"samples": 64, "sequence_length": 256, "steps": 4, "weights": "all"}, samples=8, pruned=True, room=760
+    ),
     "evaluate": Case("evaluate", {"samples": 256, "sequence_length": 256}, samples=8),
 }
 
@@ -119,7 +124,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     )
     cls = load_catalog().stages[case.stage]
     options = dict(case.options)
-    if case.stage == "evaluate":
+    if "dataset" in cls.model_fields:
         options["dataset"] = {"builtin": "calibration"}
     stage = cls.model_validate(options)
     inputs = {name: {"model": graph, "calibration": calibration}[name] for name in cls.Inputs.model_fields if name != "scores"}
