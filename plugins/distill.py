@@ -8,6 +8,7 @@ Sizes: S samples, T tokens, K choices of the teacher, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,11 +139,17 @@ class Distill(Stage):
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         layers, tokens = known(inputs.of(ModelGraph).layers), known(check_length(self.sequence_length, inputs.of(ModelGraph)))
-        needs = measure_training_needs(costs.graph, tokens, costs.dtype, costs.device)
         weights = costs.count_parameters(layers)
-        trained = count_trained(self.weights, weights, layers, self.rank, needs.width)
-        lines = training_bytes(needs, layers, weights, trained, self._at_once)
-        needed = costs.occupied + sum(lines.values())
+        trained = count_trained(self.weights, weights, layers, self.rank, costs.benchmark.hidden_size)
+        check_memory_for_training(costs.occupied + 4 * weights + 8 * trained, costs.memory, self.weights)
+        needs = measure_training_needs(costs.graph, tokens, costs.dtype, costs.device)
+        kept = self.samples * tokens * min(self.top_k, costs.words) * 8
+        lines = {
+            "program": costs.occupied,
+            "predictions": kept if costs.device == "cpu" else 0,
+            **training_bytes(needs, layers, weights, trained, self._at_once, is_summed=self._at_once < self.batch_size),
+        }
+        needed = sum(lines.values())
         check_memory_for_training(needed, costs.memory, self.weights)
         whole = len(costs.graph.layers)
         taught = costs.drawn_text(self.dataset, self.samples, tokens, whole) + costs.forward_sweep(whole, self.samples, tokens)
@@ -150,8 +157,7 @@ class Distill(Stage):
         head = costs.benchmark.head_pass(self._at_once, tokens)
         passes = self.steps * self.batch_size
         forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
-        held, looks = self.samples // _HELD_OUT, min(_LOOKS, self.steps)
-        kept = self.samples * tokens * min(self.top_k, needs.words) * 8
+        held, looks = self.samples // _HELD_OUT, ceil(self.steps / ceil(self.steps / _LOOKS))
         state = 12 * trained  # weights and two moments, fp32
         stored = costs.count_bytes(layers)
         changed = stored if self.weights == "all" else layers * costs.stored_layer_bytes // whole
@@ -166,7 +172,7 @@ class Distill(Stage):
             + looks * state * costs.speed.write,
             how=f"trained as a whole, {'LoRA' if self.weights == 'lora' else 'all weights'}",
             disk_bytes=kept + _CHECKPOINTS * state,
-            lines={"program": costs.occupied, **lines},
+            lines=lines,
         )
         return training + taught + costs.given(changed)
 

@@ -19,6 +19,7 @@ from gradmap_pipeline import (
     CapacityError,
     ModelGraph,
     StageError,
+    TrainingNeeds,
     find_top_choices,
     measure_training_needs,
     open_sweep,
@@ -32,6 +33,7 @@ from gradmap_pipeline.correction.distilling import divergence_from, loss_on
 from gradmap_pipeline.correction.training import add_lora
 from gradmap_pipeline.correction.training_curve import thin_out
 from gradmap_pipeline.machine.memory import resident_bytes
+from gradmap_pipeline.sweep.needs import noting_saved, sum_saved
 from gradmap_pipeline.testing import make_context, run_stage
 
 pytestmark = pytest.mark.full
@@ -86,7 +88,7 @@ def test_loss_on_text_is_cross_entropy() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sliced_loss_is_the_whole_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Value and gradient, times a factor, of the mean over all positions but the last, in fp64; the last position has none."""
-    monkeypatch.setattr(sliced_loss, "LOSSES_AT_ONCE", 3 * 7)  # three positions at a time, of five
+    monkeypatch.setattr(sliced_loss, "count_losses_at_once", lambda _: 3 * 7)  # three positions at a time, of five
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(2, 6, 7, generator=generator).to(dtype)
     ids = torch.randint(7, (2, 6), generator=generator)
@@ -352,37 +354,53 @@ def test_memory_that_does_not_suffice_is_refused_by_the_run(
         stage.run(inputs, make_context(tmp_path / "out", memory=resident_bytes() + (200 << 20)))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_planned_are_those_that_autograd_keeps(dtype: str, tmp_path: Path) -> None:
-    """What one more layer keeps of a batch of 3, all weights trained, beside the weights themselves."""
-    graph = open_folder(make_model(tmp_path / "model", hidden_size=128, intermediate_size=384, num_hidden_layers=4))
+def test_memory_planned_is_what_autograd_keeps(architecture: str, dtype: str, tmp_path: Path) -> None:
+    """What one more layer keeps of a batch of 3 in training. gpt2 drops out."""
+    graph = open_folder(make_model(tmp_path / "model", architecture, **SIZES[architecture]))
     needs = measure_training_needs(graph, 64, dtype, "cpu")
-    parameters = graph.count_parameters()
-    more, less = (training_bytes(needs, layers, parameters, 0, 3)["activations"] for layers in (3, 2))
+    more, less = (training_bytes(needs, layers, 0, 0, 3)["activations"] for layers in (3, 2))
     kept = [keep_graph(graph.without_layers(range(layers, 4)), 3, 64, dtype) for layers in (3, 2)]
     assert more - less == pytest.approx(kept[0] - kept[1], rel=0.05)
     maps = sum(tensor.elements for tensor in graph.layer_tensors(0).values() if len(tensor.shape) == 2)
-    assert (needs.cast_bytes >= 2 * maps) == (dtype == "bfloat16")
+    assert (needs.layer_casts >= 2 * maps) == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
+def test_logits_planned_are_they_and_their_gradient(architecture: str, dtype: str, item: int, tmp_path: Path) -> None:
+    """gemma2, which caps its logits, keeps them once more. The last norm keeps some of its own."""
+    graph = open_folder(make_model(tmp_path / "model", architecture, hidden_size=8))
+    needs = measure_training_needs(graph, 16, dtype, "cpu")
+    copies = 3 if architecture == "gemma2" else 2
+    assert needs.position_bytes == pytest.approx(copies * 300 * item, rel=0.1)
+    assert (needs.head_casts >= 2 * 300 * 8) == (dtype == "bfloat16")
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "llama": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4},
+    "gpt2": {"n_embd": 128, "n_inner": 384, "n_layer": 4},
+}
 
 
 def keep_graph(graph: ModelGraph, samples: int, tokens: int, dtype: str) -> int:
-    """Bytes of the tensors that autograd keeps of a forward pass, without the weights."""
-    module: Any = load_whole(graph, "float32").requires_grad_()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
-    ):
+    """Bytes of the tensors that autograd keeps of a forward pass in training, without the weights."""
+    module: Any = load_whole(graph, "float32").requires_grad_().train()
+    with noting_saved() as saved, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = module(input_ids=torch.zeros(samples, tokens, dtype=torch.long), use_cache=False).logits
     assert logits.requires_grad
-    return sum(size for place, size in kept.items() if place not in weights)
+    return sum_saved(saved, module.parameters())
+
+
+def test_gradients_lie_beside_a_batch_where_several_are_summed() -> None:
+    needs = TrainingNeeds(10, 4, layer_bytes=100, layer_casts=7, position_bytes=50, head_casts=3, losses_bytes=1)
+    lines = training_bytes(needs, 2, 1000, 100, 2)
+    batch = {"activations": 2 * (2 * 100 + 7), "logits": 2 * 10 * 50 + 3 + 1}
+    assert lines == {"libraries": 256 << 20, "weights": 4000, "moments": 800, **batch, "gradients": 0, "allocator": 1418 // 16}
+    assert training_bytes(needs, 2, 1000, 100, 2, is_summed=True)["gradients"] == 400
+    assert training_bytes(needs, 2, 1000, 1000, 2)["gradients"] == 8000 - 1418
+    assert training_bytes(needs, 2, 1000, 100, 2, processes=2)["moments"] == 1200
 
 
 def test_a_loss_that_is_not_finite_is_told(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,14 +132,24 @@ def test_code_of_a_plugin_counts(looks: list[Any]) -> None:
     assert len(looks) == 2
 
 
-def run(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A run that computes nothing, and writes its export."""
-    monkeypatch.setattr("gradmap_pipeline.run.runner.run_plan", lambda *_, **__: change_byte(Path("out/config.json")))
-    return CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code
+def run(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object], *, is_cached: bool = False) -> int:
+    """A run that computes nothing, and takes its first step from the store or not."""
+
+    def run_plan(*_: Any, **__: Any) -> Any:
+        meanwhile()
+        return SimpleNamespace(finished=[SimpleNamespace(cached=is_cached)])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradmap_pipeline.run.runner.run_plan", run_plan)
+        return CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code
+
+
+def export() -> None:
+    change_byte(Path("out/config.json"))
 
 
 def test_what_a_run_has_shown_is_not_looked_at(looks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch) == 0
+    assert run(monkeypatch, export) == 0
     check()
     assert not looks
     change_byte(Path("text.txt"))
@@ -146,15 +157,17 @@ def test_what_a_run_has_shown_is_not_looked_at(looks: list[Any], monkeypatch: py
     assert len(looks) == 1
 
 
-def test_run_that_fails_or_whose_text_changes_has_shown_nothing(looks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise ModelError("no room for it here")
+def fail() -> None:
+    raise ModelError("no room for it here")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("gradmap_pipeline.run.runner.run_plan", fail)
-        assert CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code == 2
-        patch.setattr("gradmap_pipeline.run.runner.run_plan", lambda *_, **__: change_byte(Path("text.txt")))
-        assert CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"]).exit_code == 0
+
+def test_run_has_shown_nothing_where_it_fails_or_computes_nothing_or_its_text_changes(
+    looks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first step comes from the store, its stage has not looked at what is there now."""
+    assert run(monkeypatch, fail) == 2
+    assert run(monkeypatch, export, is_cached=True) == 0
+    assert run(monkeypatch, lambda: change_byte(Path("text.txt"))) == 0
     check()
     assert len(looks) == 1
 

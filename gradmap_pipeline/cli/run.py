@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,7 +76,7 @@ def run(
             from ..machine.distributed import open_group
             from ..recipe.catalog import load_catalog
             from ..run.runner import run_plan
-            from ..run.verdicts import shown_by_run
+            from ..run.verdicts import describe_seen, keep_seen
 
             with open_group(device, lambda error: tell_end(error, reporter, store)) as group:
                 plan, replay = plan_recipe(recipe, overrides, load_catalog(plugins), store)
@@ -86,8 +85,10 @@ def run(
                 differences: list[str] = []
                 if locked or replay is not None:
                     plan, machine, differences = _compare(plan, machine, opened, reporter, replay, is_locked=locked, leads=leads)
-                with shown_by_run(plan, opened) if leads else nullcontext():
-                    state = run_plan(plan, opened, machine, reporter, group, is_recorded=True, is_verified=verify)
+                seen = describe_seen(plan) if leads else None
+                state = run_plan(plan, opened, machine, reporter, group, is_recorded=True, is_verified=verify)
+                if leads and not state.finished[0].cached:  # so that the stages of all steps have looked at the model
+                    keep_seen(plan, opened, seen)
                 if replay is not None and leads:
                     reporter.note("", replay.check_result(plan, state, differences))
 

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     import torch
 
 _LEAST = 1e-30
+_AT_ONCE, _AT_ONCE_ELSEWHERE = 1 << 21, 1 << 25
+"""Logits. On the CPU the C library reuses blocks of 8 MiB in fp32, and maps larger ones anew; elsewhere each call has a price."""
+
+
+def count_losses_at_once(device: str) -> int:
+    """Logits whose losses are computed at a time on a type of device, as torch names it."""
+    return _AT_ONCE if device == "cpu" else _AT_ONCE_ELSEWHERE
 
 
 def divergence_from(logits: torch.Tensor, choices: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .training_memory import LOSSES_AT_ONCE
+from .distilling import count_losses_at_once
 
 PositionLosses = Callable[[torch.Tensor, int, slice], torch.Tensor]
 """From logits fp32 (N, V), a sequence and its positions to their losses, fp32 (N)."""
@@ -19,20 +19,23 @@ PositionLosses = Callable[[torch.Tensor, int, slice], torch.Tensor]
 def mean_by_slices(logits: torch.Tensor, losses: PositionLosses) -> torch.Tensor:
     """Mean over all positions but the last of each sequence of the losses of logits (B, T, V), fp32.
 
-    Its gradient takes as much as the logits, in their type. It can be asked for once.
+    The gradient takes as much as the logits, in their type, and is made with the mean. To differentiate a second time raises
+    `RuntimeError`.
     """
     mean: torch.Tensor = _SlicedMean.apply(logits, losses)  # type: ignore[no-untyped-call]
     return mean
 
 
 class _SlicedMean(torch.autograd.Function):
+    """The mean; its gradient is there before it is asked for."""
+
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, losses: PositionLosses) -> torch.Tensor:
         sequences, tokens, words = logits.shape
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(logits) if wanted else None
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
-        step = max(1, LOSSES_AT_ONCE // words)
+        step = max(1, count_losses_at_once(logits.device.type) // words)
         for sequence in range(sequences):
             for start in range(0, tokens - 1, step):
                 positions = slice(start, min(start + step, tokens - 1))

@@ -98,10 +98,13 @@ def train_whole(
 
 def check_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context) -> None:
     """Raise `CapacityError` where training does not fit into the memory of the step."""
-    needs = measure_training_needs(graph, tokens, context.dtype, context.device)
     layers, parameters, processes = len(graph.layers), graph.count_parameters(), context.group.size
+    check_memory_for_training(resident_bytes(context.device) + 4 * parameters, context.memory, settings.weights)
+    needs = measure_training_needs(graph, tokens, context.dtype, context.device)
     trained = count_trained(settings.weights, parameters, layers, settings.rank, needs.width)
-    lines = training_bytes(needs, layers, parameters, trained, settings.at_once(processes), processes)
+    at_once = settings.at_once(processes)
+    is_summed = at_once * processes < settings.batch_size
+    lines = training_bytes(needs, layers, parameters, trained, at_once, processes, is_summed=is_summed)
     check_memory_for_training(resident_bytes(context.device) + sum(lines.values()), context.memory, settings.weights)
 
 
@@ -126,7 +129,7 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     samples = [dict(zip(("input_ids", "choices", "logs"), one, strict=True)) for one in zip(*data, strict=True)]
     held = settings.held_out
-    every = max(1, settings.steps // LOOKS)
+    every = math.ceil(settings.steps / LOOKS)
 
     class KlTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:

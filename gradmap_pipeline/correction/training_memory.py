@@ -12,12 +12,12 @@ from ..machine.memory import give_back
 from ..machine.memory_advice import lack_of_memory
 from ..sweep.head_losses import LOGIT_BYTES
 from ..sweep.memory_plan import format_size
+from .distilling import count_losses_at_once
 
 if TYPE_CHECKING:
     from ..checkpoint.graph import ModelGraph
+    from ..sweep.layerwise import LayerwiseModel
 
-LOSSES_AT_ONCE = 1 << 21
-"""Logits whose losses are computed at a time: blocks of 8 MiB in fp32. The C library reuses them, and maps larger ones anew."""
 _LIBRARIES = 256 << 20
 """Bytes that the trainer's libraries take: the compiler of torch, accelerate and peft."""
 _GAPS = 16
@@ -30,30 +30,76 @@ class TrainingNeeds:
 
     tokens: int
     """T"""
-    words: int
-    """V"""
     width: int
     """D"""
-    saved_bytes: int
+    layer_bytes: int
     """What autograd keeps of one sample in one layer whose weights are trained."""
-    cast_bytes: int
+    layer_casts: int
     """What it keeps of one layer whatever the batch: weights in a narrower type, sines and cosines of positions."""
-    item_bytes: int
-    """Of a number in the type that is computed in."""
+    position_bytes: int
+    """The logits of one position, what the head keeps to differentiate them, and their gradient."""
+    head_casts: int
+    """What the head keeps whatever the batch."""
+    losses_bytes: int
+    """What the losses of a slice of the logits take."""
 
 
 def measure_training_needs(graph: ModelGraph, tokens: int, dtype: str, device: str) -> TrainingNeeds:
-    """Run one and two samples through one layer of a model, weights in fp32; in bfloat16 where `dtype` says so."""
-    from ..sweep.layerwise import LayerwiseModel
-    from ..sweep.needs import measure_saved_in_training
+    """What one sample takes in training: measured on the largest layer and the head with made-up weights in fp32.
 
-    model = LayerwiseModel(graph.dense, device=device, dtype="float32", resident_bytes=0)
-    saved, casts = measure_saved_in_training(model, tokens, is_narrow=dtype == "bfloat16")
+    Computes in bfloat16 by torch's autocast where `dtype` is that, else in fp32.
+    """
+    import torch
+
+    from ..sweep.layerwise import LayerwiseModel
+    from ..sweep.weight_sources import ZeroWeights, make_up
+
+    model = LayerwiseModel(graph.dense, device=device, dtype="float32", resident_bytes=0, weights=ZeroWeights())
+    make_up(model.module)
     width = int(model.module.config.get_text_config().hidden_size)
-    needs = TrainingNeeds(tokens, model.words, width, saved, casts, 2 if dtype == "bfloat16" else 4)
+    backend = torch.device(device).type
+    with torch.random.fork_rng(), torch.autocast(backend, torch.bfloat16, enabled=dtype == "bfloat16"), torch.enable_grad():
+        layer = [_keep_layer(model, samples, tokens) for samples in (1, 2)]
+        head = [_keep_head(model, positions) for positions in (2, 4)]
+    each, position = max(0, layer[1] - layer[0]), max(0, head[1] - head[0]) // 2
+    losses = LOGIT_BYTES * count_losses_at_once(backend)
+    needs = TrainingNeeds(tokens, width, each, max(0, layer[0] - each), position, max(0, head[0] - 2 * position), losses)
     del model
     give_back()
     return needs
+
+
+def _keep_layer(model: LayerwiseModel, samples: int, tokens: int) -> int:
+    """Bytes that autograd keeps of some samples in the largest layer, in training, besides its weights; not what comes out."""
+    from ..sweep.needs import make_batch, noting_saved, sum_saved
+
+    elements = model.graph.layer_elements()
+    largest = max(elements, key=elements.__getitem__)
+    hidden, arguments = model.record(make_batch(samples, tokens), is_made_up=True)
+    with model.layer(largest) as module:
+        weights = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        module.train()  # dropout keeps what it has dropped
+        try:
+            with noting_saved() as saved:
+                output = model.run_layer(largest, hidden.detach().requires_grad_(), arguments[largest])
+        finally:
+            module.eval()
+            for weight in weights:
+                weight.requires_grad_(False)
+        return sum_saved(saved, [*weights, output])
+
+
+def _keep_head(model: LayerwiseModel, positions: int) -> int:
+    """Bytes of the logits of some positions, of their gradient, and of what autograd keeps of the head besides its weights."""
+    from ..sweep.needs import make_batch, noting_saved, sum_saved
+
+    batch = make_batch(1, positions)
+    hidden, _ = model.record(batch, is_made_up=True)
+    with model.weights.head(), noting_saved() as saved:
+        logits = model.head(batch, hidden.detach().requires_grad_())
+        return sum_saved(saved, [*model.module.parameters(), logits]) + 2 * logits.nbytes
 
 
 def count_trained(weights: Literal["lora", "all"], parameters: int, layers: int, rank: int, width: int) -> int:
@@ -63,24 +109,30 @@ def count_trained(weights: Literal["lora", "all"], parameters: int, layers: int,
 
 
 def training_bytes(
-    needs: TrainingNeeds, layers: int, parameters: int, trained: int, batch: int, processes: int = 1
+    needs: TrainingNeeds,
+    layers: int,
+    parameters: int,
+    trained: int,
+    batch: int,
+    processes: int = 1,
+    *,
+    is_summed: bool = False,
 ) -> dict[str, int]:
     """Bytes that training a model of so many layers and parameters takes in a process, by what they are for.
 
     `trained`: parameters that change. `batch`: B. `processes`: that train together; each holds the gradients once more while they
-    are summed. The most is held either when the loss is computed, or when all gradients are there and nothing of the batch.
+    are summed. `is_summed`: a step takes several batches, whose gradients are summed. The most is held either when the loss is
+    computed, beside gradients of earlier batches, or when all gradients are there and nothing of the batch.
     """
-    activations = layers * (batch * needs.saved_bytes + needs.cast_bytes)
-    logits = 2 * needs.item_bytes * batch * needs.tokens * needs.words + LOGIT_BYTES * LOSSES_AT_ONCE  # and their gradient
-    head = 2 * needs.words * needs.width if needs.item_bytes == 2 else 0  # its weights in the narrow type
-    moments = (8 if processes == 1 else 12) * trained
+    activations = layers * (batch * needs.layer_bytes + needs.layer_casts)
+    logits = batch * needs.tokens * needs.position_bytes + needs.head_casts + needs.losses_bytes
     return {
         "libraries": _LIBRARIES,
         "weights": 4 * parameters,
-        "moments": moments,
+        "moments": (8 if processes == 1 else 12) * trained,
         "activations": activations,
-        "logits": logits + head,
-        "gradients": max(0, 8 * trained - activations - logits - head),
+        "logits": logits,
+        "gradients": max(4 * trained if is_summed else 0, 8 * trained - activations - logits),
         "allocator": (activations + logits) // _GAPS,
     }
 

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,20 @@ def inspect_once(plan: Plan, store: Store) -> None:
         _keep(key, store, started)
 
 
-@contextmanager
-def shown_by_run(plan: Plan, store: Store) -> Iterator[None]:
-    """A run of all steps that ends well meanwhile shows what `inspect_once` would look for. Its exports are then there."""
-    folder, started = plan.model.find_folder(), time.monotonic()
-    before = folder and _make_key(plan, folder, is_written=False)
-    yield
-    if folder is not None and _make_key(plan, folder, is_written=False) == before:
-        _keep(_make_key(plan, folder), store, started)
+def describe_seen(plan: Plan) -> str | None:
+    """A digest of all that stages look at before a run, but what the run writes. None where the model is not on this machine."""
+    folder = plan.model.find_folder()
+    return None if folder is None else _make_key(plan, folder, is_written=False)
+
+
+def keep_seen(plan: Plan, store: Store, seen: str | None) -> None:
+    """Keep that the stages of all steps have looked and a run has ended well, if all is as `describe_seen` had it before.
+
+    What the run has written counts in what is kept.
+    """
+    folder = plan.model.find_folder()
+    if folder is not None and _make_key(plan, folder, is_written=False) == seen:
+        _keep(_make_key(plan, folder), store, time.monotonic())
 
 
 def _keep(key: str, store: Store, started: float) -> None:

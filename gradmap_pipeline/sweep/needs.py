@@ -6,6 +6,8 @@ Everything is in bytes of resident memory. Sizes: T tokens a sample, D hidden, V
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -120,9 +122,9 @@ def measure_needs(
     elements = graph.layer_elements()
     largest = max(elements, key=elements.__getitem__)
     is_padded = has_padding and not model.lengths_apart
-    hidden, arguments = model.record(_make_batch(1, tokens, has_padding=is_padded), is_made_up=True)
+    hidden, arguments = model.record(make_batch(1, tokens, has_padding=is_padded), is_made_up=True)
     one = count_bytes(arguments.values())
-    more = model.record(_make_batch(2, tokens, has_padding=is_padded), is_made_up=True)[1]
+    more = model.record(make_batch(2, tokens, has_padding=is_padded), is_made_up=True)[1]
     each = max(0, count_bytes(more.values()) - one)
     del more
     vocabulary = model.weights.vocabulary
@@ -160,7 +162,8 @@ def measure_needs(
     return replace(needs, has_slow_reads=is_accelerator(str(model.device)) or needs.stored_bytes > free_bytes())
 
 
-def _make_batch(samples: int, tokens: int, *, has_padding: bool) -> Batch:
+def make_batch(samples: int, tokens: int, *, has_padding: bool = False) -> Batch:
+    """A batch of equal tokens, the last of each sample a padding where `has_padding`."""
     import torch
 
     mask = torch.ones(samples, tokens, dtype=torch.bool)
@@ -168,27 +171,19 @@ def _make_batch(samples: int, tokens: int, *, has_padding: bool) -> Batch:
     return Batch(torch.zeros(samples, tokens, dtype=torch.long), mask)
 
 
-def measure_saved_in_training(model: LayerwiseModel, tokens: int, *, is_narrow: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of the largest layer where its weights are trained: of each sample, and of a batch of any size.
-
-    `is_narrow`: computed in bfloat16 by torch's autocast.
-    """
+def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, arguments: LayerArguments) -> int:
+    """Bytes that autograd keeps for one layer besides its weights, each storage once, and what comes out of it."""
     import torch
 
-    elements, counts = model.graph.layer_elements(), []
-    layer = max(elements, key=elements.__getitem__)
-    for samples in (1, 2):
-        hidden, arguments = model.record(_make_batch(samples, tokens, has_padding=False), is_made_up=True)
-        with torch.autocast(torch.device(model.device).type, torch.bfloat16, enabled=is_narrow):
-            counts.append(_measure_saved(model, layer, hidden, arguments[layer], is_trained=True))
-    each = max(0, counts[1] - counts[0])
-    return each, max(0, counts[0] - each)
+    with model.layer(layer) as module:
+        with torch.enable_grad(), noting_saved() as saved:
+            output = model.run_layer(layer, hidden.detach().requires_grad_(), arguments)
+        return sum_saved(saved, module.parameters()) + output.nbytes
 
 
-def _measure_saved(
-    model: LayerwiseModel, layer: int, hidden: torch.Tensor, arguments: LayerArguments, *, is_trained: bool = False
-) -> int:
-    """Bytes that autograd keeps for one layer besides its weights, each storage once. `is_trained`: weights have gradients."""
+@contextmanager
+def noting_saved() -> Iterator[dict[int, int]]:
+    """Sizes in bytes of the storages that autograd keeps meanwhile, by their places in memory."""
     import torch
 
     saved: dict[int, int] = {}
@@ -198,12 +193,11 @@ def _measure_saved(
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a node that holds its own output is never freed
 
-    with model.layer(layer) as module:
-        weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-        trained = [parameter.requires_grad_() for parameter in module.parameters() if is_trained and parameter.is_floating_point()]
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = model.run_layer(layer, hidden.detach().requires_grad_(), arguments)
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        kept = sum(size for place, size in saved.items() if place not in weights)
-        return kept if is_trained else kept + output.nbytes  # which the next layer keeps in training
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield saved
+
+
+def sum_saved(saved: Mapping[int, int], besides: Iterable[torch.Tensor]) -> int:
+    """Bytes of what `noting_saved` has noted, without the storages of some tensors."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    return sum(size for place, size in saved.items() if place not in places)

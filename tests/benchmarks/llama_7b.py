@@ -1,7 +1,7 @@
 """A checkpoint with Llama-2-7B's shapes through a whole recipe in a few GiB: `python tests/benchmarks/llama_7b.py WORK_FOLDER`.
 
 Weights are random, in bf16, sharded as Hugging Face shards them (13.5 GB). Prints seconds, bytes read and peak resident memory of
-each step. Needs 30 GB of disk in WORK_FOLDER, and keeps the checkpoint there for another time. `--layers` makes one of fewer layers.
+each step. Needs 30 GB of disk in WORK_FOLDER, and keeps the checkpoint there for another time. `--layers`: of fewer.
 """
 
 from __future__ import annotations

@@ -66,9 +66,9 @@ CASES: dict[str, Case] = {
     "correction": Case("project_compensate", {}, pruned=True, room=220),
     "merge": Case("mka_merge", {"layers": 2}, room=260),
     "refit": Case("refit_layers", {"steps": 8}, pruned=True, room=260),
-    "training": Case("distill", {"samples": 64, "sequence_length": 256, "steps": 4}, samples=8, pruned=True, room=700),
+    "training": Case("distill", {"samples": 64, "sequence_length": 256, "steps": 4}, samples=8, pruned=True, room=800),
     "training of all weights": Case(
-        "distill", {"samples": 64, "sequence_length": 256, "steps": 4, "weights": "all"}, samples=8, pruned=True, room=760
+        "distill", {"samples": 64, "sequence_length": 256, "steps": 4, "weights": "all"}, samples=8, pruned=True, room=860
     ),
     "evaluate": Case("evaluate", {"samples": 256, "sequence_length": 256}, samples=8),
 }
