@@ -76,7 +76,12 @@ if TYPE_CHECKING:
         capture_site as capture_site,
         open_streams as open_streams,
     )
-    from .correction.training import Trained as Trained, TrainingSettings as TrainingSettings, train_whole as train_whole
+    from .correction.training import (
+        Trained as Trained,
+        TrainingSettings as TrainingSettings,
+        check_room_for_training as check_room_for_training,
+        train_whole as train_whole,
+    )
     from .correction.training_curve import TrainingPoint as TrainingPoint
     from .correction.training_memory import (
         TrainingNeeds as TrainingNeeds,

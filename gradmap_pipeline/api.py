@@ -81,7 +81,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "refit_layer",
             "put_values",
         ),
-        "correction.training": ("TrainingSettings", "Trained", "train_whole"),
+        "correction.training": ("TrainingSettings", "Trained", "check_room_for_training", "train_whole"),
         "correction.training_curve": ("TrainingPoint",),
         "correction.training_memory": (
             "TrainingNeeds",

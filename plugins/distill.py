@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gradmap_pipeline import (
     Artifact,
     CalibrationSource,
+    CapacityError,
     Context,
     Estimate,
     Forecasts,
@@ -33,6 +34,7 @@ from gradmap_pipeline import (
     TrainingSettings,
     check_length,
     check_memory_for_training,
+    check_room_for_training,
     count_trained,
     draw_samples,
     find_top_choices,
@@ -55,6 +57,8 @@ _LOOKS = 10
 """At held-out samples, at most; each leaves a checkpoint."""
 _CHECKPOINTS = 3
 """Of training, on disk at once: the best, the last, and the one being written."""
+_TEXT_BYTES = 128 << 20
+"""The tokenizer, and text while it is cut."""
 _TAUGHT = 64
 """Samples whose choices are one unit of work."""
 _SETTINGS = ("teacher_share", "weights", "rank", "alpha", "steps", "learning_rate", "batch_size", "samples_at_once", "patience")
@@ -143,10 +147,11 @@ class Distill(Stage):
         trained = count_trained(self.weights, weights, layers, self.rank, costs.benchmark.hidden_size)
         check_memory_for_training(costs.occupied + 4 * weights + 8 * trained, costs.memory, self.weights)
         needs = measure_training_needs(costs.graph, tokens, costs.dtype, costs.device)
-        kept = self.samples * tokens * min(self.top_k, costs.words) * 8
+        kept = self._count_kept(tokens, costs.graph)
         lines = {
             "program": costs.occupied,
-            "predictions": kept if costs.device == "cpu" else 0,
+            "text": _TEXT_BYTES,
+            "predictions": self._count_kept(tokens, costs.graph, costs.device),
             **training_bytes(needs, layers, weights, trained, self._at_once, is_summed=self._at_once < self.batch_size),
         }
         needed = sum(lines.values())
@@ -181,11 +186,14 @@ class Distill(Stage):
         group = context.group
         group.split(self.batch_size)
         tokens = self.sequence_length or graph.base.default_sequence_length
+        settings = TrainingSettings(**{name: getattr(self, name) for name in _SETTINGS}, held_out=self.samples // _HELD_OUT)
+        with group.agreeing(CapacityError):  # before the time that the original's predictions take
+            besides = _TEXT_BYTES + self._count_kept(tokens, graph, context.device)
+            check_room_for_training(graph, tokens, settings, context, besides)
         ids, _, _ = draw_samples(self.dataset, graph.dense, tokens, self.samples, "documents", context, shuffle=False)
         choices, logs = self._teach(graph.dense, ids, context)
         key = ["train", graph.digest, self._text_key(ids), self.model_dump(mode="json"), context.seed]
         folder = Path(group.tell(str(context.folder / "training"))) if context.keep_folder is None else context.keep_folder(key)
-        settings = TrainingSettings(**{name: getattr(self, name) for name in _SETTINGS}, held_out=self.samples // _HELD_OUT)
         made = train_whole(graph, (ids, choices, logs), settings, folder, context)
         if context.keep_folder is None and group.leads:
             rmtree(folder, ignore_errors=True)
@@ -207,6 +215,11 @@ class Distill(Stage):
                 curve=made.curve,
             ),
         )
+
+    def _count_kept(self, tokens: int, graph: ModelGraph, device: str = "cpu") -> int:
+        """Bytes of the original's predictions, which are not on a device."""
+        words = max(tensor.shape[0] for tensor in graph.other_tensors().values() if tensor.shape)
+        return self.samples * tokens * min(self.top_k, words) * 8 if device == "cpu" else 0
 
     @property
     def _at_once(self) -> int:

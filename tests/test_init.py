@@ -42,7 +42,7 @@ def test_what_is_written_runs(folder: Path) -> None:
         *(
             "evaluate",
             "calibrate",
-            "gradmap_score",
+            "lookahead_score",
             "prune",
             "evaluate",
             "project_compensate",

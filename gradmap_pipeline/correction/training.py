@@ -91,21 +91,25 @@ def train_whole(
     out. Raises `StageError` where a loss is not finite.
     """
     with context.group.agreeing(CapacityError, StageError):
-        check_room(graph, data[0].shape[1], settings, context)
+        check_room_for_training(graph, data[0].shape[1], settings, context)
     with own_randomness(context.seed), quiet(), seen_processes(context.group, context.device):
         return _train(graph, data, settings, folder, context)
 
 
-def check_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context) -> None:
-    """Raise `CapacityError` where training does not fit into the memory of the step."""
+def check_room_for_training(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context, besides: int = 0) -> None:
+    """Raise `CapacityError` where training on samples of some tokens does not fit into the memory of the step.
+
+    `besides`: bytes that will be there, too.
+    """
     layers, parameters, processes = len(graph.layers), graph.count_parameters(), context.group.size
-    check_memory_for_training(resident_bytes(context.device) + 4 * parameters, context.memory, settings.weights)
+    there = resident_bytes(context.device) + besides
+    check_memory_for_training(there + 4 * parameters, context.memory, settings.weights)
     needs = measure_training_needs(graph, tokens, context.dtype, context.device)
     trained = count_trained(settings.weights, parameters, layers, settings.rank, needs.width)
     at_once = settings.at_once(processes)
     is_summed = at_once * processes < settings.batch_size
     lines = training_bytes(needs, layers, parameters, trained, at_once, processes, is_summed=is_summed)
-    check_memory_for_training(resident_bytes(context.device) + sum(lines.values()), context.memory, settings.weights)
+    check_memory_for_training(there + sum(lines.values()), context.memory, settings.weights)
 
 
 def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSettings, folder: Path, context: Context) -> Trained:

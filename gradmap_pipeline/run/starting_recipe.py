@@ -27,6 +27,11 @@ QUANTISATIONS = {
     "gguf": ("quantize_gguf", {"type": "q4_k_m"}, "4-bit weights for llama.cpp"),
 }
 """By what `--quantise` says: the stage, its options, and what it makes."""
+_RANKINGS = {
+    "lookahead_score": "Ranks layers by what the corrected model predicts without them; `gradmap_score` is faster and worse.",
+    "gradmap_score": "Ranks layers by their gradients.",
+}
+"""By stage: the comment before it."""
 _SAMPLES = (128, 64, 32, 16, 8)
 _LENGTH = 512
 _SHORT = 256
@@ -49,6 +54,7 @@ class Start:
     """Tokens in a sequence."""
     samples: int = _SAMPLES[0]
     among: str = "any"
+    ranking: str = "lookahead_score"
     is_corrected: bool = True
     quantisation: str | None = None
     answers: bool = False
@@ -74,7 +80,8 @@ def write_starting_recipe(start: Start) -> str:
         "  # The text that decides which layers go and what the correction fits. More text closes more of the gap.",
         "  - use: calibrate",
         "    with: {dataset: {builtin: calibration}, " + amount + "}",
-        "  - use: gradmap_score",
+        f"  # {_RANKINGS[start.ranking]}",
+        f"  - use: {start.ranking}",
         "  # How much goes: a share (`ratio`), a number (`layers`) or a `target` of parameters, bytes, perplexity or speed.",
         "  - use: prune",
         f"    with: {prune}",
@@ -129,9 +136,9 @@ def fit_start(start: Start, file: Path, catalog: Catalog, machine: Machine, stor
 
 
 def _vary(start: Start) -> Iterator[Start]:
-    for is_corrected in (True, False):
+    for ranking, is_corrected in (("lookahead_score", True), ("gradmap_score", True), ("gradmap_score", False)):
         for among in ("any", "expressible"):
-            yield replace(start, among=among, is_corrected=is_corrected)
+            yield replace(start, among=among, ranking=ranking, is_corrected=is_corrected)
 
 
 def _fit_samples(start: Start, plan: Plan, file: Path, catalog: Catalog, machine: Machine, store: Path) -> Start:

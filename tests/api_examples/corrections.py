@@ -36,6 +36,7 @@ from gradmap_pipeline import (
     check_memory_for_training,
     check_rescaling,
     check_room,
+    check_room_for_training,
     collect_moments,
     correct_site,
     count_batch_samples,
@@ -219,6 +220,7 @@ plan = TrainingSettings(
     patience=3,
     held_out=2,
 )
+check_room_for_training(pruned, 64, plan, context)  # raises CapacityError; `train_whole` asks, too
 trained: Trained = train_whole(pruned, (ids, choices, logs), plan, Path("training"), context)
 assert trained.after < trained.before
 assert set(trained.values) <= set(pruned.base.tensors)
