@@ -188,8 +188,7 @@ class Distill(Stage):
         tokens = self.sequence_length or graph.base.default_sequence_length
         settings = TrainingSettings(**{name: getattr(self, name) for name in _SETTINGS}, held_out=self.samples // _HELD_OUT)
         with group.agreeing(CapacityError):  # before the time that the original's predictions take
-            besides = _TEXT_BYTES + self._count_kept(tokens, graph, context.device)
-            check_room_for_training(graph, tokens, settings, context, besides)
+            check_room_for_training(graph, tokens, settings, context, self._count_kept(tokens, graph, context.device))
         ids, _, _ = draw_samples(self.dataset, graph.dense, tokens, self.samples, "documents", context, shuffle=False)
         choices, logs = self._teach(graph.dense, ids, context)
         key = ["train", graph.digest, self._text_key(ids), self.model_dump(mode="json"), context.seed]
