@@ -8,7 +8,6 @@ Sizes: S samples, T tokens, K choices of the teacher, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from gradmap_pipeline import (
     Artifact,
     CalibrationSource,
-    CapacityError,
     Context,
     Estimate,
     Forecasts,
@@ -53,8 +51,6 @@ if TYPE_CHECKING:
 _HELD_OUT = 8
 """One sample of so many is held out."""
 _LEAST_SAMPLES = 16
-_LOOKS = 10
-"""At held-out samples, at most; each leaves a checkpoint."""
 _CHECKPOINTS = 3
 """Of training, on disk at once: the best, the last, and the one being written."""
 _TEXT_BYTES = 128 << 20
@@ -147,11 +143,11 @@ class Distill(Stage):
         trained = count_trained(self.weights, weights, layers, self.rank, costs.benchmark.hidden_size)
         check_memory_for_training(costs.occupied + 4 * weights + 8 * trained, costs.memory, self.weights)
         needs = measure_training_needs(costs.graph, tokens, costs.dtype, costs.device)
-        kept = self._count_kept(tokens, costs.graph)
+        kept, settings = self._count_kept(tokens), self._settings
         lines = {
             "program": costs.occupied,
             "text": _TEXT_BYTES,
-            "predictions": self._count_kept(tokens, costs.graph, costs.device),
+            "predictions": kept if costs.device == "cpu" else 0,
             **training_bytes(needs, layers, weights, trained, self._at_once, is_summed=self._at_once < self.batch_size),
         }
         needed = sum(lines.values())
@@ -162,7 +158,7 @@ class Distill(Stage):
         head = costs.benchmark.head_pass(self._at_once, tokens)
         passes = self.steps * self.batch_size
         forward, backward = layer.forward_for_backward * layers + head.forward, layer.backward * layers + head.backward
-        held, looks = self.samples // _HELD_OUT, ceil(self.steps / ceil(self.steps / _LOOKS))
+        held, looks = settings.held_out, settings.looks  # each look leaves a checkpoint
         state = 12 * trained  # weights and two moments, fp32
         stored = costs.count_bytes(layers)
         changed = stored if self.weights == "all" else layers * costs.stored_layer_bytes // whole
@@ -186,14 +182,13 @@ class Distill(Stage):
         group = context.group
         group.split(self.batch_size)
         tokens = self.sequence_length or graph.base.default_sequence_length
-        settings = TrainingSettings(**{name: getattr(self, name) for name in _SETTINGS}, held_out=self.samples // _HELD_OUT)
-        with group.agreeing(CapacityError):  # before the time that the original's predictions take
-            check_room_for_training(graph, tokens, settings, context, self._count_kept(tokens, graph, context.device))
+        kept = self._count_kept(tokens) if context.device == "cpu" else 0
+        check_room_for_training(graph, tokens, self._settings, context, kept)  # before the time that predictions take
         ids, _, _ = draw_samples(self.dataset, graph.dense, tokens, self.samples, "documents", context, shuffle=False)
         choices, logs = self._teach(graph.dense, ids, context)
         key = ["train", graph.digest, self._text_key(ids), self.model_dump(mode="json"), context.seed]
         folder = Path(group.tell(str(context.folder / "training"))) if context.keep_folder is None else context.keep_folder(key)
-        made = train_whole(graph, (ids, choices, logs), settings, folder, context)
+        made = train_whole(graph, (ids, choices, logs), self._settings, folder, context)
         if context.keep_folder is None and group.leads:
             rmtree(folder, ignore_errors=True)
         if not made.best_step:
@@ -215,10 +210,13 @@ class Distill(Stage):
             ),
         )
 
-    def _count_kept(self, tokens: int, graph: ModelGraph, device: str = "cpu") -> int:
-        """Bytes of the original's predictions, which are not on a device."""
-        words = max(tensor.shape[0] for tensor in graph.other_tensors().values() if tensor.shape)
-        return self.samples * tokens * min(self.top_k, words) * 8 if device == "cpu" else 0
+    def _count_kept(self, tokens: int) -> int:
+        """Bytes of the original's predictions, at most: a token and the logarithm of its probability for each choice."""
+        return self.samples * tokens * self.top_k * 8
+
+    @property
+    def _settings(self) -> TrainingSettings:
+        return TrainingSettings(**{name: getattr(self, name) for name in _SETTINGS}, held_out=self.samples // _HELD_OUT)
 
     @property
     def _at_once(self) -> int:

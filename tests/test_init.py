@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gradmap_plugins.lookahead_score import LookaheadScore
 from tiny import make_model
 from typer.testing import CliRunner, Result
 from walk import make_model as make_any_model
 
+from gradmap_pipeline import OptionError
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.machine.machine import Machine
 from gradmap_pipeline.recipe.plan import Plan
@@ -75,6 +77,17 @@ def test_kinds_of_layers_and_places_of_a_correction_give_way(folder: Path) -> No
     result = gradmap("init", "gemma", "--ratio", "0.34")
     assert result.exit_code == 0, result.output
     assert gradmap("check", "recipe.yaml").exit_code == 0
+
+
+def test_a_ranking_that_is_refused_gives_way_before_the_correction(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OptionError("sample_share", "no")
+
+    monkeypatch.setattr(LookaheadScore, "inspect", refuse)
+    assert gradmap("init", "model").exit_code == 0
+    uses = [step["use"] for step in yaml.safe_load(Path("recipe.yaml").read_text())["steps"]]
+    assert "lookahead_score" not in uses
+    assert {"gradmap_score", "project_compensate"} <= set(uses)
 
 
 def test_a_form_is_quantised_after_the_export_that_it_takes() -> None:

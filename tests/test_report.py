@@ -279,9 +279,9 @@ def test_terminal_shows_a_bar_with_rate_and_time_left(llama: Path, tmp_path: Pat
 
 
 def test_run_begins_with_what_it_computes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    place = Place("docs-llama", "cpu", "float32", 2, 3 << 30, "/tmp/store")
+    place = Place("docs-llama", "cpu", "float32", 2, 3 << 30, "/elsewhere/store")
     LineReporter().computing(place)
-    assert capsys.readouterr().out == "docs-llama on cpu in float32, 2 threads, 3.00 GiB of memory; store /tmp/store\n"
+    assert capsys.readouterr().out == "docs-llama on cpu in float32, 2 threads, 3.00 GiB of memory; store /elsewhere/store\n"
     several = Place("\x1b[1mm", "cuda:0", "bfloat16", 1, 1 << 30, "s", processes=8)
     LineReporter().computing(several)
     told = "\\x1b[1mm on cuda:0 in bfloat16, 1 thread, 1.00 GiB of memory each, 8 processes; store s\n"

@@ -27,7 +27,7 @@ def mean_by_slices(logits: torch.Tensor, losses: PositionLosses) -> torch.Tensor
 
 
 class _SlicedMean(torch.autograd.Function):
-    """The mean; its gradient is there before it is asked for."""
+    """The mean, whose gradient is made before it is asked for."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, losses: PositionLosses) -> torch.Tensor:

@@ -64,6 +64,16 @@ class TrainingSettings:
         """Samples that each of some processes has in memory at a time."""
         return math.gcd(self.samples_at_once or self.batch_size, self.batch_size // processes)
 
+    @property
+    def steps_between_looks(self) -> int:
+        """Steps after which the loss on the held-out samples is measured, each time."""
+        return math.ceil(self.steps / LOOKS)
+
+    @property
+    def looks(self) -> int:
+        """How often the loss on the held-out samples is measured meanwhile; the last step is followed by a look."""
+        return math.ceil(self.steps / self.steps_between_looks)
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -88,19 +98,22 @@ def train_whole(
 
     `folder`: holds the trainer's checkpoints, of all processes; training goes on from the last whole one. The processes of the
     step share the samples of each step and sum their gradients. Samples beyond the last whole step of a pass over all are left
-    out. Raises `StageError` where a loss is not finite.
+    out. Whether it fits into memory is for `check_room_for_training` to say. Raises `StageError` where a loss is not finite.
     """
-    with context.group.agreeing(CapacityError, StageError):
-        check_room_for_training(graph, data[0].shape[1], settings, context)
     with own_randomness(context.seed), quiet(), seen_processes(context.group, context.device):
         return _train(graph, data, settings, folder, context)
 
 
 def check_room_for_training(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context, besides: int = 0) -> None:
-    """Raise `CapacityError` where training on samples of some tokens does not fit into the memory of the step.
+    """Raise `CapacityError` in all processes where training on samples of some tokens does not fit into the memory of one.
 
     `besides`: bytes that will be there, too.
     """
+    with context.group.agreeing(CapacityError):
+        _check_own_room(graph, tokens, settings, context, besides)
+
+
+def _check_own_room(graph: ModelGraph, tokens: int, settings: TrainingSettings, context: Context, besides: int) -> None:
     layers, parameters, processes = len(graph.layers), graph.count_parameters(), context.group.size
     there = resident_bytes(context.device) + besides
     check_memory_for_training(there + 4 * parameters, context.memory, settings.weights)
@@ -113,6 +126,7 @@ def check_room_for_training(graph: ModelGraph, tokens: int, settings: TrainingSe
 
 
 def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSettings, folder: Path, context: Context) -> Trained:
+    import torch
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     module: Any = load_whole(graph, "float32", context.device)
@@ -132,13 +146,10 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
     )  # by names of today, for the trainer reads them
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     samples = [dict(zip(("input_ids", "choices", "logs"), one, strict=True)) for one in zip(*data, strict=True)]
-    held = settings.held_out
-    every = math.ceil(settings.steps / LOOKS)
+    held, every = settings.held_out, settings.steps_between_looks
 
     class KlTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            import torch
-
             with torch.autocast(torch.device(context.device).type, torch.bfloat16, enabled=context.dtype == "bfloat16"):
                 loss = mixed_loss(model, inputs, settings.teacher_share)
             if not math.isfinite(float(loss.detach())):
@@ -147,8 +158,6 @@ def _train(graph: ModelGraph, data: Sequence[torch.Tensor], settings: TrainingSe
             return (loss, {}) if return_outputs else loss
 
         def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-            import torch
-
             with torch.no_grad():
                 return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 

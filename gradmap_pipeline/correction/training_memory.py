@@ -1,4 +1,4 @@
-"""What training a whole model in memory takes: weights in fp32, Adam's moments, what autograd keeps of a batch, and its logits.
+"""The memory that training a whole model takes: weights in fp32, Adam's moments, what autograd keeps of a batch, and its logits.
 
 Sizes: B samples in memory at a time, T tokens, D hidden, V vocabulary.
 """
@@ -26,28 +26,28 @@ _GAPS = 16
 
 @dataclass(frozen=True)
 class TrainingNeeds:
-    """What one sample takes where a model is trained, in bytes where nothing else is said."""
+    """The memory that one sample takes in training."""
 
     tokens: int
     """T"""
     width: int
     """D"""
     layer_bytes: int
-    """What autograd keeps of one sample in one layer whose weights are trained."""
+    """Bytes that autograd keeps of one sample in one layer whose weights are trained."""
     layer_casts: int
-    """What it keeps of one layer whatever the batch: weights in a narrower type, sines and cosines of positions."""
+    """Bytes that it keeps of one layer for a batch of any size: weights in a narrower type, sines and cosines of positions."""
     position_bytes: int
-    """The logits of one position, what the head keeps to differentiate them, and their gradient."""
+    """Bytes of the logits of one position, of what autograd keeps of the head for them, and of their gradient."""
     head_casts: int
-    """What the head keeps whatever the batch."""
+    """Bytes that autograd keeps of the head for a batch of any size."""
     losses_bytes: int
-    """What the losses of a slice of the logits take."""
+    """Bytes that the losses of a slice of the logits take."""
 
 
 def measure_training_needs(graph: ModelGraph, tokens: int, dtype: str, device: str) -> TrainingNeeds:
-    """What one sample takes in training: measured on the largest layer and the head with made-up weights in fp32.
+    """Measure the memory that one sample takes in training, on the largest layer and the head with made-up weights in fp32.
 
-    Computes in bfloat16 by torch's autocast where `dtype` is that, else in fp32.
+    They compute in bfloat16 by torch's autocast where `dtype` is that, else in fp32.
     """
     import torch
 

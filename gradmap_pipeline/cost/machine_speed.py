@@ -1,4 +1,4 @@
-"""How fast this machine reads, writes, digests, multiplies and trains: each measured once, at its first use, in a moment."""
+"""The speed at which this machine reads, writes, digests, multiplies and trains. Each is measured once, at its first use."""
 
 from __future__ import annotations
 

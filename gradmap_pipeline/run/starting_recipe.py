@@ -13,7 +13,6 @@ from ..errors import GradmapError
 from ..recipe.plan import Plan, make_plan
 from ..recipe.recipe import read_recipe
 from .costs import estimate_plan
-from .inspection import inspect_plan
 from .store import Store
 from .verdicts import inspect_once
 
@@ -124,7 +123,7 @@ def fit_start(start: Start, file: Path, catalog: Catalog, machine: Machine, stor
     for variant in _vary(start):
         try:
             plan = make_plan(read_recipe(write_starting_recipe(variant), file), catalog, store)
-            inspect_plan(plan)
+            inspect_once(plan, Store(store))
         except GradmapError as error:
             refusal = refusal or error
             continue

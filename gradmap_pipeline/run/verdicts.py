@@ -1,4 +1,4 @@
-"""That the stages of a recipe can work on its model is kept in the store once it is seen, so that `gradmap check` need not look."""
+"""The store keeps that the stages of a recipe can work on its model, once that is seen, so that `gradmap check` need not look."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def inspect_once(plan: Plan, store: Store) -> None:
     started = time.monotonic()
     is_complete = inspect_plan(plan)
     if is_complete and _make_key(plan, folder) == key:  # else something has changed meanwhile
-        _keep(key, store, started)
+        _keep(key, store, time.monotonic() - started)
 
 
 def describe_seen(plan: Plan) -> str | None:
@@ -56,13 +56,13 @@ def keep_seen(plan: Plan, store: Store, seen: str | None) -> None:
     """
     folder = plan.model.find_folder()
     if folder is not None and _make_key(plan, folder, is_written=False) == seen:
-        _keep(_make_key(plan, folder), store, time.monotonic())
+        _keep(_make_key(plan, folder), store, 0.0)
 
 
-def _keep(key: str, store: Store, started: float) -> None:
+def _keep(key: str, store: Store, seconds: float) -> None:
     with suppress(OSError):
         store.prepare()
-        store.save_unit(_NAME, key, "well", time.monotonic() - started)
+        store.save_unit(_NAME, key, "well", seconds)
 
 
 def _make_key(plan: Plan, model: Path, *, is_written: bool = True) -> str:
