@@ -161,13 +161,14 @@ def fail() -> None:
     raise ModelError("no room for it here")
 
 
+@pytest.mark.parametrize(
+    ("meanwhile", "is_cached", "code"), [(fail, False, 2), (export, True, 0), (lambda: change_byte(Path("text.txt")), False, 0)]
+)
 def test_run_has_shown_nothing_where_it_fails_or_computes_nothing_or_its_text_changes(
-    looks: list[Any], monkeypatch: pytest.MonkeyPatch
+    meanwhile: Callable[[], object], is_cached: bool, code: int, looks: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the first step comes from the store, its stage has not looked at what is there now."""
-    assert run(monkeypatch, fail) == 2
-    assert run(monkeypatch, export, is_cached=True) == 0
-    assert run(monkeypatch, lambda: change_byte(Path("text.txt"))) == 0
+    assert run(monkeypatch, meanwhile, is_cached=is_cached) == code
     check()
     assert len(looks) == 1
 
