@@ -85,6 +85,7 @@ def test_what_was_well_is_looked_at_once(looks: list[Any]) -> None:
         check()
     assert len(looks) == 1
     assert Path(".gradmap/.gitignore").read_text() == "*\n"
+    assert not list(Path(".gradmap").rglob("*.partial-*"))
 
 
 def change_byte(file: Path) -> None:

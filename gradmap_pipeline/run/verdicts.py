@@ -62,7 +62,10 @@ def keep_seen(plan: Plan, store: Store, seen: str | None) -> None:
 def _keep(key: str, store: Store, seconds: float) -> None:
     with suppress(OSError):
         store.prepare()
-        store.save_unit(_NAME, key, "well", seconds)
+        try:
+            store.save_unit(_NAME, key, "well", seconds)
+        finally:
+            store.close()
 
 
 def _make_key(plan: Plan, model: Path, *, is_written: bool = True) -> str:
