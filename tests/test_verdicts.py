@@ -85,6 +85,16 @@ def test_what_was_well_is_looked_at_once(looks: list[Any]) -> None:
         check()
     assert len(looks) == 1
     assert Path(".gradmap/.gitignore").read_text() == "*\n"
+
+
+def test_a_verdict_leaves_no_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store that goes on being held."""
+    stores: list[Any] = []
+    prepare = verdicts.Store.prepare
+    monkeypatch.setattr(verdicts.Store, "prepare", lambda store: (stores.append(store), prepare(store)))
+    check()
+    assert len(stores) == 1
+    assert list(Path(".gradmap/units").glob("check-*.json"))
     assert not list(Path(".gradmap").rglob("*.partial-*"))
 
 
