@@ -61,6 +61,7 @@ CORRECTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradmap, largest shift": ("project_compensate", {"attention": False, "site": "largest_shift", "shrink": 0.0}),
     "replaceme": ("replaceme_compensate", {}),
     "linearpatch, folded": ("linearpatch_compensate", {"tolerance": 1.0}),
+    "prune&comp": ("prunecomp_compensate", {}),
 }
 CORRECTED = ("gradmap", "look ahead", "sleb", "shortgpt", "angular, last token")
 """Selections that are corrected."""

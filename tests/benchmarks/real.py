@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "look ahead": ("gradmap",),
     "gradmap": ("gradmap",),
     "sleb": ("gradmap",),
-    "shortgpt": ("gradmap",),
+    "shortgpt": ("gradmap", "prune&comp"),
     "taylor+": (),
     "angular, last token": ("replaceme",),
 }
