@@ -98,10 +98,13 @@ class ProjectCompensate(LayerCompensation):
         removed = len(costs.graph.layers) - layers
         # Which layers these are is not known yet: at most this many.
         sites = {"every_layer": layers, "before_cuts": min(removed, layers)}.get(self.site, self.sites or 1)
-        size, width = self._size(costs.graph)
-        products = 2 * samples * tokens * size * (size + width)
-        solution = size**3 / 3 + 2 * size**2 * width
-        work = [sites * each * (2 if self.attention else 1) for each in (products, solution)]
+        inputs, width = costs.graph.map_sizes()
+        corrected = [inputs, *([costs.graph.attention_inputs()] if self.attention else [])]
+        sizes = corrected if self.space == "input" else [width for _ in corrected]
+        work = [
+            sites * sum(2 * samples * tokens * size * (size + width) for size in sizes),
+            sites * sum(size**3 / 3 + 2 * size**2 * width for size in sizes),
+        ]
         measured = sites * layers if self.site.startswith("largest") else 0
         scaled = layers if self.rescale else 0
         again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
@@ -112,8 +115,7 @@ class ProjectCompensate(LayerCompensation):
                 error.by_option = {**error.by_option, "space": "use space: output"}
             raise
         seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
-        inputs, width = costs.graph.map_sizes()
-        values = sites * width * (inputs + (width if self.attention else 0))
+        values = sites * width * sum(corrected)
         given = costs.given(values * costs.stored_layer_bytes // sum(costs.layer_elements.values()))
         return both + given + Estimate(flops=sum(work), seconds=seconds)
 

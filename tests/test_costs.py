@@ -216,6 +216,15 @@ def test_a_correction_that_does_not_fit_names_the_option_that_helps(folder: Path
     assert gradmap("plan", "r.yaml", *memory, "--set", "project_compensate.space=output").exit_code == 0
 
 
+def test_a_correction_of_attention_is_counted_by_its_own_inputs(folder: Path) -> None:
+    make_model(folder / "model", intermediate_size=2048)
+    both, one = (
+        costs_of("--set", f"project_compensate.attention={attention}")["project_compensate"]["estimate"]
+        for attention in ("true", "false")
+    )
+    assert one["flops"] < both["flops"] < 1.1 * one["flops"]  # type: ignore[index, operator]
+
+
 HUB = "{dataset: {id: some/data}, samples: 1000000000000, sequence_length: 24}"
 
 

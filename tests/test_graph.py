@@ -50,6 +50,17 @@ def test_counts_are_those_of_the_files(graph: ModelGraph, llama: Path) -> None:
     assert graph.without_layers([1]).count_parameters() == graph.count_parameters() - layer
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "attention"),
+    [("llama", {"head_dim": 24, "intermediate_size": 128}, 4 * 24), ("llama", {}, 32), ("gpt2", {}, 32)],
+)
+def test_inputs_of_the_map_behind_attention_are_known_from_shapes(
+    architecture: str, changes: dict[str, Any], attention: int, tmp_path: Path
+) -> None:
+    graph = open_folder(make_model(tmp_path / "model", architecture, **changes))
+    assert graph.attention_inputs() == attention
+
+
 def test_patches_replace_follow_their_layer_and_go_with_it(graph: ModelGraph, patch: TensorFile) -> None:
     patched = graph.with_patches({Q3: patch}, "compensated")
     assert patched.stored_tensor(Q3).file == patch.path

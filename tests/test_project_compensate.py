@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -437,3 +439,26 @@ def test_sums_of_single_precision_give_the_solution_of_double_precision() -> Non
     assert (x - expected).norm() < 1e-6 * expected.norm()
     assert (wide @ (x - expected))[1::400].norm() < 1e-6 * (wide @ expected)[1::400].norm()  # for other tokens than the large ones
     assert moments.missing == pytest.approx(float(r.square().sum()))
+
+
+FAULTS = """
+import resource, torch
+from gradmap_pipeline.correction.ridge import Moments
+from gradmap_pipeline.machine.memory import tune_allocator
+
+tune_allocator(is_tight=True)
+torch.set_num_threads(1)
+a, r = torch.randn(1024, 1536), torch.randn(1024, 512).double()
+moments = Moments(torch.zeros(1536, 1536).double(), torch.zeros(1536, 512).double(), 0.0)
+moments.add(a, r)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+moments.add(a, r)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_sums_take_no_memory_from_the_system_for_each_product() -> None:
+    """Which costs more than the product where memory is limited, as freed blocks then go back at once."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    pages = int(done.stdout)
+    assert pages < 5 * 1024 * (1536 * 4 + 512 * 8) // 4096, pages  # some copies of what is added; 48 products have four times that

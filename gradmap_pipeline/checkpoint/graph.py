@@ -153,10 +153,20 @@ class ModelGraph(Model):
 
     def map_sizes(self) -> tuple[int, int]:
         """Most inputs that a matrix of a kept layer has, and the hidden size: what most of them start from or end at."""
-        shapes = [tensor.shape for layer in self.layers for tensor in self.layer_tensors(layer).values() if len(tensor.shape) == 2]
+        shapes = self._matrix_shapes()
         dimensions = Counter(size for shape in shapes for size in shape)
         width = dimensions.most_common(1)[0][0] if dimensions else 0
         return max((inputs for _, inputs in shapes), default=width), width
+
+    def attention_inputs(self) -> int:
+        """Inputs of the matrix that attention ends with, as far as shapes say: the fewest of one that gives the hidden size."""
+        _, width = self.map_sizes()
+        return min((inputs for outputs, inputs in self._matrix_shapes() if outputs == width), default=width)
+
+    def _matrix_shapes(self) -> list[tuple[int, ...]]:
+        """Of each matrix of a kept layer, as stored."""
+        tensors = [tensor for layer in self.layers for tensor in self.layer_tensors(layer).values()]
+        return [tensor.shape for tensor in tensors if len(tensor.shape) == 2]
 
     def other_tensors(self) -> dict[str, StoredTensor]:
         """Embeddings, final norm, head: all that belongs to no layer."""

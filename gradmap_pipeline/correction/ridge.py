@@ -97,12 +97,27 @@ class Moments:
             self._add_products(some_a[~large].float(), some_r[~large].float(), _TOKENS)
 
     def _add_products(self, a: torch.Tensor, r: torch.Tensor, tokens: int) -> None:
-        """Sums over so many tokens are in the type of both, and those over all in fp64."""
-        for start in range(0, a.shape[1], _BLOCK):
+        """Sums over so many tokens are in the type of both, and those over all in fp64.
+
+        All products go into the same memory: to get a block from the system costs more than the product that fills it.
+        """
+        import torch
+
+        inputs, outputs = a.shape[1], r.shape[1]
+        rows = min(_BLOCK, inputs)
+        memory = a.new_empty(rows * max(inputs, outputs))
+        doubles = memory if a.dtype == torch.float64 else memory.double()
+
+        def add(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+            product = torch.mm(left.T, right, out=memory[: sums.numel()].view(sums.shape))
+            sums += doubles[: sums.numel()].view(sums.shape).copy_(product)
+
+        for start in range(0, inputs, _BLOCK):
             end = start + _BLOCK
             for some_a, some_r in zip(a.split(tokens), r.split(tokens), strict=True):
-                self.gram[start:end, start:] += some_a[:, start:end].T @ some_a[:, start:]
-                self.cross[start:end] += some_a[:, start:end].T @ some_r
+                block = some_a[:, start:end]
+                add(self.gram[start:end, start:], block, some_a[:, start:])
+                add(self.cross[start:end], block, some_r)
 
     def join(self, group: ProcessGroup) -> None:
         """Sum over the processes of a group. The leading one has the sums and solves; all get its solution."""

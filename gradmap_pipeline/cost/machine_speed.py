@@ -26,6 +26,7 @@ _READS = 8
 _BLOCK = 4 << 20
 _BLOCKS = 16
 _WIDTH = 1024  # of the matrices multiplied
+_INPUTS = 2048  # of the correction whose sums are tried
 _UPDATED = 4 << 20  # parameters at once
 _CHARACTERS = 200_000
 _VERY_LONG = 20
@@ -148,14 +149,14 @@ class MachineSpeed:
         def zeros(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=self._device)
 
-        moments = Moments(zeros(_WIDTH, _WIDTH), zeros(_WIDTH, _WIDTH // 2), 0.0)
-        taken, missing = zeros(_WIDTH, _WIDTH, torch.float32) + 1, zeros(_WIDTH, _WIDTH // 2)
+        moments = Moments(zeros(_INPUTS, _INPUTS), zeros(_INPUTS, _WIDTH), 0.0)
+        taken, missing = zeros(_WIDTH, _INPUTS, torch.float32) + 1, zeros(_WIDTH, _WIDTH)
 
         def add() -> float:
             moments.add(taken, missing)
             return moments.missing  # which waits for a GPU
 
-        return time_call(add) / (2 * _WIDTH * _WIDTH * (_WIDTH + _WIDTH // 2))
+        return time_call(add) / (2 * _WIDTH * _INPUTS * (_INPUTS + _WIDTH))
 
     @cached_property
     def update(self) -> float:
