@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,35 @@ def test_on_a_gpu_its_memory_counts() -> None:
     assert Machine().budget("cuda:0", both) == pytest.approx(default_budget("cuda:0"), rel=0.1), "each has a GPU of its own"
     assert Machine(memory=70).budget("cuda:0", both) == 70
     del block
+
+
+BLOCKS = """
+import resource, torch
+from gradmap_pipeline.machine.memory import give_back, keep_blocks, tune_allocator
+
+def pages(size, times=50):
+    torch.ones(size, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(size, dtype=torch.uint8)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * 4096 // size
+
+tune_allocator(is_tight=IS_TIGHT)
+got = [pages(4 << 20)]
+keep_blocks()
+got += [pages(4 << 20)]
+give_back(between_steps=True)
+got += [pages(8 << 20)]  # which no block that was kept has room for
+keep_blocks()
+keep_blocks(keep=False)
+print(*got, pages(8 << 20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="thresholds of the GNU C library")
+@pytest.mark.parametrize("is_tight", [True, False])
+def test_blocks_are_kept_where_memory_is_not_tight_or_a_step_has_room(is_tight: bool) -> None:
+    code = BLOCKS.replace("IS_TIGHT", str(is_tight))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    returned = [int(times) > 40 for times in done.stdout.split()]  # of 50 blocks
+    assert returned == ([True, False, True, True] if is_tight else [False] * 4), done.stdout

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 from gradmap_pipeline.batches import make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.sweep import head_losses
+from gradmap_pipeline.sweep import head_losses, sweep as engine
 from gradmap_pipeline.sweep.head_losses import slice_positions
 from gradmap_pipeline.sweep.kept_tensors import KeptTensors
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.sample_pass import SamplePass
+from gradmap_pipeline.testing import make_context
 
 
 def make_samples(padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,3 +253,16 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
         ModelError, match=r"up_proj.weight' has shape \(3, 32\) in the checkpoint, but its config requires \(64, 32\)"
     ):
         SamplePass(LayerwiseModel(open_folder(folder)), make_batches(*make_samples(padded=False))).run_forward()
+
+
+@pytest.mark.parametrize(("room", "keeps"), [(2.0, True), (0.01, False)])
+def test_freed_blocks_are_kept_where_a_sweep_leaves_room_for_gaps(
+    room: float, keeps: bool, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(engine, "keep_blocks", lambda *, keep: said.append(keep))
+    graph = open_folder(llama)
+    planned = engine.open_sweep(graph, make_samples(padded=False), make_context(tmp_path)).plan.peak_bytes
+    monkeypatch.setattr(engine, "resident_bytes", lambda _: 0)
+    engine.open_sweep(graph, make_samples(padded=False), make_context(tmp_path, memory=int(planned * (1 + room))))
+    assert said == [True, keeps]

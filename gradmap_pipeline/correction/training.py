@@ -19,7 +19,7 @@ from ..checkpoint.architecture import layer_of
 from ..checkpoint.checkpoint import load_tensor
 from ..checkpoint.whole import load_whole, name_on_disk
 from ..errors import CapacityError, StageError
-from ..machine.memory import resident_bytes
+from ..machine.memory import keep_blocks, resident_bytes
 from .distilling import divergence_from, loss_on
 from .training_curve import TrainingPoint, thin_out
 from .training_memory import check_memory_for_training, count_trained, measure_training_needs, training_bytes
@@ -100,6 +100,7 @@ def train_whole(
     step share the samples of each step and sum their gradients. Samples beyond the last whole step of a pass over all are left
     out. Whether it fits into memory is for `check_room_for_training` to say. Raises `StageError` where a loss is not finite.
     """
+    keep_blocks()  # each step asks for the same ones; what is lost between them is in `training_bytes`
     with own_randomness(context.seed), quiet(), seen_processes(context.group, context.device):
         return _train(graph, data, settings, folder, context)
 

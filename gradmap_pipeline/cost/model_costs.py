@@ -12,7 +12,7 @@ from ..checkpoint.checkpoint import item_bytes
 from ..correction.streams import plan_streams
 from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, lack_of_memory_for_text
 from ..machine.machine import Machine
-from ..machine.memory import free_bytes, free_on_host, give_back, resident_bytes, tune_allocator
+from ..machine.memory import free_bytes, free_on_host, give_back, keep_blocks, resident_bytes, tune_allocator
 from ..machine.memory_advice import lack_of_memory
 from ..sweep.head_losses import LOGIT_BYTES, LOGITS_AT_ONCE
 from ..sweep.memory_plan import SweepPlan, format_size, plan_sweep
@@ -42,6 +42,7 @@ class ModelCosts:
         from ..checkpoint.graph import open_folder
 
         tune_allocator(is_tight=machine.memory is not None)
+        keep_blocks()  # as most steps do
         started = time.perf_counter()
         self.graph = open_folder(folder, name, dtype, digest_of=lambda _: "")
         self.base = self.graph.base

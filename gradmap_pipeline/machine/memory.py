@@ -22,6 +22,13 @@ _MOST = 2**60
 """The largest size that is accepted."""
 
 
+class _Allocator:
+    """What the C library was told last."""
+
+    is_tight = False
+    """Blocks go back to the system as soon as they are free."""
+
+
 def parse_size(text: str) -> int:
     """Bytes in `3GiB`, `512M`, `2.5 GB` (10⁹) or a plain number. Raises `ValueError`."""
     accepted = f"found {text[:40]!r}, accepted: a size such as 3GiB, 512MiB or 2.5GB"
@@ -67,11 +74,28 @@ def tune_allocator(*, is_tight: bool) -> None:
     To get a block again costs more than many a computation on it. But kept blocks of many sizes leave gaps between them that
     nothing fits into: a tenth of what a sweep with hidden states of a few MiB takes.
     """
+    _Allocator.is_tight = is_tight
+    if is_tight:
+        _set_thresholds(1 << 20, 128 << 10)
+    else:
+        _set_thresholds(32 << 20, 2**31 - 1)
+
+
+def keep_blocks(*, keep: bool = True) -> None:
+    """Where memory is tight, keep freed blocks of some MiB from now on all the same, or not; until the step ends at most.
+
+    To be called where a step takes so much less than it may that gaps between them do no harm.
+    """
+    if _Allocator.is_tight:
+        _set_thresholds(*((16 << 20, 64 << 20) if keep else (1 << 20, 128 << 10)))
+
+
+def _set_thresholds(mapped: int, trimmed: int) -> None:
+    """Bytes of a block that comes from the system alone, and of what is free at the end of all others before it goes back."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, (1 if is_tight else 32) << 20)
-        if not is_tight:
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, mapped)
+        libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 
 def give_back(*, between_steps: bool = False) -> None:
@@ -82,6 +106,7 @@ def give_back(*, between_steps: bool = False) -> None:
     gc.collect()
     if between_steps:
         gc.freeze()
+        keep_blocks(keep=False)
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         sys.modules["torch"].cuda.empty_cache()
         getattr(sys.modules["torch"]._C, "_host_emptyCache", lambda: None)()  # pinned memory; builds for the CPU have none

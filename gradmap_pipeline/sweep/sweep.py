@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ..batches import Batch, count_predicted, make_batches
 from ..errors import CapacityError
 from ..machine.distributed import ProcessGroup
-from ..machine.memory import free_on_host, give_back, resident_bytes
+from ..machine.memory import free_on_host, give_back, keep_blocks, resident_bytes
 from .kept_tensors import KeptTensors
 from .layerwise import LayerwiseModel
 from .ledger import Ledger
@@ -31,6 +31,9 @@ Need = Literal["forward", "backward", "weight gradients"]
 """What a sweep computes: hidden states; gradients of the loss with respect to them, too; those of the weights, too."""
 Samples = tuple["torch.Tensor", "torch.Tensor"]
 """Token ids int64 (samples, T), and the attention mask, 0 where padded, of the same shape: what `CalibrationSet.load` gives."""
+
+_GAPS = 8
+"""One part in so many of what a sweep takes may be lost between blocks that the allocator keeps."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def open_sweep(
         host_free = group.least(free_on_host(context.device, context.host_memory))
         with group.agreeing(CapacityError):
             plan = plan_sweep(needs, free, divisible=divisible, reserve=reserve, host_free=host_free, held=held)
+        keep_blocks(keep=plan.peak_bytes + plan.peak_bytes // _GAPS + reserve <= free)
     if stream and stream.batch_samples:
         plan = replace(plan, batch_samples=stream.batch_samples)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
