@@ -343,6 +343,15 @@ def test_an_export_says_what_it_takes_the_place_of(folder: Path) -> None:
     assert "wrote out in place of an export of 2 layers: 0." in again.stdout
 
 
+def test_what_a_step_of_the_same_run_has_computed_is_of_no_earlier_run(folder: Path) -> None:
+    first = gradmap("run", "r.yaml", "--set", "evaluate.max_perplexity_ratio=100000")
+    assert first.exit_code == 0, first.output
+    assert "goes on with" not in first.stdout
+    again = gradmap("run", "r.yaml", "--set", "evaluate.max_perplexity_ratio=90000")
+    assert again.exit_code == 0, again.output
+    assert "goes on with what an earlier run has finished" in again.stdout
+
+
 def test_what_is_kept_is_told_and_says_nothing_of_the_speed() -> None:
     told: list[Any] = []
 

@@ -24,17 +24,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class ReusedUnits:
-    """Units of work that a step takes from earlier runs."""
+    """Units of work that a step finds done: by an earlier run, or by an earlier step of this one."""
 
     note: Callable[[str], None]
     """Tells the user."""
     seconds: list[float] = field(default_factory=list)
     """That they took."""
 
-    def add(self, seconds: float) -> None:
-        """Count one more."""
-        if not self.seconds:
+    is_told: bool = False
+    """The user knows that there are some of an earlier run."""
+
+    def add(self, seconds: float, *, is_new: bool = False) -> None:
+        """Count one more. `is_new`: it is of this run."""
+        if not self.is_told and not is_new:
             self.note("goes on with what an earlier run has finished")
+            self.is_told = True
         self.seconds.append(seconds)
 
 
@@ -43,7 +47,7 @@ def memory_of(
 ) -> Callable[[Any, Callable[[], Any]], Any]:
     """Units of a stage's work, kept under what the stage names as key and the code that made them.
 
-    `reused`: counts those that earlier runs have computed.
+    `reused`: counts those that were computed before.
     """
     versions = versions_of(step, workplace)
 
@@ -52,7 +56,7 @@ def memory_of(
         group.agree_on(f"inputs of step {step.id!r}", whole)
         unit = group.tell(store.load_unit(step.stage.name, whole) if group.leads else None)
         if unit is not None:
-            reused.add(unit["seconds"])
+            reused.add(unit["seconds"], is_new=whole in store.saved)
             return unit["value"]
         started = time.monotonic()
         value = group.tell(compute())
@@ -75,7 +79,7 @@ class KeptTensorUnits:
         group: ProcessGroup,
         reused: ReusedUnits,
     ) -> None:
-        """`reused`: counts those that earlier runs have computed."""
+        """`reused`: counts those that were computed before."""
         self._stage, self._store, self._group, self._reused = step.stage.name, store, group, reused
         self._step = step.id
         self._made_by = [step.code.digest, dtype, versions_of(step, workplace)]

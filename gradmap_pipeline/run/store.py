@@ -59,6 +59,7 @@ class Store:
         self._digests: dict[str, Any] | None = None
         self._whole: set[tuple[Path, str]] = set()
         """Files of the store that had their digest when they were read in this process."""
+        self.saved: set[str] = set()  # keys of units of work, since the store was opened
         self._uses = RunningUses(self.root)
         self._drafts: Path | None = None
         self._resources = ExitStack()
@@ -192,6 +193,7 @@ class Store:
                 f"a value that it wants remembered cannot be stored: {first_line(error) or type(error).__name__}"
             ) from error
         self._write(self._unit(stage, key), json.dumps(with_digest(json.loads(text))))
+        self.saved.add(key)
 
     def load_tensors(self, stage: str, key: str) -> tuple[dict[str, torch.Tensor], float] | None:
         """The tensors of a finished unit, and the seconds it took; None where there are none as they were written."""
