@@ -152,11 +152,13 @@ class ExportModel(FolderExport):
         for line in explain_config(model, with_types=self.format != "onnx"):
             context.note(line)
         if self.format == "onnx":
-            context.note(f"wrote {self.to}{new.replaced}: {size:.1f} MB, run beside the model, logits equal to {difference:.1e}")
+            context.note(
+                f"wrote {self.to}{new.replaced}: {size:.1f} MB of files, run beside the model, logits equal to {difference:.1e}"
+            )
             return self.Outputs(exported=OnnxFolder(**made, dtype=self.onnx.dtype))
         for deviation in find_deviations(model, self.format):
             context.note(deviation)
-        context.note(f"wrote {self.to}{new.replaced}: {size:.1f} MB, loaded back, logits equal")
+        context.note(f"wrote {self.to}{new.replaced}: {size:.1f} MB of files, loaded back, logits equal")
         return self.Outputs(exported=TransformersFolder(**made))
 
     @staticmethod

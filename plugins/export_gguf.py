@@ -92,7 +92,7 @@ class ExportGguf(FolderExport):
         for deviation in find_deviations(graph, "gguf"):
             context.note(deviation)
         size = sum(written.size for written in files.values()) / 1e6
-        context.note(f"wrote {self.to}{new.replaced}: {size:.1f} MB, {parity or self._converter.explain_no_runner()}")
+        context.note(f"wrote {self.to}{new.replaced}: {size:.1f} MB of files, {parity or self._converter.explain_no_runner()}")
         made: dict[str, Any] = {"graph": graph, "folder": new.target, "files": files, "max_logit_difference": difference}
         made["quantisation"] = self._quantisation
         return self.Outputs(exported=GgufFolder(**made, type=self.type, python=runner))

@@ -128,7 +128,9 @@ class QuantizeGguf(FolderExport):
             lineage["llama_cpp"] = None if agreement is None else agreement.model_dump(exclude={"model"})
             files = new.finish(lineage, files)
         size = sum(written.size for written in files.values()) / 1e6
-        context.note(f"wrote {self.to}{new.replaced}: {size:.1f} MB, {', '.join(told) or self._quantiser.explain_no_runner()}")
+        context.note(
+            f"wrote {self.to}{new.replaced}: {size:.1f} MB of files, {', '.join(told) or self._quantiser.explain_no_runner()}"
+        )
         update = {"folder": new.target, "files": files, "max_logit_difference": difference, "quantisation": self.type}
         exported = source.model_copy(update={**update, "type": self.type, "python": runner or source.python})
         if agreement is None:

@@ -119,7 +119,7 @@ def test_what_it_costs_on_a_text(source: GgufFolder, runner: Path, tmp_path: Pat
     assert metrics["perplexity_ratio on builtin heldout"] == pytest.approx(perplexity / base, rel=1e-5)
     assert made.on_text.model == made.exported.digest
     told = f"{made.on_text}, logits differ by up to 6"
-    assert notes == [f"wrote {tmp_path / 'out'}: 0.0 MB, {told}"]
+    assert notes == [f"wrote {tmp_path / 'out'}: 0.0 MB of files, {told}"]
     assert f"on 195 tokens of builtin heldout: perplexity {perplexity:.4g} instead of {base:.4g} (" in told
     lineage = json.loads((tmp_path / "out" / "gradmap.json").read_text())
     assert lineage["llama_cpp"]["agreement"] == made.on_text.agreement
@@ -149,7 +149,7 @@ def test_without_a_text_the_note_names_random_prompts(source: GgufFolder, runner
     share = made.agreement.agreeing
     assert 0.2 < share < 0.8
     told = f"at 18 positions of random prompts, {share:.0%} of likeliest tokens are those of the file before quantisation"
-    assert notes == [f"wrote {tmp_path / 'out'}: 0.0 MB, {told}, logits differ by up to 6"]
+    assert notes == [f"wrote {tmp_path / 'out'}: 0.0 MB of files, {told}, logits differ by up to 6"]
     assert made.on_text is None
     (metric,) = made.agreement.list_metrics()
     assert (metric.title, metric.value, metric.setting) == ("agreement on random prompts", share, "18 positions")

@@ -120,7 +120,7 @@ def test_json_events(folder: Path) -> None:
         "run_finished",
     ]
     notes = [(event["step"], event["text"]) for event in told if event["event"] == "note"]
-    assert ("export", "wrote out: 0.2 MB, loaded back, logits equal") in notes
+    assert ("export", "wrote out: 0.2 MB of files, loaded back, logits equal") in notes
     finished = {event["step"]: event for event in told if event["event"] == "step_finished"}
     figures = {"seconds", "computed_seconds", "metrics", "limits", "peak_bytes", "key", "folder", "time"}
     (place,) = [event for event in told if event["event"] == "computing"]

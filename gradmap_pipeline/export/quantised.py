@@ -81,7 +81,7 @@ def write_quantised(
         context.note(line)
     size = sum(file.size for file in files.values()) / 1e6
     told = f"loaded back, logits differ from the unquantised by up to {difference:.2g}"
-    context.note(f"wrote {new.target}{new.replaced}: {size:.1f} MB, {told}")
+    context.note(f"wrote {new.target}{new.replaced}: {size:.1f} MB of files, {told}")
     return TransformersFolder(
         graph=graph, folder=new.target, files=files, max_logit_difference=difference, quantisation=quantisation
     )
