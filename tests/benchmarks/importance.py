@@ -1,6 +1,6 @@
-"""How important each layer of a model is, by several rankings: `importance.py FILE.svg --model NAME=FOLDER:CALIBRATION`, any number.
+"""How important each layer of a model is, by several rankings: `importance.py FILE.svg --model NAME=FOLDER:CALIBRATION`.
 
-One panel a model, one line a ranking: the scores of its first decision, over the largest of them. Prints the scores, too.
+Any number of models. One panel a model, one line a ranking: the scores of its first decision, over the largest of them. Prints the scores, too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ def score_layers(folder: Path, text: Path, samples: int, length: int, dtype: str
     stages, graph = load_catalog().stages, open_folder(folder)
     scores = {}
     with tempfile.TemporaryDirectory() as place:
-        options = {
-            "dataset": DatasetSource(path=text).model_dump(exclude_unset=True),
-            "samples": samples,
-            "sequence_length": length,
-        }
-        calibration = run_stage(stages["calibrate"].model_validate(options), Path(place) / "calibrate", model=graph).calibration
+        dataset = DatasetSource(path=text).model_dump(exclude_unset=True)
+        calibrate = stages["calibrate"].model_validate({"dataset": dataset, "samples": samples, "sequence_length": length})
+        calibration = run_stage(calibrate, Path(place) / "calibrate", model=graph).calibration
         for ranking in RANKINGS:
             name, chosen = SELECTIONS[ranking]
             stage = stages[name].model_validate({**chosen, "layers": 1})
