@@ -1,6 +1,7 @@
 """How important each layer of a model is, by several rankings: `importance.py FILE.svg --model NAME=FOLDER:CALIBRATION`.
 
-Any number of models. One panel a model, one line a ranking: the scores of its first decision, over the largest of them. Prints the scores, too.
+Any number of models. One panel a model, one line a ranking: the scores of its first decision, over the largest of them. Prints the
+scores, too.
 """
 
 from __future__ import annotations
