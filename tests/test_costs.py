@@ -317,9 +317,10 @@ steps:
     with: {layers: [0]}
   - use: project_compensate
   - use: refit_layers
-    with: {steps: 2}
+    with: {steps: 20, learning_rate: 0.005}
   - use: distill
-    with: {dataset: {path: text.txt}, samples: 16, sequence_length: 24, steps: 3, batch_size: 4, top_k: 4, weights: all}
+    with: {dataset: {path: text.txt}, samples: 16, sequence_length: 24, steps: 6, learning_rate: 1.0e-5, batch_size: 4, top_k: 4,
+           weights: all}
   - use: evaluate
     with: {dataset: {path: text.txt}, samples: 8, sequence_length: 24}
 """
@@ -330,9 +331,10 @@ steps:
         before = this.io_counters().read_chars
         result = gradmap("run", "r.yaml", "--store", f"store-{number}")
         assert result.exit_code == 0, result.output
+        assert result.stdout.count("best after step") == 4, result.stdout  # three layers and the whole: a plan counts what they write
         runs.append((this.io_counters().read_chars - before, planned))
     _, (small, planned_small), (large, planned_large) = runs
-    assert large - small == pytest.approx(planned_large - planned_small, rel=0.25)  # the plan counts a best model that may not come
+    assert large - small == pytest.approx(planned_large - planned_small, rel=0.1)
 
 
 def test_less_memory_reads_more(folder: Path) -> None:

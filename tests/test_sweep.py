@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gradmap_pipeline.batches import make_batches, next_token_losses, predicted_tokens
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.errors import ModelError
-from gradmap_pipeline.sweep import head_losses, sweep as engine
+from gradmap_pipeline.sweep import head_losses, sweep as engine, weight_sources
 from gradmap_pipeline.sweep.head_losses import slice_positions
 from gradmap_pipeline.sweep.kept_tensors import KeptTensors
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
@@ -266,3 +266,23 @@ def test_freed_blocks_are_kept_where_a_sweep_leaves_room_for_gaps(
     monkeypatch.setattr(engine, "resident_bytes", lambda _: 0)
     engine.open_sweep(graph, make_samples(padded=False), make_context(tmp_path, memory=int(planned * (1 + room))))
     assert said == [True, keeps]
+
+
+def test_a_forward_sweep_reads_every_layer_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried before it, to learn what memory a layer takes, is tried without its weights."""
+    graph, read = open_folder(llama), []
+    load = weight_sources.load_rounded
+
+    def watch_reads(stored: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        read.append(stored.name)
+        return load(stored, *arguments, **options)
+
+    monkeypatch.setattr(weight_sources, "load_rounded", watch_reads)
+    with engine.open_sweep(graph, make_samples(padded=False), make_context(tmp_path)) as opened:
+        assert not [name for name in read if ".layers." in name]
+        for step in opened.forward():
+            for _ in step:
+                pass
+    assert sorted(name for name in read if ".layers." in name) == sorted(
+        tensor.name for layer in graph.layers for tensor in graph.layer_tensors(layer).values()
+    )

@@ -120,7 +120,7 @@ class LayerwiseModel:
                 raise refuse(self.module, f"its hidden states have shape {tuple(first[0].shape)}, not (batch, tokens, hidden)")
             if self._shape_of_output is None:
                 index = next(iter(recorded))
-                with self.layer(index):
+                with self.weights.unread_layer(index):
                     self._shape_of_output = OutputShape.of(self.try_layer(index, first[0], recorded[index]))
                 return self.record(batch, is_made_up=is_made_up)
         if any(self._shape_of_output.hands_on(arguments) for arguments in recorded.values()):

@@ -175,7 +175,7 @@ def _measure_saved(model: LayerwiseModel, layer: int, hidden: torch.Tensor, argu
     """Bytes that autograd keeps for one layer besides its weights, each storage once, and what comes out of it."""
     import torch
 
-    with model.layer(layer) as module:
+    with model.weights.unread_layer(layer) as module:
         with torch.enable_grad(), noting_saved() as saved:
             output = model.run_layer(layer, hidden.detach().requires_grad_(), arguments)
         return sum_saved(saved, module.parameters()) + output.nbytes

@@ -18,7 +18,7 @@ from .ledger import Ledger
 from .prefetch import Prefetcher
 from .refusals import refuse
 from .vocabulary import VocabularyTensor, find_vocabulary
-from .weight_sources import WeightSource
+from .weight_sources import WeightSource, ZeroWeights
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,22 @@ class WeightLoader:
             self._open[index] -= 1
             if not self.is_resident and not self._open[index]:
                 self.drop(index)
+
+    @contextmanager
+    def unread_layer(self, index: int) -> Iterator[nn.Module]:
+        """Base layer `index` with zeros unless its weights are in, for what depends on no weight: nothing is read."""
+        layer = self._layers[index]
+        if not _lacks_weights(layer):
+            yield layer
+            return
+        source, self._source = self._source, ZeroWeights()
+        try:
+            self._bring_in(index)
+            self._check_complete(layer, f"{self._layers_path}.{index}.")
+            yield layer
+        finally:
+            self._source = source
+            self.drop(index)
 
     def embeddings(self) -> AbstractContextManager[None]:
         """The embeddings of tokens are there for the time of the `with` block."""

@@ -105,6 +105,7 @@ def main() -> None:
     recipe = RECIPE.replace("MODEL", model.name).replace("REMOVED", str(arguments.removed)).replace("SITE", arguments.site)
     recipe = recipe.replace("SAMPLES", str(arguments.samples)).replace("LENGTH", str(arguments.length))
     (arguments.folder / "recipe.yaml").write_text(recipe)
+    shutil.rmtree(arguments.folder / "out", ignore_errors=True)  # an export that is there is read before it is replaced
     compare(arguments.folder, arguments.folder / "recipe.yaml", ["--memory", arguments.memory, "--dtype", "bfloat16"])
 
 
