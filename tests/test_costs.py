@@ -331,7 +331,7 @@ steps:
         before = this.io_counters().read_chars
         result = gradmap("run", "r.yaml", "--store", f"store-{number}")
         assert result.exit_code == 0, result.output
-        assert result.stdout.count("best after step") == 4, result.stdout  # three layers and the whole: a plan counts what they write
+        assert result.stdout.count("best after step") == 4, result.stdout  # a plan counts what all of them write
         runs.append((this.io_counters().read_chars - before, planned))
     _, (small, planned_small), (large, planned_large) = runs
     assert large - small == pytest.approx(planned_large - planned_small, rel=0.1)
