@@ -30,7 +30,6 @@ class ReusedUnits:
     """Tells the user."""
     seconds: list[float] = field(default_factory=list)
     """That they took."""
-
     is_told: bool = False
     """The user knows that there are some of an earlier run."""
 

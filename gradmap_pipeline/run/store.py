@@ -59,7 +59,8 @@ class Store:
         self._digests: dict[str, Any] | None = None
         self._whole: set[tuple[Path, str]] = set()
         """Files of the store that had their digest when they were read in this process."""
-        self.saved: set[str] = set()  # keys of units of work, since the store was opened
+        self.saved: set[str] = set()
+        """Keys of the units of work that were saved since the store was opened."""
         self._uses = RunningUses(self.root)
         self._drafts: Path | None = None
         self._resources = ExitStack()
