@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import namedtuple
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from tiny import make_model, make_text
 from typer.testing import CliRunner, Result
 
@@ -22,7 +24,9 @@ from gradmap_pipeline.cost.machine_speed import time_call
 from gradmap_pipeline.cost.model_costs import ModelCosts
 from gradmap_pipeline.machine.machine import Machine
 from gradmap_pipeline.machine.memory import give_back, resident_bytes
+from gradmap_pipeline.report.cost_table import print_costs
 from gradmap_pipeline.run import costs
+from gradmap_pipeline.run.costs import PlanCosts
 from gradmap_pipeline.sweep import layerwise, weight_sources
 from gradmap_pipeline.text import format_seconds
 
@@ -295,6 +299,25 @@ def test_disk_that_a_sweep_needs(folder: Path) -> None:
     assert 6 * sample * many > backward.disk_bytes > 5 * sample * many  # five boundaries and a gradient
     assert backward.disk_bytes < backward.bytes_written
     assert costs.forward_sweep(4, 8, 24).disk_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads", "told"), [(3.8, 2, True), (3.8, 4, True), (1.6, 2, False), (1.6, 4, True), (0.0, 16, False)]
+)
+def test_a_plan_says_when_other_programs_made_it_slow(
+    busy: float, threads: int, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_costs(PlanCosts(8 << 30, [], threads=threads, cores=4, busy_cores=busy))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (f"Other programs use {busy} of 4 cores now, so times are longer than on an idle machine." in shown) == told
+    assert ("Times are of an idle machine" in shown) != told
+
+
+def test_a_plan_looks_what_other_programs_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: 95.0)
+    known = json.loads(gradmap("plan", "r.yaml", "--json").stdout)
+    assert (known["threads"], known["cores"], known["busy_cores"]) == (torch.get_num_threads(), 4, 3.8)
 
 
 @pytest.mark.parametrize(

@@ -46,15 +46,19 @@ def print_costs(costs: PlanCosts | None) -> None:
             add_row(memory, step.step, "; ".join(filter(None, (listed, how))))
     if memory.rows:
         print_table(console, memory)
-    say(
-        console,
-        f"Of {format_size(costs.memory)} allowed. Times are of an idle machine and an empty store; reuse between decisions and "
-        "downloads are not in them.",
-    )
+    times = "Times are of an idle machine and an empty store"
+    if costs.is_disturbed:
+        used = f"{costs.busy_cores:.1f} of {costs.cores} cores"
+        times = f"Other programs use {used} now, so times are longer than on an idle machine. They are of an empty store"
+    allowed = f"Of {format_size(costs.memory)} allowed."
+    say(console, f"{allowed} {times}; reuse between decisions and downloads are not in them.")
 
 
 def costs_as_json(costs: PlanCosts | None) -> str:
-    """`memory` and `steps`, each with `step`, `parameters`, `obstacle` and `estimate`; `null` where nothing is known."""
+    """`memory`, `threads`, `cores`, `busy_cores`, and `steps`, each with `step`, `parameters`, `obstacle` and `estimate`.
+
+    `null` where nothing is known.
+    """
     return dump_json(None if costs is None else asdict(costs))
 
 

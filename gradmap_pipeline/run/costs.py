@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.graph import ModelGraph
 from ..cost.estimate import Estimate
@@ -20,6 +22,10 @@ from ..stages.forecasts import Forecasts
 from ..sweep.memory_plan import format_size
 from ..text import join_words
 from .inspection import inspect_steps
+
+_ENOUGH = 0.75
+"""Share of the threads that must find a core for times to be those of an idle machine."""
+_LOOKED = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,16 @@ class PlanCosts:
     memory: int
     """Bytes the process may have resident."""
     steps: list[StepCost]
+    threads: int = 1
+    """That a run would compute with."""
+    cores: int = 1
+    busy_cores: float = 0.0
+    """That other programs used when times were measured."""
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether a run would find too few cores free, so that times are longer than on an idle machine."""
+        return self.cores - self.busy_cores < _ENOUGH * min(self.threads, self.cores)
 
     @property
     def total(self) -> Estimate:
@@ -77,6 +93,7 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
     except BaseException as error:
         raise _explain(error, f"model {plan.model.name!r} cannot be tried") from error
     inspect_steps(plan.steps, costs.graph, costs.memory)
+    load = _measure_load() if costs.device == "cpu" else {}
     stored = costs.stored_layer_bytes + costs.stored_rest_bytes
     seconds = stored * (costs.speed.digest + costs.speed.read)
     depth = len(costs.graph.layers)
@@ -100,7 +117,16 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         if estimate is not None and estimate.seconds:
             estimate, starting = replace(estimate, seconds=estimate.seconds + starting), 0.0
         steps.append(StepCost(step.id, parameters, estimate, obstacle))
-    return PlanCosts(costs.memory, steps)
+    return PlanCosts(costs.memory, steps, **load)
+
+
+def _measure_load() -> dict[str, Any]:
+    """Threads of this process, cores, and how many of these other programs use while this one waits."""
+    import psutil
+    import torch
+
+    cores = os.cpu_count() or 1
+    return {"threads": torch.get_num_threads(), "cores": cores, "busy_cores": psutil.cpu_percent(_LOOKED) / 100 * cores}
 
 
 def _find_full_disk(step: PlannedStep, estimate: Estimate, store: Path) -> str | None:
