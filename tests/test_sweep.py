@@ -269,7 +269,7 @@ def test_freed_blocks_are_kept_where_a_sweep_leaves_room_for_gaps(
 
 
 def test_a_forward_sweep_reads_every_layer_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is tried before it, to learn what memory a layer takes, is tried without its weights."""
+    """A layer is tried without its weights before the sweep, to learn what memory it takes."""
     graph, read = open_folder(llama), []
     load = weight_sources.load_rounded
 

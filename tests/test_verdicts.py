@@ -88,7 +88,7 @@ def test_what_was_well_is_looked_at_once(looks: list[Any]) -> None:
 
 
 def test_a_verdict_leaves_no_draft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a store that goes on being held."""
+    """The store is held while this test looks, so that nothing clears drafts away."""
     stores: list[Any] = []
     prepare = verdicts.Store.prepare
     monkeypatch.setattr(verdicts.Store, "prepare", lambda store: (stores.append(store), prepare(store)))

@@ -164,7 +164,7 @@ class ModelGraph(Model):
         return min((inputs for outputs, inputs in self._matrix_shapes() if outputs == width), default=width)
 
     def _matrix_shapes(self) -> list[tuple[int, ...]]:
-        """Of each matrix of a kept layer, as stored."""
+        """The shape of each matrix of a kept layer, as stored."""
         tensors = [tensor for layer in self.layers for tensor in self.layer_tensors(layer).values()]
         return [tensor.shape for tensor in tensors if len(tensor.shape) == 2]
 

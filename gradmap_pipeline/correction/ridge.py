@@ -106,7 +106,7 @@ class Moments:
         inputs, outputs = a.shape[1], r.shape[1]
         rows = min(_BLOCK, inputs)
         memory = a.new_empty(rows * max(inputs, outputs))
-        doubles = memory if a.dtype == torch.float64 else memory.double()
+        doubles = memory if a.dtype == torch.float64 else a.new_empty(memory.shape, dtype=torch.float64)
 
         def add(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
             product = torch.mm(left.T, right, out=memory[: sums.numel()].view(sums.shape))

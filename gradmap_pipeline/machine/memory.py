@@ -23,10 +23,10 @@ _MOST = 2**60
 
 
 class _Allocator:
-    """What the C library was told last."""
+    """The setting that the C library was given last."""
 
     is_tight = False
-    """Blocks go back to the system as soon as they are free."""
+    """Whether blocks go back to the system as soon as they are free."""
 
 
 def parse_size(text: str) -> int:

@@ -58,7 +58,7 @@ class PlanCosts:
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether a run would find too few cores free, so that times are longer than on an idle machine."""
+        """Other programs leave too few cores for a run, so times are longer than on an idle machine."""
         return self.cores - self.busy_cores < _ENOUGH * min(self.threads, self.cores)
 
     @property

@@ -1,7 +1,7 @@
-"""How important each layer of a model is, by several rankings: `importance.py FILE.svg --model NAME=FOLDER:CALIBRATION`.
+"""Draw the importance of the layers of models, by several rankings: `importance.py FILE.svg --model NAME=FOLDER:CALIBRATION`.
 
-Any number of models. One panel a model, one line a ranking: the scores of its first decision, over the largest of them. Prints the
-scores, too.
+`--model` may be repeated. Each model has a panel, and each ranking a line: the scores of its first decision, over the largest of
+them. The scores are printed, too.
 """
 
 from __future__ import annotations
