@@ -1,9 +1,14 @@
-"""A second `gradmap check` looks at the model again only where something has changed that its stages look at."""
+"""A second `gradmap check` looks at the model again only where something has changed that its stages look at.
+
+After an edit of the recipe, stages look again, and what they ask of the model's structure is known.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import make_model
 from typer.testing import CliRunner
 
-from gradmap_pipeline import ModelError
+from gradmap_pipeline import ModelError, ModelGraph, StructureProbe
+from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.run import verdicts
+from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 
 RECIPE = """\
 version: 1
@@ -67,7 +75,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The plans whose model was looked at."""
     seen: list[Any] = []
 
-    def look(plan: Any) -> bool:
+    def look(plan: Any, _: Any) -> bool:
         seen.append(plan)
         return True
 
@@ -148,7 +156,7 @@ def run(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object], *, is_
 
     def run_plan(*_: Any, **__: Any) -> Any:
         meanwhile()
-        return SimpleNamespace(finished=[SimpleNamespace(cached=is_cached)])
+        return SimpleNamespace(finished=[SimpleNamespace(cached=is_cached)], answers={})
 
     with monkeypatch.context() as patch:
         patch.setattr("gradmap_pipeline.run.runner.run_plan", run_plan)
@@ -186,7 +194,7 @@ def test_run_has_shown_nothing_where_it_fails_or_computes_nothing_or_its_text_ch
 
 def test_recipe_that_init_wrote_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["init", "model"]).exit_code == 0
-    monkeypatch.setattr(verdicts, "inspect_plan", lambda _: pytest.fail("looked at again"))
+    monkeypatch.setattr(verdicts, "inspect_plan", lambda *_: pytest.fail("looked at again"))
     result = CliRunner().invoke(app, ["check", "recipe.yaml"])
     assert result.exit_code == 0, result.output
 
@@ -194,7 +202,7 @@ def test_recipe_that_init_wrote_is_known(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_refused_is_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
 
-    def refuse(plan: Any) -> bool:
+    def refuse(plan: Any, _: Any) -> bool:
         looks.append(plan)
         raise ModelError("no room for it here")
 
@@ -209,7 +217,7 @@ def test_what_changes_meanwhile_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     """It is as it was before the second check."""
     looks = []
 
-    def change(plan: Any) -> bool:
+    def change(plan: Any, _: Any) -> bool:
         looks.append(plan)
         monkeypatch.setenv("PATH", "/elsewhere")
         return True
@@ -226,9 +234,9 @@ def test_what_there_was_no_memory_to_try_is_tried_again(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr("gradmap_pipeline.run.inspection.default_budget", lambda _: 1000)
         check()
-    assert not list(Path(".").glob(".gradmap/units/check-*"))
+    assert not list(Path(".").glob(".gradmap/units/*"))
     check()
-    assert len(list(Path(".").glob(".gradmap/units/check-*"))) == 1
+    assert sorted(file.name.partition("-")[0] for file in Path(".").glob(".gradmap/units/*")) == ["check", "structure"]
 
 
 def test_damaged_verdict_counts_as_none(looks: list[Any]) -> None:
@@ -247,3 +255,90 @@ def test_store_that_cannot_be_written_is_no_obstacle(looks: list[Any], monkeypat
     check()
     check()
     assert len(looks) == 2
+
+
+@pytest.fixture
+def tries(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that were built to try their layers."""
+    built: list[Any] = []
+    make = LayerwiseModel.__init__
+
+    def build(model: LayerwiseModel, graph: ModelGraph, **options: Any) -> None:
+        built.append(graph)
+        make(model, graph, **options)
+
+    monkeypatch.setattr(LayerwiseModel, "__init__", build)
+    return built
+
+
+CORRECTED = RECIPE.replace("  - use: export", "  - use: project_compensate\n    with: {rescale: true}\n  - use: export")
+OF_THE_RECIPE = ("an option", "a step", "a byte of the text", "an earlier export", "the version of a library")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_structure_of_a_model_is_tried_once(change: str, tries: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    check()
+    first = len(tries)
+    assert first > 0
+    CHANGES[change](monkeypatch)
+    check()
+    assert len(tries) == (first if change in OF_THE_RECIPE else 2 * first)
+
+
+def test_new_stage_asks_what_it_alone_wants_to_know(tries: list[Any]) -> None:
+    check()
+    first = len(tries)
+    for options in ("samples: 4", "samples: 5"):
+        Path("r.yaml").write_text(CORRECTED.replace("samples: 4", options))
+        check()
+    assert len(tries) == first + 1
+
+
+def test_answers_to_what_came_before_a_refusal_are_kept(tries: list[Any]) -> None:
+    refuse = "def inspect(self, inputs, probe):\n        raise ModelError('no room for it here')\n    def run"
+    Path("p.py").write_text(PLUGIN.replace("def run", refuse).replace("import ModelGraph", "import ModelError, ModelGraph"))
+    Path("r.yaml").write_text(CORRECTED + "  - use: same\n")
+    result = CliRunner().invoke(app, ["check", "r.yaml", "--plugin", "p.py"])
+    assert (result.exit_code, "no room for it here" in result.stderr) == (2, True)
+    first = len(tries)
+    assert first > 0
+    Path("r.yaml").write_text(CORRECTED)
+    check()
+    assert len(tries) == first
+
+
+def test_recipe_that_is_edited_after_its_run_is_known(tries: list[Any]) -> None:
+    Path("r.yaml").write_text(CORRECTED)
+    assert CliRunner().invoke(app, ["run", "r.yaml", "--threads", "1"]).exit_code == 0
+    run = len(tries)
+    Path("r.yaml").write_text(CORRECTED.replace("samples: 4", "samples: 5"))
+    check()
+    assert len(tries) == run
+
+
+def test_edited_recipe_is_checked_without_torch() -> None:
+    """Which takes seconds to import."""
+    check()
+    Path("r.yaml").write_text(RECIPE.replace("samples: 4", "samples: 5"))
+    program = "import sys; from gradmap_pipeline.cli import app; app(['check', 'r.yaml'], standalone_mode=False)"
+    run_python(program + "; assert not {'torch', 'transformers.modeling_utils'} & set(sys.modules), sorted(sys.modules)")
+    Path("r.yaml").write_text(CORRECTED)
+    run_python(program + "; assert 'torch' in sys.modules")
+
+
+def run_python(program: str) -> None:
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_answers_are_the_same_from_the_store(model_type: str, tmp_path: Path) -> None:
+    graph = open_folder(make_model(tmp_path / model_type, model_type))
+    kept: dict[str, Any] = {}
+    first = StructureProbe(graph, 1 << 30, answers=kept)
+    found = first.find_sites()
+    assert any(found.values())
+    again = StructureProbe(graph, 1 << 30, answers=json.loads(json.dumps(kept)))
+    assert again.find_sites() == found
+    assert [site.has_bias for sites in again.find_sites().values() for site in sites] == [
+        site.has_bias for sites in found.values() for site in sites
+    ]

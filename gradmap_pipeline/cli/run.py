@@ -88,7 +88,7 @@ def run(
                 seen = describe_seen(plan) if leads else None
                 state = run_plan(plan, opened, machine, reporter, group, is_recorded=True, is_verified=verify)
                 if leads and not state.finished[0].cached:  # so that the stages of all steps have looked at the model
-                    keep_seen(plan, opened, seen)
+                    keep_seen(plan, opened, seen, state.answers)
                 if replay is not None and leads:
                     reporter.note("", replay.check_result(plan, state, differences))
 

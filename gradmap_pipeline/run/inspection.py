@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..checkpoint.graph import ModelGraph, open_folder
 from ..errors import GradmapError, OptionError
@@ -15,22 +16,27 @@ from ..recipe.plan import Plan, PlannedStep
 from ..stages.structure_probe import Room, StructureProbe
 
 
-def inspect_plan(plan: Plan) -> bool:
+def inspect_plan(plan: Plan, answers: dict[str, Any]) -> bool:
     """Ask the stages of all steps where the model is on this machine; return whether there was memory to try all that they ask.
 
-    Raises as `inspect_steps`; no tensor is read.
+    `answers`: as of `StructureProbe`. Raises as `inspect_steps`; no tensor is read.
     """
     folder = plan.model.find_folder()
     if folder is None:
         return False
     graph, memory = open_folder(folder, plan.model.name, plan.model.dtype, digest_of=lambda _: ""), default_budget("cpu")
-    inspect_steps(plan.steps, graph, memory)
+    inspect_steps(plan.steps, graph, memory, answers=answers)
     return StructureProbe(graph, memory).tries_all
 
 
-def inspect_steps(steps: Sequence[PlannedStep], model: ModelGraph, memory: int, room: Room | None = None) -> None:
-    """Raise the first refusal, with the step it comes from. `memory`: bytes that may be used for it; `room`: for the steps."""
-    probe = StructureProbe(model, memory, room)
+def inspect_steps(
+    steps: Sequence[PlannedStep], model: ModelGraph, memory: int, room: Room | None = None, answers: dict[str, Any] | None = None
+) -> None:
+    """Raise the first refusal, with the step it comes from.
+
+    `memory`: bytes that may be used for it; `room`: what the steps may use; `answers`: as of `StructureProbe`.
+    """
+    probe = StructureProbe(model, memory, room, answers)
     try:
         probe.check_loadable()
     except GradmapError as error:

@@ -62,6 +62,8 @@ class RunState:
     """In the store, by step id."""
     described: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What decides the bytes of each step, by id, as `describe_step` gives it."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """What was seen of the model's structure, as of `StructureProbe`."""
 
 
 def run_plan(
@@ -243,7 +245,7 @@ def _prepare_computing(
     rest = plan.steps[plan.steps.index(step) :]
     memory, room = group.least(machine.budget("cpu", group)), measure_room(machine, group)
     with heard(lambda text: reporter.note(step.id, text), state.heard):
-        inspect_steps(rest, state.outputs["model"]["model"], memory, room)  # type: ignore[arg-type]
+        inspect_steps(rest, state.outputs["model"]["model"], memory, room, state.answers)  # type: ignore[arg-type]
     for later in rest:
         if group.leads and (place := workplace_of(later, store)) is not None:
             prepare_workplace(place, later, reporter)

@@ -1,4 +1,7 @@
-"""The store keeps that the stages of a recipe can work on its model, once that is seen, so that `gradmap check` need not look."""
+"""The store keeps that the stages of a recipe can work on its model, once that is seen, so that `gradmap check` need not look.
+
+Of a model that other recipes use, or this one before it was edited, it keeps what their stages asked of its structure.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ from .store import Store
 
 _NAME = "check"
 """Under which the store keeps verdicts."""
+_ANSWERS = "structure"
+"""Under which it keeps what was asked of a model."""
 _SHIPPED = ("gradmap_pipeline", "gradmap_plugins")
 
 
@@ -34,45 +39,74 @@ def inspect_once(plan: Plan, store: Store) -> None:
     folder = plan.model.find_folder()
     if folder is None:
         return
-    key = _make_key(plan, folder)
+    structure = _make_structure_key(plan, folder)
+    key = _make_key(plan, structure)
     if store.load_unit(_NAME, key) is not None:
         return
     started = time.monotonic()
-    is_complete = inspect_plan(plan)
-    if is_complete and _make_key(plan, folder) == key:  # else something has changed meanwhile
-        _keep(key, store, time.monotonic() - started)
+    answers = _load_answers(store, structure)
+    is_complete, known = False, len(answers)
+    try:
+        is_complete = inspect_plan(plan, answers)
+    finally:
+        now = _make_structure_key(plan, folder)
+        units: dict[tuple[str, str], Any] = {}
+        if now == structure and len(answers) > known:  # else something has changed meanwhile
+            units[_ANSWERS, structure] = answers
+        if is_complete and _make_key(plan, now) == key:
+            units[_NAME, key] = "well"
+        _keep(units, store, time.monotonic() - started)
 
 
 def describe_seen(plan: Plan) -> str | None:
     """A digest of all that stages look at before a run, but what the run writes. None where the model is not on this machine."""
     folder = plan.model.find_folder()
-    return None if folder is None else _make_key(plan, folder, is_written=False)
+    return None if folder is None else _make_key(plan, _make_structure_key(plan, folder), is_written=False)
 
 
-def keep_seen(plan: Plan, store: Store, seen: str | None) -> None:
+def keep_seen(plan: Plan, store: Store, seen: str | None, answers: dict[str, Any]) -> None:
     """Keep that the stages of all steps have looked and a run has ended well, if all is as `describe_seen` had it before.
 
-    What the run has written counts in what is kept.
+    What the run has written counts in what is kept. `answers`: what was seen of the model's structure.
     """
     folder = plan.model.find_folder()
-    if folder is not None and _make_key(plan, folder, is_written=False) == seen:
-        _keep(_make_key(plan, folder), store, 0.0)
+    structure = None if folder is None else _make_structure_key(plan, folder)
+    if structure is not None and _make_key(plan, structure, is_written=False) == seen:
+        answers = _load_answers(store, structure) | answers
+        _keep({(_ANSWERS, structure): answers, (_NAME, _make_key(plan, structure)): "well"}, store, 0.0)
 
 
-def _keep(key: str, store: Store, seconds: float) -> None:
+def _load_answers(store: Store, key: str) -> dict[str, Any]:
+    kept = store.load_unit(_ANSWERS, key)
+    return {} if kept is None else dict(kept["value"])
+
+
+def _keep(units: dict[tuple[str, str], Any], store: Store, seconds: float) -> None:
+    if not units:
+        return
     with suppress(OSError):
         store.prepare()
         try:
-            store.save_unit(_NAME, key, "well", seconds)
+            for (name, key), value in units.items():
+                store.save_unit(name, key, value, seconds)
         finally:
             store.close()
 
 
-def _make_key(plan: Plan, model: Path, *, is_written: bool = True) -> str:
-    """All that the answers of stages depend on. Files count by their state, which the system changes with them.
+def _make_structure_key(plan: Plan, model: Path) -> str:
+    """All that the structure of a model depends on. Files count by their state, which the system changes with them."""
+    return sha256_of_value(
+        {
+            "model": [plan.model.model_dump(mode="json"), _list_states(model)],
+            "code": [_list_states(_find_package(name)) for name in _SHIPPED],
+            "packages": [_list_state(Path(place)) for place in sys.path if Path(place).name.endswith("-packages")],
+            "system": [platform.python_version(), platform.platform(), os.cpu_count(), os.environ.get("PATH")],
+        }
+    )
 
-    `is_written`: what is where exports go counts, too.
-    """
+
+def _make_key(plan: Plan, structure: str, *, is_written: bool = True) -> str:
+    """All that the answers of stages depend on. `is_written`: what is where exports go counts, too."""
     steps = [
         {
             "id": step.id,
@@ -86,15 +120,7 @@ def _make_key(plan: Plan, model: Path, *, is_written: bool = True) -> str:
         }
         for step in plan.steps
     ]
-    return sha256_of_value(
-        {
-            "model": [plan.model.model_dump(mode="json"), _list_states(model)],
-            "steps": steps,
-            "code": [_list_states(_find_package(name)) for name in _SHIPPED],
-            "packages": [_list_state(Path(place)) for place in sys.path if Path(place).name.endswith("-packages")],
-            "system": [platform.python_version(), platform.platform(), os.cpu_count(), os.environ.get("PATH")],
-        }
-    )
+    return sha256_of_value({"structure": structure, "steps": steps})
 
 
 def _find_package(name: str) -> Path:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..batches import Batch
 from ..checkpoint.architecture import full_config
@@ -42,14 +42,25 @@ class Room:
 
 
 class StructureProbe:
-    """A model's structure. Nothing is built before the first question."""
+    """A model's structure. Nothing is built before the first question, and no question is answered twice."""
 
-    def __init__(self, graph: ModelGraph, memory: int, room: Room | None = None) -> None:
-        """`memory`: bytes that may be used; questions that take more count as answered well."""
+    def __init__(self, graph: ModelGraph, memory: int, room: Room | None = None, answers: dict[str, Any] | None = None) -> None:
+        """`memory`: bytes that may be used; questions that take more count as answered well.
+
+        `answers`: what an earlier probe of the same model has answered, in JSON by question. New answers are added to it.
+        """
         self.graph = graph
         self.room = room
         """What the steps of the run that is about to start may use; None where none is, as in `gradmap check`."""
         self._memory = memory
+        self._answers = {} if answers is None else answers
+
+    def _once(self, question: str, find: Callable[[], Any]) -> Any:
+        """The answer to a question, in JSON; what `find` raises is no answer, nor is one for which layers were left out."""
+        answer = self._answers[question] if question in self._answers else find()
+        if self.tries_all:
+            self._answers[question] = answer
+        return answer
 
     @cached_property
     def _model(self) -> LayerwiseModel:
@@ -70,7 +81,7 @@ class StructureProbe:
     def _sources(self) -> dict[int, list[int]]:
         return find_sources(full_config(self.graph.base.folder))
 
-    @property
+    @cached_property
     def tries_all(self) -> bool:
         """Whether no layer is too large to be tried in the memory that may be used."""
         return all(self._fits(elements) for elements in self.graph.layer_elements().values())
@@ -80,6 +91,9 @@ class StructureProbe:
 
     def check_loadable(self) -> None:
         """Raise `ModelError` where tensors are not what the config makes, or tokenizer or generation config cannot be read."""
+        self._once("loadable", self._check_loadable)
+
+    def _check_loadable(self) -> None:
         check_generation_config(self.graph.base.folder)
         if find_tokenizer_files(self.graph.base.folder):
             load_tokenizer(self.graph.base.folder)
@@ -88,6 +102,9 @@ class StructureProbe:
 
     def check_layerwise(self) -> None:
         """Raise `ModelError` where the model cannot be run one layer at a time; tries one layer of each kind."""
+        self._once("layerwise", self._check_layerwise)
+
+    def _check_layerwise(self) -> None:
         hidden, arguments = self._model.record(self._batch)
         hidden = self._normal(hidden.shape)
         dependent = {user for users in self._sources.values() for user in users}
@@ -99,6 +116,9 @@ class StructureProbe:
 
     def check_gradients(self) -> None:
         """Raise `ModelError` where the loss reaches a layer by other ways than hidden states."""
+        self._once("gradients", self._check_gradients)
+
+    def _check_gradients(self) -> None:
         self.check_layerwise()
         for source, users in self._sources.items():
             raise ModelError(
@@ -120,10 +140,13 @@ class StructureProbe:
 
     def check_removal(self, kept: Sequence[int]) -> None:
         """Raise `ModelError` where no config makes the layers that would be left."""
-        check_same_layers(self.graph.base, kept)
+        self._once(f"without all but {list(kept)}", lambda: check_same_layers(self.graph.base, kept))
 
     def check_removable(self) -> None:
         """Raise `ModelError` where none of a few single layers can be removed."""
+        self._once("removable", self._check_removable)
+
+    def _check_removable(self) -> None:
         layers = self.graph.layers
         inner = [layer for layer in layers[1:-1] if layer not in self._sources] or layers
         refusal: ModelError | None = None
@@ -143,6 +166,11 @@ class StructureProbe:
         Structure alone decides, in float32 and with made-up weights: in fewer digits, and among the few large values that real
         streams have, what a norm or an expert does to a vector can be lost in rounding.
         """
+        from ..correction.sites import Site
+
+        return {layer: tuple(Site(**site) for site in sites) for layer, sites in self._once("sites", self._find_sites)}
+
+    def _find_sites(self) -> list[tuple[int, list[dict[str, Any]]]]:
         from ..correction.site_search import find_sites
         from ..correction.sites import NoSiteError
 
@@ -159,13 +187,18 @@ class StructureProbe:
                 except NoSiteError:
                     sites = ()
             sites_by_layer |= dict.fromkeys(alike, sites)
-        return sites_by_layer
+        return [(layer, [asdict(site) for site in sites]) for layer, sites in sites_by_layer.items()]
 
     def find_writers(self) -> dict[int, tuple[Writer, ...]]:
         """The modules that write to the residual stream, by layer. Without the layers that are too large to try.
 
         Raises `ModelError` where the model depends on the size of the stream, which then cannot be rescaled.
         """
+        from ..correction.writers import Writer
+
+        return {layer: tuple(Writer(**writer) for writer in made) for layer, made in self._once("writers", self._find_writers)}
+
+    def _find_writers(self) -> list[tuple[int, list[dict[str, Any]]]]:
         from ..correction.sites import NoSiteError
         from ..correction.writers import check_head, find_writers
 
@@ -179,7 +212,7 @@ class StructureProbe:
                     writers |= dict.fromkeys(alike, find_writers(self._model, layer, hidden, arguments[layer]))
         except NoSiteError as error:
             raise ModelError(str(error)) from None
-        return writers
+        return [(layer, [asdict(writer) for writer in made]) for layer, made in writers.items()]
 
     def _run_once(self, layer: int, hidden: torch.Tensor, arguments: dict[int, LayerArguments]) -> None:
         """Have a layer leave the keys and values that others take from it."""
