@@ -46,10 +46,10 @@ if TYPE_CHECKING:
         layers_before_cuts as layers_before_cuts,
         sites_of as sites_of,
         solve_site as solve_site,
-        write_patches as write_patches,
     )
     from .correction.fitting import HELD_OUT as HELD_OUT
     from .correction.look_ahead import CorrectedModel as CorrectedModel, divide_samples as divide_samples
+    from .correction.patches import write_patches as write_patches
     from .correction.refit import (
         Refit as Refit,
         RefitSettings as RefitSettings,

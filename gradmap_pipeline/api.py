@@ -67,8 +67,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "collect_moments",
             "solve_site",
             "correct_site",
-            "write_patches",
         ),
+        "correction.patches": ("write_patches",),
         "correction.fitting": ("HELD_OUT",),
         "correction.refit": (
             "Refit",

@@ -265,7 +265,7 @@ def test_no_linear_map_to_the_output_is_told_before_a_step_runs(stage: Any, tmp_
 
 
 def test_corrections_that_are_not_finite_are_refused(text: Path, tmp_path: Path) -> None:
-    from gradmap_pipeline.correction.correction import write_patches
+    from gradmap_pipeline.correction.patches import write_patches
     from gradmap_pipeline.correction.streams import open_streams
 
     model, calibration = make_inputs(tmp_path, text)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from ..errors import StageError
 from ..sweep.head_losses import slice_positions
 from ..sweep.sweep import Samples, Stream, open_sweep
-from .correction import collect_moments, solve_site, use_values
+from .correction import collect_moments, solve_site
+from .patches import use_values
 from .sites import NoSiteError
 from .streams import Streams
 
@@ -115,25 +116,15 @@ class CorrectedModel:
     def _corrected_for(self, layer: int, below: int) -> Iterator[None]:
         """The layer below corrected as if `layer` were gone, for the time of the `with` block."""
         weights = self._streams.pruned.model.weights
-        before = weights.overridden(below)
         site = self._output_site(below)
         if site is None:
             yield
             return
-        self._restore(below, {name: value for name, value in before.items() if not name.startswith(f"{site.name}.")})
-        try:
+        with weights.set_aside(below, f"{site.name}."):
             without = replace(self._streams, graph=self._streams.graph.without_layers({layer}))
             for name, value in self._solve(without, below, site, goes_on=False):
                 weights.override(below, name, value)
             yield
-        finally:
-            self._restore(below, before)
-
-    def _restore(self, layer: int, values: dict[str, torch.Tensor]) -> None:
-        weights = self._streams.pruned.model.weights
-        weights.restore(layer)
-        for name, value in values.items():
-            weights.override(layer, name, value)
 
     def _output_site(self, layer: int) -> Site | None:
         return next((site for site in self._sites.get(layer, ()) if site.role != "attention"), None)
@@ -151,7 +142,7 @@ class CorrectedModel:
                     continue  # nothing was missing when this layer began
                 new = dict(self._solve(self._streams, layer, site, goes_on=True))
                 if new:
-                    use_values(self._streams, layer, new, site)
+                    use_values(self._streams, layer, new, site, {})
             pruned.run_up_to(layer, through=True)
 
     def _solve(self, streams: Streams, layer: int, site: Site, *, goes_on: bool) -> Sequence[tuple[str, torch.Tensor]]:

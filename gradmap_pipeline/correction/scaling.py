@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import StageError
-from .correction import write_patches
+from .patches import write_patches
 from .sites import NotFiniteError
 from .writers import divide_writers
 

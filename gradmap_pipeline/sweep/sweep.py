@@ -97,6 +97,7 @@ def open_sweep(
         keep_blocks(keep=plan.peak_bytes + plan.peak_bytes // _GAPS + reserve <= free)
     if stream and stream.batch_samples:
         plan = replace(plan, batch_samples=stream.batch_samples)
+    model.weights.overrides.use_folder(context.folder)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
     sharers = stream.sharers if stream else 1
     kept_limit = max(0, plan.kept_limit - reserve) // sharers

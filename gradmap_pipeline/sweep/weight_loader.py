@@ -15,6 +15,7 @@ from ..checkpoint.loading import hold, load_checked
 from ..errors import ModelError
 from ..machine.accelerators import is_accelerator
 from .ledger import Ledger
+from .overrides import Overrides
 from .prefetch import Prefetcher
 from .refusals import refuse
 from .vocabulary import VocabularyTensor, find_vocabulary
@@ -54,7 +55,7 @@ class WeightLoader:
         self._dtype = dtype
         self._device = device
         self._source = source
-        self._overrides: dict[int, dict[str, torch.Tensor]] = {}
+        self.overrides = Overrides()
         self._open: Counter[int] = Counter()
         """By layer: the `with` blocks that are in it."""
         self.is_resident = sum(graph.layer_elements().values()) * dtype.itemsize <= resident_bytes
@@ -73,7 +74,7 @@ class WeightLoader:
             self._bring_in(index)
             self._check_complete(layer, f"{self._layers_path}.{index}.")
             self._source.finish(layer)
-            for name, value in self._overrides.get(index, {}).items():
+            for name, value in self.overrides.read(index):
                 layer.get_parameter(name).data.copy_(value)
         self._open[index] += 1
         try:
@@ -160,22 +161,36 @@ class WeightLoader:
             if id(module) not in inside:
                 _drop_own_weights(module)
 
-    def override(self, index: int, parameter: str, value: torch.Tensor) -> None:
-        """Use another value for a parameter of base layer `index`, from now on."""
+    def override(self, index: int, parameter: str, value: torch.Tensor, stored: StoredTensor | None = None) -> None:
+        """Use another value for a parameter of base layer `index`, from now on. `stored`: where it lies in a file, if it does."""
         current = self._layers[index].get_parameter(parameter)
         value = cast_all(value, current.dtype, f"{self._layers_path}.{index}.{parameter}", FOR_COMPUTING)
-        self._overrides.setdefault(index, {})[parameter] = value
+        self.overrides.put(index, parameter, stored or value)
         if not current.is_meta:
             current.data.copy_(value)
 
     def restore(self, index: int) -> None:
         """Use the values of the checkpoint again for base layer `index`, from its next use on. It must not be in use."""
-        if self._overrides.pop(index, None) and not _lacks_weights(self._layers[index]):
-            self.drop(index)
+        if self.overrides.has(index):
+            self.overrides.forget(index)
+            self._drop_unused(index)
 
-    def overridden(self, index: int) -> dict[str, torch.Tensor]:
-        """The values by parameter that are used instead of those of the checkpoint."""
-        return dict(self._overrides.get(index, {}))
+    @contextmanager
+    def set_aside(self, index: int, prefix: str) -> Iterator[None]:
+        """For the time of the `with` block, the checkpoint's values of parameters of base layer `index` that are named so.
+
+        What is overridden there meanwhile is forgotten at its end. The layer must not be in use when it begins and ends.
+        """
+        try:
+            with self.overrides.set_aside(index, prefix):
+                self._drop_unused(index)
+                yield
+        finally:
+            self._drop_unused(index)
+
+    def _drop_unused(self, index: int) -> None:
+        if not _lacks_weights(self._layers[index]):
+            self.drop(index)
 
     def try_load(self, tensors: Mapping[str, StoredTensor]) -> adapter.Loading:
         """Load tensors as the weights of a layer are loaded, and say what became of them."""

@@ -64,6 +64,18 @@ CASES: dict[str, Case] = {
     "experts, forward": Case("shortgpt_score", {"layers": 2}, "mixtral", (("num_local_experts", 32),), samples=64, room=260),
     "search": Case("sleb_score", {"layers": 1}, samples=128),
     "correction": Case("project_compensate", {}, pruned=True, room=220),
+    "correction, deep": Case(
+        "project_compensate",
+        {},
+        changes=(("num_hidden_layers", 100), ("intermediate_size", 2048)),
+        samples=16,
+        pruned=True,
+        room=320,
+    ),
+    "look ahead": Case("lookahead_score", {"layers": 3}, room=260),
+    "look ahead, many words": Case(
+        "lookahead_score", {"layers": 2}, changes=(("vocab_size", 65536), ("num_hidden_layers", 6)), samples=48, room=560
+    ),
     "merge": Case("mka_merge", {"layers": 2}, room=260),
     "refit": Case("refit_layers", {"steps": 8}, pruned=True, room=260),
     "training": Case("distill", {"samples": 64, "sequence_length": 256, "steps": 4}, samples=8, pruned=True, room=800),
