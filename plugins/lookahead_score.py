@@ -43,6 +43,10 @@ _HELD_OUT = 1 / 3
 """Share of the samples that predictions are compared on."""
 _RETRIED = 0.15
 """Share of the candidates that a decision is thought to try again, for estimates."""
+_PASSES = 2.0
+"""Of a layer that is corrected at two places, for estimates: up to the first, to the second, and through."""
+_DIVERGENCE = 1.5
+"""Seconds of a divergence over those of a loss, for estimates."""
 
 
 class LookaheadScore(LayerScoring):
@@ -107,16 +111,31 @@ class LookaheadScore(LayerScoring):
 
     def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
         used = math.ceil(self.sample_share * samples)
+        held_out = count_held_out(used)
+        fit = used - held_out
         decisions, free = self.count_decisions(depth), depth - self.protect_first - self.protect_last
-        tried = free + (decisions - 1) * max(self.candidates, _RETRIED * free)
-        corrected = decisions * depth / 2  # a decision corrects the layers above it anew, half of all
+        tried = free + (decisions - 1) * min(free, max(self.candidates, _RETRIED * free))
+        corrected = (decisions - 1) * depth / 2  # what is above a removed layer is corrected anew: half of all layers
+        again = tried + _PASSES * corrected  # of the samples to fit on
+        compared = depth + (tried + decisions - 1) * depth / 2  # passes of the others
         inputs, width = costs.graph.map_sizes()
-        again = (1 - _HELD_OUT) * (tried + 1.5 * corrected) + _HELD_OUT * tried * depth / 2
-        products = 2 * (1 - _HELD_OUT) * used * tokens * inputs * (inputs + width)
-        work = [(tried + corrected) * each for each in (products, inputs**3 / 3 + 2 * inputs**2 * width)]
-        sweeps = costs.two_streams(depth, used, tokens, room_for(inputs, width), round(again))
-        seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
-        return sweeps + Estimate(flops=sum(work), seconds=seconds)
+        kept = CorrectedModel.count_kept_bytes(costs.graph, (fit, held_out), tokens, costs.words, costs.dtype)
+        beside = kept["compared"] + kept["predictions"]
+        sweeps = costs.two_streams(
+            depth,
+            fit,
+            tokens,
+            room_for(inputs, width),
+            round(again + compared * held_out / fit),
+            beside=beside,
+            has_head=True,
+            loads=(round(2 * tried - free + corrected), round(again + compared)),  # what was corrected is dropped after a try
+        )
+        output = costs.speed.correction(inputs, width, fit * tokens) * (tried + corrected)
+        attention = costs.speed.correction(costs.graph.attention_inputs(), width, fit * tokens) * corrected
+        head = costs.benchmark.head_pass(held_out, tokens)
+        predicted = (tried + decisions) * held_out
+        return sweeps + output + attention + Estimate(flops=predicted * head.flops, seconds=_DIVERGENCE * predicted * head.forward)
 
 
 def count_held_out(used: int) -> int:

@@ -101,10 +101,6 @@ class ProjectCompensate(LayerCompensation):
         inputs, width = costs.graph.map_sizes()
         corrected = [inputs, *([costs.graph.attention_inputs()] if self.attention else [])]
         sizes = corrected if self.space == "input" else [width for _ in corrected]
-        work = [
-            sites * sum(2 * samples * tokens * size * (size + width) for size in sizes),
-            sites * sum(size**3 / 3 + 2 * size**2 * width for size in sizes),
-        ]
         measured = sites * layers if self.site.startswith("largest") else 0
         scaled = layers if self.rescale else 0
         again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
@@ -114,10 +110,9 @@ class ProjectCompensate(LayerCompensation):
             if self.space == "input":
                 error.by_option = {**error.by_option, "space": "use space: output"}
             raise
-        seconds = work[0] * costs.speed.moments_flop + work[1] * costs.speed.double_flop
         values = sites * width * sum(corrected)
         given = costs.given(values * costs.stored_layer_bytes // sum(costs.layer_elements.values()))
-        return both + given + Estimate(flops=sum(work), seconds=seconds)
+        return sum((costs.speed.correction(size, width, samples * tokens) * sites for size in sizes), both + given)
 
     def check(self, graph: ModelGraph) -> None:
         drifting = sum(layer + 1 >= graph.removed[0] for layer in graph.layers)

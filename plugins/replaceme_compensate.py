@@ -43,10 +43,8 @@ class ReplacemeCompensate(LayerCompensation):
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         width, cuts = costs.benchmark.hidden_size, min(len(costs.graph.layers) - layers, layers)
-        products, solution = cuts * 4 * samples * tokens * width * width, cuts * width**3 * 7 / 3
         passes = costs.two_streams(layers, samples, tokens, self.room(costs.graph), cuts)
-        seconds = products * costs.speed.moments_flop + solution * costs.speed.double_flop
-        return passes + Estimate(flops=products + solution, seconds=seconds)
+        return passes + costs.speed.correction(width, width, samples * tokens) * cuts
 
     def check(self, graph: ModelGraph) -> None:
         layers_before_cuts(graph)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..checkpoint.checkpoint import item_bytes
+from ..checkpoint.pretrained import read_config
 from ..errors import StageError
 from ..sweep.head_losses import slice_positions
 from ..sweep.sweep import Samples, Stream, open_sweep
@@ -50,22 +52,42 @@ class CorrectedModel:
 
         `sites`: by layer. `reserve`: bytes that solving takes. `ridge`, `shrink`: as in `correct_site`.
         """
+        words = int(read_config(graph.base.folder).get_text_config().vocab_size)
+        counts = len(fit[0]), len(held_out[0])
+        sizes = self.count_kept_bytes(graph, counts, fit[0].shape[1], words, context.dtype)
         self.graph, self.context = graph, context
         self._sites, self._ridge, self._shrink = sites, ridge, shrink
-        stream = Stream(reserve, sharers=3, has_head=True)
-        dense = open_sweep(graph, fit, context, keep="all", divisible=False, stream=stream)
+        shares = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+        whole, left = (Stream(reserve, share=shares[name], has_head=True) for name in ("original", "pruned"))
+        dense = open_sweep(graph, fit, context, keep="all", divisible=False, stream=whole)
         for _ in dense.forward():
             pass
         targets, plan = dense.detach(), dense.plan
-        pruned = open_sweep(graph, fit, context, keep="all", divisible=False, stream=stream, plan=plan)
+        pruned = open_sweep(graph, fit, context, keep="all", divisible=False, stream=left, plan=plan)
         self._streams = Streams(targets, pruned.open_only_pass(), graph, context.group, graph.base.layers)
         self._sweep = pruned
         ids, mask = (context.group.share(part) for part in held_out)
-        self._checked = pruned.open_beside((ids, mask))
-        self._predictions = pruned.kept.open_beside()
+        self._checked = pruned.open_beside((ids, mask), shares["compared"] / left.share)
+        self._predictions = pruned.kept.open_beside(shares["predictions"] / left.share)
         """Log-probabilities of the original model by slice and batch (B, n, V), in half precision."""
         self._keep_predictions()
         self._dense_forwards = len(graph.layers)
+
+    @staticmethod
+    def count_kept_bytes(graph: ModelGraph, samples: tuple[int, int], tokens: int, words: int, dtype: str) -> dict[str, int]:
+        """Bytes of what is kept of so many samples to fit on, and so many to compare on, of so many tokens each.
+
+        `original`, `pruned`: hidden states of the samples to fit on, in either model. `compared`: those of the others.
+        `predictions`: of the original model on these, two bytes for each of its `words`.
+        """
+        fit, held_out = samples
+        depth, boundary = len(graph.layers), tokens * graph.map_sizes()[1] * item_bytes(dtype)
+        return {
+            "original": fit * (depth + 1) * boundary,
+            "pruned": fit * (depth + 1) * boundary,
+            "compared": held_out * (depth + 2) * boundary,
+            "predictions": 2 * held_out * tokens * words,
+        }
 
     @property
     def layer_forwards(self) -> float:
@@ -180,7 +202,8 @@ class CorrectedModel:
         total = 0.0
         for number, counted, q in self._predict(index, hidden):
             p = self._predictions.get(number, index).float().log_softmax(-1)
-            total += float((p.exp().mul_(p - q).sum(-1) * counted).double().sum())
+            less = q.neg_().add_(p)  # p - q, in place: there is room for two tensors of this size, and one more while p is made
+            total += float((p.exp_().mul_(less).sum(-1) * counted).double().sum())
         return total
 
     def _predict(self, index: int, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -195,7 +218,9 @@ class CorrectedModel:
             end = min(positions.stop, batch.input_ids.shape[1] - 1)
             with torch.no_grad():
                 logits = model.head(batch, hidden, positions)[:, : end - positions.start]
-            yield number, batch.mask[:, positions.start : end].to(hidden.device), logits.float().log_softmax(-1)
+            logs = logits.float().log_softmax(-1)
+            del logits
+            yield number, batch.mask[:, positions.start : end].to(hidden.device), logs
 
 
 def divide_samples(samples: Samples, held_out: int) -> tuple[Samples, Samples]:

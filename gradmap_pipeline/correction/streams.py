@@ -74,15 +74,17 @@ class Drift:
         return self.shift / max(self.norm / self.tokens, 1e-300)
 
 
-def plan_streams(needs: SweepNeeds, free: int, reserve: int, host_free: int = 0, *, held: int = 0) -> tuple[SweepPlan, int]:
-    """How to run the original and the pruned model over samples, and the bytes of boundaries to hold in memory for each.
+def plan_streams(
+    needs: SweepNeeds, free: int, reserve: int, host_free: int = 0, *, has_head: bool = False, held: int = 0
+) -> tuple[SweepPlan, int]:
+    """How to run the original and the pruned model over samples, and the bytes to hold in memory of what they keep.
 
-    `reserve`: bytes to leave free for what is done with them. `host_free`: bytes in the machine's memory beside that of a GPU.
-    `held`: bytes that the process has besides, for messages.
+    `reserve`: bytes to leave free for what is done with that. `host_free`: bytes in the machine's memory beside that of a GPU.
+    `has_head`: whether logits are computed. `held`: bytes that the process has besides, for messages.
     """
-    alone = replace(needs, is_backward=False, has_head=False)
+    alone = replace(needs, is_backward=False, has_head=has_head)
     plan = plan_sweep(alone, free, divisible=False, reserve=reserve, host_free=host_free, held=held)
-    return plan, (max(0, plan.kept_limit - reserve) + plan.host_limit) // 2
+    return plan, max(0, plan.kept_limit - reserve) + plan.host_limit
 
 
 def open_streams(
@@ -93,8 +95,9 @@ def open_streams(
     `reserve`: bytes to leave free for what is done with them. `batch_samples`: samples of a batch, where not as many as memory
     and speed say.
     """
-    stream = Stream(reserve, sharers=2, batch_samples=batch_samples)
-    original = open_sweep(graph.dense, calibration.load(), context, keep="all", divisible=False, stream=stream)
+    depths = graph.base.layers, len(graph.layers)
+    whole, pruned = (Stream(reserve, share=depth / sum(depths), batch_samples=batch_samples) for depth in depths)
+    original = open_sweep(graph.dense, calibration.load(), context, keep="all", divisible=False, stream=whole)
     units = graph.base.layers * len(original.batches)
     with context.progress("run the original model", units, "layer batch") as original.advance:
         for step in original.forward():
@@ -104,8 +107,8 @@ def open_streams(
                 original.kept.drop(step.layer)  # nothing is compared there
         del step
         targets = original.detach()
-        pruned = open_sweep(graph, calibration.load(), context, keep="all", stream=stream, plan=original.plan)
-    return Streams(targets, pruned.open_only_pass(), graph, context.group, graph.base.layers)
+        after = open_sweep(graph, calibration.load(), context, keep="all", stream=pruned, plan=original.plan)
+    return Streams(targets, after.open_only_pass(), graph, context.group, graph.base.layers)
 
 
 @dataclass

@@ -37,12 +37,12 @@ class Estimate:
             after.lines if after.peak_bytes > self.peak_bytes else self.lines,
         )
 
-    def __mul__(self, times: int) -> Estimate:
+    def __mul__(self, times: float) -> Estimate:
         """Several times over."""
         return replace(
             self,
-            bytes_read=self.bytes_read * times,
-            bytes_written=self.bytes_written * times,
+            bytes_read=round(self.bytes_read * times),
+            bytes_written=round(self.bytes_written * times),
             flops=self.flops * times,
             seconds=self.seconds * times,
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StageError
 from ..machine.memory import free_bytes
+from .estimate import Estimate
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +158,11 @@ class MachineSpeed:
             return moments.missing  # which waits for a GPU
 
         return time_call(add) / (2 * _WIDTH * _INPUTS * (_INPUTS + _WIDTH))
+
+    def correction(self, inputs: int, width: int, tokens: int) -> Estimate:
+        """The sums of one correction of a linear map with so many inputs over tokens, and their solution."""
+        sums, solution = 2 * tokens * inputs * (inputs + width), inputs**3 / 3 + 2 * inputs**2 * width
+        return Estimate(flops=sums + solution, seconds=sums * self.moments_flop + solution * self.double_flop)
 
     @cached_property
     def update(self) -> float:

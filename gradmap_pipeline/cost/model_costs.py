@@ -8,14 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.checkpoint import item_bytes
 from ..correction.streams import plan_streams
 from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, lack_of_memory_for_text
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, free_on_host, give_back, keep_blocks, resident_bytes, tune_allocator
 from ..machine.memory_advice import lack_of_memory
-from ..sweep.head_losses import LOGIT_BYTES, LOGITS_AT_ONCE
-from ..sweep.memory_plan import SweepPlan, format_size, plan_sweep
+from ..sweep.memory_plan import SweepPlan, check_least, format_size, plan_sweep
 from ..sweep.needs import SweepNeeds
 from .estimate import Estimate
 from .layer_benchmark import LayerBenchmark
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 
     from ..data.calibration_sources import CalibrationSource
 
-_OPENING_BYTES = 256 << 20
-"""What opening a model and the allocator take, for a message before that is known."""
 _TOKEN_BYTES = 40  # of a Python list of ids, and of the tensor made from it
 
 
@@ -51,7 +47,8 @@ class ModelCosts:
         """Floating-point type to compute in, by its name."""
         self.memory = machine.budget(self.device)
         self.host_free = free_on_host(self.device, machine.host_budget(self.device))
-        self._check_room()
+        other = max(tensor.elements for tensor in self.graph.other_tensors().values())
+        check_least(max(self.layer_elements.values()), other, self.dtype, self.memory, resident_bytes(self.device))
         LayerBenchmark(self.graph, self.device, machine.dtype)
         give_back()
         opened = time.perf_counter()
@@ -232,15 +229,28 @@ class ModelCosts:
         return self.opening() + total
 
     def two_streams(
-        self, layers: int, samples: int, tokens: int, reserve: int, again: int, purpose: str = "sums of a correction"
+        self,
+        layers: int,
+        samples: int,
+        tokens: int,
+        reserve: int,
+        again: int,
+        purpose: str = "sums of a correction",
+        *,
+        beside: int = 0,
+        has_head: bool = False,
+        loads: tuple[int, int] | None = None,
     ) -> Estimate:
         """The original model and one of so many layers over the same samples, then `again` layers of it once more.
 
-        `reserve`: bytes to leave free for what is done with them. `purpose`: what these are.
+        `reserve`: bytes to leave free for what is done with them. `purpose`: what these are. `beside`: bytes of what is kept
+        besides hidden states of these samples. `has_head`: whether there is room for the head's work. `loads`: how many layers are
+        read again where all of them stay in memory, and where they do not; else none, and `again`.
         """
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
-        plan, limit = plan_streams(self.needs(whole, samples, tokens), free, reserve, self.host_free, held=self.occupied)
+        needs = self.needs(whole, samples, tokens)
+        plan, room = plan_streams(needs, free, reserve, self.host_free, has_head=has_head, held=self.occupied)
         held = free - plan.kept_limit
         if held + reserve > free:
             raise lack_of_memory(
@@ -248,16 +258,17 @@ class ModelCosts:
                 f"memory allowed {format_size(free)} are left",
                 self.memory + held + reserve - free,
             )
-        boundaries = [samples * self.needs(count, 1, tokens).boundary_bytes * (count + 1) for count in (whole, layers)]
-        written = sum(max(0, size - limit) for size in boundaries)
+        kept = samples * needs.boundary_bytes * (whole + layers + 2) + beside
+        written = max(0, kept - room)
         lines: dict[str, int] = {
             **{str(line): size for line, size in plan.lines.items()},
-            "hidden states": sum(min(limit, size) for size in boundaries),
+            "hidden states": min(room, kept),
             purpose: reserve,
         }
         allocator = plan.peak_bytes - sum(plan.lines.values())
         layer_bytes = self.stored_layer_bytes / whole
-        read = round(layer_bytes * (whole + layers + (0 if plan.is_resident else again))) + 2 * self.embedding_bytes
+        staying, passing = loads or (0, again)
+        read = round(layer_bytes * (whole + layers + (staying if plan.is_resident else passing))) + 2 * self.embedding_bytes
         layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(
@@ -279,20 +290,3 @@ class ModelCosts:
         """Seconds to bring in so many bytes of layers, and to write boundaries and read them again."""
         loads = read / (self.stored_layer_bytes / len(self.graph.layers))
         return read * self.speed.read_again(besides) + loads * self.benchmark.load_seconds + 2 * spilled * self.speed.write
-
-    @property
-    def _item(self) -> int:
-        return item_bytes(self.dtype)
-
-    def _check_room(self) -> None:
-        """Before anything is allocated: what every sweep needs at least."""
-        layer = max(self.layer_elements.values()) * self._item
-        other = max(tensor.elements for tensor in self.graph.other_tensors().values()) * self._item
-        needed = resident_bytes(self.device) + max(layer, other)
-        if needed > self.memory:
-            raise lack_of_memory(
-                f"the embeddings ({format_size(other)}) or one layer ({format_size(layer)}) in {self.dtype} need "
-                f"{format_size(needed)} with the program itself, over the {format_size(self.memory)} allowed",
-                needed + LOGIT_BYTES * LOGITS_AT_ONCE + _OPENING_BYTES,
-                dtype=self.dtype,
-            )

@@ -70,9 +70,10 @@ class KeptTensors:
         """From the file."""
         return self._file.bytes_read
 
-    def open_beside(self) -> KeptTensors:
-        """Room for other tensors, as large as this, in the same ledger."""
-        return KeptTensors(self.limit_bytes, self._folder, host_bytes=self.host_bytes, ledger=self._ledger)
+    def open_beside(self, times: float) -> KeptTensors:
+        """Room for other tensors, so many times as large as this, in the same ledger."""
+        limit = None if self.limit_bytes is None else int(self.limit_bytes * times)
+        return KeptTensors(limit, self._folder, host_bytes=int(self.host_bytes * times), ledger=self._ledger)
 
     def put(self, level: int, batch: int, tensor: torch.Tensor) -> None:
         """Keep a tensor, in place of any other there."""

@@ -9,12 +9,16 @@ import math
 from dataclasses import dataclass, field
 
 from ..batches import BATCH_TOKENS
+from ..checkpoint.checkpoint import item_bytes
 from ..machine.memory_advice import lack_of_memory
+from .head_losses import LOGIT_BYTES, LOGITS_AT_ONCE
 from .ledger import Line
 from .needs import SweepNeeds
 
 _SLACK = 96 << 20
 """Allocator fragments, thread buffers, Python objects."""
+_OPENING = 256 << 20
+"""What opening a model and the allocator take, for a message before that is known."""
 _HOST_SLACK = 64 << 20
 """Of the same in the machine's memory, where a GPU computes."""
 
@@ -128,6 +132,22 @@ def plan_sweep(
         spilled_bytes=spilled,
         lines=lines,
     )
+
+
+def check_least(layer: int, vocabulary: int, dtype: str, memory: int, resident: int) -> None:
+    """Before anything is allocated: raise `CapacityError` where a layer, or the embeddings, of so many elements do not fit.
+
+    `memory`: bytes allowed. `resident`: of them, what the process has already.
+    """
+    size, largest = (elements * item_bytes(dtype) for elements in (layer, vocabulary))
+    needed = resident + max(size, largest)
+    if needed > memory:
+        raise lack_of_memory(
+            f"the embeddings ({format_size(largest)}) or one layer ({format_size(size)}) in {dtype} need {format_size(needed)} "
+            f"with the program itself, over the {format_size(memory)} allowed",
+            needed + LOGIT_BYTES * LOGITS_AT_ONCE + _OPENING,
+            dtype=dtype,
+        )
 
 
 def _choose_batch(needs: SweepNeeds, free: int, *, is_resident: bool) -> int:

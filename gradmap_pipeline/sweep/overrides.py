@@ -46,12 +46,15 @@ class Overrides:
             self._free(value)
 
     @contextmanager
-    def set_aside(self, layer: int, prefix: str) -> Iterator[None]:
-        """For the time of the `with` block, nothing is kept for parameters whose names begin so but what is put meanwhile."""
+    def set_aside(self, layer: int, prefix: str) -> Iterator[bool]:
+        """For the time of the `with` block, nothing is kept for parameters whose names begin so but what is put meanwhile.
+
+        Gives whether there was anything.
+        """
         values = self._values.get(layer, {})
         aside = {name: values.pop(name) for name in [*values] if name.startswith(prefix)}
         try:
-            yield
+            yield bool(aside)
         finally:
             values = self._values.setdefault(layer, {})
             for name in [name for name in values if name.startswith(prefix)]:

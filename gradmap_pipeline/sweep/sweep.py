@@ -38,12 +38,12 @@ _GAPS = 8
 
 @dataclass(frozen=True)
 class Stream:
-    """What one of several sweeps is that keep hidden states at a time."""
+    """What a sweep is that keeps hidden states while others keep theirs, or other tensors."""
 
     reserve: int
     """Bytes to leave free for what is done with the hidden states."""
-    sharers: int
-    """Such sweeps, which have equal parts of the rest."""
+    share: float
+    """Of the rest, the part that is for what this sweep keeps."""
     has_head: bool = False
     """Whether logits are computed; else layers alone are run."""
     batch_samples: int | None = None
@@ -99,8 +99,8 @@ def open_sweep(
         plan = replace(plan, batch_samples=stream.batch_samples)
     model.weights.overrides.use_folder(context.folder)
     model.weights.is_resident, model.weights.reads_ahead = plan.is_resident, plan.reads_ahead
-    sharers = stream.sharers if stream else 1
-    kept_limit = max(0, plan.kept_limit - reserve) // sharers
+    share = stream.share if stream else 1
+    kept_limit = int(max(0, plan.kept_limit - reserve) * share)
     passes = min(plan.passes, len(samples[0]) // group.size)
     parts = [
         make_batches(part, part_mask, plan.batch_samples * tokens, lengths_apart=model.lengths_apart)
@@ -111,7 +111,7 @@ def open_sweep(
         model,
         parts,
         plan,
-        KeptTensors(kept_limit, context.folder, host_bytes=plan.host_limit // sharers, ledger=model.weights.ledger),
+        KeptTensors(kept_limit, context.folder, host_bytes=int(plan.host_limit * share), ledger=model.weights.ledger),
         keeps_boundaries=keeps_boundaries,
         has_weight_gradients=has_weight_gradients,
         has_head=has_head,
@@ -204,12 +204,12 @@ class Sweep:
         self._only = self._only or self._open(batches)
         return self._only
 
-    def open_beside(self, samples: Samples) -> SamplePass:
-        """Other samples in the same model, whose hidden states have as much memory again."""
+    def open_beside(self, samples: Samples, times: float) -> SamplePass:
+        """Other samples in the same model, whose hidden states have so many times as much memory."""
         ids, mask = samples
         tokens = self.plan.batch_samples * ids.shape[1]
         batches = make_batches(ids, mask, tokens, lengths_apart=self.model.lengths_apart)
-        return SamplePass(self.model, batches, kept=self.kept.open_beside())
+        return SamplePass(self.model, batches, kept=self.kept.open_beside(times))
 
     def forward(self) -> Iterator[ForwardLayer]:
         """Go up from the first layer whose output is not known, once for each pass: through all layers, unless `keep` is `all`."""

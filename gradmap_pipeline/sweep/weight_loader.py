@@ -182,8 +182,9 @@ class WeightLoader:
         What is overridden there meanwhile is forgotten at its end. The layer must not be in use when it begins and ends.
         """
         try:
-            with self.overrides.set_aside(index, prefix):
-                self._drop_unused(index)
+            with self.overrides.set_aside(index, prefix) as was_overridden:
+                if was_overridden:
+                    self._drop_unused(index)
                 yield
         finally:
             self._drop_unused(index)
