@@ -181,13 +181,14 @@ class MachineSpeed:
         return time_call(step) / _UPDATED
 
     @cached_property
-    def token(self) -> float:
-        """Seconds for a token made from text."""
+    def tokenizer(self) -> tuple[float, float]:
+        """Seconds to read the model's tokenizer, and for a token that it makes from text."""
         from ..builtin.text import load_documents
         from ..data import load_tokenizer
 
         text = "".join(load_documents("heldout"))[:_CHARACTERS]
-        tokenizer = load_tokenizer(self._base)
         started = time.perf_counter()
+        tokenizer = load_tokenizer(self._base)
+        read = time.perf_counter()
         tokens = len(tokenizer(text)["input_ids"])
-        return (time.perf_counter() - started) / tokens
+        return read - started, (time.perf_counter() - read) / tokens
