@@ -142,7 +142,8 @@ class MkaMerge(Stage):
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         text = inputs.of(CalibrationSet)
-        return costs.forward_sweep(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length))
+        depth = known(inputs.of(ModelGraph).layers)
+        return costs.forward_sweep(depth, known(text.samples), known(text.sequence_length), losses=False)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         check_tokenizer(inputs.calibration, inputs.model)

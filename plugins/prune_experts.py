@@ -110,7 +110,7 @@ class PruneExperts(Stage):
         writing = Estimate(
             costs.program_bytes, size, size, seconds=size * (costs.speed.read_again(size) + costs.speed.write), disk_bytes=size
         )
-        sweep = costs.forward_sweep(layers, known(text.samples), known(text.sequence_length))
+        sweep = costs.forward_sweep(layers, known(text.samples), known(text.sequence_length), losses=False)
         return (sweep if self.criterion == "random" else sweep * 2) + writing
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:

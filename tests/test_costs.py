@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from gradmap_plugins.lookahead_score import LookaheadScore
 from tiny import make_model, make_text
 from typer.testing import CliRunner, Result
 
@@ -163,6 +164,7 @@ def test_operations_follow_the_formula(folder: Path) -> None:
     assert head.flops == 2 * 32 * 300 * tokens
     once = costs.forward_sweep(4, 8, tokens)  # and the first batch, which is all of them, to warm up
     assert once.flops == pytest.approx(2 * 8 * (4 * layer.flops + head.flops))
+    assert costs.forward_sweep(4, 8, tokens, losses=False).flops == pytest.approx(2 * 8 * 4 * layer.flops)
     two = costs.backward_sweeps([4, 3], 8, tokens)
     assert "graphs kept" in two.how
     assert two.flops == pytest.approx(8 * (7 * (layer.flops + layer.backward_flops) + 2 * (head.flops + head.backward_flops)))
@@ -227,6 +229,28 @@ def test_a_correction_of_attention_is_counted_by_its_own_inputs(folder: Path) ->
         for attention in ("true", "false")
     )
     assert one["flops"] < both["flops"] < 1.1 * one["flops"]  # type: ignore[index, operator]
+
+
+def test_a_search_that_looks_ahead_counts_the_head_and_its_predictions(folder: Path) -> None:
+    """Which are most of it where words are many."""
+    stage, costs = LookaheadScore(layers=2, sample_share=1.0), ModelCosts(Path("model"), "model", None, Machine(), folder)
+    few = stage.estimate_sweeps(4, 12, 24, costs)
+    make_model(folder / "many", vocab_size=3000)
+    costs = ModelCosts(Path("many"), "many", None, Machine(), folder)
+    many = stage.estimate_sweeps(4, 12, 24, costs)
+    assert few is not None
+    assert many is not None
+    tries = 2 + 2 + 2  # both layers that may go, in each decision; the original model, and what is left after the first
+    assert many.flops - few.flops == pytest.approx(4 * tries * 2 * 32 * 2700 * 24)  # four samples are compared
+    assert many.lines["hidden states"] - few.lines["hidden states"] == 2 * 4 * 24 * 2700
+
+
+def test_text_takes_the_memory_of_its_tokenizer(folder: Path) -> None:
+    costs = ModelCosts(Path("model"), "model", None, Machine(), folder)
+    before = costs.text(1000)
+    with Path("model/tokenizer.json").open("a") as file:
+        file.write(" " * 100_000)
+    assert costs.text(1000).peak_bytes - before.peak_bytes == 14 * 100_000
 
 
 HUB = "{dataset: {id: some/data}, samples: 1000000000000, sequence_length: 24}"

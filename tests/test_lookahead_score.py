@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ from gradmap_pipeline import (
     divide_samples,
     room_for,
 )
+from gradmap_pipeline.checkpoint.architecture import load_config
 from gradmap_pipeline.checkpoint.graph import open_folder
+from gradmap_pipeline.sweep import sweep as door
+from gradmap_pipeline.sweep.kept_tensors import ARGUMENTS, KeptTensors
+from gradmap_pipeline.sweep.memory_plan import SweepPlan, plan_sweep
+from gradmap_pipeline.sweep.needs import SweepNeeds
 from gradmap_pipeline.testing import make_context, run_stage
 
 LAYERS = 6
@@ -157,6 +163,54 @@ def test_work_is_a_part_of_a_search_by_loss(inputs: tuple[ModelGraph, Calibratio
     fit = 2 / 3 * (LAYERS + 3 + 4)  # the original; the pruned one up to layer 3; the layer below each candidate
     held_out = 1 / 3 * (LAYERS + sum(LAYERS - layer for layer in range(1, LAYERS - 1)))
     assert work.rounds[0].layer_forwards == pytest.approx(fit + held_out)
+
+
+def test_what_is_kept_is_what_a_plan_counts(
+    inputs: tuple[ModelGraph, CalibrationSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it; where memory is short, each kind has its share of what there is, and the decisions are the same."""
+    model, calibration = inputs
+    opened: list[KeptTensors] = []
+    most: dict[int, int] = {}
+    make, put = KeptTensors.__init__, KeptTensors.put
+
+    def look(kept: KeptTensors, *arguments: Any, **options: Any) -> None:
+        make(kept, *arguments, **options)
+        opened.append(kept)
+
+    def count(kept: KeptTensors, level: int, batch: int, tensor: torch.Tensor) -> None:
+        put(kept, level, batch, tensor)
+        held = sum(one.nbytes for (at, _), one in kept._held.items() if at < ARGUMENTS)
+        most[id(kept)] = max(most.get(id(kept), 0), held)
+
+    monkeypatch.setattr(KeptTensors, "__init__", look)
+    monkeypatch.setattr(KeptTensors, "put", count)
+
+    def score(folder: str) -> list[Any]:
+        opened.clear()
+        most.clear()
+        stage = LookaheadScore(layers=2, sample_share=1.0)
+        decisions = run_stage(stage, tmp_path / folder, model=model, calibration=calibration).scores.decisions
+        return [(decision.removed, decision.scores) for decision in decisions]
+
+    roomy = score("a")
+    words = int(load_config(model.base.folder)["vocab_size"])
+    wanted = CorrectedModel.count_kept_bytes(model, (16, 8), 48, words, "float32")
+    assert [most[id(kept)] / size for kept, size in zip(opened, wanted.values(), strict=True)] == pytest.approx([1] * 4, rel=0.16)
+
+    room = sum(wanted.values()) // 3
+
+    def plan_tight(needs: SweepNeeds, free: int, *, reserve: int, **options: Any) -> SweepPlan:
+        return replace(plan_sweep(needs, free, reserve=reserve, **options), kept_limit=room + reserve)
+
+    monkeypatch.setattr(door, "plan_sweep", plan_tight)
+    for (removed, scores), (as_before, expected) in zip(score("b"), roomy, strict=True):
+        assert removed == as_before
+        assert scores == pytest.approx(expected, rel=1e-4)  # what changes is added, or all is run again
+    assert sum(kept.limit_bytes or 0 for kept in opened) == pytest.approx(room, abs=4)
+    for kept, size in zip(opened, wanted.values(), strict=True):
+        assert kept.limit_bytes == pytest.approx(room * size / sum(wanted.values()), abs=1)
+        assert kept.bytes_written > 0
 
 
 def test_too_few_samples_are_refused(inputs: tuple[ModelGraph, CalibrationSet], tmp_path: Path) -> None:

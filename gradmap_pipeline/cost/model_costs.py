@@ -190,14 +190,15 @@ class ModelCosts:
             lines=lines,
         )
 
-    def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0) -> Estimate:
-        """The loss of samples (samples, tokens), one boundary held at a time.
+    def forward_sweep(self, layers: int, samples: int, tokens: int, *, besides: int = 0, losses: bool = True) -> Estimate:
+        """Samples (samples, tokens) through all layers, one boundary held at a time.
 
-        `besides`: bytes of other files that the step reads and writes.
+        `besides`: bytes of other files that the step reads and writes. `losses`: whether the head gives their losses after that.
         """
         needs = replace(self.needs(layers, samples, tokens), is_backward=False, keeps_boundaries=False)
         plan = plan_sweep(needs, self.memory - self.occupied, host_free=self.host_free, held=self.occupied)
-        layer, head = self.benchmark.layer_pass(plan.batch_samples, tokens), self.benchmark.head_pass(plan.batch_samples, tokens)
+        layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
+        head = self.benchmark.head_pass(plan.batch_samples, tokens) if losses else None
         moving = self._moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
         passes = samples + (min(samples, plan.batch_samples) if plan.is_resident else 0)  # the first batch warms up
         return self.opening() + Estimate(
@@ -205,8 +206,8 @@ class ModelCosts:
             lines=self._lines_of(plan),
             bytes_read=plan.bytes_read,
             bytes_written=plan.bytes_written,
-            flops=passes * (layers * layer.flops + head.flops),
-            seconds=passes * (layers * layer.forward + head.forward) + moving,
+            flops=passes * (layers * layer.flops + (head.flops if head else 0)),
+            seconds=passes * (layers * layer.forward + (head.forward if head else 0)) + moving,
             how=plan.describe(),
             disk_bytes=plan.spilled_bytes,
         )
