@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 _WIDTH, _DENSITY, _DIMENSIONS = 8.0, 0.5, 2
 _NEIGHBOURS = 5
+_MERGED_BYTES = 20
+"""Of memory for an element of a tensor that is merged: two in fp64, and one as it is read."""
 
 
 def diffusion_map(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -143,7 +145,11 @@ class MkaMerge(Stage):
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
         text = inputs.of(CalibrationSet)
         depth = known(inputs.of(ModelGraph).layers)
-        return costs.forward_sweep(depth, known(text.samples), known(text.sequence_length), losses=False)
+        sweep = costs.forward_sweep(depth, known(text.samples), known(text.sequence_length), losses=False)
+        count, size = self._count(depth), costs.stored_layer_bytes // len(costs.graph.layers)
+        largest = max(tensor.elements for layer in costs.graph.layers for tensor in costs.graph.layer_tensors(layer).values())
+        merging = Estimate(costs.program_bytes + _MERGED_BYTES * largest, 2 * count * size)
+        return sweep + merging + costs.given(count * size)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
         check_tokenizer(inputs.calibration, inputs.model)
@@ -198,27 +204,43 @@ class MkaMerge(Stage):
 
 
 def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> dict[str, TensorFile]:
-    """θ_low ← Sθ_low + (1 - S)θ_high, one merge after another, for all tensors of a layer, written as the checkpoint is."""
+    """θ_low ← Sθ_low + (1 - S)θ_high, one merge after another, for all tensors of a layer, written as the checkpoint is.
+
+    One tensor of each layer at a time is in memory, in fp64, and goes as soon as no later merge wants it.
+    """
     import torch
 
-    values: dict[int, dict[str, torch.Tensor]] = {}
-
-    def weights_of(layer: int) -> dict[str, torch.Tensor]:
-        start = len(f"{graph.base.layer_prefix}.{layer}.")
-        return {name[start:]: load_tensor(tensor) for name, tensor in graph.layer_tensors(layer).items() if tensor.is_float}
-
+    names = {layer: _name_tensors(graph, layer) for merge in merges for layer in (merge.into, merge.merged)}
     for merge in merges:
-        low, high = values.get(merge.into) or weights_of(merge.into), values.pop(merge.merged, None) or weights_of(merge.merged)
-        if {name: tensor.shape for name, tensor in low.items()} != {name: tensor.shape for name, tensor in high.items()}:
+        one, other = (
+            {tail: graph.stored_tensor(name).shape for tail, name in names[layer].items()} for layer in (merge.into, merge.merged)
+        )
+        if one != other:
             raise StageError(f"layers {merge.into} and {merge.merged} are not of one kind and cannot be merged; merge fewer layers")
-        values[merge.into] = {name: merge.share * low[name].double() + (1 - merge.share) * high[name].double() for name in low}
-    patches = {}
-    for layer, tensors in values.items():
-        for tail, value in tensors.items():
-            name = f"{graph.base.layer_prefix}.{layer}.{tail}"
+    patches: dict[str, TensorFile] = {}
+    for tail in dict.fromkeys(tail for merge in merges for tail in names[merge.into]):
+        values: dict[int, torch.Tensor] = {}
+        concerned = [merge for merge in merges if tail in names[merge.into]]
+        for place, merge in enumerate(concerned):
+            low, high = (
+                values.pop(layer) if layer in values else load_tensor(graph.stored_tensor(names[layer][tail])).double()
+                for layer in (merge.into, merge.merged)
+            )
+            value = low.mul_(merge.share).add_(high.mul_(1 - merge.share))
+            del low, high
+            if any(merge.into in (later.into, later.merged) for later in concerned[place + 1 :]):
+                values[merge.into] = value
+                continue
+            name = names[merge.into][tail]
             dtype: torch.dtype = getattr(torch, graph.dtype or graph.stored_tensor(name).torch_dtype)
             patches[name] = TensorFile.save({name: value.to(dtype).contiguous()}, context.folder / f"{name}.safetensors")
-    return patches
+    return {name: patches[name] for layer in names for name in names[layer].values() if name in patches}
+
+
+def _name_tensors(graph: ModelGraph, layer: int) -> dict[str, str]:
+    """The names of a layer's floating-point tensors, by what they are called inside it."""
+    start = len(f"{graph.base.layer_prefix}.{layer}.")
+    return {name[start:]: name for name, tensor in graph.layer_tensors(layer).items() if tensor.is_float}
 
 
 @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from gradmap_pipeline import (
     ModelGraph,
     OptionError,
     StageError,
+    TensorFile,
 )
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.stages.structure_probe import StructureProbe
@@ -254,6 +256,23 @@ def test_merging_twice_into_one_layer(text: Path, tmp_path: Path) -> None:
     expected = 0.5 * weights[1] + 0.5 * (0.75 * weights[2] + 0.25 * weights[3])
     torch.testing.assert_close(patches[name].load()[name].double(), expected, rtol=1e-6, atol=1e-7)
     assert not any(".layers.2." in name for name in patches)
+
+
+def test_merging_holds_a_tensor_of_a_layer_at_a_time(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers are merged into others, in fp64."""
+    model, _ = make_inputs(tmp_path, text)
+    living: list[int] = []
+    save = TensorFile.save
+
+    def count(tensors: dict[str, torch.Tensor], path: Path) -> TensorFile:
+        living.append(sum(type(one) is torch.Tensor and one.dtype == torch.float64 for one in gc.get_objects()))
+        return save(tensors, path)
+
+    monkeypatch.setattr(TensorFile, "save", staticmethod(count))
+    merges = [Merge(into=0, merged=1, share=0.75), Merge(into=2, merged=3, share=0.5)]
+    patches = merge_weights(model, merges, make_context(tmp_path / "merge"))
+    assert len(patches) == len(living) == 2 * len(model.layer_tensors(0))
+    assert max(living) - min(living) == 0
 
 
 @pytest.mark.parametrize("stage", [ReplacemeCompensate(), LinearpatchCompensate()])
