@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -119,6 +120,7 @@ class LookaheadScore(LayerScoring):
         again = tried + _PASSES * corrected  # of the samples to fit on
         compared = depth + (tried + decisions - 1) * depth / 2  # passes of the others
         inputs, width = costs.graph.map_sizes()
+        item = costs.needs(depth, 1, tokens).item_bytes
         kept = CorrectedModel.count_kept_bytes(costs.graph, (fit, held_out), tokens, costs.words, costs.dtype)
         beside = kept["compared"] + kept["predictions"]
         sweeps = costs.two_streams(
@@ -130,6 +132,15 @@ class LookaheadScore(LayerScoring):
             beside=beside,
             has_head=True,
             loads=(round(2 * tried - free + corrected), round(again + compared)),  # what was corrected is dropped after a try
+            load_bytes=width * (inputs + costs.graph.attention_inputs()) * item // 2,  # half of all layers are corrected
+        )
+        changed = depth * width * (inputs + costs.graph.attention_inputs()) * item  # corrected weights, which lie in a file
+        written = round(changed * (decisions - 1) / 2 + tried * width * inputs * item)
+        sweeps = replace(
+            sweeps,
+            disk_bytes=sweeps.disk_bytes + changed,
+            bytes_written=sweeps.bytes_written + written,
+            seconds=sweeps.seconds + written * costs.speed.write,
         )
         output = costs.speed.correction(inputs, width, fit * tokens) * (tried + corrected)
         attention = costs.speed.correction(costs.graph.attention_inputs(), width, fit * tokens) * corrected

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
 
 _WIDTH, _DENSITY, _DIMENSIONS = 8.0, 0.5, 2
 _NEIGHBOURS = 5
-_MERGED_BYTES = 20
-"""Of memory for an element of a tensor that is merged: two in fp64, and one as it is read."""
+Tree = int | tuple["Tree", "Tree", float]
+"""A layer as it is, or two trees and the share of the first."""
 
 
 def diffusion_map(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -148,7 +149,9 @@ class MkaMerge(Stage):
         sweep = costs.forward_sweep(depth, known(text.samples), known(text.sequence_length), losses=False)
         count, size = self._count(depth), costs.stored_layer_bytes // len(costs.graph.layers)
         largest = max(tensor.elements for layer in costs.graph.layers for tensor in costs.graph.layer_tensors(layer).values())
-        merging = Estimate(costs.program_bytes + _MERGED_BYTES * largest, 2 * count * size)
+        held = 8 * (1 + int(math.log2(count + 1))) + 4  # at most: values in fp64, and one as it is read
+        read = 2 * count * size
+        merging = Estimate(costs.program_bytes + held * largest, read, seconds=read * costs.speed.read_again())
         return sweep + merging + costs.given(count * size)
 
     def run(self, inputs: Inputs, context: Context) -> Outputs:
@@ -206,7 +209,7 @@ class MkaMerge(Stage):
 def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> dict[str, TensorFile]:
     """θ_low ← Sθ_low + (1 - S)θ_high, one merge after another, for all tensors of a layer, written as the checkpoint is.
 
-    One tensor of each layer at a time is in memory, in fp64, and goes as soon as no later merge wants it.
+    One tensor of a layer at a time is merged, in fp64, from the leaves of its tree of merges up.
     """
     import torch
 
@@ -217,24 +220,42 @@ def merge_weights(graph: ModelGraph, merges: list[Merge], context: Context) -> d
         )
         if one != other:
             raise StageError(f"layers {merge.into} and {merge.merged} are not of one kind and cannot be merged; merge fewer layers")
+    trees: dict[int, Tree] = {layer: layer for layer in names}
+    for merge in merges:
+        trees[merge.into] = (trees[merge.into], trees.pop(merge.merged), merge.share)
     patches: dict[str, TensorFile] = {}
-    for tail in dict.fromkeys(tail for merge in merges for tail in names[merge.into]):
-        values: dict[int, torch.Tensor] = {}
-        concerned = [merge for merge in merges if tail in names[merge.into]]
-        for place, merge in enumerate(concerned):
-            low, high = (
-                values.pop(layer) if layer in values else load_tensor(graph.stored_tensor(names[layer][tail])).double()
-                for layer in (merge.into, merge.merged)
-            )
-            value = low.mul_(merge.share).add_(high.mul_(1 - merge.share))
-            del low, high
-            if any(merge.into in (later.into, later.merged) for later in concerned[place + 1 :]):
-                values[merge.into] = value
-                continue
-            name = names[merge.into][tail]
+    for layer, tree in trees.items():
+        for tail, name in names[layer].items():
+            value = _merge(tree, graph, {leaf: names[leaf][tail] for leaf in names if tail in names[leaf]})
             dtype: torch.dtype = getattr(torch, graph.dtype or graph.stored_tensor(name).torch_dtype)
             patches[name] = TensorFile.save({name: value.to(dtype).contiguous()}, context.folder / f"{name}.safetensors")
-    return {name: patches[name] for layer in names for name in names[layer].values() if name in patches}
+            del value
+    return patches
+
+
+def _merge(tree: Tree, graph: ModelGraph, names: Mapping[int, str]) -> torch.Tensor:
+    """The value of a tree, in fp64. `names`: of the tensor in each layer.
+
+    What takes more values at a time is made first, so that they are as few as can be.
+    """
+    if isinstance(tree, int):
+        return load_tensor(graph.stored_tensor(names[tree])).double()
+    low, high, share = tree
+    if _count_values(low) >= _count_values(high):
+        one = _merge(low, graph, names)
+        other = _merge(high, graph, names)
+    else:
+        other = _merge(high, graph, names)
+        one = _merge(low, graph, names)
+    return one.mul_(share).add_(other.mul_(1 - share))
+
+
+def _count_values(tree: Tree) -> int:
+    """How many values of a tree are there at a time, as in Ershov's numbers."""
+    if isinstance(tree, int):
+        return 1
+    low, high = _count_values(tree[0]), _count_values(tree[1])
+    return max(low, high) if low != high else low + 1
 
 
 def _name_tensors(graph: ModelGraph, layer: int) -> dict[str, str]:

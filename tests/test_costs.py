@@ -242,6 +242,8 @@ def test_a_search_that_looks_ahead_counts_the_head_and_its_predictions(folder: P
     assert many is not None
     tries = 2 + 2 + 2  # both layers that may go, in each decision; the original model, and what is left after the first
     assert many.flops - few.flops == pytest.approx(4 * tries * 2 * 32 * 2700 * 24)  # four samples are compared
+    assert few.disk_bytes == 4 * 32 * (64 + 32) * 4  # corrected weights, at the down-projection and the attention's output
+    assert few.bytes_written == few.disk_bytes // 2 + (2 + 2) * 32 * 64 * 4
     assert many.lines["hidden states"] - few.lines["hidden states"] == 2 * 4 * 24 * 2700
 
 
@@ -308,7 +310,7 @@ def test_hidden_states_that_no_disk_holds_are_said(folder: Path) -> None:
     )
     result = gradmap("plan", "r.yaml", "--memory", "900TiB")
     assert result.exit_code == 3
-    said = re.search(r"step 'gradmap_score': hidden states in a file need ([0-9.]+) GiB, and ", result.stderr)
+    said = re.search(r"step 'gradmap_score': what it keeps in files for its own time needs ([0-9.]+) GiB, and ", result.stderr)
     assert said is not None, result.stderr
     assert float(said[1]) == pytest.approx((10**12 / 2) * 24 * 32 * 4 * 6 / 2**30 - 900 * 2**10, rel=1e-4)
     assert "use fewer samples, allow more with --memory, or name another disk with --store" in result.stderr

@@ -10,12 +10,12 @@ from gradmap_plugins.project_compensate import ProjectCompensate
 from safetensors.torch import save_file
 from walk import make_calibration
 
-from gradmap_pipeline import ModelGraph
+from gradmap_pipeline import ModelGraph, correct_site, open_streams, sites_of, write_patches
 from gradmap_pipeline.checkpoint.checkpoint import StoredTensor, read_header
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.sweep.layerwise import LayerwiseModel
 from gradmap_pipeline.sweep.overrides import Overrides
-from gradmap_pipeline.testing import run_stage
+from gradmap_pipeline.testing import make_context, run_stage
 
 DOWN, UP = "mlp.down_proj.weight", "mlp.up_proj.weight"
 
@@ -100,3 +100,21 @@ def test_correction_holds_none_of_its_values(llama: Path, tmp_path: Path, monkey
     result = run_stage(ProjectCompensate(), tmp_path / "step", model=graph.without_layers({1}), calibration=calibration)
     assert [layer for layer, parameter in kept if parameter == DOWN] == [0, 2, 3]
     assert len(kept) == len(result.compensation.sites)
+
+
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_a_weight_that_is_corrected_twice_is_used_as_it_is_last(llama: Path, tmp_path: Path, is_resident: bool) -> None:
+    """The second time it lies in the file that the first is read from."""
+    graph = open_folder(llama)
+    calibration, context = make_calibration(graph, tmp_path / "calibration"), make_context(tmp_path / "step")
+    streams = open_streams(graph.without_layers({1}), calibration, context, 0)
+    pruned = streams.pruned
+    pruned.model.weights.is_resident = is_resident
+    write_patches(streams, 0, {DOWN: value_of(pruned.model, DOWN, 0) / 2}, context)
+    (site,) = (site for site in sites_of(streams, 0, {}) if site.role == "output")
+    correct_site(streams, 0, site, context, space="input", ridge=0.1)
+    pruned.run_up_to(2)
+    kept = pruned.boundary(1, 0).clone()
+    pruned.invalidate_from(0)
+    pruned.run_up_to(2)
+    torch.testing.assert_close(kept, pruned.boundary(1, 0), rtol=1e-5, atol=1e-6)

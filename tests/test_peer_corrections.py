@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradmap_plugins import mka_merge
 from gradmap_plugins.calibrate import Calibrate
 from gradmap_plugins.export import ExportModel
 from gradmap_plugins.linearpatch_compensate import LinearpatchCompensate, make_hadamard
@@ -30,7 +31,6 @@ from gradmap_pipeline import (
     ModelGraph,
     OptionError,
     StageError,
-    TensorFile,
 )
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.stages.structure_probe import StructureProbe
@@ -259,20 +259,27 @@ def test_merging_twice_into_one_layer(text: Path, tmp_path: Path) -> None:
 
 
 def test_merging_holds_a_tensor_of_a_layer_at_a_time(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many layers are merged into others, in fp64."""
+    """In fp64, however many layers are merged into others: 1 into 0 and 3 into 2, and what has become of 2 into that of 0."""
     model, _ = make_inputs(tmp_path, text)
     living: list[int] = []
-    save = TensorFile.save
+    load = mka_merge.load_tensor
 
-    def count(tensors: dict[str, torch.Tensor], path: Path) -> TensorFile:
+    def count(stored: Any) -> torch.Tensor:
+        tensor: torch.Tensor = load(stored)
         living.append(sum(type(one) is torch.Tensor and one.dtype == torch.float64 for one in gc.get_objects()))
-        return save(tensors, path)
+        return tensor
 
-    monkeypatch.setattr(TensorFile, "save", staticmethod(count))
-    merges = [Merge(into=0, merged=1, share=0.75), Merge(into=2, merged=3, share=0.5)]
+    monkeypatch.setattr(mka_merge, "load_tensor", count)
+    merges = [Merge(into=0, merged=1, share=0.75), Merge(into=2, merged=3, share=0.5), Merge(into=0, merged=2, share=0.25)]
     patches = merge_weights(model, merges, make_context(tmp_path / "merge"))
-    assert len(patches) == len(living) == 2 * len(model.layer_tensors(0))
-    assert max(living) - min(living) == 0
+    assert len(patches) == len(model.layer_tensors(0))
+    assert len(living) == 4 * len(patches)
+    assert max(living) - min(living) == 2
+    name = "model.layers.0.self_attn.q_proj.weight"
+    q = [model.stored_tensor(name.replace(".0.", f".{layer}.")) for layer in range(4)]
+    zero, one, two, three = (load(each).double() for each in q)
+    expected = 0.25 * (0.75 * zero + 0.25 * one) + 0.75 * (0.5 * two + 0.5 * three)
+    torch.testing.assert_close(patches[name].load()[name].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("stage", [ReplacemeCompensate(), LinearpatchCompensate()])

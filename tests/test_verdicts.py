@@ -272,7 +272,7 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 CORRECTED = RECIPE.replace("  - use: export", "  - use: project_compensate\n    with: {rescale: true}\n  - use: export")
-OF_THE_RECIPE = ("an option", "a step", "a byte of the text", "an earlier export", "the version of a library")
+OF_THE_RECIPE = ("an option", "a byte of the text", "an earlier export")
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -109,6 +109,7 @@ class CorrectedModel:
         lowest = kept.index(min(layers))
         for layer in layers:
             self._streams.pruned.remove(layer)
+            self._streams.pruned.model.weights.restore(layer)
             self._checked.remove(layer)
         self._streams.graph = self._streams.graph.without_layers(set(layers))
         for layer in self._streams.pruned.layers[max(0, lowest - 1) :]:
@@ -202,8 +203,9 @@ class CorrectedModel:
         total = 0.0
         for number, counted, q in self._predict(index, hidden):
             p = self._predictions.get(number, index).float().log_softmax(-1)
-            less = q.neg_().add_(p)  # p - q, in place: there is room for two tensors of this size, and one more while p is made
+            less = q.neg_().add_(p)  # p - q, in place: while p is made there are three tensors of this size, in fp32
             total += float((p.exp_().mul_(less).sum(-1) * counted).double().sum())
+            del p, q, less
         return total
 
     def _predict(self, index: int, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -221,6 +223,7 @@ class CorrectedModel:
             logs = logits.float().log_softmax(-1)
             del logits
             yield number, batch.mask[:, positions.start : end].to(hidden.device), logs
+            del logs
 
 
 def divide_samples(samples: Samples, held_out: int) -> tuple[Samples, Samples]:

@@ -31,18 +31,19 @@ def write_patches(
     import torch
 
     patches, values, lies = {}, {}, {}
-    for parameter, value in new.items():
-        name = streams.pruned.model.disk_name(layer, parameter)
-        stored = streams.graph.stored_tensor(name)
-        exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
-        with streams.group.agreeing(StageError):
-            if not value.isfinite().all():
-                raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
-            cast = cast_all(value, exported, name, FOR_WRITING).contiguous()
-        values[parameter] = streams.group.lead(cast).cpu()
-        patches[name] = TensorFile.save({name: values[parameter]}, context.folder / f"{name}.safetensors")
-        lies[parameter] = read_header(patches[name].path)[name]
-    use_values(streams, layer, values, site, lies)
+    with streams.pruned.model.layer(layer):  # its values are in before a file changes that they lie in
+        for parameter, value in new.items():
+            name = streams.pruned.model.disk_name(layer, parameter)
+            stored = streams.graph.stored_tensor(name)
+            exported: torch.dtype = getattr(torch, streams.graph.dtype or stored.torch_dtype)
+            with streams.group.agreeing(StageError):
+                if not value.isfinite().all():
+                    raise StageError(f"the correction of {name!r} is not finite, computed in {context.dtype}; raise 'ridge'")
+                cast = cast_all(value, exported, name, FOR_WRITING).contiguous()
+            values[parameter] = streams.group.lead(cast).cpu()
+            patches[name] = TensorFile.save({name: values[parameter]}, context.folder / f"{name}.safetensors")
+            lies[parameter] = read_header(patches[name].path)[name]
+        use_values(streams, layer, values, site, lies)
     return patches
 
 

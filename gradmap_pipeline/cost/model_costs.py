@@ -246,12 +246,13 @@ class ModelCosts:
         beside: int = 0,
         has_head: bool = False,
         loads: tuple[int, int] | None = None,
+        load_bytes: int = 0,
     ) -> Estimate:
         """The original model and one of so many layers over the same samples, then `again` layers of it once more.
 
         `reserve`: bytes to leave free for what is done with them. `purpose`: what these are. `beside`: bytes of what is kept
         besides hidden states of these samples. `has_head`: whether there is room for the head's work. `loads`: how many layers are
-        read again where all of them stay in memory, and where they do not; else none, and `again`.
+        read again where all of them stay in memory, and where not; else none, and `again`. `load_bytes`: of other files each time.
         """
         whole = len(self.graph.layers)
         free = self.memory - self.occupied
@@ -274,7 +275,8 @@ class ModelCosts:
         allocator = plan.peak_bytes - sum(plan.lines.values())
         layer_bytes = self.stored_layer_bytes / whole
         staying, passing = loads or (0, again)
-        read = round(layer_bytes * (whole + layers + (staying if plan.is_resident else passing))) + 2 * self.embedding_bytes
+        more = staying if plan.is_resident else passing
+        read = round(layer_bytes * (whole + layers + more)) + load_bytes * more + 2 * self.embedding_bytes
         layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         count = samples * (whole + layers + again)
         return self.opening() * 2 + Estimate(

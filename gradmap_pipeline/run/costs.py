@@ -136,7 +136,7 @@ def _find_full_disk(step: PlannedStep, estimate: Estimate, store: Path) -> str |
     free = shutil.disk_usage(above).free
     if needed <= free:
         return None
-    need = "what it writes needs" if step.writes else "hidden states in a file need"
+    need = "what it writes needs" if step.writes else "what it keeps in files for its own time needs"
     elsewhere = "use fewer samples, allow more with --memory, or name another disk with --store"
     advice = "name a folder on another disk" if step.writes else elsewhere
     return f"{need} {format_size(needed)}, and {str(above)!r} has {format_size(free)} free; {advice}"

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..errors import StageError
 from ..machine.digests import sha256_of_value
 from ..recipe.plan import Plan, PlannedStep
 from ..recipe.stage_code import StageCode
@@ -28,6 +29,7 @@ _NAME = "check"
 """Under which the store keeps verdicts."""
 _ANSWERS = "structure"
 """Under which it keeps what was asked of a model."""
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 _SHIPPED = ("gradmap_pipeline", "gradmap_plugins")
 
 
@@ -52,7 +54,7 @@ def inspect_once(plan: Plan, store: Store) -> None:
         now = _make_structure_key(plan, folder)
         units: dict[tuple[str, str], Any] = {}
         if now == structure and len(answers) > known:  # else something has changed meanwhile
-            units[_ANSWERS, structure] = answers
+            units[_ANSWERS, structure] = _load_answers(store, structure) | answers  # of another check, too
         if is_complete and _make_key(plan, now) == key:
             units[_NAME, key] = "well"
         _keep(units, store, time.monotonic() - started)
@@ -84,7 +86,7 @@ def _load_answers(store: Store, key: str) -> dict[str, Any]:
 def _keep(units: dict[tuple[str, str], Any], store: Store, seconds: float) -> None:
     if not units:
         return
-    with suppress(OSError):
+    with suppress(OSError, StageError):  # what cannot be kept hides no refusal
         store.prepare()
         try:
             for (name, key), value in units.items():
@@ -99,6 +101,8 @@ def _make_structure_key(plan: Plan, model: Path) -> str:
         {
             "model": [plan.model.model_dump(mode="json"), _list_states(model)],
             "code": [_list_states(_find_package(name)) for name in _SHIPPED],
+            "plugins": sorted(step.code.digest for step in plan.steps if not StageCode.is_shipped(type(step.stage))),
+            "versions": {library: version_of(library) for library in _LIBRARIES},
             "packages": [_list_state(Path(place)) for place in sys.path if Path(place).name.endswith("-packages")],
             "system": [platform.python_version(), platform.platform(), os.cpu_count(), os.environ.get("PATH")],
         }

@@ -42,7 +42,7 @@ class Room:
 
 
 class StructureProbe:
-    """A model's structure. Nothing is built before the first question, and no question is answered twice."""
+    """A model's structure. Nothing is built before the first question; one that all layers were tried for is answered once."""
 
     def __init__(self, graph: ModelGraph, memory: int, room: Room | None = None, answers: dict[str, Any] | None = None) -> None:
         """`memory`: bytes that may be used; questions that take more count as answered well.

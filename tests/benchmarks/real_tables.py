@@ -136,14 +136,19 @@ def describe_cells(results: Results, subject: str, *, is_timed: bool) -> str:
 
 
 def draw(results: Results, file: Path, ordinate: str, abscissa: str) -> None:
-    """One plot a model: accuracy against bytes, or loss against seconds; one line a method."""
+    """One plot a model: accuracy against bytes, or loss against seconds or evaluations. Only what a method ends with is shown.
+
+    A point says which share of the layers is gone; a bar is a standard error.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    is_size, is_accuracy = abscissa == "MiB", ordinate == "accuracy"
 
     def place(row: Row) -> tuple[float, float]:
-        across = row["bytes"] / 2**20 if abscissa == "MiB" else row["select seconds"] + row["correct seconds"]
-        up = 100 * row["accuracy"][0] if ordinate == "accuracy" else math.log(next(iter(row["texts"].values()))["perplexity"])
-        return across, up
+        across = row["bytes"] / 2**20 if is_size else row[f"select {abscissa}"] + row[f"correct {abscissa}"]
+        return across, 100 * row["accuracy"][0] if is_accuracy else math.log(next(iter(row["texts"].values()))["perplexity"])
 
     subjects = results.subjects()
     figure = Figure(figsize=(6 * len(subjects), 4.5), layout="constrained")
@@ -151,19 +156,24 @@ def draw(results: Results, file: Path, ordinate: str, abscissa: str) -> None:
     for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
         for number, method in enumerate([results.ours, *results.methods()]):
             rows = [row for row in results.rows if row["subject"] == subject and (row["selection"], row["correction"]) == method]
-            rows = [row for row in rows if ordinate != "accuracy" or "accuracy" in row]
-            if rows:
-                points = sorted(map(place, rows))
-                style = {"linestyle": "-" if abscissa == "MiB" else "", "marker": "o" if method[1] == "gradmap" else "x"}
-                axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=name_of(method), alpha=0.85, **style)
+            rows = sorted((row for row in rows if "accuracy" in row), key=place)
+            if not rows:
+                continue
+            points, errors = [place(row) for row in rows], [100 * row["accuracy"][1] if is_accuracy else 0 for row in rows]
+            style = {"linestyle": "-" if is_size else "", "marker": "o" if method[1] == "gradmap" else "x", "alpha": 0.85}
+            axes.errorbar(*zip(*points, strict=True), yerr=errors, color=f"C{number % 10}", label=name_of(method), **style)
+            for row, point in zip(rows, points, strict=True):
+                axes.annotate(f"{row['ratio']:.0%}", point, xytext=(4, 4), textcoords="offset points", fontsize=7)
         dense = results.dense(subject)
-        if ordinate != "accuracy" or "accuracy" in dense:
-            axes.axhline(place(dense)[1], color="grey", linestyle=":", label="dense")
+        axes.axhline(place(dense)[1], color="grey", linestyle=":", label="dense")
         axes.set_title(subject)
-        axes.set_xlabel("MiB of weights" if abscissa == "MiB" else "seconds to choose and correct")
-        axes.set_ylabel("mean zero-shot accuracy, %" if ordinate == "accuracy" else "loss in domain, nats a token")
-        if abscissa != "MiB":
+        axes.set_xlabel("MiB of weights" if is_size else f"{abscissa} to choose and correct")
+        axes.set_ylabel("mean zero-shot accuracy, %" if is_accuracy else "loss in domain, nats a token")
+        if not is_size:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None})
@@ -187,7 +197,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(results.rows)
         draw(results, arguments.docs / "real-accuracy.svg", "accuracy", "MiB")
-        draw(results, arguments.docs / "real-loss.svg", "loss", "seconds")
+        draw(results, arguments.docs / "real-loss.svg", "loss", "evaluations" if arguments.without_times else "seconds")
 
 
 if __name__ == "__main__":
