@@ -66,11 +66,11 @@ def name_of(method: tuple[str, str]) -> str:
 
 
 def describe_opponents(results: Results) -> str:
-    """Cells in which our method is better, not worse, or worse, by text and by accuracy."""
-    rows = []
+    """Cells in which our method is better, not worse, or worse, by text and by accuracy. Where tasks were run, of those models."""
+    rows, are_finished = [], any("accuracy" in row for row in results.rows)
     texts = list(results.rows[0]["texts"])
     for method in results.methods():
-        pairs = results.pairs(method)
+        pairs = [(ours, theirs) for ours, theirs in results.pairs(method) if "accuracy" in theirs or not are_finished]
         if not pairs:
             continue
         for text in texts:
@@ -135,6 +135,18 @@ def describe_cells(results: Results, subject: str, *, is_timed: bool) -> str:
     return table([*headings, "tokens agreeing, loops", "MiB", "evaluations", *(["seconds"] if is_timed else [])], rows)
 
 
+def describe_tasks(results: Results, subject: str) -> str:
+    """Accuracy by task, of every cell of a model that has it."""
+    rows = [row for row in results.rows if row["subject"] == subject and "tasks" in row]
+    names = list(rows[0]["tasks"]) if rows else []
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["ratio"], row["seed"])):
+        method = name_of((row["selection"], row["correction"])) if row["selection"] != "none" else "dense"
+        each = [f"{100 * row['tasks'][name][0]:.1f}" for name in names]
+        lines.append([f"{row['ratio']:.0%}", method, *each, f"{100 * row['accuracy'][0]:.1f} ± {100 * row['accuracy'][1]:.1f}"])
+    return table(["removed", "method", *(name.removeprefix("local_") for name in names), "mean"], lines)
+
+
 def draw(results: Results, file: Path, ordinate: str, abscissa: str) -> None:
     """One plot a model: accuracy against bytes, or loss against seconds or evaluations. Only what a method ends with is shown.
 
@@ -191,6 +203,7 @@ def main() -> None:
     print(describe_opponents(results))
     for subject in results.subjects():
         print(f"### {subject}\n\n{describe_cells(results, subject, is_timed=not arguments.without_times)}")
+        print(describe_tasks(results, subject))
     if arguments.docs:
         with (arguments.docs / "real.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in results.rows for name in row)))
