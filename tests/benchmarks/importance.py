@@ -49,6 +49,7 @@ def draw(scores: dict[str, dict[str, dict[int, float]]], file: Path) -> None:
             axes.plot(list(by_layer), [score / most for score in by_layer.values()], marker=".", label=ranking, alpha=0.85)
         axes.set_title(model)
         axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("score over the largest of its ranking")
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
