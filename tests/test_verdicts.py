@@ -295,14 +295,21 @@ def test_new_stage_asks_what_it_alone_wants_to_know(tries: list[Any]) -> None:
 
 
 def test_answers_to_what_came_before_a_refusal_are_kept(tries: list[Any]) -> None:
-    refuse = "def inspect(self, inputs, probe):\n        raise ModelError('no room for it here')\n    def run"
-    Path("p.py").write_text(PLUGIN.replace("def run", refuse).replace("import ModelGraph", "import ModelError, ModelGraph"))
+    refuse = (
+        "def inspect(self, inputs, probe):\n"
+        "        if Path('full').exists():\n"
+        "            raise ModelError('no room for it here')\n"
+        "    def run"
+    )
+    text = PLUGIN.replace("def run", refuse).replace("import ModelGraph", "import ModelError, ModelGraph")
+    Path("p.py").write_text("from pathlib import Path\n" + text)
+    Path("full").touch()
     Path("r.yaml").write_text(CORRECTED + "  - use: same\n")
     result = CliRunner().invoke(app, ["check", "r.yaml", "--plugin", "p.py"])
     assert (result.exit_code, "no room for it here" in result.stderr) == (2, True)
     first = len(tries)
     assert first > 0
-    Path("r.yaml").write_text(CORRECTED)
+    Path("full").unlink()
     check()
     assert len(tries) == first
 

@@ -288,6 +288,7 @@ def test_a_step_that_takes_from_itself(folder: Path) -> None:
 def test_check_writes_nothing_but_that_all_was_well(folder: Path) -> None:
     check(HEAD + "steps:\n" + EVALUATE)
     files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
-    assert [name.partition("-")[0] for name in files] == [".gradmap/.gitignore", ".gradmap/units/check", "r.yaml"]
+    units = [".gradmap/units/check", ".gradmap/units/structure"]
+    assert [name.partition("-")[0] for name in files] == [".gradmap/.gitignore", *units, "r.yaml"]
     check(HEAD + "steps:\n  - use: evaluate\n    with: {samples: x}\n", "--store", "other")
     assert not (folder / "other").exists()
