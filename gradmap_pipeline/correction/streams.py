@@ -77,7 +77,7 @@ class Drift:
 def plan_streams(
     needs: SweepNeeds, free: int, reserve: int, host_free: int = 0, *, has_head: bool = False, held: int = 0
 ) -> tuple[SweepPlan, int]:
-    """How to run the original and the pruned model over samples, and the bytes to hold in memory of what they keep.
+    """Plan how the original and the pruned model run over samples; return the plan, and how much of what they keep stays in memory.
 
     `reserve`: bytes to leave free for what is done with that. `host_free`: bytes in the machine's memory beside that of a GPU.
     `has_head`: whether logits are computed. `held`: bytes that the process has besides, for messages.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _TOKEN_BYTES = 40  # of a Python list of ids, and of the tensor made from it
 _TOKENIZER_BYTES = 14
-"""Of memory while a tokenizer is read, for each byte of its files: 13.8 of 33 MB (Gemma 3), 17 of 3.5 MB (SmolLM2)."""
+"""Reading a tokenizer takes so many bytes of memory for a byte of its files: 13.8 for 33 MB (Gemma 3), 17 for 3.5 MB (SmolLM2)."""
 
 
 class ModelCosts:

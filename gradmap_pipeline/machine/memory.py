@@ -26,7 +26,7 @@ class _Allocator:
     """The setting that the C library was given last."""
 
     is_tight = False
-    """Whether blocks go back to the system as soon as they are free."""
+    """Blocks go back to the system as soon as they are free, if this is true."""
 
 
 def parse_size(text: str) -> int:

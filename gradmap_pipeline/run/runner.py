@@ -63,7 +63,7 @@ class RunState:
     described: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What decides the bytes of each step, by id, as `describe_step` gives it."""
     answers: dict[str, Any] = field(default_factory=dict)
-    """What was seen of the model's structure, as of `StructureProbe`."""
+    """The answers of `StructureProbe` about the model, by question."""
 
 
 def run_plan(

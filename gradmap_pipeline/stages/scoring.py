@@ -108,7 +108,7 @@ class LayerScoring(Stage):
         return self.estimate_sweeps(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length), costs)
 
     def estimate_sweeps(self, depth: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate | None:
-        """What scoring a model of `depth` layers takes; here, one pass through all layers, without losses."""
+        """Estimate the cost of scoring a model of `depth` layers: here, one pass through all layers, without losses."""
         return costs.forward_sweep(depth, samples, tokens, losses=False)
 
     def run(self, inputs: Any, context: Context) -> Any:

@@ -18,7 +18,7 @@ from .needs import SweepNeeds
 _SLACK = 96 << 20
 """Allocator fragments, thread buffers, Python objects."""
 _OPENING = 256 << 20
-"""What opening a model and the allocator take, for a message before that is known."""
+"""Opening a model takes about so many bytes, with the allocator; a message counts them before they are known."""
 _HOST_SLACK = 64 << 20
 """Of the same in the machine's memory, where a GPU computes."""
 

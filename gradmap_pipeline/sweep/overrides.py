@@ -37,7 +37,7 @@ class Overrides:
             yield parameter, self._file.read(value) if isinstance(value, SpilledTensor) else load_tensor(value, None)
 
     def has(self, layer: int) -> bool:
-        """Whether any parameter of a layer has another value."""
+        """Tell whether another value is kept for any parameter of a layer."""
         return bool(self._values.get(layer))
 
     def forget(self, layer: int) -> None:

@@ -38,7 +38,7 @@ _GAPS = 8
 
 @dataclass(frozen=True)
 class Stream:
-    """What a sweep is that keeps hidden states while others keep theirs, or other tensors."""
+    """How much memory a sweep may use for what it keeps, beside other sweeps that keep something at the same time."""
 
     reserve: int
     """Bytes to leave free for what is done with the hidden states."""
