@@ -313,7 +313,9 @@ def test_hidden_states_that_no_disk_holds_are_said(folder: Path) -> None:
     said = re.search(r"step 'gradmap_score': what it keeps in files for its own time needs ([0-9.]+) GiB, and ", result.stderr)
     assert said is not None, result.stderr
     assert float(said[1]) == pytest.approx((10**12 / 2) * 24 * 32 * 4 * 6 / 2**30 - 900 * 2**10, rel=1e-4)
-    assert "use fewer samples, allow more with --memory, or name another disk with --store" in result.stderr
+    assert (
+        "name another disk with --store; with fewer samples, or more with --memory, fewer hidden states lie there" in result.stderr
+    )
 
 
 def test_disk_that_a_sweep_needs(folder: Path) -> None:

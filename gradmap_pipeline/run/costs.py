@@ -137,7 +137,7 @@ def _find_full_disk(step: PlannedStep, estimate: Estimate, store: Path) -> str |
     if needed <= free:
         return None
     need = "what it writes needs" if step.writes else "what it keeps in files for its own time needs"
-    elsewhere = "use fewer samples, allow more with --memory, or name another disk with --store"
+    elsewhere = "name another disk with --store; with fewer samples, or more with --memory, fewer hidden states lie there"
     advice = "name a folder on another disk" if step.writes else elsewhere
     return f"{need} {format_size(needed)}, and {str(above)!r} has {format_size(free)} free; {advice}"
 

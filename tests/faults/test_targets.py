@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from gradmap_pipeline import ExportedFile, OptionError, StageError
 from gradmap_pipeline.cli import app
 from gradmap_pipeline.machine.atomic_folder import atomic_folder
+from gradmap_pipeline.machine.digests import sha256_of
 from gradmap_pipeline.recipe.places import find_machine_places
 from gradmap_pipeline.stages.targets import check_target, describe_folder, find_foreign_files, new_folder
 
@@ -192,6 +194,37 @@ def test_edited_file_of_an_earlier_export_is_not_deleted(edited: str, tmp_path: 
     assert (out / edited).read_text() == mine
     export(out, overwrite=True)
     assert list(find_foreign_files(out)) == []
+
+
+def test_an_earlier_export_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the check before a run and by the step that replaces it, however often both look."""
+    out = tmp_path / "out"
+    export(out)
+    read: list[str] = []
+
+    def note(file: Path) -> str:
+        read.append(file.relative_to(out).as_posix() if file.is_relative_to(out) else "")
+        return sha256_of(file)
+
+    monkeypatch.setattr("gradmap_pipeline.stages.targets.sha256_of", note)
+    check_target(out, overwrite=False, reads_files=True)
+    export(out, "new")
+    assert sorted(filter(None, read)) == ["file", "inner/file"]
+    assert (out / "file").read_text() == "new"
+
+
+def test_a_file_edited_after_it_was_read_is_read_again(tmp_path: Path) -> None:
+    """Its size, and the time that programs can set, are as before."""
+    out = tmp_path / "out"
+    export(out)
+    before = (out / "file").stat()
+    with new_folder(out, overwrite=False) as new:
+        files = fill(new.path, "new")
+        (out / "file").write_text("WEIGHTS")
+        os.utime(out / "file", ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(StageError, match=r"'file' has come into .* or has changed there"):
+            new.finish({"files": {}}, files)
+    assert (out / "file").read_text() == "WEIGHTS"
 
 
 def test_file_of_a_folder_with_an_edited_lineage_is_not_deleted(tmp_path: Path) -> None:
