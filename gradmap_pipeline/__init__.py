@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     )
     from .cost.estimate import Estimate as Estimate
     from .cost.model_costs import ModelCosts as ModelCosts
+    from .cost.stream_work import StreamWork as StreamWork
     from .data.answers import (
         Answer as Answer,
         Answers as Answers,

@@ -134,6 +134,9 @@ class LinearpatchCompensate(LayerCompensation):
         layers_before_cuts(graph)
         make_hadamard(graph.map_sizes()[1])
 
+    def goes_up(self) -> bool:
+        return not self.rescale
+
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
         yield from layers_before_cuts(streams.graph)
 

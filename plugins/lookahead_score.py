@@ -33,6 +33,7 @@ from gradmap_pipeline import (
     Scoring,
     Stage,
     StageError,
+    StreamWork,
     StructureProbe,
     divide_samples,
     hookimpl,
@@ -122,18 +123,15 @@ class LookaheadScore(LayerScoring):
         inputs, width = costs.graph.map_sizes()
         item = costs.needs(depth, 1, tokens).item_bytes
         kept = CorrectedModel.count_kept_bytes(costs.graph, (fit, held_out), tokens, costs.words, costs.dtype)
-        beside = kept["compared"] + kept["predictions"]
-        sweeps = costs.two_streams(
-            depth,
-            fit,
-            tokens,
+        work = StreamWork(
             room_for(inputs, width),
             round(again + compared * held_out / fit),
-            beside=beside,
+            beside=kept["compared"] + kept["predictions"],
             has_head=True,
             loads=(round(2 * tried - free + corrected), round(again + compared)),  # what was corrected is dropped after a try
             load_bytes=width * (inputs + costs.graph.attention_inputs()) * item // 2,  # half of all layers are corrected
         )
+        sweeps = costs.two_streams(depth, fit, tokens, work)
         changed = depth * width * (inputs + costs.graph.attention_inputs()) * item  # corrected weights, which lie in a file
         written = round(changed * (decisions - 1) / 2 + tried * width * inputs * item)
         sweeps = replace(

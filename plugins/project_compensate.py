@@ -27,6 +27,7 @@ from gradmap_pipeline import (
     Stage,
     StageError,
     Streams,
+    StreamWork,
     StructureProbe,
     TensorFile,
     check_rescaling,
@@ -105,7 +106,8 @@ class ProjectCompensate(LayerCompensation):
         scaled = layers if self.rescale else 0
         again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
         try:
-            both = costs.two_streams(layers, samples, tokens, self.room(costs.graph), again)
+            work = StreamWork(self.room(costs.graph), again, self.goes_up())
+            both = costs.two_streams(layers, samples, tokens, work)
         except CapacityError as error:
             if self.space == "input":
                 error.by_option = {**error.by_option, "space": "use space: output"}
@@ -120,6 +122,9 @@ class ProjectCompensate(LayerCompensation):
             layers_before_cuts(graph)
         if self.sites is not None and self.sites > drifting:
             raise StageError(f"'sites' is {self.sites}, but the model has only {drifting} layers that drift")
+
+    def goes_up(self) -> bool:
+        return self.site in ("every_layer", "before_cuts") and not self.rescale
 
     def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
         if not self.rescale:

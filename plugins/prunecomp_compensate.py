@@ -19,6 +19,7 @@ from gradmap_pipeline import (
     Site,
     Stage,
     Streams,
+    StreamWork,
     StructureProbe,
     TensorFile,
     find_writers,
@@ -38,7 +39,7 @@ class PrunecompCompensate(LayerCompensation):
         probe.find_writers()
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
-        return costs.two_streams(layers, samples, tokens, 0, 0)
+        return costs.two_streams(layers, samples, tokens, StreamWork())
 
     def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
         streams.writers = find_writers(streams.graph, context)

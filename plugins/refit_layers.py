@@ -33,6 +33,7 @@ from gradmap_pipeline import (
     Stage,
     StageError,
     Streams,
+    StreamWork,
     StructureProbe,
     TensorFile,
     Work,
@@ -130,7 +131,8 @@ class RefitLayers(Stage):
         needs = costs.needs(count, samples, tokens)
         room = room_for_refit(needs, together, count_best_bytes(costs.graph))
         try:
-            both = costs.two_streams(count, samples, tokens, room, 0, "weights, gradients and moments of a layer")
+            work = StreamWork(room, goes_up=True, purpose="weights, gradients and moments of a layer")
+            both = costs.two_streams(count, samples, tokens, work)
         except CapacityError as error:
             error.by_option = {**error.by_option, "batch_size": "lower 'batch_size'"}
             raise
@@ -165,7 +167,7 @@ class RefitLayers(Stage):
         together = count_batch_samples(own_step, own, tokens)
         with group.agreeing(CapacityError):
             room = measure_room_for_refit(graph, own, tokens, together, context)
-        streams = open_streams(graph, calibration, context, room, together)
+        streams = open_streams(graph, calibration, context, room, together, goes_up=True)
         streams.take_scales(find_scales(context))
         chosen = self.choose(graph)
         patches: dict[str, TensorFile] = {}
@@ -180,6 +182,7 @@ class RefitLayers(Stage):
                     reached += units
                     advance(units, detail=detail)
 
+                streams.go_up_to(layer)
                 folder = None if context.keep_folder is None else context.keep_folder(["state", group.size, *key])
 
                 def compute(layer: int = layer, count: Any = count, folder: Path | None = folder) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from gradmap_pipeline import (
     Site,
     Stage,
     Streams,
+    StreamWork,
     TensorFile,
     correct_site,
     find_output_site,
@@ -43,11 +44,14 @@ class ReplacemeCompensate(LayerCompensation):
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         width, cuts = costs.benchmark.hidden_size, min(len(costs.graph.layers) - layers, layers)
-        passes = costs.two_streams(layers, samples, tokens, self.room(costs.graph), cuts)
+        passes = costs.two_streams(layers, samples, tokens, StreamWork(self.room(costs.graph), cuts, goes_up=True))
         return passes + costs.speed.correction(width, width, samples * tokens) * cuts
 
     def check(self, graph: ModelGraph) -> None:
         layers_before_cuts(graph)
+
+    def goes_up(self) -> bool:
+        return True
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
         yield from layers_before_cuts(streams.graph)

@@ -120,7 +120,7 @@ def measure_room_for_refit(graph: ModelGraph, samples: int, tokens: int, batch_s
     room = room_for_refit(needs, batch_samples, count_best_bytes(graph))
     give_back()
     free = context.memory - resident_bytes(context.device)
-    plan, _ = plan_streams(needs, free, room, held=context.memory - free)
+    plan, _ = plan_streams(needs, free, room, held=context.memory - free, goes_up=True)
     if plan.kept_limit < room:
         raise lack_of_memory(
             f"refitting the largest layer takes {format_size(room)} besides its weights, for those in fp32, gradients, Adam's "

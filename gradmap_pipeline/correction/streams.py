@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.graph import ModelGraph
-    from ..context import Context
+    from ..context import Advance, Context
     from ..data.calibration_set import CalibrationSet
     from .sites import Site
     from .writers import Writer
@@ -75,29 +75,49 @@ class Drift:
 
 
 def plan_streams(
-    needs: SweepNeeds, free: int, reserve: int, host_free: int = 0, *, has_head: bool = False, held: int = 0
+    needs: SweepNeeds,
+    free: int,
+    reserve: int,
+    host_free: int = 0,
+    *,
+    has_head: bool = False,
+    held: int = 0,
+    goes_up: bool = False,
 ) -> tuple[SweepPlan, int]:
     """Plan how the original and the pruned model run over samples; return the plan, and how much of what they keep stays in memory.
 
     `reserve`: bytes to leave free for what is done with that. `host_free`: bytes in the machine's memory beside that of a GPU.
-    `has_head`: whether logits are computed. `held`: bytes that the process has besides, for messages.
+    `has_head`: whether logits are computed. `held`: bytes that the process has besides, for messages. `goes_up`: as in
+    `open_streams`.
     """
     alone = replace(needs, is_backward=False, has_head=has_head)
+    alone = alone.going_up() if goes_up else alone
     plan = plan_sweep(alone, free, divisible=False, reserve=reserve, host_free=host_free, held=held)
     return plan, max(0, plan.kept_limit - reserve) + plan.host_limit
 
 
 def open_streams(
-    graph: ModelGraph, calibration: CalibrationSet, context: Context, reserve: int, batch_samples: int | None = None
+    graph: ModelGraph,
+    calibration: CalibrationSet,
+    context: Context,
+    reserve: int,
+    batch_samples: int | None = None,
+    *,
+    goes_up: bool = False,
 ) -> Streams:
     """Run the original model, keep what enters its kept layers, and open the pruned one; one model is in memory at a time.
 
     `reserve`: bytes to leave free for what is done with them. `batch_samples`: samples of a batch, where not as many as memory
-    and speed say.
+    and speed say. `goes_up`: open both, and run them side by side in `Streams.go_up_to`, which keeps the layer it stands at alone.
     """
-    depths = graph.base.layers, len(graph.layers)
-    whole, pruned = (Stream(reserve, share=depth / sum(depths), batch_samples=batch_samples) for depth in depths)
+    depths = (1, 1) if goes_up else (graph.base.layers, len(graph.layers))
+    whole, pruned = (Stream(reserve, share=depth / sum(depths), batch_samples=batch_samples, goes_up=goes_up) for depth in depths)
     original = open_sweep(graph.dense, calibration.load(), context, keep="all", divisible=False, stream=whole)
+    if goes_up:
+        original.model.weights.reads_ahead = False  # its next layer would lie beside that of the pruned model
+        after = open_sweep(graph, calibration.load(), context, keep="all", stream=pruned, plan=original.plan)
+        dense = original.open_only_pass()
+        return Streams(original.kept, after.open_only_pass(), graph, context.group, original=dense)
     units = graph.base.layers * len(original.batches)
     with context.progress("run the original model", units, "layer batch") as original.advance:
         for step in original.forward():
@@ -128,10 +148,35 @@ class Streams:
     """What writes to the residual stream, by base layer; empty until it is looked for."""
     measured: dict[int, Drift] = field(default_factory=dict)
     """The drift of every layer, as it was first measured; empty until then."""
+    original: SamplePass | None = None
+    """A pass through the original model, where it goes up beside the pruned one; else it has come to the top."""
+    passed: int = 0
+    """Kept layers, from the bottom, that `go_up_to` has come to."""
 
     def work(self, seconds: float) -> Round:
         """What both models have computed so far."""
-        return Round(layer_forwards=self.original_forwards + self.pruned.layer_forwards, layer_backwards=0, seconds=seconds)
+        original = self.original_forwards if self.original is None else self.original.layer_forwards
+        return Round(layer_forwards=original + self.pruned.layer_forwards, layer_backwards=0, seconds=seconds)
+
+    def go_up_to(self, layer: int, advance: Advance | None = None) -> None:
+        """Go up, in both models, to what enters a kept layer, and in the original to what should leave it.
+
+        What enters and leaves that layer is all that is kept then. `advance` is called for each kept layer on the way that a sweep
+        has not come to before. Nothing happens where the original model has come to the top.
+        """
+        if self.original is None:
+            return
+        kept = self.graph.layers
+        goal = kept.index(layer)
+        for position in range(min(self.passed, goal), goal + 1):
+            base, above = kept[position], kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers
+            self.original.keep_only((base, above))
+            self.original.run_up_to(above - 1, through=True)
+            self.pruned.keep_only((position, position + 1))
+            self.pruned.run_up_to(base)
+            if position < goal and advance is not None:
+                advance()
+        self.passed = goal + 1
 
     def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
@@ -160,7 +205,7 @@ class Streams:
     def _original(self, layer: int, batch: int) -> torch.Tensor:
         """What enters a base layer of the original model, in the size that the pruned stream has there."""
         scale = self.scales.get(layer, 1.0)
-        hidden = self.targets.get(layer, batch)
+        hidden = self.targets.get(layer, batch) if self.original is None else self.original.boundary(layer, batch)
         return hidden if scale == 1 else hidden / scale
 
     def check_gain(self, layer: int, site: Site) -> None:

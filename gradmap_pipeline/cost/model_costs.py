@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.companions import find_tokenizer_files
-from ..correction.streams import plan_streams
 from ..data.generation import GENERATED_TOGETHER, count_generation_bytes, lack_of_memory_for_text
 from ..machine.machine import Machine
 from ..machine.memory import free_bytes, free_on_host, give_back, keep_blocks, resident_bytes, tune_allocator
@@ -19,6 +18,7 @@ from ..sweep.needs import SweepNeeds
 from .estimate import Estimate
 from .layer_benchmark import LayerBenchmark
 from .machine_speed import MachineSpeed
+from .stream_work import StreamWork, estimate_two_streams
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -199,7 +199,7 @@ class ModelCosts:
         plan = plan_sweep(needs, self.memory - self.occupied, host_free=self.host_free, held=self.occupied)
         layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
         head = self.benchmark.head_pass(plan.batch_samples, tokens) if losses else None
-        moving = self._moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
+        moving = self.moving(plan.bytes_read - plan.bytes_written, plan.bytes_written, besides)
         passes = samples + (min(samples, plan.batch_samples) if plan.is_resident else 0)  # the first batch warms up
         return self.opening() + Estimate(
             peak_bytes=self.occupied + plan.peak_bytes,
@@ -230,71 +230,19 @@ class ModelCosts:
             forwards = 1 if plan.keeps_graphs else 2
             per_sample = count * (forward + layer.backward) + head.forward_for_backward + head.backward
             flops = count * (forwards * layer.flops + layer.backward_flops) + head.flops + head.backward_flops
-            moving = self._moving(max(0, read - plan.bytes_written), plan.bytes_written)
+            moving = self.moving(max(0, read - plan.bytes_written), plan.bytes_written)
             total += Estimate(0, read, plan.bytes_written, samples * flops, samples * per_sample + moving)
         return self.opening() + total
 
-    def two_streams(
-        self,
-        layers: int,
-        samples: int,
-        tokens: int,
-        reserve: int,
-        again: int,
-        purpose: str = "sums of a correction",
-        *,
-        beside: int = 0,
-        has_head: bool = False,
-        loads: tuple[int, int] | None = None,
-        load_bytes: int = 0,
-    ) -> Estimate:
-        """The original model and one of so many layers over the same samples, then `again` layers of it once more.
-
-        `reserve`: bytes to leave free for what is done with them. `purpose`: what these are. `beside`: bytes of what is kept
-        besides hidden states of these samples. `has_head`: whether there is room for the head's work. `loads`: how many layers are
-        read again where all of them stay in memory, and where not; else none, and `again`. `load_bytes`: of other files each time.
-        """
-        whole = len(self.graph.layers)
-        free = self.memory - self.occupied
-        needs = self.needs(whole, samples, tokens)
-        plan, room = plan_streams(needs, free, reserve, self.host_free, has_head=has_head, held=self.occupied)
-        held = free - plan.kept_limit
-        if held + reserve > free:
-            raise lack_of_memory(
-                f"one layer and what is computed with it ({format_size(reserve)}) need {format_size(held + reserve)}, and of the "
-                f"memory allowed {format_size(free)} are left",
-                self.memory + held + reserve - free,
-            )
-        kept = samples * needs.boundary_bytes * (whole + layers + 2) + beside
-        written = max(0, kept - room)
-        lines: dict[str, int] = {
-            **{str(line): size for line, size in plan.lines.items()},
-            "hidden states": min(room, kept),
-            purpose: reserve,
-        }
-        allocator = plan.peak_bytes - sum(plan.lines.values())
-        layer_bytes = self.stored_layer_bytes / whole
-        staying, passing = loads or (0, again)
-        more = staying if plan.is_resident else passing
-        read = round(layer_bytes * (whole + layers + more)) + load_bytes * more + 2 * self.embedding_bytes
-        layer = self.benchmark.layer_pass(plan.batch_samples, tokens)
-        count = samples * (whole + layers + again)
-        return self.opening() * 2 + Estimate(
-            peak_bytes=self.occupied + sum(lines.values()) + allocator,
-            lines={"program": self.occupied, **lines, "allocator": allocator},
-            bytes_read=read + written,
-            bytes_written=written,
-            flops=count * layer.flops,
-            seconds=count * layer.forward + self._moving(read, written),
-            how=replace(plan, bytes_written=written).describe(),
-            disk_bytes=written,
-        )
+    def two_streams(self, layers: int, samples: int, tokens: int, work: StreamWork) -> Estimate:
+        """The original model and one of so many layers over the same samples, and what is done with both."""
+        return estimate_two_streams(self, layers, samples, tokens, work)
 
     def _lines_of(self, plan: SweepPlan) -> dict[str, int]:
         lines = {str(line): size for line, size in plan.lines.items()}
         return {"program": self.occupied, **lines, "allocator": plan.peak_bytes - sum(plan.lines.values())}
 
-    def _moving(self, read: int, spilled: int, besides: int = 0) -> float:
+    def moving(self, read: int, spilled: int, besides: int = 0) -> float:
         """Seconds to bring in so many bytes of layers, and to write boundaries and read them again."""
         loads = read / (self.stored_layer_bytes / len(self.graph.layers))
         return read * self.speed.read_again(besides) + loads * self.benchmark.load_seconds + 2 * spilled * self.speed.write

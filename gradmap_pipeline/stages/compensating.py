@@ -77,6 +77,13 @@ class LayerCompensation(Stage):
         """Correct one layer in the pruned stream. A `NoSiteError` leaves it as it is, and goes on with the next."""
         raise NotImplementedError
 
+    def goes_up(self) -> bool:
+        """Whether `choose` gives layers from the bottom up, and `prepare` and `correct` look at no others.
+
+        Then both models go up side by side, and keep hidden states of the layer that is corrected alone. Else they keep all.
+        """
+        return False
+
     def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
         """Change the pruned stream as a whole before any layer is corrected. Returns the patched tensors by name."""
         return {}
@@ -117,7 +124,9 @@ class LayerCompensation(Stage):
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         """What correcting a model of so many layers takes; here, one more pass of each."""
-        return costs.two_streams(layers, samples, tokens, self.room(costs.graph), layers)
+        from ..cost.stream_work import StreamWork
+
+        return costs.two_streams(layers, samples, tokens, StreamWork(self.room(costs.graph), layers, self.goes_up()))
 
     def run(self, inputs: Any, context: Context) -> Any:
         from ..correction.sites import NoSiteError, NotFiniteError, share_sites
@@ -134,7 +143,8 @@ class LayerCompensation(Stage):
         known = StructureProbe(graph, context.memory).find_sites()
         give_back()
         known = share_sites(known, context.group)
-        streams = open_streams(graph, inputs.calibration, context, self.room(graph))
+        goes_up = self.goes_up()
+        streams = open_streams(graph, inputs.calibration, context, self.room(graph), goes_up=goes_up)
         corrected: list[CorrectedSite] = []
         left_out: dict[int, NoSiteError] = {}
         patches: dict[str, TensorFile] = {}
@@ -149,8 +159,11 @@ class LayerCompensation(Stage):
                     raise PluginError(f"stage {self.name!r}: 'choose' gives layer {layer} twice")
                 if layer not in graph.layers:
                     raise PluginError(f"stage {self.name!r}: 'choose' gives {shorten(layer)}; the model has {list(graph.layers)}")
+                if goes_up and layer < max(tried, default=0):
+                    raise PluginError(f"stage {self.name!r} goes up, but 'choose' gives layer {layer} after {max(tried)}")
                 tried.add(layer)
                 try:
+                    streams.go_up_to(layer, advance)
                     with context.group.at(f"layer {layer}"), context.group.agreeing(NoSiteError):
                         made = self.correct(streams, layer, known, context)
                 except NoSiteError as error:

@@ -83,7 +83,8 @@ def plan_sweep(
             dtype="float32" if needs.item_bytes > 2 else "",
             by_option={"sequence_length": "shorten 'sequence_length'"},
         )
-    is_resident = sum(_count_phases(needs, 1, is_resident=True).values()) + _SLACK + reserve <= free
+    staying = sum(_count_phases(needs, 1, is_resident=True).values()) + _SLACK + reserve
+    is_resident = staying <= free and not needs.uses_layers_once
     batch = _choose_batch(needs, free, is_resident=is_resident)
     lines = _count_phases(needs, batch, is_resident=is_resident)
     held = sum(lines.values()) + _SLACK

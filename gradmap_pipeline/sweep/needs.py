@@ -70,7 +70,11 @@ class SweepNeeds:
     is_backward: bool = True
     has_weight_gradients: bool = False
     keeps_boundaries: bool = True
-    """All of them, not just the one the sweep stands at."""
+    """All of them, not just those at the layer that it stands at."""
+    boundaries: int = 1
+    """How many are kept at a time, where not all are."""
+    uses_layers_once: bool = False
+    """Whether a layer that was left is not entered again, so that none need stay in memory."""
     has_head: bool = True
     """Whether logits are computed."""
     has_slow_reads: bool = True
@@ -100,7 +104,11 @@ class SweepNeeds:
     @property
     def kept_bytes(self) -> int:
         """Bytes of one sample between layers: hidden states at the boundaries, and a gradient or a stream without a layer."""
-        return self.boundary_bytes * (self.layers + 2 if self.keeps_boundaries else 1)
+        return self.boundary_bytes * (self.layers + 2 if self.keeps_boundaries else self.boundaries)
+
+    def going_up(self) -> SweepNeeds:
+        """The same of two models that go up side by side, layer by layer, and keep what enters and leaves the layer of either."""
+        return replace(self, keeps_boundaries=False, boundaries=4, uses_layers_once=True)
 
 
 def measure_needs(

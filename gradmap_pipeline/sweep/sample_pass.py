@@ -6,12 +6,13 @@ Sizes: B sequences a batch, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted, take_first
-from ..errors import ModelError, PluginError
+from ..errors import ModelError
 from ..machine.distributed import ProcessGroup
 from .candidates import Outputs, run_layers, sum_losses
 from .head_losses import compute_logits, compute_losses, differentiate_losses
@@ -21,6 +22,7 @@ from .layer_graphs import LayerGraphs, accumulate, opened
 from .layerwise import LayerwiseModel
 from .taken_inputs import TakenInputs
 from .visits import BackwardLayer, BackwardVisit, ForwardLayer, ForwardVisit
+from .wanted import WantedBoundaries
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 
 _PROBE_TOKENS = 64
-_KEEP_ALL = "open the sweep with keep='all', or say so in the stage's Measure"
 
 
 class SamplePass:
@@ -58,7 +59,7 @@ class SamplePass:
         self.batches = list(batches)
         self._masks = [batch.mask.to(model.device) for batch in self.batches]  # once: the host waits for such a copy
         self.layers = list(model.graph.layers)
-        self.keeps_boundaries = keep_boundaries
+        self._wanted = WantedBoundaries(None if keep_boundaries else ())
         self.keeps_graphs = keep_graphs and model.weights.is_resident
         self.has_weight_gradients = weight_gradients
         self.advance = advance
@@ -92,8 +93,7 @@ class SamplePass:
         Raises `PluginError` where the sweep has not come there, or has gone on from there and keeps none.
         """
         if not self._kept.has(position, batch):
-            reason = f"are not kept: {_KEEP_ALL}" if position <= self.done else "are not known yet: run the layers below it first"
-            raise PluginError(f"the hidden states before layer {position} {reason}")
+            raise self._wanted.explain(position, self.done)
         return self._kept.get(position, batch)
 
     def arguments(self, batch: int, layer: int) -> LayerArguments:
@@ -115,6 +115,12 @@ class SamplePass:
         position = self.layers.index(layer)
         del self.layers[position]
         self._invalidate(position)
+
+    def keep_only(self, positions: Collection[int]) -> None:
+        """Forget the hidden states at all other boundaries, those on the way up as soon as they have been used."""
+        self._wanted = WantedBoundaries(positions)
+        for position in set(range(self.done)).difference(positions):
+            self._kept.drop(position)
 
     def invalidate_from(self, layer: int) -> None:
         """Forget what comes out of a base layer, because its weights have changed."""
@@ -140,13 +146,11 @@ class SamplePass:
 
     def run_forward(self) -> None:
         """Go up to the last layer."""
-        for _ in self.forward():
-            pass
+        deque(self.forward(), maxlen=0)
 
     def run_up_to(self, layer: int, *, through: bool = False) -> None:
         """Go up to what enters a base layer; `through`: to what leaves it."""
-        for _ in self._forward_to(self.layers.index(layer) + through):
-            pass
+        deque(self._forward_to(self.layers.index(layer) + through), maxlen=0)
 
     @contextmanager
     def look(self, layer: int, *, keep: bool = False) -> Iterator[ForwardLayer]:
@@ -179,7 +183,7 @@ class SamplePass:
 
         `from_bottom`: compute it again all the same. Raises `PluginError` where the sweep keeps no hidden states.
         """
-        self._check_kept("a loss without a layer starts")
+        self._wanted.check_all("a loss without a layer starts")
         self.run_up_to(layer)
         start = 0 if from_bottom else self.layers.index(layer)
         return sum_losses(self, self.outputs_of([other for other in self.layers[start:] if other != layer], start))
@@ -189,12 +193,8 @@ class SamplePass:
 
         They come in groups, of those that are run together. Raises `PluginError` where the sweep keeps no hidden states.
         """
-        self._check_kept("a run of some layers starts")
+        self._wanted.check_all("a run of some layers starts")
         return run_layers(self, self._kept, layers, start)
-
-    def _check_kept(self, use: str) -> None:
-        if not self.keeps_boundaries:
-            raise PluginError(f"{use} from hidden states below it, which are not kept: {_KEEP_ALL}")
 
     def logits(self, last: int | None = None) -> Iterator[torch.Tensor]:
         """Logits (B, T, V) of each batch; of the `last` positions alone, where that is given."""
@@ -253,7 +253,7 @@ class SamplePass:
                     layer = self.layers[position]
                     output = self.model.run_layer(layer, hidden, self.arguments(index, layer))
             if keep:
-                if not self.keeps_boundaries:
+                if position not in self._wanted:
                     self._kept.forget(position, index)
                 self._kept.put(position + 1, index, output)
             yield ForwardVisit(hidden, output, self._masks[index], index)

@@ -48,6 +48,8 @@ class Stream:
     """Whether logits are computed; else layers alone are run."""
     batch_samples: int | None = None
     """Samples of a batch; None: as many as the plan chooses. More than that have their room in `reserve`."""
+    goes_up: bool = False
+    """Whether this sweep goes up beside that of another model, as `SweepNeeds.going_up` says."""
 
 
 def open_sweep(
@@ -89,6 +91,7 @@ def open_sweep(
             has_padding=not bool(samples[1].bool().all()),
             has_head=has_head,
         )
+        needs = needs.going_up() if stream and stream.goes_up else needs
         held = resident_bytes(context.device)
         free = group.least(context.memory - held)
         host_free = group.least(free_on_host(context.device, context.host_memory))

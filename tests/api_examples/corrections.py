@@ -14,8 +14,10 @@ from gradmap_pipeline import (
     Context,
     CorrectedSite,
     Drift,
+    Estimate,
     Forecasts,
     LayerCompensation,
+    ModelCosts,
     ModelGraph,
     Moments,
     NoSiteError,
@@ -24,6 +26,7 @@ from gradmap_pipeline import (
     RefitSettings,
     Site,
     Streams,
+    StreamWork,
     StructureProbe,
     TensorFile,
     Trained,
@@ -78,8 +81,16 @@ class RidgeCompensate(LayerCompensation):
     def room(self, graph: ModelGraph) -> int:
         return room_for(*graph.map_sizes())
 
+    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        cuts = min(len(costs.graph.layers) - layers, layers)
+        work = StreamWork(self.room(costs.graph), again=cuts, goes_up=self.goes_up())
+        return costs.two_streams(layers, samples, tokens, work)
+
     def check(self, graph: ModelGraph) -> None:
         layers_before_cuts(graph)  # raises StageError where there is no cut
+
+    def goes_up(self) -> bool:
+        return True  # from one cut to the next, looking at neither what is below nor what is above
 
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
         yield from layers_before_cuts(streams.graph)

@@ -42,6 +42,9 @@ class StageName(LayerCompensation):
     def check(self, graph: ModelGraph) -> None:
         layers_before_cuts(graph)
 
+    def goes_up(self) -> bool:
+        return True  # hidden states below the layer that is corrected are not needed again
+
     def choose(self, streams: Streams, known: Mapping[int, Sequence[Site]]) -> Iterator[int]:
         yield from layers_before_cuts(streams.graph)
 
