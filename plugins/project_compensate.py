@@ -7,6 +7,7 @@ Sizes: N tokens that are not padding, F inputs of the down-projection, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -106,7 +107,10 @@ class ProjectCompensate(LayerCompensation):
         scaled = layers if self.rescale else 0
         again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
         try:
-            work = StreamWork(self.room(costs.graph), again, self.goes_up())
+            work = StreamWork(self.room(costs.graph), again)
+            if self.goes_up():  # each layer stays for all that is done with it
+                keeps_inputs = self.space == "input" and costs.dtype == "float32"
+                work = replace(work, goes_up=True, loads=(0, 0), taken=4 * samples * tokens * inputs if keeps_inputs else 0)
             both = costs.two_streams(layers, samples, tokens, work)
         except CapacityError as error:
             if self.space == "input":

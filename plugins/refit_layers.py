@@ -182,17 +182,18 @@ class RefitLayers(Stage):
                     reached += units
                     advance(units, detail=detail)
 
-                streams.go_up_to(layer)
                 folder = None if context.keep_folder is None else context.keep_folder(["state", group.size, *key])
 
                 def compute(layer: int = layer, count: Any = count, folder: Path | None = folder) -> dict[str, torch.Tensor]:
                     return pack(self._refit(streams, layer, count, context, folder))
 
-                values = context.remember_tensors(key, compute)
-                advance(self.steps - reached)
-                one = unpack(layer, values)
+                streams.go_up_to(layer, context)
+                with streams.pruned.model.layer(layer):  # stays until what leaves it is known
+                    values = context.remember_tensors(key, compute)
+                    advance(self.steps - reached)
+                    one = unpack(layer, values)
+                    patches |= self._use(streams, layer, values, context)
                 done.append(one)
-                patches |= self._use(streams, layer, values, context)
                 context.note(tell(one))
         return self.Outputs(
             model=graph.with_patches(patches, "refit"),

@@ -44,7 +44,7 @@ class ReplacemeCompensate(LayerCompensation):
 
     def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
         width, cuts = costs.benchmark.hidden_size, min(len(costs.graph.layers) - layers, layers)
-        passes = costs.two_streams(layers, samples, tokens, StreamWork(self.room(costs.graph), cuts, goes_up=True))
+        passes = costs.two_streams(layers, samples, tokens, StreamWork(self.room(costs.graph), cuts, self.goes_up()))
         return passes + costs.speed.correction(width, width, samples * tokens) * cuts
 
     def check(self, graph: ModelGraph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,21 @@ from gradmap_plugins.replaceme_compensate import ReplacemeCompensate
 from safetensors.torch import load_file
 from tiny import make_model
 
-from gradmap_pipeline import LayerCompensation, ModelCosts, Site, StreamWork, open_streams
+from gradmap_pipeline import (
+    LayerCompensation,
+    ModelCosts,
+    Site,
+    StreamWork,
+    find_writers,
+    nearest_scale,
+    open_streams,
+    rescale_stream,
+)
 from gradmap_pipeline.checkpoint.graph import open_folder
 from gradmap_pipeline.correction.streams import Streams
 from gradmap_pipeline.errors import PluginError
 from gradmap_pipeline.machine.machine import Machine
-from gradmap_pipeline.sweep.kept_tensors import TAKEN
+from gradmap_pipeline.sweep.kept_tensors import TAKEN, KeptTensors
 from gradmap_pipeline.testing import run_stage
 
 LAYERS = 6
@@ -77,6 +87,42 @@ def test_equal_bytes(
     assert more == (LAYERS - left[0] if left else 0)  # nothing above is wanted, so the original model ends there
 
 
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Six batches of two samples each, of which next to nothing is kept in memory."""
+
+    class Tight(KeptTensors):
+        def __init__(self, _: int | None, *given: Any, **named: Any) -> None:
+            super().__init__(30_000, *given, **named)
+
+    monkeypatch.setattr("gradmap_pipeline.sweep.memory_plan.BATCH_TOKENS", 2 * 48)
+    monkeypatch.setattr("gradmap_pipeline.sweep.sweep.KeptTensors", Tight)
+    return 6
+
+
+@pytest.mark.parametrize("removed", [(0, 3), (2, 3, 4), (0, 1, 5)], ids=str)
+def test_equal_bytes_of_batches_that_go_to_a_file(
+    removed: tuple[int, ...], text: Path, tmp_path: Path, small_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never more than two boundaries of a model are kept, on the way to a layer either."""
+    inputs = make_inputs(tmp_path, text, removed)
+    most: dict[int, int] = {}
+
+    def note(kept: KeptTensors, level: int, batch: int, tensor: torch.Tensor) -> None:
+        put(kept, level, batch, tensor)
+        most[id(kept)] = max(most.get(id(kept), 0), sum(level < TAKEN for level, _ in kept._places()))
+
+    put = KeptTensors.put
+    monkeypatch.setattr(KeptTensors, "put", note)
+    up = run_stage(ProjectCompensate(), tmp_path / "up", **inputs)
+    assert sorted(most.values()) == [2 * small_batches] * 2
+    kept = run_stage(keeping_all(ProjectCompensate, {}), tmp_path / "kept", **inputs)
+    assert max(most.values()) > 2 * small_batches
+    assert up.compensation == kept.compensation
+    for file in (tmp_path / "up").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "kept" / file.name).read_bytes()
+
+
 @pytest.mark.parametrize("removed", [(0, 3), (2, 3, 4)], ids=str)
 def test_two_boundaries_of_each_model_are_kept(removed: tuple[int, ...], text: Path, tmp_path: Path) -> None:
     """What enters and what leaves the layer, in the original what enters the next kept one."""
@@ -116,14 +162,42 @@ class LooksBack(ProjectCompensate):
         return super().correct(streams, layer, known, context)
 
 
+class LooksBelow(ProjectCompensate):
+    """Up, but with a look at the first layer each time."""
+
+    def correct(self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Any) -> Any:
+        with streams.pruned.look(0) as step:
+            deque(step, maxlen=0)
+        return super().correct(streams, layer, known, context)
+
+
+class Prepares(ProjectCompensate):
+    """Up, after a look at every cut."""
+
+    def prepare(self, streams: Streams, context: Any) -> Any:
+        streams.writers = find_writers(streams.graph, context)
+        return rescale_stream(streams, nearest_scale, context)[1]
+
+
+class TriesLayers(ProjectCompensate):
+    """Up, with a try of the model without a layer."""
+
+    def correct(self, streams: Streams, layer: int, known: Mapping[int, Sequence[Site]], context: Any) -> Any:
+        streams.pruned.loss_without(layer)
+        return super().correct(streams, layer, known, context)
+
+
 @pytest.mark.parametrize(
     ("stage", "told"),
     [
         (Downwards(), "stage 'project_compensate' goes up, but 'choose' gives layer 4 after 5"),
         (
             LooksBack(),
-            r"before layer \d are not kept: a correction that goes up has left them; where it looks back",
+            r"before layer \d are not kept: models that go up side by side have those at one layer alone; what looks",
         ),
+        (LooksBelow(), "before layer 0 are not kept: models that go up side by side"),
+        (Prepares(), r"before layer \d are not kept: models that go up side by side"),
+        (TriesLayers(), "a loss without a layer starts from hidden states below it, which are not kept: models that go up"),
     ],
 )
 def test_a_stage_that_does_not_go_up_is_told(stage: LayerCompensation, told: str, text: Path, tmp_path: Path) -> None:
@@ -134,7 +208,7 @@ def test_a_stage_that_does_not_go_up_is_told(stage: LayerCompensation, told: str
 def test_planned_are_four_boundaries(tmp_path: Path) -> None:
     """Where they find no room in memory, so many lie on the disk at a time; else every one of both models does."""
     costs = ModelCosts(make_model(tmp_path / "model", num_hidden_layers=LAYERS), "model", None, Machine(), tmp_path)
-    samples, tokens = 1 << 22, 32
+    samples, tokens = 1 << 26, 32
     boundary = samples * tokens * 32 * 4
     up, kept = (costs.two_streams(4, samples, tokens, StreamWork(1 << 20, 3, goes_up=goes_up)) for goes_up in (True, False))
     in_memory = up.lines["hidden states"]
@@ -143,6 +217,15 @@ def test_planned_are_four_boundaries(tmp_path: Path) -> None:
     assert up.bytes_written == pytest.approx(up.disk_bytes * (LAYERS + 4 + 2) / 4)
     assert kept.disk_bytes == kept.bytes_written == pytest.approx((LAYERS + 4 + 2) * boundary, rel=0.1)
     assert up.flops == kept.flops
+
+
+def test_planned_inputs_of_a_map_lie_beside_them_where_there_is_room(tmp_path: Path) -> None:
+    costs = ModelCosts(make_model(tmp_path / "model", num_hidden_layers=LAYERS), "model", None, Machine(), tmp_path)
+    boundary, taken = 8 * 32 * 32 * 4, 8 * 32 * 64 * 4
+    stage = ProjectCompensate()
+    assert stage.estimate_streams(4, 8, 32, costs).lines["hidden states"] == 4 * boundary + taken
+    tight = costs.two_streams(4, 1 << 26, 32, StreamWork(1 << 20, goes_up=True, taken=1 << 50))
+    assert tight.lines["hidden states"] < 1 << 50
 
 
 def test_planned_memory_holds_one_layer_of_either_model(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def measure_scale(streams: Streams, position: int, layer: int, ratio: Ratio) -> 
         pruned.run_forward()
     for index, batch in enumerate(pruned.batches):
         hidden = pruned.boundary(position, index)
-        above, below = ratio(hidden, streams.targets.get(layer, index), batch.mask.to(hidden.device))
+        above, below = ratio(hidden, streams.entering(layer, index), batch.mask.to(hidden.device))
         sums["above"] += above
         sums["below"] += below
     sums = streams.group.sum_values(sums)

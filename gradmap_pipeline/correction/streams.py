@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.graph import ModelGraph
-    from ..context import Advance, Context
+    from ..context import Context
     from ..data.calibration_set import CalibrationSet
     from .sites import Site
     from .writers import Writer
 
 Captured = TypeVar("Captured")
+
+
+def _silent(units: int = 1, /, *, detail: str = "") -> None:
+    """For work that no bar shows."""
 
 
 @dataclass
@@ -108,7 +112,8 @@ def open_streams(
     """Run the original model, keep what enters its kept layers, and open the pruned one; one model is in memory at a time.
 
     `reserve`: bytes to leave free for what is done with them. `batch_samples`: samples of a batch, where not as many as memory
-    and speed say. `goes_up`: open both, and run them side by side in `Streams.go_up_to`, which keeps the layer it stands at alone.
+    and speed say. `goes_up`: run neither. `Streams.go_up_to` then runs both, one layer of one of them at a time, and keeps hidden
+    states of the layer that it has come to alone.
     """
     depths = (1, 1) if goes_up else (graph.base.layers, len(graph.layers))
     whole, pruned = (Stream(reserve, share=depth / sum(depths), batch_samples=batch_samples, goes_up=goes_up) for depth in depths)
@@ -116,8 +121,10 @@ def open_streams(
     if goes_up:
         original.model.weights.reads_ahead = False  # its next layer would lie beside that of the pruned model
         after = open_sweep(graph, calibration.load(), context, keep="all", stream=pruned, plan=original.plan)
-        dense = original.open_only_pass()
-        return Streams(original.kept, after.open_only_pass(), graph, context.group, original=dense)
+        streams = Streams(original.kept, after.open_only_pass(), graph, context.group, original=original.open_only_pass())
+        for one in (streams.pruned, original.open_only_pass()):
+            one.keep_only((0,))
+        return streams
     units = graph.base.layers * len(original.batches)
     with context.progress("run the original model", units, "layer batch") as original.advance:
         for step in original.forward():
@@ -136,12 +143,14 @@ class Streams:
     """Tokens inside the original and the pruned model: what enters layers of the first, and a pass through the second."""
 
     targets: KeptTensors
-    """What enters each layer of the original model, where the pruned model has that layer too and has lost one before."""
+    """What enters each layer of the original model, where the pruned model has that layer too and has lost one before.
+
+    Where the original goes up beside the pruned model, what `original` keeps."""
     pruned: SamplePass
     graph: ModelGraph
     group: ProcessGroup
     original_forwards: int = 0
-    """Layer forwards of the original model."""
+    """Layer forwards of the original model, once it has come to the top."""
     scales: dict[int, float] = field(default_factory=dict)
     """By base layer, what the pruned stream that enters it is times too small by design; 1 where it is not there."""
     writers: Mapping[int, Sequence[Writer]] = field(default_factory=dict)
@@ -158,25 +167,27 @@ class Streams:
         original = self.original_forwards if self.original is None else self.original.layer_forwards
         return Round(layer_forwards=original + self.pruned.layer_forwards, layer_backwards=0, seconds=seconds)
 
-    def go_up_to(self, layer: int, advance: Advance | None = None) -> None:
+    def go_up_to(self, layer: int, context: Context) -> int:
         """Go up, in both models, to what enters a kept layer, and in the original to what should leave it.
 
-        What enters and leaves that layer is all that is kept then. `advance` is called for each kept layer on the way that a sweep
-        has not come to before. Nothing happens where the original model has come to the top.
+        What enters and leaves that layer is all that is kept then. Returns how many kept layers were passed on the way. Nothing
+        happens where the original model has come to the top.
         """
         if self.original is None:
-            return
-        kept = self.graph.layers
-        goal = kept.index(layer)
-        for position in range(min(self.passed, goal), goal + 1):
-            base, above = kept[position], kept[position + 1] if position + 1 < len(kept) else self.graph.base.layers
-            self.original.keep_only((base, above))
-            self.original.run_up_to(above - 1, through=True)
-            self.pruned.keep_only((position, position + 1))
-            self.pruned.run_up_to(base)
-            if position < goal and advance is not None:
-                advance()
-        self.passed = goal + 1
+            return 0
+        bounds = [*self.graph.layers, self.graph.base.layers]
+        goal = self.graph.layers.index(layer)
+        units = len(self.pruned.batches) * (bounds[goal + 1] - self.original.done + goal - self.pruned.done)
+        with context.progress("run both models", units, "layer batch") if goal > self.passed else nullcontext(_silent) as advance:
+            self.original.advance = self.pruned.advance = advance
+            for position in range(min(self.passed, goal), goal + 1):
+                self.original.keep_only(bounds[position : position + 2])
+                self.original.run_up_to(bounds[position + 1] - 1, through=True)
+                self.pruned.keep_only((position, position + 1))
+                self.pruned.run_up_to(bounds[position])
+        self.original.advance = self.pruned.advance = _silent
+        passed, self.passed = goal - self.passed, goal + 1
+        return max(0, passed)
 
     def target(self, position: int, batch: int) -> torch.Tensor:
         """What should leave the kept layer at `position`: what enters the next kept layer in the original model."""
@@ -202,10 +213,17 @@ class Streams:
         above = [other for other in self.graph.layers if other > layer]
         return self.scales.get(above[0] if above else self.graph.base.layers, 1.0)
 
+    def entering(self, layer: int, batch: int) -> torch.Tensor:
+        """What enters a base layer of the original model, (B, T, D).
+
+        Raises `PluginError` where both models go up side by side, and are at another layer.
+        """
+        return self.targets.get(layer, batch) if self.original is None else self.original.boundary(layer, batch)
+
     def _original(self, layer: int, batch: int) -> torch.Tensor:
-        """What enters a base layer of the original model, in the size that the pruned stream has there."""
+        """The same, in the size that the pruned stream has there."""
         scale = self.scales.get(layer, 1.0)
-        hidden = self.targets.get(layer, batch) if self.original is None else self.original.boundary(layer, batch)
+        hidden = self.entering(layer, batch)
         return hidden if scale == 1 else hidden / scale
 
     def check_gain(self, layer: int, site: Site) -> None:

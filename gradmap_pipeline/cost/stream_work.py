@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..correction.streams import plan_streams
 from ..machine.memory_advice import lack_of_memory
 from ..sweep.memory_plan import format_size
+from ..sweep.needs import BOUNDARIES_GOING_UP
 from .estimate import Estimate
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class StreamWork:
     """What the reserve is for."""
     beside: int = 0
     """Bytes of what is kept besides hidden states of these samples."""
+    taken: int = 0
+    """Bytes of what is kept only where it finds room beside the hidden states of the pruned model that goes up."""
     has_head: bool = False
     """Whether there is room for the head's work."""
     loads: tuple[int, int] | None = None
@@ -52,13 +55,14 @@ def estimate_two_streams(costs: ModelCosts, layers: int, samples: int, tokens: i
             costs.memory + held + work.reserve - free,
         )
     boundaries = whole + layers + 2
-    at_once = needs.going_up().boundaries if work.goes_up else boundaries
+    at_once = BOUNDARIES_GOING_UP if work.goes_up else boundaries
     kept = samples * needs.boundary_bytes * at_once + work.beside
     spilled = max(0, kept - room)
     written = spilled * boundaries // at_once
+    taken = work.taken if kept // 2 + work.taken <= room // 2 else 0
     lines: dict[str, int] = {
         **{str(line): size for line, size in plan.lines.items()},
-        "hidden states": min(room, kept),
+        "hidden states": min(room, kept) + taken,
         work.purpose: work.reserve,
     }
     allocator = plan.peak_bytes - sum(plan.lines.values())

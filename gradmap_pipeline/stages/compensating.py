@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -78,7 +79,7 @@ class LayerCompensation(Stage):
         raise NotImplementedError
 
     def goes_up(self) -> bool:
-        """Whether `choose` gives layers from the bottom up, and `prepare` and `correct` look at no others.
+        """Whether `choose` gives layers from the bottom up, and neither it nor `prepare` or `correct` looks at others.
 
         Then both models go up side by side, and keep hidden states of the layer that is corrected alone. Else they keep all.
         """
@@ -155,16 +156,12 @@ class LayerCompensation(Stage):
             self._refuse(error, streams, context)
         with context.progress("correct layers", len(graph.layers), "layer") as advance:
             for layer in self._choose(streams, known, context.group):
-                if layer in tried:
-                    raise PluginError(f"stage {self.name!r}: 'choose' gives layer {layer} twice")
-                if layer not in graph.layers:
-                    raise PluginError(f"stage {self.name!r}: 'choose' gives {shorten(layer)}; the model has {list(graph.layers)}")
-                if goes_up and layer < max(tried, default=0):
-                    raise PluginError(f"stage {self.name!r} goes up, but 'choose' gives layer {layer} after {max(tried)}")
+                self._check_chosen(layer, tried, graph)
                 tried.add(layer)
                 try:
-                    streams.go_up_to(layer, advance)
-                    with context.group.at(f"layer {layer}"), context.group.agreeing(NoSiteError):
+                    advance(streams.go_up_to(layer, context))
+                    staying = streams.pruned.model.layer(layer) if goes_up else nullcontext()
+                    with context.group.at(f"layer {layer}"), context.group.agreeing(NoSiteError), staying:
                         made = self.correct(streams, layer, known, context)
                 except NoSiteError as error:
                     left_out[layer] = error
@@ -197,6 +194,15 @@ class LayerCompensation(Stage):
             if not told:
                 return
             yield told[0]
+
+    def _check_chosen(self, layer: int, tried: set[int], graph: ModelGraph) -> None:
+        """Raise `PluginError` unless `choose` gave a layer of the model that it has not given before, in order."""
+        if layer in tried:
+            raise PluginError(f"stage {self.name!r}: 'choose' gives layer {layer} twice")
+        if layer not in graph.layers:
+            raise PluginError(f"stage {self.name!r}: 'choose' gives {shorten(layer)}; the model has {list(graph.layers)}")
+        if self.goes_up() and layer < max(tried, default=0):
+            raise PluginError(f"stage {self.name!r} goes up, but 'choose' gives layer {layer} after {max(tried)}")
 
     def _check_corrected(self, made: Any, graph: ModelGraph) -> None:
         """Raise `PluginError` unless `correct` gave what was done and patches of tensors that the model has."""

@@ -24,8 +24,8 @@ OWN_DIGEST = "sha256"
 _MODE = 0o644
 """Permissions of exported files, less the umask."""
 
-State = tuple[int, int, int, int]
-"""Size in bytes, times of modification and of any change in ns, inode."""
+State = tuple[int, int, int]
+"""Size in bytes, time of modification in ns, inode."""
 
 
 def check_target(folder: Path, overwrite: bool, *, reads_files: bool = False) -> None:
@@ -73,12 +73,15 @@ def find_foreign_files(folder: Path, *, reads_files: bool = True) -> Iterator[tu
 
 def _is_as_written(file: Path, written: ExportedFile, reads_files: bool) -> bool:
     has_same_size = not file.is_symlink() and file.stat().st_size == written.size
-    return has_same_size and (not reads_files or _digest_in(file, _state_of(file)) == written.sha256)
+    return has_same_size and (not reads_files or _digest_in(file, _state_of(file), file.stat().st_ctime_ns) == written.sha256)
 
 
 @lru_cache(maxsize=4096)
-def _digest_in(file: Path, state: State) -> str:
-    """Digest of a file that is in a state: an export is looked at when a run begins and around its step, and read once."""
+def _digest_in(file: Path, state: State, changed: int) -> str:
+    """Digest of a file in a state, which has not changed since a time in ns that no program can set.
+
+    An export is looked at when a run begins and around its step, and read once.
+    """
     return sha256_of(file)
 
 
@@ -232,7 +235,7 @@ def overlaps(one: Path, other: Path) -> bool:
 
 def _state_of(file: Path) -> State:
     status = file.lstat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def describe_file(file: Path) -> ExportedFile:

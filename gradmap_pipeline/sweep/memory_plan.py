@@ -41,6 +41,8 @@ class SweepPlan:
     """Above what the process has before: the sum of `lines`, and what the allocator needs."""
     bytes_read: int
     bytes_written: int
+    reads_once: bool = False
+    """No layer is read twice."""
     host_limit: int = 0
     """Bytes of it held besides in the machine's memory, where the device is a GPU."""
     spilled_bytes: int = 0
@@ -54,7 +56,8 @@ class SweepPlan:
 
     def describe(self) -> str:
         """The plan in a few words."""
-        layers = "layers stay in memory" if self.is_resident else "layers read ahead" if self.reads_ahead else "layers read again"
+        read = "layers read ahead" if self.reads_ahead else "each layer read once" if self.reads_once else "layers read again"
+        layers = "layers stay in memory" if self.is_resident else read
         passes = f"samples in {self.passes} passes" if self.passes > 1 and not self.is_resident else ""
         spilled = f"{format_size(self.bytes_written)} of hidden states to a file" if self.bytes_written else ""
         return ", ".join(filter(None, (layers, "graphs kept" if self.keeps_graphs else "", passes, spilled)))
@@ -129,6 +132,7 @@ def plan_sweep(
         peak_bytes=sum(lines.values()) + _SLACK,
         bytes_read=needs.stored_bytes * (1 if is_resident else sweeps) + ends + again + written,
         bytes_written=written,
+        reads_once=needs.uses_layers_once,
         host_limit=host_limit,
         spilled_bytes=spilled,
         lines=lines,

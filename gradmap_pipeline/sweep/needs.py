@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .layer_arguments import LayerArguments
     from .layerwise import LayerwiseModel
 
+BOUNDARIES_GOING_UP = 4
+"""Kept at a time of two models that go up side by side: what enters and leaves a layer of each."""
 _WORK = 1.5
 """Working memory of a layer over what autograd saves of it: gradients on their way down."""
 
@@ -107,8 +109,12 @@ class SweepNeeds:
         return self.boundary_bytes * (self.layers + 2 if self.keeps_boundaries else self.boundaries)
 
     def going_up(self) -> SweepNeeds:
-        """The same of two models that go up side by side, layer by layer, and keep what enters and leaves the layer of either."""
-        return replace(self, keeps_boundaries=False, boundaries=4, uses_layers_once=True)
+        """The same of two models that go up side by side, layer by layer, and keep what enters and leaves the layer of either.
+
+        In fp32 what a map took may be kept besides, where there is room: up to four times as wide as a boundary.
+        """
+        taken = 4 if self.item_bytes == 4 else 0
+        return replace(self, keeps_boundaries=False, boundaries=BOUNDARIES_GOING_UP + taken, uses_layers_once=True)
 
 
 def measure_needs(

@@ -245,7 +245,7 @@ class SamplePass:
         import torch
 
         for index in range(len(self.batches)):
-            hidden = self._kept.get(position, index)
+            hidden = self.boundary(position, index)
             if keep and self.keeps_graphs and self._needs_gradient(position):
                 output = self._run_with_graph(position, index, hidden).detach()
             else:
