@@ -192,6 +192,19 @@ def test_run_has_shown_nothing_where_it_fails_or_computes_nothing_or_its_text_ch
     assert len(looks) == 1
 
 
+def test_what_is_known_is_not_written_again() -> None:
+    """By another run that computes all steps."""
+    written = []
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"])
+        assert result.exit_code == 0, result.output
+        written.append({file.name: file.stat().st_ino for file in Path(".gradmap").glob("units/*.json")})
+        shutil.rmtree(".gradmap/steps")
+    before, after = written
+    assert {"check", "structure"} <= {name.partition("-")[0] for name in before}
+    assert {name: after[name] for name in before} == before
+
+
 def test_recipe_that_init_wrote_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["init", "model"]).exit_code == 0
     monkeypatch.setattr(verdicts, "inspect_plan", lambda *_: pytest.fail("looked at again"))

@@ -90,7 +90,9 @@ def _keep(units: dict[tuple[str, str], Any], store: Store, seconds: float) -> No
         store.prepare()
         try:
             for (name, key), value in units.items():
-                store.save_unit(name, key, value, seconds)
+                kept = store.load_unit(name, key)
+                if kept is None or kept["value"] != value:  # what is known is not written again
+                    store.save_unit(name, key, value, seconds)
         finally:
             store.close()
 

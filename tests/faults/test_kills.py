@@ -99,10 +99,14 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def finished_files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """What a run must not make again, finished steps and units, with the numbers that the system gave their files."""
+    """What a run must not make again, finished steps and units, with the numbers that the system gave their files.
+
+    What is known of a model's structure is left out: it grows with what is asked.
+    """
     for pattern in ("steps/*/outputs.json", "units/*.json"):
         for file in (folder / ".gradmap").glob(pattern):
-            yield file, file.stat().st_ino
+            if not file.name.startswith("structure-"):
+                yield file, file.stat().st_ino
 
 
 @pytest.mark.slow
