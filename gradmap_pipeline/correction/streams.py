@@ -37,7 +37,7 @@ Captured = TypeVar("Captured")
 
 
 def _silent(units: int = 1, /, *, detail: str = "") -> None:
-    """For work that no bar shows."""
+    """Stand in for the bar of work that none shows."""
 
 
 @dataclass
@@ -121,10 +121,10 @@ def open_streams(
     if goes_up:
         original.model.weights.reads_ahead = False  # its next layer would lie beside that of the pruned model
         after = open_sweep(graph, calibration.load(), context, keep="all", stream=pruned, plan=original.plan)
-        streams = Streams(original.kept, after.open_only_pass(), graph, context.group, original=original.open_only_pass())
-        for one in (streams.pruned, original.open_only_pass()):
+        dense, left = original.open_only_pass(), after.open_only_pass()
+        for one in (dense, left):
             one.keep_only((0,))
-        return streams
+        return Streams(original.kept, left, graph, context.group, original=dense)
     units = graph.base.layers * len(original.batches)
     with context.progress("run the original model", units, "layer batch") as original.advance:
         for step in original.forward():
@@ -143,9 +143,9 @@ class Streams:
     """Tokens inside the original and the pruned model: what enters layers of the first, and a pass through the second."""
 
     targets: KeptTensors
-    """What enters each layer of the original model, where the pruned model has that layer too and has lost one before.
+    """These tensors enter layers of the original model: those layers that the pruned model has, above the first that it has lost.
 
-    Where the original goes up beside the pruned model, what `original` keeps."""
+    Where the original goes up beside the pruned model, they are those at the layer that both have come to."""
     pruned: SamplePass
     graph: ModelGraph
     group: ProcessGroup
@@ -214,14 +214,14 @@ class Streams:
         return self.scales.get(above[0] if above else self.graph.base.layers, 1.0)
 
     def entering(self, layer: int, batch: int) -> torch.Tensor:
-        """What enters a base layer of the original model, (B, T, D).
+        """Return the hidden states (B, T, D) that enter a base layer of the original model.
 
         Raises `PluginError` where both models go up side by side, and are at another layer.
         """
         return self.targets.get(layer, batch) if self.original is None else self.original.boundary(layer, batch)
 
     def _original(self, layer: int, batch: int) -> torch.Tensor:
-        """The same, in the size that the pruned stream has there."""
+        """Return the same in the size that the pruned stream has there."""
         scale = self.scales.get(layer, 1.0)
         hidden = self.entering(layer, batch)
         return hidden if scale == 1 else hidden / scale

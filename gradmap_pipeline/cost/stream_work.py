@@ -1,4 +1,4 @@
-"""What the original model and a pruned one would take over the same samples, with what is done with both."""
+"""Estimate a run of the original model and of a pruned one over the same samples, and the work that is done with both."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamWork:
-    """What is done with two models that see the same samples."""
+    """The work of a stage with two models that see the same samples."""
 
     reserve: int = 0
     """Bytes to leave free for it."""
     again: int = 0
     """Layers of the pruned model that are run once more."""
     goes_up: bool = False
-    """Whether both models go up side by side, as in `open_streams`; else all hidden states are kept."""
+    """Both models go up side by side, as in `open_streams`; else all hidden states are kept."""
     purpose: str = "sums of a correction"
-    """What the reserve is for."""
+    """The reserve is for this; a plan shows it under this name."""
     beside: int = 0
     """Bytes of what is kept besides hidden states of these samples."""
     taken: int = 0
     """Bytes of what is kept only where it finds room beside the hidden states of the pruned model that goes up."""
     has_head: bool = False
-    """Whether there is room for the head's work."""
+    """The head works, too, and has its room."""
     loads: tuple[int, int] | None = None
-    """How many layers are read again where all of them stay in memory, and where not; None: none, and `again`."""
+    """So many layers are read again where all of them stay in memory, and so many where not; None stands for none and `again`."""
     load_bytes: int = 0
     """Bytes of other files that are read with each of these."""
 
 
 def estimate_two_streams(costs: ModelCosts, layers: int, samples: int, tokens: int, work: StreamWork) -> Estimate:
-    """What the original model and one of so many layers take. Raises `CapacityError` where they do not fit into memory."""
+    """Estimate the original model and one of so many layers. Raises `CapacityError` where they do not fit into memory."""
     whole = len(costs.graph.layers)
     free = costs.memory - costs.occupied
     needs = costs.needs(whole, samples, tokens)
