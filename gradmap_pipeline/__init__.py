@@ -97,6 +97,7 @@ if TYPE_CHECKING:
         estimate_decoding as estimate_decoding,
     )
     from .cost.estimate import Estimate as Estimate
+    from .cost.layers_left import LayersLeft as LayersLeft
     from .cost.model_costs import ModelCosts as ModelCosts
     from .cost.stream_work import StreamWork as StreamWork
     from .data.answers import (

@@ -56,6 +56,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "stages.compensating": ("LayerCompensation", "find_writers", "check_rescaling"),
         "correction.streams": ("Streams", "Drift", "capture_site", "open_streams"),
         "cost.stream_work": ("StreamWork",),
+        "cost.layers_left": ("LayersLeft",),
         "correction.sites": ("Site", "NoSiteError", "NotFiniteError"),
         "correction.site_search": ("check_gain",),
         "correction.ridge": ("Moments", "room_for", "check_room"),

@@ -20,14 +20,18 @@ from gradmap_pipeline import (
     Context,
     CorrectedSite,
     Drift,
+    Estimate,
     Forecasts,
     LayerCompensation,
+    LayersLeft,
+    ModelCosts,
     ModelGraph,
     Moments,
     Site,
     Stage,
     StageError,
     Streams,
+    StreamWork,
     StructureProbe,
     TensorFile,
     capture_site,
@@ -126,6 +130,12 @@ class LinearpatchCompensate(LayerCompensation):
 
     def room(self, graph: ModelGraph) -> int:
         return room_for(*graph.map_sizes())
+
+    def estimate_streams(self, left: LayersLeft, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        cuts, (inputs, width) = left.count_before_cuts(), costs.graph.map_sizes()
+        again = 2 * cuts + (left.count if self.rescale else 0)  # a patch is found, then folded
+        passes = costs.two_streams(left.count, samples, tokens, StreamWork(self.room(costs.graph), again, self.goes_up()))
+        return passes + costs.speed.correction(inputs, width, samples * tokens) * cuts
 
     def tell(self, site: CorrectedSite) -> str:
         return f"layer {site.layer}: {1 - site.missing_left:.1%} of the patch folded into {site.parameter}"

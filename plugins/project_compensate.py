@@ -20,6 +20,7 @@ from gradmap_pipeline import (
     Estimate,
     Forecasts,
     LayerCompensation,
+    LayersLeft,
     ModelCosts,
     ModelError,
     ModelGraph,
@@ -96,22 +97,21 @@ class ProjectCompensate(LayerCompensation):
         if self.rescale:
             check_rescaling(probe)
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
-        removed = len(costs.graph.layers) - layers
-        # Which layers these are is not known yet: at most this many.
-        sites = {"every_layer": layers, "before_cuts": min(removed, layers)}.get(self.site, self.sites or 1)
+    def estimate_streams(self, left: LayersLeft, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        numbers = {"every_layer": left.count_drifting(), "before_cuts": left.count_before_cuts()}
+        sites = numbers.get(self.site, self.sites or 1)
         inputs, width = costs.graph.map_sizes()
         corrected = [inputs, *([costs.graph.attention_inputs()] if self.attention else [])]
         sizes = corrected if self.space == "input" else [width for _ in corrected]
-        measured = sites * layers if self.site.startswith("largest") else 0
-        scaled = layers if self.rescale else 0
+        measured = sites * left.count if self.site.startswith("largest") else 0
+        scaled = left.count if self.rescale else 0
         again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
         try:
             work = StreamWork(self.room(costs.graph), again)
             if self.goes_up():  # each layer stays for all that is done with it
                 keeps_inputs = self.space == "input" and costs.dtype == "float32"
                 work = replace(work, goes_up=True, loads=(0, 0), taken=4 * samples * tokens * inputs if keeps_inputs else 0)
-            both = costs.two_streams(layers, samples, tokens, work)
+            both = costs.two_streams(left.count, samples, tokens, work)
         except CapacityError as error:
             if self.space == "input":
                 error.by_option = {**error.by_option, "space": "use space: output"}

@@ -15,6 +15,7 @@ from gradmap_pipeline import (
     Estimate,
     Forecasts,
     LayerCompensation,
+    LayersLeft,
     ModelCosts,
     Site,
     Stage,
@@ -38,8 +39,8 @@ class PrunecompCompensate(LayerCompensation):
         probe.check_layerwise()
         probe.find_writers()
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
-        return costs.two_streams(layers, samples, tokens, StreamWork())
+    def estimate_streams(self, left: LayersLeft, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        return costs.two_streams(left.count, samples, tokens, StreamWork())
 
     def prepare(self, streams: Streams, context: Context) -> dict[str, TensorFile]:
         streams.writers = find_writers(streams.graph, context)

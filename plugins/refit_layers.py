@@ -21,6 +21,7 @@ from gradmap_pipeline import (
     Context,
     Estimate,
     Forecasts,
+    LayersLeft,
     ModelCosts,
     ModelError,
     ModelGraph,
@@ -122,17 +123,16 @@ class RefitLayers(Stage):
             raise ModelError(f"{str(error).partition(';')[0]}; leave refit_layers out") from None
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
-        text, count = inputs.of(CalibrationSet), known(inputs.of(ModelGraph).layers)
+        text, model = inputs.of(CalibrationSet), inputs.of(ModelGraph)
+        left = LayersLeft(costs.graph.layers, known(model.layers), model.kept)
         samples, tokens = known(text.samples), known(text.sequence_length)
         together = count_batch_samples(self.batch_size, samples, tokens)
-        # Which layers these are is not known yet: at most this many.
-        removed = len(costs.graph.layers) - count
-        refit = min(count, 2 * removed) if self.layers == "next_to_cuts" else count
-        needs = costs.needs(count, samples, tokens)
+        refit = left.count_next_to_cuts() if self.layers == "next_to_cuts" else left.count_drifting()
+        needs = costs.needs(left.count, samples, tokens)
         room = room_for_refit(needs, together, count_best_bytes(costs.graph))
         try:
             work = StreamWork(room, goes_up=True, purpose="weights, gradients and moments of a layer")
-            both = costs.two_streams(count, samples, tokens, work)
+            both = costs.two_streams(left.count, samples, tokens, work)
         except CapacityError as error:
             error.by_option = {**error.by_option, "batch_size": "lower 'batch_size'"}
             raise

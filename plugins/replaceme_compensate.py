@@ -16,6 +16,7 @@ from gradmap_pipeline import (
     CorrectedSite,
     Estimate,
     LayerCompensation,
+    LayersLeft,
     ModelCosts,
     ModelGraph,
     Site,
@@ -42,9 +43,9 @@ class ReplacemeCompensate(LayerCompensation):
         _, width = graph.map_sizes()
         return room_for(width, width)
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
-        width, cuts = costs.benchmark.hidden_size, min(len(costs.graph.layers) - layers, layers)
-        passes = costs.two_streams(layers, samples, tokens, StreamWork(self.room(costs.graph), cuts, self.goes_up()))
+    def estimate_streams(self, left: LayersLeft, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        width, cuts = costs.benchmark.hidden_size, left.count_before_cuts()
+        passes = costs.two_streams(left.count, samples, tokens, StreamWork(self.room(costs.graph), cuts, self.goes_up()))
         return passes + costs.speed.correction(width, width, samples * tokens) * cuts
 
     def check(self, graph: ModelGraph) -> None:

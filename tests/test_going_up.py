@@ -19,6 +19,7 @@ from tiny import make_model
 
 from gradmap_pipeline import (
     LayerCompensation,
+    LayersLeft,
     ModelCosts,
     Site,
     StreamWork,
@@ -223,7 +224,7 @@ def test_planned_inputs_of_a_map_lie_beside_them_where_there_is_room(tmp_path: P
     costs = ModelCosts(make_model(tmp_path / "model", num_hidden_layers=LAYERS), "model", None, Machine(), tmp_path)
     boundary, taken = 8 * 32 * 32 * 4, 8 * 32 * 64 * 4
     stage = ProjectCompensate()
-    assert stage.estimate_streams(4, 8, 32, costs).lines["hidden states"] == 4 * boundary + taken
+    assert stage.estimate_streams(LayersLeft(range(LAYERS), 4), 8, 32, costs).lines["hidden states"] == 4 * boundary + taken
     tight = costs.two_streams(4, 1 << 26, 32, StreamWork(1 << 20, goes_up=True, taken=1 << 50))
     assert tight.lines["hidden states"] < 1 << 50
 

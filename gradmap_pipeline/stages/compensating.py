@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..correction.streams import Streams
     from ..correction.writers import Writer
     from ..cost.estimate import Estimate
+    from ..cost.layers_left import LayersLeft
     from ..cost.model_costs import ModelCosts
     from .forecasts import Forecasts, Outlook
 
@@ -120,14 +121,17 @@ class LayerCompensation(Stage):
         return any(site.role == "output" and not site.norm for site in sites)
 
     def estimate(self, inputs: Forecasts, costs: ModelCosts) -> Estimate | None:
-        text = inputs.of(CalibrationSet)
-        return self.estimate_streams(known(inputs.of(ModelGraph).layers), known(text.samples), known(text.sequence_length), costs)
+        from ..cost.layers_left import LayersLeft
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
-        """What correcting a model of so many layers takes; here, one more pass of each."""
+        text, model = inputs.of(CalibrationSet), inputs.of(ModelGraph)
+        left = LayersLeft(costs.graph.layers, known(model.layers), model.kept)
+        return self.estimate_streams(left, known(text.samples), known(text.sequence_length), costs)
+
+    def estimate_streams(self, left: LayersLeft, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        """What correcting a model takes of which these layers are left; here, one more pass of each."""
         from ..cost.stream_work import StreamWork
 
-        return costs.two_streams(layers, samples, tokens, StreamWork(self.room(costs.graph), layers, self.goes_up()))
+        return costs.two_streams(left.count, samples, tokens, StreamWork(self.room(costs.graph), left.count, self.goes_up()))
 
     def run(self, inputs: Any, context: Context) -> Any:
         from ..correction.sites import NoSiteError, NotFiniteError, share_sites

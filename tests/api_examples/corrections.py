@@ -17,6 +17,7 @@ from gradmap_pipeline import (
     Estimate,
     Forecasts,
     LayerCompensation,
+    LayersLeft,
     ModelCosts,
     ModelGraph,
     Moments,
@@ -81,10 +82,9 @@ class RidgeCompensate(LayerCompensation):
     def room(self, graph: ModelGraph) -> int:
         return room_for(*graph.map_sizes())
 
-    def estimate_streams(self, layers: int, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
-        cuts = min(len(costs.graph.layers) - layers, layers)
-        work = StreamWork(self.room(costs.graph), again=cuts, goes_up=self.goes_up())
-        return costs.two_streams(layers, samples, tokens, work)
+    def estimate_streams(self, left: LayersLeft, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
+        work = StreamWork(self.room(costs.graph), again=left.count_before_cuts(), goes_up=self.goes_up())
+        return costs.two_streams(left.count, samples, tokens, work)
 
     def check(self, graph: ModelGraph) -> None:
         layers_before_cuts(graph)  # raises StageError where there is no cut
