@@ -22,6 +22,10 @@ class Advance(Protocol):
         """`detail`: a figure that changes as the work goes on, in a few words."""
 
 
+def count_nothing(units: int = 1, /, *, detail: str = "") -> None:
+    """Count work that no bar shows: an `Advance` that does nothing."""
+
+
 def compute_anew(key: Any, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Compute the tensors: `Context.remember_tensors` is this where nothing is kept."""
     return compute()

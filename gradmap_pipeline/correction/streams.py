@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ..context import count_nothing
 from ..machine.distributed import ProcessGroup
 from ..sweep.kept_tensors import KeptTensors
 from ..sweep.layerwise import LayerwiseModel
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
     from .writers import Writer
 
 Captured = TypeVar("Captured")
-
-
-def _silent(units: int = 1, /, *, detail: str = "") -> None:
-    """Stand in for the bar of work that none shows."""
 
 
 @dataclass
@@ -178,14 +175,15 @@ class Streams:
         bounds = [*self.graph.layers, self.graph.base.layers]
         goal = self.graph.layers.index(layer)
         units = len(self.pruned.batches) * (bounds[goal + 1] - self.original.done + goal - self.pruned.done)
-        with context.progress("run both models", units, "layer batch") if goal > self.passed else nullcontext(_silent) as advance:
+        shown = context.progress("run both models", units, "layer batch") if goal > self.passed else nullcontext(count_nothing)
+        with shown as advance:
             self.original.advance = self.pruned.advance = advance
             for position in range(min(self.passed, goal), goal + 1):
                 self.original.keep_only(bounds[position : position + 2])
                 self.original.run_up_to(bounds[position + 1] - 1, through=True)
                 self.pruned.keep_only((position, position + 1))
                 self.pruned.run_up_to(bounds[position])
-        self.original.advance = self.pruned.advance = _silent
+        self.original.advance = self.pruned.advance = count_nothing
         passed, self.passed = goal - self.passed, goal + 1
         return max(0, passed)
 

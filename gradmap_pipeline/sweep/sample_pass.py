@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from ..batches import Batch, count_predicted, take_first
+from ..context import Advance, count_nothing
 from ..errors import ModelError
 from ..machine.distributed import ProcessGroup
 from .candidates import Outputs, run_layers, sum_losses
@@ -27,8 +28,6 @@ from .wanted import WantedBoundaries
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from ..context import Advance
 
 
 _PROBE_TOKENS = 64
@@ -50,7 +49,7 @@ class SamplePass:
         keep_graphs: bool = False,
         weight_gradients: bool = False,
         predicted: int | None = None,
-        advance: Advance = lambda units=1, /, *, detail="": None,
+        advance: Advance = count_nothing,
     ) -> None:
         """`keep_boundaries` False: for one forward pass, holding one boundary at a time. `keep_graphs`: keep what autograd needs
         from the forward pass, where layers stay in memory. `weight_gradients`: go down with gradients of the layers' parameters.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..batches import Batch, count_predicted, make_batches
+from ..context import count_nothing
 from ..errors import CapacityError
 from ..machine.distributed import ProcessGroup
 from ..machine.memory import free_on_host, give_back, keep_blocks, resident_bytes
@@ -151,7 +152,7 @@ class Sweep:
         self._predicted = predicted
         self._removed: list[int] = []
         self._only: SamplePass | None = None
-        self.advance: Advance = lambda units=1, /, *, detail="": None
+        self.advance: Advance = count_nothing
         """Called after each batch of each layer, and of the head."""
         self.scorers = ProcessGroup()
         """The processes that have the same samples and share the layers to score."""
