@@ -103,7 +103,7 @@ class ProjectCompensate(LayerCompensation):
         inputs, width = costs.graph.map_sizes()
         corrected = [inputs, *([costs.graph.attention_inputs()] if self.attention else [])]
         sizes = corrected if self.space == "input" else [width for _ in corrected]
-        measured = sites * left.count if self.site.startswith("largest") else 0
+        measured = (sites - 1) * left.count if self.site.startswith("largest") else 0  # first by the pass through the model
         scaled = left.count if self.rescale else 0
         again = sites * (1 if self.attention else 0) + measured + scaled  # the look at an output is the pass that goes on
         try:

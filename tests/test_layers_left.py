@@ -68,3 +68,10 @@ def test_fewer_layers_to_correct_take_less(stage: LayerCompensation, tmp_path: P
         return stage.estimate_streams(LayersLeft(costs.graph.layers, 3, kept), 8, 32, costs).flops
 
     assert flops((0, 1, 2)) < flops((1, 3, 5)) <= flops((0, 2, 4)) == flops(None)
+
+
+def test_the_first_look_for_the_largest_shift_is_the_pass_through_the_model(tmp_path: Path) -> None:
+    costs = ModelCosts(make_model(tmp_path / "model", num_hidden_layers=LAYERS), "model", None, Machine(), tmp_path)
+    left = LayersLeft(costs.graph.layers, LAYERS - 1, costs.graph.layers[:-1])  # one layer drifts
+    one, two = (ProjectCompensate(site="largest_shift", sites=sites).estimate_streams(left, 8, 32, costs) for sites in (1, 2))
+    assert one.flops == ProjectCompensate().estimate_streams(left, 8, 32, costs).flops < two.flops
