@@ -231,6 +231,27 @@ def test_a_correction_of_attention_is_counted_by_its_own_inputs(folder: Path) ->
     assert one["flops"] < both["flops"] < 1.1 * one["flops"]  # type: ignore[index, operator]
 
 
+@pytest.mark.parametrize("stage", ["project_compensate", "refit_layers"])
+def test_a_recipe_that_names_the_layers_to_remove_is_planned_for_those_above(stage: str, folder: Path) -> None:
+    recipe = """\
+version: 1
+model: {path: model}
+steps:
+  - use: calibrate
+    with: {dataset: {path: text.txt}, samples: 8, sequence_length: 24}
+  - use: prune
+    with: {layers: [LAYER]}
+  - use: STAGE
+"""
+    flops = []
+    for layer in (0, 2, 3):
+        Path("r.yaml").write_text(recipe.replace("LAYER", str(layer)).replace("STAGE", stage))
+        flops.append(costs_of()[stage]["estimate"]["flops"])  # type: ignore[index]
+    below, above, last = flops
+    assert last < above
+    assert last < below
+
+
 def test_a_search_that_looks_ahead_counts_the_head_and_its_predictions(folder: Path) -> None:
     """Which are most of it where words are many."""
     stage, costs = LookaheadScore(layers=2, sample_share=1.0), ModelCosts(Path("model"), "model", None, Machine(), folder)

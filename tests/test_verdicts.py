@@ -193,7 +193,7 @@ def test_run_has_shown_nothing_where_it_fails_or_computes_nothing_or_its_text_ch
 
 
 def test_what_is_known_is_not_written_again() -> None:
-    """By another run that computes all steps."""
+    """Another run, which computes all steps, leaves the files of what is known as they are."""
     written = []
     for _ in range(2):
         result = CliRunner().invoke(app, ["run", "r.yaml", "--plugin", "p.py"])

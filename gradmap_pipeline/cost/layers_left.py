@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayersLeft:
-    """What is left of a model's layers."""
+    """The layers that a removal leaves of a model."""
 
     whole: Sequence[int]
     """Layers of the whole model, in order."""
     count: int
-    """How many are left."""
+    """Number of layers that are left."""
     kept: Sequence[int] | None = None
-    """Which these are. None: not known yet; then counts are the most that there can be."""
+    """The layers that are left. None stands for layers that are not known yet: then counts are the most that there can be."""
 
     @property
     def removed(self) -> int:
-        """How many are removed."""
+        """Return the number of layers that are removed."""
         return len(self.whole) - self.count
 
     def count_drifting(self) -> int:

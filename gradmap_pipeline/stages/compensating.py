@@ -128,7 +128,7 @@ class LayerCompensation(Stage):
         return self.estimate_streams(left, known(text.samples), known(text.sequence_length), costs)
 
     def estimate_streams(self, left: LayersLeft, samples: int, tokens: int, costs: ModelCosts) -> Estimate:
-        """What correcting a model takes of which these layers are left; here, one more pass of each."""
+        """Estimate the correction of a model of which these layers are left; here, each of them takes one more pass."""
         from ..cost.stream_work import StreamWork
 
         return costs.two_streams(left.count, samples, tokens, StreamWork(self.room(costs.graph), left.count, self.goes_up()))

@@ -99,9 +99,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def finished_files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """What a run must not make again, finished steps and units, with the numbers that the system gave their files.
+    """Give the files of finished steps and units, which a run must not make again, with the numbers that the system gave them.
 
-    What is known of a model's structure is left out: it grows with what is asked.
+    Files on a model's structure are left out: they grow with what is asked.
     """
     for pattern in ("steps/*/outputs.json", "units/*.json"):
         for file in (folder / ".gradmap").glob(pattern):
