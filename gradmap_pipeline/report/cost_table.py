@@ -52,12 +52,14 @@ def print_costs(costs: PlanCosts | None) -> None:
         times = f"Other programs use {used} now, so times are longer than on an idle machine. They are of an empty store"
     allowed = f"Of {format_size(costs.memory)} allowed."
     say(console, f"{allowed} {times}; reuse between decisions and downloads are not in them.")
+    if costs.slow_type is not None:
+        say(console, f"{costs.slow_type[0].upper()}{costs.slow_type[1:]}.")
 
 
 def costs_as_json(costs: PlanCosts | None) -> str:
-    """`memory`, `threads`, `cores`, `busy_cores`, and `steps`, each with `step`, `parameters`, `obstacle` and `estimate`.
+    """`memory`, `threads`, `cores`, `busy_cores`, `slow_type`, and `steps`.
 
-    `null` where nothing is known.
+    Each of these has `step`, `parameters`, `obstacle` and `estimate`. `null` where nothing is known.
     """
     return dump_json(None if costs is None else asdict(costs))
 

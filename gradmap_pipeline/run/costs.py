@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint.graph import ModelGraph
 from ..cost.estimate import Estimate
 from ..cost.model_costs import ModelCosts
+from ..cost.narrow_types import tell_slow_type
 from ..errors import CapacityError, GradmapError, ModelError, first_line
 from ..machine.machine import Machine
 from ..machine.memory_advice import tell_shortage
@@ -55,6 +56,8 @@ class PlanCosts:
     cores: int = 1
     busy_cores: float = 0.0
     """That other programs used when times were measured."""
+    slow_type: str | None = None
+    """What to tell where the type to compute in takes far longer here than float32."""
 
     @property
     def is_disturbed(self) -> bool:
@@ -117,7 +120,7 @@ def estimate_plan(plan: Plan, machine: Machine, store: Path) -> PlanCosts | None
         if estimate is not None and estimate.seconds:
             estimate, starting = replace(estimate, seconds=estimate.seconds + starting), 0.0
         steps.append(StepCost(step.id, parameters, estimate, obstacle))
-    return PlanCosts(costs.memory, steps, **load)
+    return PlanCosts(costs.memory, steps, **load, slow_type=tell_slow_type(costs.device, machine.dtype))
 
 
 def _measure_load() -> dict[str, Any]:

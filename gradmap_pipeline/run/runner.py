@@ -12,6 +12,7 @@ from ..artifacts import Artifact
 from ..checkpoint.graph import ModelGraph, open_model
 from ..checkpoint.model import Model
 from ..context import FinishedStep
+from ..cost.narrow_types import tell_slow_type
 from ..errors import QualityError, StageError
 from ..export.exports import Export
 from ..export.folders import list_options
@@ -242,6 +243,8 @@ def _prepare_computing(
         return
     state.place = describe_place(plan, store, machine, group)
     reporter.computing(state.place)
+    if group.leads and (slow := tell_slow_type(state.place.device, machine.dtype)) is not None:
+        reporter.note(step.id, slow)
     rest = plan.steps[plan.steps.index(step) :]
     memory, room = group.least(machine.budget("cpu", group)), measure_room(machine, group)
     with heard(lambda text: reporter.note(step.id, text), state.heard):
