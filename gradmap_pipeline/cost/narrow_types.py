@@ -18,8 +18,8 @@ _SLOW = 1.5
 def tell_slow_type(device: str, dtype: str) -> str | None:
     """What to tell who computes in a type that takes far longer than float32 here; None where it does not.
 
-    Without instructions for bfloat16 or float16, torch multiplies matrices in them element by element. It is better at the
-    products of a pass forward, x Wᵀ, than at those of gradients, g W, so that both are timed. Takes less than a second.
+    Without instructions for bfloat16 or float16, torch takes many times as long in them: less for the products of a pass forward,
+    x Wᵀ, than for those of gradients, g W, so that both are timed. Takes less than a second.
     """
     if device != "cpu" or dtype == "float32":
         return None
