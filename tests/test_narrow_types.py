@@ -1,4 +1,4 @@
-"""What is told of a type that the processor is slow in: when, in which words, and by whom."""
+"""A plan and a run warn of a type that the processor is slow in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ steps:
 
 @pytest.fixture
 def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
-    """Has products as in a pass forward, and as for gradients, take so many times as long as in float32."""
+    """Return a function that sets how many times as long as in float32 both products take: forward, and for gradients."""
 
     def pretend(forward: float, backward: float) -> None:
         times = {torch.nn.functional.linear: forward, torch.mm: backward}
@@ -68,7 +68,7 @@ def test_neither_float32_nor_another_device_is_timed(take: Callable[[float, floa
 
 
 def test_types_are_compared_by_the_least_time_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that moves when matrices are multiplied."""
+    """The clock of this test moves when matrices are multiplied."""
     now, delays = 0.0, iter([0.0, 5.0] + [0.0] * 98)  # the second product waits for a core
     monkeypatch.setattr(narrow_types.time, "perf_counter", lambda: now)
 
@@ -82,8 +82,12 @@ def test_types_are_compared_by_the_least_time_of_each(monkeypatch: pytest.Monkey
 
 def test_threads_are_as_before() -> None:
     before = torch.get_num_threads()
-    told = tell_slow_type("cpu", "bfloat16")
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        told = tell_slow_type("cpu", "bfloat16")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
     assert told is None or told.startswith("this processor is slow in bfloat16: ")
 
 
@@ -94,7 +98,7 @@ def test_a_plan_tells_it_last(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_plan_and_a_run_tell_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, take: Callable[[float, float], None]) -> None:
-    """The run as a note of the first step that is computed; where none is, nothing is timed or told."""
+    """The run gives a note of the first step that is computed, and no note where none is computed."""
     take(8.4, 71.0)
     make_model(tmp_path / "model")
     make_text(tmp_path / "text.txt")

@@ -1,4 +1,4 @@
-"""What a type that the processor has no instructions for costs in time."""
+"""Tell where the processor takes far longer in a narrow type than in float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SLOW = 1.5
 
 
 def tell_slow_type(device: str, dtype: str) -> str | None:
-    """What to tell who computes in a type that takes far longer than float32 here; None where it does not.
+    """Return a warning for a type that takes far longer than float32 on this processor, and None for any other type.
 
     Without instructions for bfloat16 or float16, torch takes many times as long in them: less for the products of a pass forward,
     x Wᵀ, than for those of gradients, g W, so that both are timed. Takes less than a second.
@@ -40,7 +40,7 @@ def tell_slow_type(device: str, dtype: str) -> str | None:
 
 
 def _compare_types(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: str) -> float:
-    """Time of a product over that in float32: each in turn, the least of each, since others may use the cores meanwhile."""
+    """Return the time of a product over that in float32. Both run in turn; the least time of each counts, as cores may be busy."""
     import torch
 
     narrow = torch.ones(_WIDTH, _WIDTH, dtype=getattr(torch, dtype))
@@ -55,5 +55,5 @@ def _compare_types(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 
 
 def _round(ratio: float) -> str:
-    """With one digit that counts, as `0.7`, `8` or `40`."""
+    """Round to one digit that counts, as `0.7`, `8` or `40`."""
     return f"{float(f'{ratio:.1g}'):g}"

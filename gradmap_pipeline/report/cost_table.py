@@ -59,7 +59,7 @@ def print_costs(costs: PlanCosts | None) -> None:
 def costs_as_json(costs: PlanCosts | None) -> str:
     """`memory`, `threads`, `cores`, `busy_cores`, `slow_type`, and `steps`.
 
-    Each of these has `step`, `parameters`, `obstacle` and `estimate`. `null` where nothing is known.
+    Each step has `step`, `parameters`, `obstacle` and `estimate`. `null` where nothing is known.
     """
     return dump_json(None if costs is None else asdict(costs))
 

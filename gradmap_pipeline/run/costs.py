@@ -57,7 +57,7 @@ class PlanCosts:
     busy_cores: float = 0.0
     """That other programs used when times were measured."""
     slow_type: str | None = None
-    """What to tell where the type to compute in takes far longer here than float32."""
+    """The warning of `tell_slow_type`, where there is one."""
 
     @property
     def is_disturbed(self) -> bool:
